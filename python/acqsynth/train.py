@@ -23,7 +23,6 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import DPOTrainer, GRPOTrainer, SFTTrainer
 from trl.trainer.utils import get_callable_name, is_async_callable
 
-from acqsynth import engines
 from acqsynth.domains import Domain, Messages, Sample
 from acqsynth.engines import Engine, Sampling
 from acqsynth.evaluate import rank_correlation
@@ -163,7 +162,7 @@ def dpo(
     options: Mapping[str, Any] | None = None,
     *,
     sampling: Sampling,
-    engine: Callable[[], Engine] | None = None,
+    engine: Callable[[], Engine],
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Path:
     """Trains ``generator`` by DPO on pairs of its own candidates. ``pairs.parquet`` stores the pairs; a resumed run
@@ -176,7 +175,7 @@ def dpo(
         output: folder of the model.
         options: as in :func:`configuration`.
         sampling: its ``n`` is the number of candidates per prompt.
-        engine: creates an engine for the generator; by default transformers.
+        engine: creates an engine for the generator.
 
     Raises:
         ValueError: no pair was found, or as :func:`configuration`.
@@ -185,9 +184,7 @@ def dpo(
     config, lora = configuration("dpo", options or {}, output)
     table = output / "pairs.parquet"
     if not table.is_file():
-        drawing = engine() if engine is not None else engines.load("transformers", generator)
-        rows = pairs(candidates(drawing, prompts, reward, sampling))
-        del drawing
+        rows = pairs(candidates(engine(), prompts, reward, sampling))
         if not rows:
             raise ValueError(
                 "prompts: expected a prompt whose best candidate passes the gates and beats the worst, "
@@ -329,20 +326,17 @@ class Refresh(TrainerCallback):
         ValueError: every is below 1.
     """
 
-    def __init__(
-        self, every: int, student: Callable[[int], None], probe: Callable[[], Sequence[float | None]] | None = None
-    ) -> None:
+    def __init__(self, every: int, student: Callable[[int], None], probe: Callable[[], Sequence[float | None]]) -> None:
         if every < 1:
             raise ValueError(f"every: expected at least 1 step, got {every}")
         self.every = every
         self.student = student
         self.probe = probe
-        self._first: Sequence[float | None] | None = None
-        self._moved: dict[str, float] = {}  # for the next log
+        self._first: Sequence[float | None] = ()
+        self._moved: dict[str, float | None] = {}  # for the next log
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        if self.probe is not None:
-            self._first = self.probe()
+        self._first = self.probe()
         # A resumed run must continue with the student it had.
         last = state.global_step - state.global_step % self.every
         if last:
@@ -352,17 +346,16 @@ class Refresh(TrainerCallback):
         step = state.global_step
         if step % self.every or step >= state.max_steps:
             return
-        before = self.probe() if self.probe else None
+        before = self.probe()
         self.student(step)
-        entry: dict[str, Any] = {"step": step, "student_refreshed": True}
-        if self.probe and before is not None and self._first is not None:
-            after = self.probe()
-            entry["staleness"] = rank_correlation(before, after)
-            entry["staleness_since_start"] = rank_correlation(self._first, after)
-            self._moved = {key: entry[key] for key in ("staleness", "staleness_since_start")}
-        state.log_history.append(entry)
+        after = self.probe()
+        self._moved = {
+            "staleness": rank_correlation(before, after),
+            "staleness_since_start": rank_correlation(self._first, after),
+        }
+        state.log_history.append({"step": step, "student_refreshed": True, **self._moved})
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **rest: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **rest: Any) -> None:
         logs.update(self._moved)
         self._moved = {}
 

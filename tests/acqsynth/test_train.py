@@ -190,7 +190,7 @@ def test_wrong_arguments(sums, student_path, answer_reward, tmp_path):
     with pytest.raises(ValueError, match="prompts: expected at least one"):
         train.grpo(str(student_path), [], answer_reward, tmp_path)
     with pytest.raises(ValueError, match="every: expected at least 1 step, got 0"):
-        train.Refresh(0, print)
+        train.Refresh(0, print, list)
 
 
 # --- GRPO -------------------------------------------------------------------------------------------------------------
@@ -314,7 +314,7 @@ def test_tensorboard_files_have_the_reward_s_share_and_staleness(student_path, a
 def test_a_run_that_goes_on_begins_with_the_student_it_had(student_path, answer_reward, tmp_path):
     students = []
     arguments = (str(student_path), ASK, answer_reward, tmp_path, GRPO | {"save_steps": 3})
-    refresh = train.Refresh(every=2, student=students.append)
+    refresh = train.Refresh(every=2, student=students.append, probe=list)
     with pytest.raises(KeyboardInterrupt):
         train.grpo(*arguments, refresh=refresh, callbacks=[KillAt(4)])
     assert students == [2]
