@@ -53,8 +53,6 @@ class _Job:
 
 @dataclass(order=True)
 class _Entry:
-    """A queued item."""
-
     due: float  # virtual time, in units of size
     number: int  # order of arrival
     job: _Job = field(compare=False)

@@ -1,10 +1,4 @@
-"""The command line. ``acqsynth run recipe.yaml [key=value ...]`` runs a recipe from seed rows to report and resumes
-where an earlier run stopped. ``acqsynth seeds``, ``train``, ``generate``, ``label``, ``fit``, ``evaluate`` and
-``report`` run one stage and its prerequisites. ``acqsynth push`` publishes a run's rows and student, ``acqsynth serve``
-scores over HTTP.
-
-Heavy imports are deferred, so that help and usage errors appear at once.
-"""
+"""The command line. Heavy imports are deferred, so that help and usage errors appear at once."""
 
 from __future__ import annotations
 

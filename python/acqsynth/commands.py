@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -58,9 +57,8 @@ def run(plan: Plan, steps: Sequence[Step]) -> None:
     Raises:
         StepError: a step cannot finish, or another run is using the folder.
     """
-    console = Console(
-        file=sys.stdout, highlight=False, soft_wrap=True
-    )  # bound now: stdout is redirected to the log below
+    # Bound to the terminal now: stdout is redirected to the log below.
+    console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
     output = Path(plan.config.output)
     with console.status("") if console.is_terminal else contextlib.nullcontext() as spinner:
 
@@ -91,16 +89,15 @@ def dry_run(plan: Plan, steps: Sequence[Step]) -> None:
     for step, reason in reasons.items():
         state = f"runs: {reason}" if reason else "is done; nothing it reads has changed"
         console.print(Text(f"{step!s:{width}}  {state}"))
-    console.print(
-        f"{sum(r is not None for r in reasons.values())} of {len(reasons)} steps would run in {store.output}."
-    )
+    count = sum(reason is not None for reason in reasons.values())
+    console.print(f"{count} of {len(reasons)} steps would run in {store.output}.")
 
 
 def print_help_config() -> None:
     """Prints every key of a recipe with its type, default and meaning."""
     console = Console(highlight=False)
     for key, expected, default, doc in config.documented():
-        given = f", {default} by default" if default not in ("", "required") else f"{', required' * bool(default)}"
+        given = {"": "", "required": ", required"}.get(default, f", {default} by default")
         console.print(Text.assemble((key, "bold"), f"  {expected}{given}\n    {doc}"))
     console.print(f"\nRecipes in the package: {', '.join(config.recipes())}.")
 
@@ -139,15 +136,10 @@ def _quiet(log: Path) -> Iterator[None]:
         root.addHandler(handler)
         transformers_logging.disable_default_handler()  # it holds the stderr of import time
         transformers_logging.enable_propagation()
-        shown = warnings.showwarning
-        warnings.showwarning = lambda message, category, filename, lineno, *rest: print(
-            warnings.formatwarning(message, category, filename, lineno), file=file
-        )
         try:
             with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
                 yield
         finally:
-            warnings.showwarning = shown
             transformers_logging.disable_propagation()
             transformers_logging.enable_default_handler()
             root.removeHandler(handler)

@@ -487,7 +487,6 @@ def _parts(annotation: Any) -> list[Any]:
 
 
 def _type_name(annotation: Any) -> str:
-    """The name of a type in the help."""
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return _type_name(inner[0])

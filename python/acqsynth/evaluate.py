@@ -110,7 +110,7 @@ def accuracy_interval(right: Right, *, generators: Sequence[int] | None = None, 
         ValueError: right is not a matrix or is empty.
     """
     values = _matrix("right", right)
-    found = _estimate(values.mean(), [_over_fits(values, generators), _over_rows(values.mean(axis=0))], level)
+    found = _estimate(values.mean(), [_over_fits(values, generators), _variance_of_mean(values.mean(axis=0))], level)
     return Interval(float(values.mean()), max(0.0, found[0]), min(1.0, found[1]))
 
 
@@ -140,7 +140,7 @@ def change(
     sides = [(values, generators), (others, other_generators)] if learnt else [(values, generators)]
     parts = [_over_fits(*side) for side in sides]
     mean = float(values.mean() - others.mean())
-    low, high, p = _estimate(mean, [*parts, _over_rows(values.mean(axis=0) - others.mean(axis=0))], level)
+    low, high, p = _estimate(mean, [*parts, _variance_of_mean(values.mean(axis=0) - others.mean(axis=0))], level)
     return Change(mean, low, high, p, min(len(side[0]) for side in sides))
 
 
@@ -198,12 +198,14 @@ def signal_validity(
         if x.shape != y.shape:
             raise ValueError(f"scores: expected {len(y)} values of {name!r}, one per batch, got {len(x)}")
         whole = _correlation(rankdata(x)[None], rankdata(y)[None]) if len(y) >= 3 else np.array([np.nan])
+        found[name] = None
         if np.isnan(whole[0]):
-            found[name] = None
             continue
         draws = _correlation(rankdata(x[picks], axis=1), rankdata(y[picks], axis=1))
         draws = draws[~np.isnan(draws)]
-        found[name] = _interval(float(whole[0]), draws, level) if len(draws) else None
+        if len(draws):
+            low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+            found[name] = Interval(float(whole[0]), float(low), float(high))
     return found
 
 
@@ -243,11 +245,11 @@ def _over_fits(values: Right, generators: Sequence[int] | None) -> tuple[float, 
     fits = values.mean(axis=1)
     if generators is not None and len(set(generators)) >= FEWEST:
         fits = np.array([fits[np.array(generators) == name].mean() for name in dict.fromkeys(generators)])
-    return (float(fits.var(ddof=1) / len(fits)), len(fits) - 1.0) if len(fits) > 1 else (0.0, 1.0)
+    return _variance_of_mean(fits)
 
 
-def _over_rows(values: npt.NDArray[np.float64]) -> tuple[float, float]:
-    """Variance of the mean of N rows, and its degrees of freedom."""
+def _variance_of_mean(values: npt.NDArray[np.float64]) -> tuple[float, float]:
+    """Variance of the mean of N values, and its degrees of freedom."""
     return (float(values.var(ddof=1) / len(values)), len(values) - 1.0) if len(values) > 1 else (0.0, 1.0)
 
 
@@ -261,11 +263,6 @@ def _estimate(mean: float, parts: Sequence[tuple[float, float]], level: float) -
     freedom = variance**2 / sum(part**2 / df for part, df in parts)
     half = float(t.ppf((1 + level) / 2, freedom)) * variance**0.5
     return mean - half, mean + half, float(2 * t.sf(abs(mean) / variance**0.5, freedom))
-
-
-def _interval(mean: float, draws: npt.NDArray[np.float64], level: float) -> Interval:
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(mean), float(low), float(high))
 
 
 def _correlation(x: Right, y: Right) -> npt.NDArray[np.float64]:

@@ -5,21 +5,14 @@ The generator's own answer is not used: it is a single draw from a model that wa
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy
-
 from acqsynth.config import LabellingConfig
 from acqsynth.domains import Domain, Sample
 from acqsynth.engines import Completion, Engine, Sampling
-
-Embed = Callable[[Sequence[str]], Any]  #: n texts -> [n, D] vectors
-
-COSINE_DISTANCE = 0.35  #: clustering threshold for open text, as in the published recipe
 
 
 @dataclass(frozen=True)
@@ -42,16 +35,14 @@ def label(
     threshold: float = 0.5,
     seed: int = 0,
     max_tokens: int | None = None,
-    embed: Embed | None = None,
 ) -> list[Label]:
     """Labels each question, or gives the reason why there is no label.
 
     Answers with equal canonical forms share a cluster. Clusters are merged if the domain finds their representatives
-    equivalent, in both directions, to each other and to the same other representatives. With ``embed``, for open text,
-    average linkage with a cosine-distance threshold of 0.35 is used instead.
+    equivalent, in both directions, to each other and to the same other representatives.
 
     The label is taken from a completion of the largest cluster that was not cut off: the one of median length in
-    tokens (the shortest often skips steps, the longest rambles), or with ``embed`` the medoid.
+    tokens, as the shortest often skips steps and the longest rambles.
 
     Args:
         engine: engine of the student or a stronger teacher.
@@ -59,7 +50,6 @@ def label(
         k: answers per question.
         threshold: minimum share of the k completions that agree; a completion without an answer counts as dissent.
         max_tokens: maximum tokens per answer; by default the domain's.
-        embed: n texts -> n vectors.
 
     Raises:
         ValueError: k below 1 or a threshold outside (0, 1].
@@ -70,10 +60,8 @@ def label(
     sampling = Sampling(n=k, temperature=temperature, max_tokens=most, seed=seed)
     drawn = engine.generate([domain.student_prompt(sample.question) for sample in samples], sampling)
     answers = [[domain.answer_of(draw.text) for draw in draws] for draws in drawn]
-    clusters = [cluster_texts(row, embed) for row in answers] if embed else cluster(domain, samples, answers)
-    return [
-        _decide(domain, *columns, threshold, embed) for columns in zip(samples, drawn, answers, clusters, strict=True)
-    ]
+    clusters = cluster(domain, samples, answers)
+    return [_decide(domain, *columns, threshold) for columns in zip(samples, drawn, answers, clusters, strict=True)]
 
 
 def label_by_domain(domain: Domain, samples: Sequence[Sample], *, seed: int = 0) -> list[Label]:
@@ -97,13 +85,16 @@ class Labeller:
 
     def __init__(self, config: LabellingConfig, domain: Domain, engine: Callable[[], Engine]) -> None:
         self.domain = domain
-        self.options: dict[str, Any] = {"k": config.k, "temperature": config.temperature, "threshold": config.threshold}
-        known = inspect.signature(label).parameters
         for name in config.options:
-            if name in self.options or name not in known or known[name].kind is not inspect.Parameter.KEYWORD_ONLY:
+            if name != "max_tokens":
                 raise ValueError(f"options: unknown {name!r}, expected max_tokens")
-        self.options |= config.options
-        Sampling(n=config.k, temperature=config.temperature, max_tokens=config.options.get("max_tokens", 1))
+        Sampling(max_tokens=config.options.get("max_tokens", 1))
+        self.options: dict[str, Any] = {
+            "k": config.k,
+            "temperature": config.temperature,
+            "threshold": config.threshold,
+            **config.options,
+        }
         self.engine = None if config.method == "computed" else engine()
         self._moves = config.method == "majority"
 
@@ -154,23 +145,6 @@ def cluster(
     return [_merged(forms, joined[question]) for question, forms in enumerate(by_form)]
 
 
-def cluster_texts(texts: Sequence[str | None], embed: Embed) -> list[list[int]]:
-    """Like :func:`cluster`, but clusters one question's open answers by their embeddings."""
-    from sklearn.cluster import AgglomerativeClustering
-
-    given = [i for i, text in enumerate(texts) if text is not None]
-    if len(given) < 2:
-        return [given] if given else []
-    vectors = numpy.asarray(embed([str(texts[i]) for i in given]))
-    found = AgglomerativeClustering(
-        n_clusters=None, metric="cosine", linkage="average", distance_threshold=COSINE_DISTANCE
-    ).fit_predict(vectors)
-    clusters: dict[int, list[int]] = {}
-    for i, number in zip(given, found.tolist(), strict=True):
-        clusters.setdefault(number, []).append(i)
-    return _largest_first(clusters.values())
-
-
 def _decide(
     domain: Domain,
     sample: Sample,
@@ -178,7 +152,6 @@ def _decide(
     answers: list[str | None],
     clusters: list[list[int]],
     threshold: float,
-    embed: Embed | None,
 ) -> Label:
     if not clusters:
         return Label(None, 0.0, answers, "no completion gives an answer")
@@ -191,13 +164,8 @@ def _decide(
     candidates = [i for i in largest if draws[i].finished]
     if not candidates:
         return Label(None, agreement, answers, "every completion that agrees was cut off")
-    if embed is None:
-        candidates.sort(key=lambda i: len(draws[i].token_ids))
-        chosen = candidates[(len(candidates) - 1) // 2]
-    else:
-        vectors = numpy.asarray(embed([str(answers[i]) for i in candidates]), dtype=float)  # [n, D]
-        vectors /= numpy.linalg.norm(vectors, axis=1, keepdims=True)
-        chosen = candidates[int((vectors @ vectors.sum(axis=0)).argmax())]
+    candidates.sort(key=lambda i: len(draws[i].token_ids))
+    chosen = candidates[(len(candidates) - 1) // 2]
     answer = str(answers[chosen])
     reasoning = _reasoning(domain, draws[chosen].text, answer)
     return Label(replace(sample, answer=answer, reasoning=reasoning), agreement, answers)

@@ -100,7 +100,7 @@ def plan(config: Config) -> Plan:
     own_student = Model(config.student.model)
 
     def scoring(student: Any = None) -> Scoring:
-        scorer = student if student is not None else Model(config.reward.student or config.student.model)
+        scorer = student or Model(config.reward.student or config.student.model)
         evaluation = rows / f"evaluation-{IN_DISTRIBUTION}.parquet"
         reference = rows / ("reference.parquet" if config.data.reference else "seeds.parquet")
         return Scoring(
@@ -166,7 +166,7 @@ def plan(config: Config) -> Plan:
             share = _share(questions, i, config.rounds)
             asking = writing(seed + i, scoring=scoring(student), generator=model, n=share)
             written = step("generate", of_round, write_questions, writing=asking)
-            rows_of.append(label(of_round, written, seed, own_student if student is None else student))
+            rows_of.append(label(of_round, written, seed, student or own_student))
             arm.trained.append(trained)
             arm.written.append(written)
             arm.labelled.append(rows_of[-1])

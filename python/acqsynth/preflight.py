@@ -19,7 +19,6 @@ from acqsynth import engines, label, models
 from acqsynth.config import Config, ConfigError, OtherSource, RewardConfig, Source, ValidityConfig
 from acqsynth.domains import Domain, domain as find_domain
 from acqsynth.domains.base import is_local
-from acqsynth.engines import Sampling
 from acqsynth.report.metrics import IN_DISTRIBUTION, STUDENT
 from acqsynth.seeds import BUNDLED, bundled
 
@@ -40,8 +39,6 @@ def check(config: Config) -> None:
         raise ConfigError("generator.options: reward_weights: expected one weight, that of the composed reward")
     if generator.candidates < 2 and (generator.method in ("best_of_n", "dpo") or "best_of_n" in config.baselines):
         raise ConfigError(f"generator.candidates: expected at least 2 to choose from, got {generator.candidates}")
-    sampling = generator.sampling
-    _checked("generator.sampling", Sampling, 1, sampling.temperature, sampling.top_p, sampling.max_tokens)
     _checked("student", train_options.configuration, "sft", student.options, "unused")
     fits = {"save_strategy": "no", **student.options, **config.evaluation.validity.options}
     _checked("evaluation.validity", train_options.configuration, "sft", fits, "unused")

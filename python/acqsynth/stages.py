@@ -10,13 +10,14 @@ import math
 import random
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from acqsynth import engines
+from acqsynth import engines, write
 from acqsynth.config import (
     DataConfig,
     EngineConfig,
@@ -29,8 +30,12 @@ from acqsynth.config import (
 )
 from acqsynth.domains import Domain, Sample, domain as find_domain
 from acqsynth.engines import Engine, Sampling
+from acqsynth.evaluate import Evaluation, evaluate, evaluate_by_likelihood
+from acqsynth.label import Labeller
 from acqsynth.preflight import validity_reward
 from acqsynth.report.metrics import IN_DISTRIBUTION
+from acqsynth.rewards.batch import Batch
+from acqsynth.rewards.fusion import fuse
 from acqsynth.seeds import load_source
 from acqsynth.steps import StepContext, StepError, read_json, read_rows, read_table, write_rows, write_table
 
@@ -58,7 +63,6 @@ class Scoring:
         return find_domain(self.domain).with_seeds(read_rows(self.seeds))
 
     def build(self) -> Any:
-        """Builds the reward."""
         from acqsynth.rewards.build import build
 
         return build(
@@ -118,15 +122,15 @@ def collect_rows(
     sizes = {f"evaluation-{name}": {"rows": len(found), "left_out": 0} for name, found in tests.items()}
     for name, found in tests.items():
         write_rows(context.folder / f"evaluation-{name}.parquet", found)
-    known = {_plain(sample.question) for found in tests.values() for sample in found}
+    known = {write.plain(sample.question) for found in tests.values() for sample in found}
     seeds = load("data.seeds", data.seeds)
-    shown = {_plain(sample.question) for sample in seeds}
+    shown = {write.plain(sample.question) for sample in seeds}
     pools = [("seeds", None, known), ("held_out", data.held_out, known), ("real", data.real, known)]
     if data.reference is not None:
         pools.append(("reference", data.reference, known | shown))
     for name, source, taken in pools:
         loaded = seeds if source is None else load(f"data.{name}", source)
-        pool = [sample for sample in loaded if _plain(sample.question) not in taken]
+        pool = [sample for sample in loaded if write.plain(sample.question) not in taken]
         others_of = "the seeds or an evaluation set" if name == "reference" else "an evaluation set"
         if not pool:
             raise StepError(f"data.{name}: every row is also in {others_of}")
@@ -139,10 +143,6 @@ def collect_rows(
         sizes["replay"] = {"rows": len(again), "left_out": 0}
         write_rows(context.folder / "replay.parquet", again)
     context.write("rows.json", sizes)
-
-
-def _plain(question: str) -> str:
-    return " ".join(question.lower().split())
 
 
 # --- train ------------------------------------------------------------------------------------------------------------
@@ -165,8 +165,7 @@ def train_generator(
 
     ``candidates`` gives, for DPO, how the candidates of a prompt are sampled, and how many.
     """
-    from acqsynth import train, write
-    from acqsynth.callbacks import newest_checkpoint
+    from acqsynth import train
 
     reward = scoring.build()
     seeds = read_rows(scoring.seeds)
@@ -192,7 +191,7 @@ def train_generator(
             folder = Path(scoring.reward.refresh_from or output)
 
             def newer(step: int) -> None:
-                if (path := newest_checkpoint(folder, step)) is not None:
+                if (path := train.newest_checkpoint(folder, "config.json", before=step)) is not None:
                     context.say(f"step {step}: the reward scores with {path}")
                     reward.refresh(str(path))
 
@@ -215,8 +214,6 @@ def write_questions(context: StepContext, *, writing: Writing, mistakes: Path | 
 
     ``mistakes``: a student's answers to the held-out rows. Only rows it got wrong are shown, weak skills more often.
     """
-    from acqsynth import write
-
     pool = read_rows(writing.held_out)
     if mistakes is not None:
         pool = sample_mistakes(pool, read_table(mistakes)["right"], max(writing.n, writing.shown), writing.seed)
@@ -239,8 +236,6 @@ def select_questions(context: StepContext, *, writing: Writing, candidates: int,
     ``spent``: counts of a training run; instead of ``candidates`` per prompt, as many completions are drawn as training
     and writing used together.
     """
-    from acqsynth import write
-
     if spent is not None:
         candidates = max(2, math.ceil((read_json(spent)["completions"] + writing.n) / writing.n))
     reward, engine = writing.scoring.build(), _engine(writing.scoring.engine, writing.generator)
@@ -260,9 +255,6 @@ def select_questions(context: StepContext, *, writing: Writing, candidates: int,
 
 
 def _asked(writing: Writing, pool: Sequence[Sample]) -> list[Any]:
-    """The prompts."""
-    from acqsynth import write
-
     shown = min(writing.shown, len(pool))
     domain = writing.scoring.find_domain()
     return write.prompts(domain, pool, writing.n, shown=shown, turns=writing.turns, seed=writing.seed)
@@ -278,7 +270,6 @@ def filter_rows(context: StepContext, *, scoring: Scoring, real: Path, n: int) -
     """Writes ``samples.parquet``: the n real rows that the reward's signals rank first, fused over the whole pool as
     one group. Gates are skipped, as the rows are real."""
     pool, reward = read_rows(real), scoring.build()
-
     columns = _joined(context.chunks("scores", pool, 4 * CHUNK, lambda start, some: _values(reward, some)))
     totals = _fused(columns, reward)
     order = [i for _, i in sorted((-total, i) for i, total in enumerate(totals) if total is not None)[:n]]
@@ -340,8 +331,6 @@ def label_questions(
 
     ``model`` answers the questions, for the methods ``majority`` and ``teacher``.
     """
-    from acqsynth.label import Labeller
-
     own, asked = find_domain(domain), read_rows(samples)
     kept: list[Sample] = []
     agreement: list[float | None] = []
@@ -413,26 +402,16 @@ def answer_rows(
 
     ``sets``: name -> domain and rows.
     """
-    from acqsynth.evaluate import evaluate, evaluate_by_likelihood
-
     answering = _engine(engine, model)
     for name, (domain, path) in sets.items():
         own, gold = find_domain(domain), read_rows(path)
-
-        def answer(start: int, some: Sequence[Sample], own: Domain = own) -> dict[str, list[Any]]:
-            return asdict(evaluate(answering, own, some, max_tokens=max_tokens, seed=seed))
-
-        columns = _joined(context.chunks(f"answers-{name}", gold, 2 * CHUNK, answer))
+        answer = partial(evaluate, answering, own, max_tokens=max_tokens, seed=seed)
+        columns = _evaluated(context, f"answers-{name}", gold, answer)
         likely: dict[str, list[Any]] = {}
         if likelihood:
             labels = list(dict.fromkeys(sample.answer for sample in gold))
-
-            def choose(
-                start: int, some: Sequence[Sample], own: Domain = own, labels: Sequence[str] = labels
-            ) -> dict[str, list[Any]]:
-                return asdict(evaluate_by_likelihood(answering, own, some, labels))
-
-            chosen = _joined(context.chunks(f"likelihood-{name}", gold, 2 * CHUNK, choose))
+            choose = partial(evaluate_by_likelihood, answering, own, labels=labels)
+            chosen = _evaluated(context, f"likelihood-{name}", gold, choose)
             likely = {"likeliest": chosen["answers"], "likeliest_right": chosen["right"]}
             written, best = fmean(columns["right"]), fmean(chosen["right"])
             context.say(f"{name}: {written:.1%} right as written, {best:.1%} by the likeliest of {len(labels)} labels")
@@ -450,6 +429,13 @@ def answer_rows(
         )
 
 
+def _evaluated(
+    context: StepContext, name: str, gold: Sequence[Sample], answer: Callable[[Sequence[Sample]], Evaluation]
+) -> dict[str, list[Any]]:
+    """The columns of an :class:`Evaluation` of all rows."""
+    return _joined(context.chunks(name, gold, 2 * CHUNK, lambda start, some: asdict(answer(some))))
+
+
 def measure_validity(
     context: StepContext,
     *,
@@ -465,7 +451,6 @@ def measure_validity(
     """Writes ``batches.json``: for each small batch of real rows its skill, each signal's mean, and the accuracy gained
     by a separate student that learnt it. A batch has rows of one skill if the rows have skills."""
     from acqsynth import train
-    from acqsynth.evaluate import evaluate
 
     domain, gold = find_domain(scoring.domain), read_rows(scoring.evaluation)
     reward = replace(scoring, reward=validity_reward(scoring.reward, validity)).build()
@@ -520,16 +505,12 @@ def _sampling(config: SamplingConfig, n: int, seed: int) -> Sampling:
 
 def _values(reward: Any, samples: Sequence[Sample]) -> dict[str, list[float | None]]:
     """Each signal's values of the samples; signals share intermediate results."""
-    from acqsynth.rewards.batch import Batch
-
     batch = Batch(samples)
     return {signal.name: list(signal(batch)) for signal in reward.signals}
 
 
 def _fused(columns: Mapping[str, Sequence[float | None]], reward: Any) -> list[float | None]:
     """Fuses the signals' values of samples like the reward, as one group."""
-    from acqsynth.rewards.fusion import fuse
-
     n = len(next(iter(columns.values())))
     return fuse(columns, [0] * n, reward.fusion, reward.weights)
 

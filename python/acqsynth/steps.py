@@ -23,6 +23,7 @@ from typing import Any, Protocol, TypeVar
 
 import pyarrow
 import pyarrow.parquet
+import torch
 from filelock import FileLock, Timeout
 from pydantic import BaseModel
 
@@ -159,11 +160,11 @@ class StepContext:
                 behind = True
             else:
                 if state is not None and behind and last is not None:
-                    state.load_state_dict(_torch_load(last))
+                    state.load_state_dict(load_state(last))
                 behind = False
                 result = function(start, items[start : start + size])
                 if state is not None:
-                    _torch_save(state.state_dict(), path.with_suffix(".pt"))
+                    save_state(path.with_suffix(".pt"), state.state_dict())
                 write_json(path, result)
                 if state is not None and last is not None:
                     last.unlink(missing_ok=True)
@@ -362,15 +363,23 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def save_state(path: Path, state: Any) -> None:
+    """Writes a ``state_dict`` to ``path``, completely or not at all."""
+    unfinished = path.with_suffix(".part")
+    torch.save(state, unfinished)
+    unfinished.replace(path)
+
+
+def load_state(path: Path) -> Any:
+    """Reads the result of :func:`save_state`; a crafted file runs no code."""
+    return torch.load(path, weights_only=True)
+
+
 # --- samples and tables as parquet ------------------------------------------------------------------------------------
 
 
 def write_rows(path: Path, samples: Sequence[Sample], columns: Mapping[str, Sequence[Any]] | None = None) -> None:
-    """Writes samples, one per row, and further columns; ``extra`` is stored as JSON.
-
-    Raises:
-        ValueError: a column has a different length. OSError: the file cannot be written.
-    """
+    """Writes samples, one per row, and further columns; ``extra`` is stored as JSON."""
     table: dict[str, Sequence[Any]] = {
         name: [getattr(sample, name) for sample in samples] for name in ("question", "reasoning", "answer")
     }
@@ -388,11 +397,7 @@ def read_rows(path: Path) -> list[Sample]:
 
 
 def write_table(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
-    """Writes columns of equal length.
-
-    Raises:
-        ValueError: columns differ in length. OSError: the file cannot be written.
-    """
+    """Writes columns of equal length."""
     pyarrow.parquet.write_table(pyarrow.table({name: list(values) for name, values in columns.items()}), path)
 
 
@@ -513,16 +518,3 @@ def _disk_is_full(error: BaseException) -> bool:
             return True
         seen = seen.__cause__ or seen.__context__
     return False
-
-
-def _torch_save(state: Any, path: Path) -> None:
-    import torch
-
-    torch.save(state, path.with_suffix(".part"))
-    path.with_suffix(".part").replace(path)
-
-
-def _torch_load(path: Path) -> Any:
-    import torch
-
-    return torch.load(path, weights_only=True)

@@ -12,30 +12,28 @@ import logging
 import math
 import random
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import datasets
 from transformers import PrinterCallback, TrainerCallback
 from trl import DPOTrainer, GRPOTrainer, SFTTrainer
+from trl.trainer.utils import get_callable_name, is_async_callable
 
-from acqsynth import engines
-from acqsynth.callbacks import (
-    CHECKPOINT,
-    REWARD_STATE,
-    Progress as Progress,
-    Refresh as Refresh,
-    RewardStates,
-    StepClock,
-    last_checkpoint,
-)
 from acqsynth.domains import Domain, Messages, Sample
 from acqsynth.engines import Engine, Sampling
+from acqsynth.evaluate import rank_correlation
+from acqsynth.steps import load_state, save_state
 from acqsynth.train_options import configuration as configuration
 from acqsynth.write import Candidate, Scorer, candidates
 
 logger = logging.getLogger(__name__)
+
+CHECKPOINT = "checkpoint-"
+REWARD_STATE = "reward_state.pt"  #: written last to a checkpoint, so its presence means the checkpoint is complete
 
 Row = dict[str, Messages]  #: ``{"prompt", "completion"}``
 Reward = Callable[..., Any]  #: a TRL reward function
@@ -164,7 +162,7 @@ def dpo(
     options: Mapping[str, Any] | None = None,
     *,
     sampling: Sampling,
-    engine: Callable[[], Engine] | None = None,
+    engine: Callable[[], Engine],
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Path:
     """Trains ``generator`` by DPO on pairs of its own candidates. ``pairs.parquet`` stores the pairs; a resumed run
@@ -177,7 +175,7 @@ def dpo(
         output: folder of the model.
         options: as in :func:`configuration`.
         sampling: its ``n`` is the number of candidates per prompt.
-        engine: creates an engine for the generator; by default transformers.
+        engine: creates an engine for the generator.
 
     Raises:
         ValueError: no pair was found, or as :func:`configuration`.
@@ -186,9 +184,7 @@ def dpo(
     config, lora = configuration("dpo", options or {}, output)
     table = output / "pairs.parquet"
     if not table.is_file():
-        drawing = engine() if engine is not None else engines.load("transformers", generator)
-        rows = pairs(candidates(drawing, prompts, reward, sampling))
-        del drawing
+        rows = pairs(candidates(engine(), prompts, reward, sampling))
         if not rows:
             raise ValueError(
                 "prompts: expected a prompt whose best candidate passes the gates and beats the worst, "
@@ -238,6 +234,149 @@ def pairs(groups: Sequence[Sequence[Candidate]]) -> list[dict[str, Any]]:
     return rows
 
 
+# --- callbacks --------------------------------------------------------------------------------------------------------
+
+
+class Progress(TrainerCallback):
+    """Reports each logged step.
+
+    Args:
+        say: prints a line; called once per tenth of the steps.
+        status: shows a line until the next one; called at each step.
+    """
+
+    def __init__(self, say: Callable[[str], None], status: Callable[[str], None] = lambda line: None) -> None:
+        self.say = say
+        self.status = status
+        self._said = 0
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **rest: Any) -> None:
+        shown = [f"{key} {logs[key]:.4g}" for key in ("reward", "loss") if isinstance(logs.get(key), float)]
+        if not shown:
+            return
+        if isinstance(share := state.log_history[-1].get("reward_share"), float):
+            shown.append(f"{share:.1%} of the time in the reward")
+        line = f"step {state.global_step} of {state.max_steps}: {', '.join(shown)}"
+        self.status(line)
+        tenth = 10 * state.global_step // max(state.max_steps, 1)
+        if tenth > self._said:
+            self._said = tenth
+            self.say(line)
+
+
+class StepClock(TrainerCallback):
+    """Logs the duration of each step and the time spent in the rewards."""
+
+    def __init__(self) -> None:
+        self.reward_seconds = 0.0
+        self._begin = 0.0
+        self._measured: dict[str, float] = {}
+
+    def timed(self, reward: Callable[..., Any]) -> Callable[..., Any]:
+        """Wraps a reward, keeping its name, and counts the seconds spent in it."""
+
+        def function(*args: Any, **columns: Any) -> Any:
+            with self._counted():
+                return reward(*args, **columns)
+
+        async def coroutine(*args: Any, **columns: Any) -> Any:
+            with self._counted():
+                return await reward(*args, **columns)
+
+        timed: Any = coroutine if is_async_callable(reward) else function
+        timed.__name__ = get_callable_name(reward)
+        return timed
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.reward_seconds += time.perf_counter() - begin
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        self._begin, self.reward_seconds = time.perf_counter(), 0.0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        seconds = time.perf_counter() - self._begin
+        self._measured = {
+            "seconds": seconds,
+            "reward_seconds": self.reward_seconds,
+            "reward_share": self.reward_seconds / seconds,
+        }
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **rest: Any) -> None:
+        if "reward" in logs:  # not the summary at the end
+            state.log_history[-1].update(self._measured)
+            logs.update(self._measured)
+
+
+class Refresh(TrainerCallback):
+    """Refreshes the student behind the reward during training.
+
+    Args:
+        every: steps between refreshes.
+        student: step -> None; makes the reward score with a newer student.
+        probe: scores a fixed set of samples with the current reward. The rank correlation of the scores before and
+            after a refresh is logged as ``staleness``, that of the first and the latest scores of the run as
+            ``staleness_since_start``; 1 means that the order did not change.
+
+    Raises:
+        ValueError: every is below 1.
+    """
+
+    def __init__(self, every: int, student: Callable[[int], None], probe: Callable[[], Sequence[float | None]]) -> None:
+        if every < 1:
+            raise ValueError(f"every: expected at least 1 step, got {every}")
+        self.every = every
+        self.student = student
+        self.probe = probe
+        self._first: Sequence[float | None] = ()
+        self._moved: dict[str, float | None] = {}  # for the next log
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        self._first = self.probe()
+        # A resumed run must continue with the student it had.
+        last = state.global_step - state.global_step % self.every
+        if last:
+            self.student(last)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        step = state.global_step
+        if step % self.every or step >= state.max_steps:
+            return
+        before = self.probe()
+        self.student(step)
+        after = self.probe()
+        self._moved = {
+            "staleness": rank_correlation(before, after),
+            "staleness_since_start": rank_correlation(self._first, after),
+        }
+        state.log_history.append({"step": step, "student_refreshed": True, **self._moved})
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **rest: Any) -> None:
+        logs.update(self._moved)
+        self._moved = {}
+
+
+class RewardStates(TrainerCallback):
+    """Saves the state of the rewards with each checkpoint."""
+
+    def __init__(self, rewards: Sequence[Any]) -> None:
+        self.rewards = [reward for reward in rewards if hasattr(reward, "state_dict")]
+
+    def restore(self, checkpoint: Path) -> None:
+        """Restores the rewards to their state at the checkpoint."""
+        for reward, state in zip(self.rewards, load_state(checkpoint / REWARD_STATE), strict=True):
+            reward.load_state_dict(state)
+
+    def on_save(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"{CHECKPOINT}{state.global_step}"
+            save_state(folder / REWARD_STATE, [reward.state_dict() for reward in self.rewards])
+
+
 # --- logging, saving and resuming -------------------------------------------------------------------------------------
 
 
@@ -247,12 +386,22 @@ def read_log(output: Path) -> list[dict[str, Any]]:
     return [{key: _finite(value) for key, value in entry.items()} for entry in state["log_history"]]
 
 
+def newest_checkpoint(folder: Path, file: str, before: float = math.inf) -> Path | None:
+    """The newest of a trainer's checkpoints that hold ``file``, of those before a step."""
+    found = {}
+    for path in folder.glob(f"{CHECKPOINT}*"):
+        step = path.name.removeprefix(CHECKPOINT)
+        if step.isdigit() and int(step) < before and (path / file).is_file():
+            found[int(step)] = path
+    return found[max(found)] if found else None
+
+
 def _run(trainer: Any, output: Path, rewards: Sequence[Any] = ()) -> None:
     """Trains from the last complete checkpoint, if any, and saves the model in ``output``."""
     states = RewardStates(rewards)
     trainer.add_callback(states)
     trainer.remove_callback(PrinterCallback)  # with disable_tqdm it prints every step
-    checkpoint = last_checkpoint(output)
+    checkpoint = newest_checkpoint(output, REWARD_STATE)
     if trainer.is_world_process_zero():
         for folder in output.glob(f"{CHECKPOINT}*"):
             if not (folder / REWARD_STATE).is_file():

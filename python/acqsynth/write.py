@@ -234,13 +234,18 @@ def best(
     return _draw_until(prompts, keep, sampling, rows=rows, rounds=rounds, per_prompt=1)
 
 
+def plain(question: str) -> str:
+    """The form in which repeated questions are equal."""
+    return " ".join(question.lower().split())
+
+
 def _total(candidate: Candidate) -> float:
     return -math.inf if candidate.total is None else candidate.total
 
 
 def _is_new(sample: Sample, asked: set[str], dropped: Counter[str]) -> bool:
     """Whether the question is new; records it."""
-    question = " ".join(sample.question.lower().split())
+    question = plain(sample.question)
     new = question not in asked
     asked.add(question)
     dropped["repeats a question"] += not new

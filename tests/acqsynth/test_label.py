@@ -1,12 +1,11 @@
 from __future__ import annotations
 
-import numpy
 import pytest
 
 from acqsynth.config import LabellingConfig
 from acqsynth.domains import Sample
 from acqsynth.domains.math import Math
-from acqsynth.label import Label, Labeller, _reasoning, cluster, cluster_texts, label, label_by_domain
+from acqsynth.label import Label, Labeller, _reasoning, cluster, label, label_by_domain
 
 QUESTION = Sample("3+4", "99", "the generator's own")
 
@@ -120,25 +119,6 @@ def test_a_percentage_does_not_join_its_two_readings():
     assert cluster(math, [QUESTION], [["50%", "50", "50 percent"]]) == [[[0, 1, 2]]]
     assert cluster(math, [QUESTION], [["3 km", "3", "3 m", "3 km"]]) == [[[0, 3], [1], [2]]]
     math.checker.close()
-
-
-def embed(texts):
-    """Embeds answers, which are angles in degrees, as unit vectors."""
-    angles = numpy.radians([float(text) for text in texts])
-    return numpy.stack([numpy.cos(angles), numpy.sin(angles)], axis=1)
-
-
-def test_open_answers_cluster_by_their_embeddings():
-    # cos 49.5 degrees is 1 - 0.35, so 40 is near and 60 is not.
-    assert cluster_texts(["0", "100", "40", None, "102", "20"], embed) == [[0, 2, 5], [1, 4]]
-    assert cluster_texts(["5", None], embed) == [[0]]
-    assert cluster_texts([None], embed) == []
-
-
-def test_the_medoid_stands_for_open_answers(sums, scripted):
-    found = labelled(sums, scripted, ["0", "40", "x\n20", "180", "..."], embed=embed)
-    assert found.sample == Sample("3+4", "20", "x")
-    assert found.agreement == 3 / 5
 
 
 def test_wrong_arguments(sums, scripted):

@@ -10,8 +10,8 @@ import torch
 
 import acqcore
 from acqcore.acquisitions.archive_novelty import NoveltyOptions
-from acqsynth import steps
-from acqsynth.callbacks import REWARD_STATE, RewardStates
+from acqsynth.steps import load_state
+from acqsynth.train import REWARD_STATE, RewardStates
 
 
 class Runs:
@@ -30,7 +30,7 @@ def restore(path):
 
 LOADERS = {
     "a reward's state": (restore, pickle.UnpicklingError),
-    "a step's state": (steps._torch_load, pickle.UnpicklingError),
+    "a step's state": (load_state, pickle.UnpicklingError),
     "a reference": (acqcore.Reference.load, ValueError),
     "an EPIG reference": (acqcore.EpigReference.load, ValueError),
     "an archive": (lambda path: NoveltyOptions(archive=path), ValueError),

@@ -16,13 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTConfig
 
 from acqsynth import train
-from acqsynth.callbacks import REWARD_STATE, Progress, RewardStates, last_checkpoint, newest_checkpoint
 from acqsynth.domains import Sample
 from acqsynth.engines import Sampling
 from acqsynth.engines.transformers import TransformersEngine
 from acqsynth.parsing import as_text
 from acqsynth.rewards import AcquisitionReward
-from acqsynth.train import read_log
+from acqsynth.train import REWARD_STATE, Progress, RewardStates, newest_checkpoint, read_log
 from acqsynth.write import Candidate
 
 SAMPLES = [Sample(f"{a}+{b}", str(a + b), f"{a} and {b}") for a in range(4) for b in range(4)]
@@ -191,7 +190,7 @@ def test_wrong_arguments(sums, student_path, answer_reward, tmp_path):
     with pytest.raises(ValueError, match="prompts: expected at least one"):
         train.grpo(str(student_path), [], answer_reward, tmp_path)
     with pytest.raises(ValueError, match="every: expected at least 1 step, got 0"):
-        train.Refresh(0, print)
+        train.Refresh(0, print, list)
 
 
 # --- GRPO -------------------------------------------------------------------------------------------------------------
@@ -315,7 +314,7 @@ def test_tensorboard_files_have_the_reward_s_share_and_staleness(student_path, a
 def test_a_run_that_goes_on_begins_with_the_student_it_had(student_path, answer_reward, tmp_path):
     students = []
     arguments = (str(student_path), ASK, answer_reward, tmp_path, GRPO | {"save_steps": 3})
-    refresh = train.Refresh(every=2, student=students.append)
+    refresh = train.Refresh(every=2, student=students.append, probe=list)
     with pytest.raises(KeyboardInterrupt):
         train.grpo(*arguments, refresh=refresh, callbacks=[KillAt(4)])
     assert students == [2]
@@ -428,22 +427,22 @@ def checkpoint(folder, step, whole=True):
 
 
 def test_the_last_whole_checkpoint(tmp_path):
-    assert last_checkpoint(tmp_path / "none") is None
+    assert newest_checkpoint(tmp_path / "none", REWARD_STATE) is None
     checkpoint(tmp_path, 9)
     newest = checkpoint(tmp_path, 10)
     checkpoint(tmp_path, 11, whole=False)
-    assert last_checkpoint(tmp_path) == newest
+    assert newest_checkpoint(tmp_path, REWARD_STATE) == newest
 
 
 def test_the_newest_checkpoint_before_a_step(tmp_path):
-    assert newest_checkpoint(tmp_path, 10) is None
+    assert newest_checkpoint(tmp_path, "config.json", before=10) is None
     for name in ("checkpoint-2", "checkpoint-4", "checkpoint-10", "checkpoint-last", "checkpoint-6"):
         (tmp_path / name).mkdir()
         if name != "checkpoint-6":  # this one is incomplete
             (tmp_path / name / "config.json").write_text("{}")
-    assert newest_checkpoint(tmp_path, 10) == tmp_path / "checkpoint-4"
-    assert newest_checkpoint(tmp_path, 11) == tmp_path / "checkpoint-10"
-    assert newest_checkpoint(tmp_path, 2) is None
+    assert newest_checkpoint(tmp_path, "config.json", before=10) == tmp_path / "checkpoint-4"
+    assert newest_checkpoint(tmp_path, "config.json", before=11) == tmp_path / "checkpoint-10"
+    assert newest_checkpoint(tmp_path, "config.json", before=2) is None
 
 
 def test_numbers_that_are_not_finite_are_none_in_the_log(tmp_path):
@@ -460,7 +459,7 @@ def test_rewards_with_a_state_are_restored(tmp_path, answer_reward):
     saved.on_save(
         SimpleNamespace(output_dir=tmp_path), SimpleNamespace(is_world_process_zero=True, global_step=1), None
     )
-    assert last_checkpoint(tmp_path) == folder
+    assert newest_checkpoint(tmp_path, REWARD_STATE) == folder
     fresh = type(answer_reward)()
     RewardStates([print, fresh]).restore(folder)
     assert fresh.calls == 7

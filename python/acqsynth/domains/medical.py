@@ -101,7 +101,7 @@ class Medical(Domain):
     def canonical(self, answer: str) -> str:
         """An option's letter in upper case, a decision in lower case, or the text in lower case without punctuation."""
         plain = answer.strip().strip("*").strip()
-        return _choice(plain) or re.sub(r"\W+", " ", plain).strip().casefold()
+        return _choice(plain) or _words(plain)
 
     def equivalent(self, gold: Sequence[Sample], answers: Sequence[str | None]) -> list[bool]:
         """Whether letters or decisions agree; an option's full text counts as its letter."""
@@ -141,9 +141,14 @@ class Medical(Domain):
         """The canonical answer, with an option's text replaced by its letter."""
         canonical = self.canonical(answer)
         for letter, option in sample.extra.get("options", {}).items():
-            if canonical == re.sub(r"\W+", " ", option).strip().casefold():
+            if canonical == _words(option):
                 return str(letter)
         return canonical
+
+
+def _words(text: str) -> str:
+    """The text in lower case without punctuation."""
+    return re.sub(r"\W+", " ", text).strip().casefold()
 
 
 def _choice(plain: str) -> str | None:

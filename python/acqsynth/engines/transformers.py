@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 import acqcore
@@ -117,32 +118,27 @@ class TransformersEngine(Engine):
             raise ValueError(f"texts: expected prompt and text within {limit} tokens, the model's limit")
         parts = [self._padded(rows[i : i + at_once]) for i in range(0, len(rows), at_once)]
         with self._generating():
-            return [[value for part in parts for value in values(part)] for values in map(self._continued, ids)]
+            return [self._continued(prompt, parts) for prompt in ids]
 
     def _padded(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids ``[m, T]``, padded on the right, and the mask of real tokens."""
-        tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
-        there = torch.zeros_like(tokens, dtype=torch.bool)
-        for i, row in enumerate(rows):
-            tokens[i, : len(row)] = torch.tensor(row)
-            there[i, : len(row)] = True
+        ids = [torch.tensor(row) for row in rows]
+        tokens = pad_sequence(ids, batch_first=True)
+        there = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in ids], batch_first=True)
         return tokens.to(self.model.device), there.to(self.model.device)
 
-    def _continued(self, prompt: list[int]) -> Callable[[tuple[torch.Tensor, torch.Tensor]], list[float]]:
-        """A function that computes the log-probability of each row of a part after the prompt."""
+    def _continued(self, prompt: list[int], parts: list[tuple[torch.Tensor, torch.Tensor]]) -> list[float]:
+        """The log-probability of each row of the parts after the prompt."""
         first = self.model(input_ids=torch.tensor([prompt], device=self.model.device), use_cache=True)
-
-        def values(part: tuple[torch.Tensor, torch.Tensor]) -> list[float]:
-            tokens, there = part
+        found: list[float] = []
+        for tokens, there in parts:
             cache = copy.deepcopy(first.past_key_values)
             cache.batch_repeat_interleave(len(tokens))
             later = self.model(input_ids=tokens[:, :-1], past_key_values=cache, use_cache=True).logits  # [m, T - 1, V]
             logits = torch.cat([first.logits[:, -1:].expand(len(tokens), -1, -1), later], dim=1).float()
             own = logits.gather(2, tokens[:, :, None])[:, :, 0] - logits.logsumexp(dim=2)
-            found: list[float] = own.where(there, 0).sum(dim=1).tolist()
-            return found
-
-        return values
+            found += own.where(there, 0).sum(dim=1).tolist()
+        return found
 
     def reload(self, weights: str | os.PathLike[str] | Mapping[str, torch.Tensor]) -> None:
         """As in :class:`Engine`; a path is a folder that ``from_pretrained`` reads. Weights are copied in place.
@@ -174,12 +170,9 @@ class TransformersEngine(Engine):
         pad = self.tokenizer.pad_token_id
         if pad is None:
             pad = eos[0] if eos else 0  # masked, so any token will do
-        longest = max(map(len, rows))
-        tokens = torch.full((len(rows), longest), pad)
-        mask = torch.zeros_like(tokens)
-        for i, row in enumerate(rows):
-            tokens[i, longest - len(row) :] = torch.tensor(row)
-            mask[i, longest - len(row) :] = 1
+        ids = [torch.tensor(row) for row in rows]
+        tokens = pad_sequence(ids, batch_first=True, padding_value=pad, padding_side="left")
+        mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True, padding_side="left")
         kept = _Logprobs() if sampling.top2 else None
         output = self.model.generate(
             input_ids=tokens.to(self.model.device),
@@ -199,7 +192,7 @@ class TransformersEngine(Engine):
                 use_cache=True,
             ),
         )
-        drawn = output[:, longest:].tolist()
+        drawn = output[:, tokens.shape[1] :].tolist()
         if kept is None:
             return [completion(self.tokenizer, row, eos) for row in drawn]
         top2, own = kept.table(output)
