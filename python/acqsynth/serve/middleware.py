@@ -138,13 +138,10 @@ class Metrics:
         self.student_version = Gauge(
             "acqsynth_student_version", "1 for the initial student, incremented by each reload", registry=self.registry
         )
-        self._gauges: list[Gauge] = []
 
     def watch(self, name: str, text: str, value: Callable[[], float]) -> None:
         """Adds a gauge computed at each scrape."""
-        gauge = Gauge(name, text, registry=self.registry)
-        gauge.set_function(value)
-        self._gauges.append(gauge)
+        Gauge(name, text, registry=self.registry).set_function(value)
 
     def batch(self, samples: int, tokens: int, seconds: float) -> None:
         """Records one scoring call."""

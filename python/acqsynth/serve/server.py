@@ -21,13 +21,7 @@ import acqcore
 from acqsynth.models import resolve
 from acqsynth.serve.app import Service, create_app
 from acqsynth.serve.middleware import Access
-from acqsynth.serve.options import (
-    ADMIN_TOKEN_VARIABLE,
-    TOKEN_VARIABLE,
-    Limits,
-    is_loopback,
-    token_from,
-)
+from acqsynth.serve.options import ADMIN_TOKEN_VARIABLE, TOKEN_VARIABLE, Limits, is_loopback, token_from
 from acqsynth.serve.students import Students
 
 HEAD_BYTES = 1 << 15  #: maximum bytes of request line and headers; a token and a path need a few hundred
