@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,11 @@ import torch
 import acqcore
 from acqsynth.models import smollm2_path
 from benchmarks import gsm8k, harness
+from benchmarks.gsm8k import TRUNK
 
 LONGEST_PEER_ROWS = 8192
 D, V = 576, 49152
 OURS = "acqcore.head_grad_norm"
-TRUNK = "trunk alone, unpadded"
 LARGEST = 1 << 29  # elements; peers that store more logits or per-sample gradients are skipped
 
 
@@ -104,7 +105,7 @@ def head_rows(turns: int, absent: dict[str, str]) -> list[harness.Row]:
             if name in absent or held.get(name, 0) > LARGEST or (name != OURS and b * t > LONGEST_PEER_ROWS):
                 continue
             torch.testing.assert_close(function(hidden, head, targets), expected, rtol=1e-3, atol=0)
-            peers[name] = _bind(function, hidden, head, targets)
+            peers[name] = partial(function, hidden, head, targets)
         case = f"head D={D} V={V}, B={b} T={t}"
         print(f"measuring {case} ...", flush=True)
         work = 2.0 * b * t * D * V
@@ -118,14 +119,8 @@ def student_rows(turns: int, data: Path, count: int) -> list[harness.Row]:
     samples = gsm8k.load_samples(data, count)
     rows = gsm8k.token_rows(student, samples)
     model = student.trunk
-    weight = student.head.weight
     assert isinstance(model, torch.nn.Module)
     parameters = list(model.parameters())
-
-    def trunk() -> None:
-        with student.scoring():
-            for ids, _ in rows:
-                student.hidden(ids[None])
 
     def gradient(ids: torch.Tensor, prompt: int) -> list[torch.Tensor]:
         hidden = student.hidden(ids[None])[0, prompt - 1 : -1]
@@ -165,9 +160,9 @@ def student_rows(turns: int, data: Path, count: int) -> list[harness.Row]:
         given = {name: arguments[name] for name in names}
         return lambda: acqcore.score(student, samples, names, acquisition_args=given, progress=False)
 
-    assert weight.shape == (V, D)
+    assert student.head.weight.shape == (V, D)
     peers: dict[str, Callable[[], object]] = {
-        TRUNK: trunk,
+        TRUNK: partial(gsm8k.run_trunk, student, rows),
         "score(grad_norm, entropy, margin)": lambda: acqcore.score(
             student, samples, ("grad_norm", "entropy", "margin"), progress=False
         ),
@@ -205,15 +200,6 @@ def main() -> None:
     if arguments.part != "head":
         rows = student_rows(arguments.turns, arguments.data, arguments.rows)
         harness.report("gradients_student", rows, unit="GFLOP/s", notes={"ratio_to": TRUNK})
-
-
-def _bind(
-    function: Callable[..., torch.Tensor],
-    hidden: torch.Tensor,  # [B, T, D]
-    head: torch.nn.Linear,
-    targets: torch.Tensor,  # [B, T]
-) -> Callable[[], object]:
-    return lambda: function(hidden, head, targets)
 
 
 if __name__ == "__main__":

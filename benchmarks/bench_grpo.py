@@ -8,7 +8,6 @@ The reference of ``influence`` is 16 of the bundled rows; the first step include
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from typing import Any
 
@@ -77,7 +76,7 @@ def main() -> None:
         "tokens": demo.COMPLETION_TOKENS,
     }
     content = {"machine": harness.machine(), "settings": settings, "rewards": results}
-    (harness.RESULTS / "grpo.json").write_text(json.dumps(content, indent=1) + "\n")
+    harness.write(harness.RESULTS / "grpo.json", content)
     print(table(results))
 
 

@@ -8,7 +8,6 @@ a three-block Llama on the same tokens, briefly trained, with autograd.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
@@ -109,7 +108,7 @@ def main() -> None:
         "head, SmolLM2-135M": head_agreement(student, rows),
     }
     content = {"machine": harness.machine(), "rows": RANKED, "reference": REFERENCE, "dim": DIM, "results": results}
-    (harness.RESULTS / "influence.json").write_text(json.dumps(content, indent=1) + "\n")
+    harness.write(harness.RESULTS / "influence.json", content)
     for name, values in results.items():
         print(name, {key: round(value, 4) for key, value in values.items()})
 

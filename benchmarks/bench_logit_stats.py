@@ -99,7 +99,7 @@ def main() -> None:
     not_measured = {}
     for n, v, dtype in SHAPES[device]:
         n, v = arguments.rows or n, arguments.vocab or v
-        case = f"N={n} V={v} {str(dtype).removeprefix('torch.')}"
+        case = f"N={n} V={v} {harness.name(dtype)}"
         print(f"measuring {case} ...", flush=True)
         inputs = make_inputs(n, v, dtype, device)
         with torch.no_grad():

@@ -63,6 +63,7 @@ REWARDS: dict[str, tuple[dict[str, dict[str, Any]], dict[str, float]] | None] = 
 #: Rewards with linear mutual information -> the same rewards with draws.
 FORMS = {DEFAULT: "default, draws", "mutual_information": "mutual_information, draws"}
 WORLDS = ("arithmetic", "arithmetic-skewed")
+TRAPS = ("coin", "table")  #: kinds of skills
 FEW = 0.5  #: skills with less than this fraction of an even share count as hardly trained
 
 
@@ -145,13 +146,18 @@ def by_skill(files: Sequence[Path]) -> dict[str, float]:
 
 def accuracy(skills: dict[str, float], kind: str | None = None) -> float:
     """Mean over all skills, or over those of a kind."""
-    return statistics.fmean(share for name, share in skills.items() if kind in (None, SKILLS[name].kind))
+    return statistics.fmean(right for name, right in skills.items() if kind in (None, SKILLS[name].kind))
 
 
 def forgetting(arm: dict[str, Any], base: dict[str, float]) -> float | None:
     """Mean change on the hardly trained skills; None if there are none."""
-    few = [name for name, share in arm["mix"].items() if share < FEW / len(SKILLS)]
+    few = [name for name, part in arm["mix"].items() if part < FEW / len(SKILLS)]
     return statistics.fmean(arm["skills"][name] - base[name] for name in few) if few else None
+
+
+def share(arm: dict[str, Any], *kinds: str) -> float:
+    """Share of the rows an arm learnt that are of these kinds of skills."""
+    return sum(part for skill, part in arm["mix"].items() if SKILLS[skill].kind in kinds)
 
 
 def interval(values: Sequence[float]) -> str:
@@ -179,12 +185,8 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         own = [accuracy(arm["skills"]) for arm in arms]
         changes = [forgetting(arm, before) for arm, before in zip(arms, base, strict=True)]
         known = [change for change in changes if change is not None]
-        kinds = [
-            sum(share for skill, share in arm["mix"].items() if SKILLS[skill].kind in wanted)
-            for wanted in (("weak",), ("coin", "table"))
-            for arm in arms
-        ]
-        weak, traps = statistics.fmean(kinds[: len(arms)]), statistics.fmean(kinds[len(arms) :])
+        weak = statistics.fmean(share(arm, "weak") for arm in arms)
+        traps = statistics.fmean(share(arm, *TRAPS) for arm in arms)
         shares = [arm["reward_share"] for arm in arms if arm["reward_share"] is not None]
         cells = [
             interval(own),
@@ -206,15 +208,11 @@ def forms(results: Sequence[dict[str, Any]]) -> str:
         if not all(arm for pair in pairs for arm in pair):
             continue
         gains = [accuracy(a["skills"]) - accuracy(b["skills"]) for a, b in pairs]
-        more = [_traps(a) - _traps(b) for a, b in pairs]
+        more = [share(a, *TRAPS) - share(b, *TRAPS) for a, b in pairs]
         seconds = [[arm["reward_share"] * arm["step_seconds"] for arm in pair] for pair in pairs]
         taken = [f"{statistics.median(column):.2f}" for column in zip(*seconds, strict=True)]
         lines.append(f"| {linear} | {interval(gains)} | {interval(more)} | {taken[0]} against {taken[1]} |")
     return "\n".join(lines)
-
-
-def _traps(arm: dict[str, Any]) -> float:
-    return sum(share for skill, share in arm["mix"].items() if SKILLS[skill].kind in ("coin", "table"))
 
 
 def main() -> None:
@@ -235,7 +233,7 @@ def main() -> None:
             "settings": {"test": TEST, "fits": FITS, "world": arguments.world, "overrides": arguments.overrides},
             "seeds": results,
         }
-        arguments.results.write_text(json.dumps(content, indent=1) + "\n")
+        harness.write(arguments.results, content)
     if DEFAULT in arguments.rewards:
         print(table(results))
     print(forms(results))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -23,20 +22,18 @@ import torch
 import acqcore
 from acqsynth.models import smollm2_path
 from benchmarks import gsm8k, harness, toy_student
-from benchmarks.bench_score import TRUNK
+from benchmarks.gsm8k import TRUNK
 
 BARE = "hidden @ weight.T (once, no statistics)"
 ENTROPY = "entropy (no draws)"
 ENSEMBLE = 5
 
 
-#: Blocks of a student -> training steps it needs to learn the table.
-STUDENTS = {3: 400, 6: 800}
-
-
 def separation(seeds: int) -> None:
     """Measures AUROC and cost of each form over seeds, for students of each depth."""
-    _write("separation", {"seeds": seeds, "blocks": {n: _separation(n, STUDENTS[n], seeds) for n in STUDENTS}})
+    found = {blocks: _separation(blocks, steps, seeds) for blocks, steps in toy_student.STEPS.items()}
+    content = {"machine": harness.machine(), "seeds": seeds, "blocks": found}
+    harness.write(harness.RESULTS / "mutual_information_separation.json", content)
 
 
 def _separation(blocks: int, steps: int, seeds: int) -> dict[str, list[dict[str, float]]]:
@@ -88,11 +85,6 @@ def _separation(blocks: int, steps: int, seeds: int) -> dict[str, list[dict[str,
         cost = statistics.median(a["seconds"] / b["seconds"] for a, b in zip(rows, found[ENTROPY], strict=True))
         print(f"| {form} | {' | '.join(cells)} | {cost:.1f} |", flush=True)
     return found
-
-
-def _write(part: str, content: dict[str, Any]) -> None:
-    path = harness.RESULTS / f"mutual_information_{part}.json"
-    path.write_text(json.dumps({"machine": harness.machine(), **content}, indent=1) + "\n")
 
 
 def eager(hidden: torch.Tensor, weight: torch.Tensor, draws: int) -> torch.Tensor:
@@ -173,19 +165,13 @@ def score(path: Path, count: int, turns: int) -> None:
     """Times SmolLM2 on GSM8K rows."""
     student = acqcore.Student.load(smollm2_path(), dtype=torch.float32)
     samples = gsm8k.load_samples(path, count)
-    tokens = gsm8k.token_rows(student, samples)
-
-    def trunk() -> None:
-        with student.scoring():
-            for ids, _ in tokens:
-                student.hidden(ids[None])
 
     def ours(**options: Any) -> Callable[[], object]:
         arguments = {"mutual_information": options}
         return lambda: acqcore.score(student, samples, "mutual_information", acquisition_args=arguments, progress=False)
 
     calls: dict[str, Callable[[], object]] = {
-        TRUNK: trunk,
+        TRUNK: partial(gsm8k.run_trunk, student, gsm8k.token_rows(student, samples)),
         "score(mutual_information, block)": ours(form="block"),
         "score(mutual_information, element)": ours(form="element"),
         "score(mutual_information, layers=2)": ours(layers=2, draws=8),

@@ -139,7 +139,7 @@ def main() -> None:
             described = {key: value for key, value in asdict(case).items() if key not in ("student", "data")}
             results.append({**described, **medians})
     content = {"machine": harness.machine(), "turns": arguments.turns, "qwen2": QWEN, "cases": results}
-    (harness.RESULTS / "plan.json").write_text(json.dumps(content, indent=1) + "\n")
+    harness.write(harness.RESULTS / "plan.json", content)
     print(table(results))
 
 

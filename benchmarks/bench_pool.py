@@ -47,12 +47,14 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from acqsynth.models import smollm2_path
 from benchmarks import gsm8k, harness, pool_report
 from benchmarks.pool_data import CLEAN, Message, Sizes, Task, load, task
 from benchmarks.pool_fit import Fitter, Rows, pad
@@ -195,12 +197,8 @@ class Bench:
 
     def seed(self, data: str, seed: int, choices: Choices, pools: Sequence[str] = ("A", "B")) -> Seed:
         if data not in self._data:
-            train, test, stray = load(self._folder, data)
-            fits = self.encode.fits
-            self._data[data] = (
-                [row for row in train if fits(row)], [row for row in test if fits(row)],
-                [row for row in stray if fits(row)],
-            )  # fmt: skip
+            train, test, stray = (list(filter(self.encode.fits, rows)) for rows in load(self._folder, data))
+            self._data[data] = train, test, stray
         return Seed(self, task(*self._data[data], self.scale.sizes, seed), seed, choices, pools)
 
     def check_time(self) -> None:
@@ -365,14 +363,16 @@ def tune(bench: Bench, seeds: Sequence[int] = TUNING_SEEDS) -> Choices:
         f"rate {rate:g}, {epochs:g} epochs, {start}": Choices(rate, epochs, start)
         for rate, epochs, start in product(scale.rates, scale.epochs, STARTS)
     }
-    choose("training", {name: (choices, lambda seed: seed.chosen("B", RANDOM)) for name, choices in grid.items()})
+    at_random = partial(Seed.chosen, pool="B", arm=RANDOM)
+    choose("training", {name: (choices, at_random) for name, choices in grid.items()})
     choices = grid[best(log, "training", list(grid), seeds)]
 
     states = {f"facility location, {state}": replace(choices, state=state) for state in STATES}
-    choose("states", {name: (one, lambda seed: seed.chosen("B", "facility location")) for name, one in states.items()})
+    covering = partial(Seed.chosen, pool="B", arm="facility location")
+    choose("states", {name: (choices, covering) for name, choices in states.items()})
     choices = states[best(log, "states", list(states), seeds)]
 
-    recipes = {_name(recipe): recipe for recipe in scale.recipes}
+    recipes = {f"default: {recipe.gate}, {recipe.value}, {recipe.spread}": recipe for recipe in scale.recipes}
     ranking = {
         f"{arm}, {spread}": Recipe("none", arm, spread)
         for arm, spread in product(RANKING, SPREADS)
@@ -391,10 +391,6 @@ def _following(recipe: Recipe) -> Callable[[Seed], list[int]]:
     return lambda seed: seed.signals("B").follow(recipe, seed.scale.chosen)
 
 
-def _name(recipe: Recipe) -> str:
-    return f"default: {recipe.gate}, {recipe.value}, {recipe.spread}"
-
-
 def run(bench: Bench, choices: Choices, data: str = REPORTED_ON, seeds: Sequence[int] = SEEDS) -> None:
     """Runs pool B, which gives the primary outcome, then pool A; all arms of a seed run before the next seed, so that
     an interrupted run has complete seeds."""
@@ -409,7 +405,7 @@ def run(bench: Bench, choices: Choices, data: str = REPORTED_ON, seeds: Sequence
         for stage, arm in left:
             key = {"stage": stage, "seed": seed, "pool": pool, "arm": arm}
             if stage == "report":
-                made.unit("report", pool, arm, _by_arm(pool, arm))
+                made.unit("report", pool, arm, partial(Seed.chosen, pool=pool, arm=arm))
                 continue
             bench.check_time()
             if stage == "warm":
@@ -423,10 +419,6 @@ def run(bench: Bench, choices: Choices, data: str = REPORTED_ON, seeds: Sequence
                 bench.fitter.restore(made.warm)
                 value = {"failed": harness.first_line(error)}
             bench.log.add(**key, **value)
-
-
-def _by_arm(pool: str, arm: str) -> Callable[[Seed], list[int]]:
-    return lambda seed: seed.chosen(pool, arm)
 
 
 def main() -> None:
@@ -457,7 +449,7 @@ def main() -> None:
         try:
             if arguments.choices is None and (arguments.stage in ("all", "tune")):
                 choices = tune(bench, range(TUNING_SEEDS[0], TUNING_SEEDS[0] + arguments.tuning_seeds))
-                made_choices.write_text(json.dumps({"tuned_on": TUNED_ON, "choices": asdict(choices)}, indent=1) + "\n")
+                harness.write(made_choices, {"tuned_on": TUNED_ON, "choices": asdict(choices)})
             if arguments.stage in ("all", "report"):
                 run(bench, Choices.read(made_choices), seeds=range(arguments.seeds))
         except Stopped:
@@ -468,11 +460,7 @@ def main() -> None:
 def _bench(arguments: argparse.Namespace, log: Log, deadline: float) -> Bench:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    student = arguments.student
-    if student is None:
-        from acqsynth.models import smollm2_path
-
-        student = str(smollm2_path())
+    student = arguments.student or str(smollm2_path())
     scale = Scale()
     if arguments.small:
         sizes = Sizes(intents=10, warm=2, development=16, pool=120, test=40)

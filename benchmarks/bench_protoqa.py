@@ -26,7 +26,7 @@ import math
 import re
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ import torch
 from scipy.stats import rankdata
 
 import acqcore
+from acqsynth.models import smollm2_path
 from benchmarks import gsm8k, harness
 from benchmarks.pool_report import DOCS, write_section
 from benchmarks.pool_signals import MUTUAL_INFORMATION
@@ -71,8 +72,13 @@ class Question:
         counts = [n for n in self.answers.values() if n]
         if rest and self.covered < 100:
             counts.append(100 - self.covered)
-        total = sum(counts)
-        return -sum(n / total * math.log(n / total) for n in counts)
+        return entropy(counts)
+
+
+def entropy(counts: Collection[int]) -> float:
+    """Entropy of a distribution given by counts, in nats."""
+    total = sum(counts)
+    return -sum(n / total * math.log(n / total) for n in counts)
 
 
 def read(path: Path) -> list[Question]:
@@ -169,16 +175,14 @@ def signals(model: Any, tokenizer: Any, questions: Sequence[Question], n_answers
             except (ValueError, RuntimeError) as error:
                 print(f"{name} is omitted: {harness.first_line(error)}")
     texts = [[_plain(tokenizer.decode(answer)) for answer in answers] for answers in drawn]
-    found["whole answer"][f"entropy of {n_answers} answers"] = np.array([_entropy(row) for row in texts])
+    found["whole answer"][f"entropy of {n_answers} answers"] = np.array(
+        [entropy(Counter(row).values()) for row in texts]
+    )
     return found
 
 
 def _plain(text: str) -> str:
     return " ".join(re.findall(r"[a-z0-9]+", text.lower()))
-
-
-def _entropy(values: Sequence[str]) -> float:
-    return -sum(n / len(values) * math.log(n / len(values)) for n in Counter(values).values())
 
 
 def spearman(a: Values, b: Values) -> float:
@@ -263,12 +267,10 @@ def verdicts(results: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
 
 def picture(results: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
     """Plots the correlations with their intervals, one panel per level."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, len(results), figsize=(10, 4.2), sharex=True, layout="constrained", squeeze=False)
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    axes = figure.subplots(1, len(results), sharex=True, squeeze=False)
     for axis, (level, found) in zip(axes[0], results.items(), strict=True):
         names = sorted(found, key=lambda name: found[name]["rho"])
         for place, name in enumerate(names):
@@ -279,10 +281,7 @@ def picture(results: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
         axis.axvline(0, color="#888888", lw=0.8)
         axis.set_title(level, fontsize=10, loc="left")
         axis.set_xlabel("Spearman with the entropy of people's answers", fontsize=9)
-        axis.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    harness.save(figure, path)
 
 
 def main() -> None:
@@ -299,9 +298,7 @@ def main() -> None:
     text = table(content["results"], content["questions"], content["all_questions"])
     print(text)
     out = arguments.out
-    path = harness.RESULTS / "protoqa.json" if out is None else out / "protoqa.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    harness.write((out or harness.RESULTS) / "protoqa.json", content)
     try:
         picture(content["results"], PICTURE if out is None else out / PICTURE.name)
     except ModuleNotFoundError as error:
@@ -313,11 +310,7 @@ def main() -> None:
 def measured(arguments: argparse.Namespace) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    student = arguments.student
-    if student is None:
-        from acqsynth.models import smollm2_path
-
-        student = str(smollm2_path())
+    student = arguments.student or str(smollm2_path())
     questions = read(arguments.data)
     if arguments.questions is not None and arguments.questions < len(questions):
         kept = np.random.default_rng(0).permutation(len(questions))[: arguments.questions]

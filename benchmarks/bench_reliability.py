@@ -35,10 +35,10 @@ from pathlib import Path
 import torch
 
 from acqsynth.models import smollm2_path
-from benchmarks import harness, real_rows
+from benchmarks import harness, real_rows, toy_student
 from benchmarks.reliability_report import report
 from benchmarks.reliability_signals import SIGNALS, TOY_SKIPPED, graphs
-from benchmarks.reliability_students import TOY_STEPS, Real, Toy, World, counted
+from benchmarks.reliability_students import Real, Toy, World, counted
 from benchmarks.reliability_units import Store
 
 PARTS = ("real", "shared", "flops", "toy", "world", "skewed", "report")
@@ -81,7 +81,7 @@ def measure_flops(store: Store, real: Real, names: Sequence[str]) -> bool:
 
 
 def measure_toys(store: Store, names: Sequence[str], seeds: Sequence[int]) -> bool:
-    for blocks, seed in itertools.product(TOY_STEPS, seeds):
+    for blocks, seed in itertools.product(toy_student.STEPS, seeds):
         missing = [name for name in names if ("toy", blocks, seed, name) not in store.units and name not in TOY_SKIPPED]
         if not missing:
             continue
@@ -106,12 +106,7 @@ def measure_worlds(store: Store, kind: str, names: Sequence[str], seeds: Sequenc
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--parts",
-        nargs="+",
-        choices=PARTS,
-        default=["real", "report"],
-    )
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=["real", "report"])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32, on a GPU bfloat16")
     parser.add_argument("--student", type=Path, help="folder of the model (default: SmolLM2-135M-Instruct)")

@@ -58,19 +58,13 @@ def bare_product(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tens
     return hidden @ weight.T
 
 
-def ours(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> acqcore.RowStats:
-    return acqcore.row_stats(hidden, acqcore.Head(weight), targets)
+def ours_by(backend: str | None) -> Callable[..., acqcore.RowStats]:
+    """A call of ``row_stats``; None lets the package choose the backend."""
 
-
-def ours_by(backend: str) -> Callable[..., acqcore.RowStats]:
     def run(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> acqcore.RowStats:
         return acqcore.row_stats(hidden, acqcore.Head(weight), targets, backend=backend)
 
     return run
-
-
-def reference(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> acqcore.RowStats:
-    return acqcore.row_stats(hidden, acqcore.Head(weight), targets, backend="eager")
 
 
 def torch_linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -109,19 +103,20 @@ def cut_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch
 
 _compiled = torch.compile(eager, dynamic=False)
 
+BASELINE = "hidden @ weight.T (no statistics)"
+PEAK = "peak of multiply-adds"
+
 #: name (fields it computes) -> function
 PEERS: dict[str, Callable[..., object]] = {
-    "hidden @ weight.T (no statistics)": bare_product,
-    "acqcore cpu (all fields)": ours,
+    BASELINE: bare_product,
+    "acqcore cpu (all fields)": ours_by(None),
     "eager": eager,
-    "acqcore eager (the reference)": reference,
+    "acqcore eager (the reference)": ours_by("eager"),
     "torch.compile of eager": lambda *inputs: _compiled(*inputs),
     "TRL chunked (logprob, entropy, sum p^2, top-1)": trl_chunked,
     "Liger fallback (logprob, entropy)": liger,
     "torch linear_cross_entropy (mean loss)": torch_linear_cross_entropy,
 }
-BASELINE = "hidden @ weight.T (no statistics)"
-PEAK = "peak of multiply-adds"
 
 GPU_PEERS: dict[str, Callable[..., object]] = {
     BASELINE: bare_product,
@@ -172,7 +167,7 @@ def on_gpu(turns: int, out: Path | None) -> None:
         (64, 4096, 131072, torch.bfloat16),
         (1024, 4096, 131072, torch.float32),
     ]:
-        case = f"N={n} D={d} V={v} {str(dtype).removeprefix('torch.')}"
+        case = f"N={n} D={d} V={v} {harness.name(dtype)}"
         inputs = make_inputs(n, d, v, dtype, "cuda")
         print(f"measuring {case} ...", flush=True)
         peers, absent = harness.running(GPU_PEERS, inputs)
@@ -205,7 +200,7 @@ def on_cpu(turns: int, out: Path | None) -> None:
         inputs = make_inputs(n, d, v, dtype)
         names = [p for p in PEERS if p not in absent] if with_peers else ["acqcore cpu (all fields)"]
         peers: dict[str, Callable[[], object]] = {name: partial(PEERS[name], *inputs) for name in names}
-        case = f"N={n} D={d} V={v} {str(dtype).removeprefix('torch.')}"
+        case = f"N={n} D={d} V={v} {harness.name(dtype)}"
         baseline = BASELINE if with_peers else names[0]
         work = 2.0 * n * d * v
         peers[PEAK] = peak.multiply_adds(work, str(harness.machine()["instruction_set"]), dtype)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,12 +18,12 @@ import acqcore
 from acqsynth.models import smollm2_path
 from benchmarks import gsm8k, harness
 from benchmarks.bench_row_stats import eager
+from benchmarks.gsm8k import TRUNK
 
 TEN = (
     "loss", "perplexity", "entropy", "varentropy", "least_confidence", "margin", "gini", "el2n",
     "expected_gradient_length", "token_grad_norm",
 )  # fmt: skip
-TRUNK = "trunk alone, unpadded"
 
 
 def main() -> None:
@@ -36,17 +37,12 @@ def main() -> None:
     rows = gsm8k.token_rows(student, samples)
     weight = student.head.weight
 
-    def trunk() -> None:
-        with student.scoring():
-            for ids, _ in rows:
-                student.hidden(ids[None])
-
     def one_at_a_time() -> list[tuple[torch.Tensor, ...]]:
         with student.scoring():
             return [eager(student.hidden(ids[None])[0, prompt - 1 : -1], weight, ids[prompt:]) for ids, prompt in rows]
 
     peers: dict[str, Callable[[], object]] = {
-        TRUNK: trunk,
+        TRUNK: partial(gsm8k.run_trunk, student, rows),
         "acqcore.score, ten acquisitions": lambda: acqcore.score(student, samples, TEN, progress=False),
         "eager, the same statistics from full logits": one_at_a_time,
     }

@@ -268,13 +268,12 @@ def main() -> None:
         print(table(json.loads((harness.RESULTS / "signals.json").read_text())["seeds"]))
         return
     results = []
-    harness.RESULTS.mkdir(exist_ok=True)
     for seed in arguments.seeds:
         begin = time.perf_counter()
         results.append(one_seed(seed))
         print(f"seed {seed}: {time.perf_counter() - begin:.0f} s", flush=True)
         content = {"machine": harness.machine(), "settings": SETTINGS, "seeds": results}
-        (harness.RESULTS / "signals.json").write_text(json.dumps(content, indent=1) + "\n")
+        harness.write(harness.RESULTS / "signals.json", content)
     print(table(results))
 
 

@@ -67,7 +67,7 @@ def norm_peers(
             found["Opacus ghost norm"] = opacus
         for name, function in found.items():
             torch.testing.assert_close(function(batch, layer, of_batch), expected, rtol=5e-3, atol=0)
-            peers[name] = _bind(function, batch, layer, of_batch)
+            peers[name] = partial(function, batch, layer, of_batch)
     return peers
 
 
@@ -149,15 +149,6 @@ def main() -> None:
             )
             notes: dict[str, object] = {"ratio_to": STATISTICS, "clock": arguments.clock}
             harness.report("visit", rows, unit="GFLOP/s", notes=notes, keep=True)
-
-
-def _bind(
-    function: Callable[..., torch.Tensor],
-    hidden: torch.Tensor,  # [B, T, D]
-    head: torch.nn.Linear,
-    targets: torch.Tensor,  # [B, T]
-) -> Callable[[], object]:
-    return lambda: function(hidden, head, targets)
 
 
 if __name__ == "__main__":

@@ -53,6 +53,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ import torch
 import acqcore
 from acqsynth.domains import Sample
 from acqsynth.domains.classification import Classification, spoken
+from acqsynth.models import smollm2_path
 from acqsynth.rewards.gates import Check, default_gates
 from acqsynth.rewards.reward import DEFAULT_WEIGHTS, ComposedReward
 from acqsynth.rewards.signals import Diversity
@@ -266,12 +268,11 @@ class Seed:
         """GRPO's reward: one signal, or the default."""
         students = StudentSignals(self)
         if name != DEFAULT:
-            return ComposedReward(self.domain, [students.signal(name)], gates=self.gates(), fusion="z")
-        signals = [students.signal(key) for key in ("mutual_information", "influence", "learnability")]
-        answerable = Answerable(students)
+            return ComposedReward(self.domain, [StudentSignal(students, name)], gates=self.gates(), fusion="z")
+        signals = [StudentSignal(students, key) for key in ("mutual_information", "influence", "learnability")]
         return ComposedReward(
             self.domain, [*signals, Diversity(NgramEmbedder())],
-            gates=[*self.gates(), answerable], fusion="z", weights=DEFAULT_WEIGHTS,
+            gates=[*self.gates(), Answerable(students)], fusion="z", weights=DEFAULT_WEIGHTS,
         )  # fmt: skip
 
     def teach(self, name: str) -> None:
@@ -351,9 +352,6 @@ class StudentSignals:
         self._student = acqcore.Student.from_model(self._fitter.model)
         self._batch_tokens = 32768 if self._fitter.device.type == "cuda" else 2048
 
-    def signal(self, name: str) -> StudentSignal:
-        return StudentSignal(self, name)
-
     def probability(self, samples: Sequence[Sample]) -> torch.Tensor:
         """Probability that the student writes each sample's label, ``[n]`` float32 on the CPU."""
         return (-self._fitter.losses(self._seed.placed(samples))[0]).exp().cpu()
@@ -382,10 +380,10 @@ class StudentSignal:
     """One of these signals, as a component of a reward."""
 
     def __init__(self, students: StudentSignals, name: str) -> None:
-        self._students, self.name, self._own = students, name.replace(" ", "_"), name
+        self._students, self.name = students, name.replace(" ", "_")
 
     def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
-        return [float(value) for value in self._students.values(self._own, samples)]
+        return [float(value) for value in self._students.values(self.name, samples)]
 
 
 class Answerable:
@@ -427,7 +425,7 @@ class Candidates:
         taken, chosen = NearCopies(), []
         for places in self._groups():
             ranked = sorted((i for i in places if values[i] is not None), key=lambda i: (-(values[i] or 0.0), i))
-            fresh = (i for i in ranked if taken.find(self._question(i)) is None)
+            fresh = (i for i in ranked if taken.find(self._message(i).text) is None)
             best = next(fresh, None)
             row = self._fallback(places, likely if name == DEFAULT else None) if best is None else self._message(best)
             taken.add([row.text])
@@ -436,11 +434,6 @@ class Candidates:
 
     def _groups(self) -> list[range]:
         return [range(i, i + CANDIDATES) for i in range(0, len(self.samples), CANDIDATES)]
-
-    def _question(self, i: int) -> str:
-        sample = self.samples[i]
-        assert sample is not None
-        return sample.question
 
     def _message(self, i: int) -> Message:
         sample = self.samples[i]
@@ -496,7 +489,7 @@ def tune(bench: Bench) -> Choices:
             if number not in made:
                 made[number] = Seed(bench, TUNED_ON, number, choices)
             made[number].adopt(choices)
-            made[number].unit(stage, name, lambda: made[number].rows_of(arm))
+            made[number].unit(stage, name, partial(made[number].rows_of, arm))
         row = log.get(stage=stage, seed=number, pool="", arm=name)
         assert row is not None
         return float(row.get("accuracy", 0.0))
@@ -527,7 +520,7 @@ def run(bench: Bench, choices: Choices, seeds: int, grpo_seeds: int, data: str =
                 continue
             made = Seed(bench, data, number, choices)
             for arm in arms:
-                made.unit("report", arm, lambda arm=arm, made=made: made.rows_of(arm))  # type: ignore[misc]
+                made.unit("report", arm, partial(made.rows_of, arm))
 
 
 def line_ends(tokenizer: Any) -> list[int]:
@@ -583,21 +576,16 @@ def main() -> None:
     arguments = parser.parse_args()
     made = arguments.choices or arguments.out / "write-choices.json"
     if arguments.stage != "table":
-        student = arguments.student
-        if student is None:
-            from acqsynth.models import smollm2_path
-
-            student = str(smollm2_path())
         bench = make(
-            student, arguments.data, arguments.out, arguments.device, SMALL if arguments.small else Scale(),
-            seconds=arguments.seconds, graph=not arguments.no_graph, backend=arguments.backend,
+            arguments.student or str(smollm2_path()), arguments.data, arguments.out, arguments.device,
+            SMALL if arguments.small else Scale(), seconds=arguments.seconds, graph=not arguments.no_graph,
+            backend=arguments.backend,
         )  # fmt: skip
         bench.log.add(stage="machine", machine={**harness.machine(), "graph": bench.fitter.captured})
         try:
             if arguments.choices is None and arguments.stage in ("all", "tune"):
                 choices = tune(bench)
-                content = {"tuned_on": TUNED_ON, "choices": asdict(choices)}
-                made.write_text(json.dumps(content, indent=1) + "\n")
+                harness.write(made, {"tuned_on": TUNED_ON, "choices": asdict(choices)})
             if arguments.stage in ("all", "report"):
                 run(bench, Choices.read(made), arguments.seeds, arguments.grpo_seeds)
         except Stopped:

@@ -262,7 +262,7 @@ def head_groups(n: int, d: int, v: int, device: str) -> Iterator[Group]:
 
     few_offsets = {t: offsets(t)[: max(1, few // t) + 1] for t in (32, 128) if t <= n}
     peers = {BARE: bare, f"row_stats, {names[0]}": statistics_peer(bench_row_stats.ours_by(names[0]), "ours")}
-    peers["row_stats, automatic"] = statistics_peer(bench_row_stats.ours, "ours")
+    peers["row_stats, automatic"] = statistics_peer(bench_row_stats.ours_by(None), "ours")
     for tokens, part in few_offsets.items():
         rows = int(part[-1])
         norm = acqcore.head_grad_norm(hidden[:rows].double(), exact, targets[:rows], part, backend="eager")
@@ -322,17 +322,16 @@ def draw_group(n: int, d: int, v: int, device: str) -> Group:
     for form in ("block", "element"):
         drawn = acqcore.mutual_information(hidden[:few].double(), exact, form=form, draws=DRAWS, backend="eager")
         information = drawn.mutual_information.double()
+
+        def error(got: acqcore.BayesStats, expected: torch.Tensor = information) -> float:
+            return _largest(got.mutual_information, expected)
+
         for backend in automatic(device):
             peers[named(f"mutual_information, {form}, K={DRAWS}", backend)] = Peer(
-                partial(acqcore.mutual_information, hidden, head, form=form, draws=DRAWS, backend=backend),
-                partial(_information_error, expected=information),
+                partial(acqcore.mutual_information, hidden, head, form=form, draws=DRAWS, backend=backend), error
             )
     facts = {"accuracy": "mutual information, absolute"}
     return Group(f"draws, N={n} D={d} V={v} bfloat16", peers, 2.0 * n * d * v, facts=facts)
-
-
-def _information_error(stats: acqcore.BayesStats, expected: torch.Tensor) -> float:
-    return _largest(stats.mutual_information, expected)
 
 
 def logit_group(n: int, v: int, device: str) -> Group:
@@ -380,23 +379,17 @@ def groups(device: str, wanted: Sequence[str] = ()) -> Iterator[Callable[[], Ite
     def among(*names: str) -> bool:
         return not wanted or bool(set(names) & set(wanted))
 
-    (first, *others), (first_logits, *other_logits) = SHAPES[device], LOGITS[device]
-    for_head, for_cotangents, for_draws, for_logits = (
-        among("statistics", "gradient norms", "gradients"),
-        among("cotangents"),
-        among("draws"),
-        among("logits"),
-    )
-    for i, shape in enumerate([first, *others]):
-        if for_head:
+    first_logits, *other_logits = LOGITS[device]
+    for i, shape in enumerate(SHAPES[device]):
+        if among("statistics", "gradient norms", "gradients"):
             yield partial(head_groups, *shape, device)
-        if for_cotangents:
+        if among("cotangents"):
             yield alone(cotangent_group, *shape)
-        if for_logits and i == 0:
+        if among("logits") and i == 0:
             yield alone(logit_group, *first_logits)
-        if for_draws:
+        if among("draws"):
             yield alone(draw_group, *shape)
-    for logits_shape in other_logits if for_logits else ():
+    for logits_shape in other_logits if among("logits") else ():
         yield alone(logit_group, *logits_shape)
     for shape in EDGES[device] if among("statistics") else ():
         yield alone(edge_group, *shape)

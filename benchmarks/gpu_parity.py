@@ -23,6 +23,7 @@ from acqcore.testing import CASES, Case, assert_logits_match, random_case, worst
 from benchmarks import gpu_student, harness
 
 HALF = (torch.bfloat16, torch.float16)
+MAIN = (torch.bfloat16, torch.float32)
 ALL = (torch.bfloat16, torch.float32, torch.float16)
 
 #: Bounds on relative errors: NORM for a sample's gradient norm; VECTOR for gradients and sketches, by their norms.
@@ -163,6 +164,14 @@ def _grad_sketch(name: str, backend: str, dtype: torch.dtype, device: str) -> fl
         exact.hidden, exact.head, exact.targets, offsets, dim=1024, temperature=t, backend="eager"
     )
     return float(((got.double() - expected).norm(dim=1) / expected.norm(dim=1)).max()) / VECTOR[dtype]
+
+
+GRADIENTS = {
+    "head_grad_norm": _head_grad_norm,
+    "hidden_grad": _hidden_grad,
+    "grad_sketch": _grad_sketch,
+    "fisher_grad": _fisher_grad,
+}
 
 
 def _mutual_information(form: str, name: str, backend: str, dtype: torch.dtype, device: str) -> float:
@@ -306,10 +315,8 @@ def promised(check: Check, backend: str, dtype: torch.dtype) -> bool:
 def checks(device: str) -> Iterator[Check]:
     """Every check, the most important first."""
     for name in GRADIENT_CASES[:3]:
-        yield Check("head_grad_norm", name, ALL, partial(_head_grad_norm, name))
-        yield Check("hidden_grad", name, ALL, partial(_hidden_grad, name))
-        yield Check("grad_sketch", name, ALL, partial(_grad_sketch, name))
-        yield Check("fisher_grad", name, ALL, partial(_fisher_grad, name))
+        for op, run in GRADIENTS.items():
+            yield Check(op, name, ALL, partial(run, name))
     for title in gpu_student.titles():
         yield Check("a student", title, (torch.float32,), partial(gpu_student.error, title))
     for form in ("element", "block"):
@@ -317,8 +324,8 @@ def checks(device: str) -> Iterator[Check]:
             yield Check("mutual_information", f"{form}, {name}", ALL, partial(_mutual_information, form, name))
     yield Check("row_stats", "full tiles", ALL, _wide)
     for op in OPERATIONS:
-        yield Check("repeats", op, (torch.bfloat16, torch.float32), partial(_repeats, op))
-        yield Check("batch invariance", op, (torch.bfloat16, torch.float32), partial(_batch_invariance, op))
+        yield Check("repeats", op, MAIN, partial(_repeats, op))
+        yield Check("batch invariance", op, MAIN, partial(_batch_invariance, op))
         if device == "cuda" and op in ("row_stats", "logit_stats", "hidden_grad"):
             yield Check("graph capture", op, (torch.bfloat16,), partial(_graph, op))
         if device == "cuda" and op != "grad_sketch":
@@ -326,20 +333,16 @@ def checks(device: str) -> Iterator[Check]:
     for view in ("rows", "rows, unaligned", "columns", "every third", "V = 50257"):
         yield Check("logit_stats", view, ALL, partial(_logit_stats, view))
     for name in CASES:
-        dtypes = ALL if name in ("random", "everything") else (torch.bfloat16, torch.float32)
+        dtypes = ALL if name in ("random", "everything") else MAIN
         yield Check("row_stats", name, dtypes, partial(_row_stats, name))
     yield Check("row_stats", "mixed dtypes", HALF, _mixed)
     yield Check("ensemble_stats", "three heads", ALL, _ensemble)
     for name in GRADIENT_CASES[3:]:
-        for op, function in (
-            ("head_grad_norm", _head_grad_norm), ("hidden_grad", _hidden_grad), ("grad_sketch", _grad_sketch),
-            ("fisher_grad", _fisher_grad),
-        ):  # fmt: skip
-            yield Check(op, name, (torch.bfloat16, torch.float32), partial(function, name))
+        for op, run in GRADIENTS.items():
+            yield Check(op, name, MAIN, partial(run, name))
     for form in ("element", "block"):
         for name in ("random", "confident 1e-12", "ties", "-inf columns", "some rows ignored", "no targets"):
-            run = partial(_mutual_information, form, name)
-            yield Check("mutual_information", f"{form}, {name}", (torch.bfloat16, torch.float32), run)
+            yield Check("mutual_information", f"{form}, {name}", MAIN, partial(_mutual_information, form, name))
 
 
 def main() -> None:

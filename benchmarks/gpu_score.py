@@ -11,6 +11,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,16 +73,10 @@ def make(name: str, device: str) -> Any:
     return model
 
 
-def measure(name: str, count: int, tokens: int, turns: int, device: str, rows: Path) -> None:
-    """Times every request on ``count`` samples of ``tokens`` tokens, scoring the second half of each."""
-    model = make(name, device)
-    for batch_tokens in BATCH_TOKENS[name]:
-        _measure(name, model, count, tokens, batch_tokens, turns, device, rows)
-
-
-def _measure(
+def measure(
     name: str, model: Any, count: int, tokens: int, batch_tokens: int, turns: int, device: str, rows: Path
 ) -> None:
+    """Times every request on ``count`` samples of ``tokens`` tokens, scoring the second half of each."""
     student = acqcore.Student.from_model(model)
     g = torch.Generator().manual_seed(0)
     ids = torch.randint(STUDENTS[name]["vocab_size"], (count, tokens), generator=g)
@@ -105,7 +100,9 @@ def _measure(
     calls: dict[str, Callable[[], object]] = {TRUNK: trunk, "forward with logits": logits}
     for title, (names, arguments) in REQUESTS.items():
         given = {"influence": {"reference": reference}} if names == ("influence",) else arguments
-        calls[title] = _request(student, samples, names, given, batch_tokens)
+        calls[title] = partial(
+            acqcore.score, student, samples, names, acquisition_args=given, batch_tokens=batch_tokens, progress=False
+        )
     case = f"{name}, random weights, bfloat16, {count} samples of {tokens} tokens, batches of {batch_tokens}"
     times: dict[str, list[float]] = {}
     for title, call in calls.items():
@@ -132,18 +129,6 @@ def _measure(
         print(f"{case}: {title}: {row['ms']} ms, {row['ratio']} of the trunk", flush=True)
 
 
-def _request(
-    student: acqcore.Student,
-    samples: dict[str, torch.Tensor],
-    names: tuple[str, ...],
-    arguments: dict[str, Any],
-    batch_tokens: int,
-) -> Callable[[], object]:
-    return lambda: acqcore.score(
-        student, samples, names, acquisition_args=arguments, batch_tokens=batch_tokens, progress=False
-    )
-
-
 def _seconds(call: Callable[[], object], device: str) -> float:
     """Wall-clock seconds, including host time."""
     if device == "cuda":
@@ -164,7 +149,9 @@ def main() -> None:
     device = arguments.device
     shapes = [("SmolLM2 135M", 128, 256), ("Llama 3.2 1B", 128, 256)] if device == "cuda" else [("tiny", 6, 32)]
     for name, count, tokens in shapes:
-        measure(name, count, tokens, arguments.turns, device, arguments.rows)
+        model = make(name, device)
+        for batch_tokens in BATCH_TOKENS[name]:
+            measure(name, model, count, tokens, batch_tokens, arguments.turns, device, arguments.rows)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -159,15 +160,8 @@ def preferences(content: dict[str, Any]) -> list[Row]:
     for (op, dtype, n_class, v_class), times in logs.items():
         if len(times) > 1:
             shape = {"capability": capability, "op": op, "dtype": dtype, "rows": n_class, "vocab": v_class}
-            rows.append(shape | {"order": sorted(times, key=lambda name: _geometric_mean(times[name]))})
+            rows.append(shape | {"order": sorted(times, key=lambda name: geometric_mean(times[name]))})
     return rows
-
-
-def _geometric_mean(values: list[float]) -> float:
-    product = 1.0
-    for value in values:
-        product *= value ** (1 / len(values))
-    return product
 
 
 def static_report(content: dict[str, Any]) -> str:

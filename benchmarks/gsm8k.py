@@ -12,6 +12,7 @@ from benchmarks.real_rows import FOLDER
 
 TEST = FOLDER / "math" / "gsm8k_test.jsonl"
 TRAIN = FOLDER / "math" / "gsm8k_train.jsonl"
+TRUNK = "trunk alone, unpadded"  #: title of :func:`run_trunk`
 
 
 def load_samples(path: Path, rows: int) -> list[dict[str, str]]:
@@ -24,6 +25,13 @@ def load_samples(path: Path, rows: int) -> list[dict[str, str]]:
     with path.open(encoding="utf-8") as file:
         records = [json.loads(line) for line, _ in zip(file, range(rows), strict=False)]
     return [{"prompt": r["question"] + "\n", "completion": r["answer"]} for r in records]
+
+
+def run_trunk(student: acqcore.Student, rows: list[tuple[torch.Tensor, int]]) -> None:
+    """Runs the trunk over the rows of :func:`token_rows`, one at a time: no padding, no head."""
+    with student.scoring():
+        for ids, _ in rows:
+            student.hidden(ids[None])
 
 
 def token_rows(student: acqcore.Student, samples: list[dict[str, str]]) -> list[tuple[torch.Tensor, int]]:

@@ -23,10 +23,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 import acqcore
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -154,6 +158,20 @@ def append(path: Path, **row: object) -> None:
         file.write(json.dumps(row) + "\n")
 
 
+def write(path: Path, content: dict[str, Any]) -> None:
+    """Writes a JSON file, and its folder if needed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def save(figure: Figure, path: Path, dpi: int = 120) -> None:
+    """Writes a plot, and its folder if needed, without the frame's upper and right lines."""
+    for axis in figure.axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=dpi)
+
+
 def copy_bandwidth() -> float:
     """Bytes per second, read plus written, of a device-to-device copy of 2 GiB (or a quarter of free memory)."""
     size = min(2 << 30, torch.cuda.mem_get_info()[0] // 4)
@@ -262,9 +280,7 @@ def report(
         if before["machine"] == here:
             taken = {row.case for row in rows}
             rows = [row for row in (Row(**found) for found in before["rows"]) if row.case not in taken] + rows
-    content = {"machine": machine(), "unit": unit, "rows": [asdict(row) for row in rows], **(notes or {})}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    write(path, {"machine": machine(), "unit": unit, "rows": [asdict(row) for row in rows], **(notes or {})})
     if out is None:
         plot(name, rows)
 
@@ -290,15 +306,13 @@ def table(rows: list[Row], unit: str) -> str:
 
 def plot(name: str, rows: list[Row]) -> None:
     """Plots the median times as horizontal bars, one panel per case with several peers."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     counts = Counter(row.case for row in rows)
     cases = [case for case, count in counts.items() if count > 1]
     longest = max(len([r for r in rows if r.case == case]) for case in cases)
-    figure, axes = pyplot.subplots(len(cases), 1, figsize=(8, (0.45 * longest + 0.9) * len(cases)), squeeze=False)
+    figure = Figure(figsize=(8, (0.45 * longest + 0.9) * len(cases)))
+    axes = figure.subplots(len(cases), 1, squeeze=False)
     for axis, case in zip(axes[:, 0], cases, strict=True):
         chosen = [row for row in rows if row.case == case][::-1]
         colours = ["#c44e52" if row.peer.startswith(OURS) else "#8c9bb0" for row in chosen]
@@ -306,8 +320,6 @@ def plot(name: str, rows: list[Row]) -> None:
         axis.bar_label(bars, [f"{row.seconds:.3g} s" for row in chosen], padding=3, fontsize=8)
         axis.annotate(case, (0.01, 1.03), xycoords=("figure fraction", "axes fraction"), fontsize=10)
         axis.set_xlabel("seconds (median)")
-        axis.spines[["top", "right"]].set_visible(False)
         axis.margins(x=0.12)
     figure.tight_layout()
-    figure.savefig(RESULTS / f"{name}.png", dpi=110)
-    pyplot.close(figure)
+    save(figure, RESULTS / f"{name}.png", dpi=110)

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.harness import cpu_seconds
+
 #: (instruction set of the cpu backend, dtype) -> (loop in peak.cpp, its floating-point operations per round)
 LOOPS = {
     ("x86-64-v4-amx", torch.bfloat16): ("amx_bf16", 4 * 16 * 16 * 32 * 2),
@@ -53,8 +55,6 @@ def multiply_adds(work: float, instruction_set: str, dtype: torch.dtype) -> Call
 
 def copy_bandwidth(turns: int = 5) -> float:
     """Bytes per second, read plus written, of torch's copy of 256 MiB: the best of ``turns``."""
-    from benchmarks.harness import cpu_seconds
-
     source = torch.zeros(1 << 26)
     target = torch.ones_like(source)
     return 2 * source.nbytes / min(cpu_seconds(lambda: target.copy_(source)) for _ in range(turns))

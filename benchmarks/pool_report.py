@@ -94,7 +94,7 @@ def write(rows: Sequence[dict[str, Any]], choices: Path, out: Path, *, small: bo
     content = {"machines": machines, "choices": made, **summary(results), "units": list(rows)}
     targets = [out / "pool.json"] if small else [out / "pool.json", harness.RESULTS / "pool.json"]
     for path in targets:
-        path.write_text(json.dumps(content, indent=1) + "\n")
+        harness.write(path, content)
     try:
         picture(results, out / PICTURE.name)
     except ModuleNotFoundError as error:
@@ -210,16 +210,12 @@ def verdict(d: Difference, p: float) -> str:
 
 def picture(results: Results, path: Path) -> None:
     """Plots accuracy against random by arm and pool, with 95 % intervals, and the junk chosen from pool B."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     arms = [arm for arm in results.of("B") if arm != RANDOM]
     arms.sort(key=lambda arm: results.minus("B", arm, RANDOM).mean)
-    figure, (left, right) = pyplot.subplots(
-        1, 2, figsize=(10, 0.36 * len(arms) + 1.4), sharey=True, width_ratios=(3, 2), layout="constrained"
-    )
+    figure = Figure(figsize=(10, 0.36 * len(arms) + 1.4), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     apart = 0.14 if len(results.seeds) > 1 else 0.0
     styles = {"B": ("#c44e52", -apart, "45 % junk"), "A": ("#4c72b0", apart, "as published")}
     for pool in results.seeds:
@@ -245,8 +241,4 @@ def picture(results: Results, path: Path) -> None:
     right.axvline(of_random, color="#444444", lw=0.8, ls="--", label="junk in random rows")
     right.set_xlabel("junk among its rows, %")
     figure.legend(*right.get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside lower right", ncols=3)
-    for axis in (left, right):
-        axis.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    harness.save(figure, path)

@@ -128,7 +128,7 @@ class Signals:
         if name == "trust":
             return acqcore.label_trust(self.states, self.labels)
         if name == "default fusion":
-            columns = {key: self.value(FUSED[key]).tolist() for key in DEFAULT_WEIGHTS}
+            columns = {key: self.value(key.replace("_", " ")).tolist() for key in DEFAULT_WEIGHTS}
             return torch.tensor(fuse(columns, [0] * len(self), "quantile", DEFAULT_WEIGHTS))
         raise ValueError(f"unknown signal {name!r}")
 
@@ -220,13 +220,6 @@ MUTUAL_INFORMATION: dict[str, dict[str, Any]] = {
     "mutual information": {"form": "linear", "probes": PROBES},
     "mutual information, isotropic": {"form": "linear", "probes": PROBES, "posterior": "isotropic"},
     "mutual information, draws": {"layers": "all", "draws": DRAWS, "dropout": DROPOUT},
-}
-#: Signals of the package's default reward -> their names here.
-FUSED = {
-    "mutual_information": "mutual information",
-    "influence": "influence",
-    "learnability": "learnability",
-    "diversity": "diversity",
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import statistics
@@ -12,9 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import real_rows
+from benchmarks import harness, real_rows, toy_student
 from benchmarks.reliability_signals import ENTROPY, MANY_DRAWS, SIGNALS, TRUNK, Signal
-from benchmarks.reliability_students import TOY_STEPS
 from benchmarks.reliability_units import Store, interval, spearman, stepped_up
 
 WORLDS = {"world": "uniform traps", "skewed": "skewed traps"}
@@ -29,7 +27,7 @@ def summary(store: Store) -> list[dict[str, Any]]:
     for name, signal in SIGNALS.items():
         row: dict[str, Any] = {"signal": name, "family": signal.family, "sets": {}}
         for of_set in sets:
-            units = {seed: real[key] for key in real if key[:2] == (of_set, name) for seed in [key[2]]}
+            units = {key[2]: unit for key, unit in real.items() if key[:2] == (of_set, name)}
             if units or (of_set, name) in flops:
                 row["sets"][of_set] = _of_set(of_set, name, signal, units, real, flops)
         row["toy"] = _of_toys(name, toy)
@@ -105,7 +103,7 @@ def _or_none(value: Any) -> float | None:
 
 def _of_toys(name: str, toy: Mapping[tuple[Any, ...], Mapping[str, Any]]) -> dict[str, Any]:
     found = {}
-    for blocks in TOY_STEPS:
+    for blocks in toy_student.STEPS:
         units = {key[1]: unit for key, unit in toy.items() if key[0] == blocks and key[2] == name}
         if not units:
             continue
@@ -185,7 +183,7 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
             lines.append("")
     depths = list(dict.fromkeys(depth for row in rows for depth in row["toy"]))
     if depths:
-        heads = [f"{depth} blocks: above ambiguous | above both | {'as 64 draws'} | cost" for depth in depths]
+        heads = [f"{depth} blocks: above ambiguous | above both | as 64 draws | cost" for depth in depths]
         lines += [f"| signal | {' | '.join(heads)} |", "|---" * (4 * len(depths) + 1) + "|"]
         for row in rows:
             if row["toy"]:
@@ -257,10 +255,7 @@ def _kind(signal: str) -> tuple[str, str]:
 
 def picture(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Plots cost against reliability, for long and for short completions, and against separation."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     long = [name for name in real_rows.SETS if name not in real_rows.SHORT]
     panels = [
@@ -274,7 +269,8 @@ def picture(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         ("toy students, 6 blocks: AUROC of ignorance above ambiguity", long, lambda row: _separation(row, "6")),
     ]
     colours = {"draws": "#8c9bb0", "linear": "#c44e52", "weights": "#55a868", "epig": "#8172b3", "influence": "#ccb974"}
-    figure, axes = pyplot.subplots(2, 2, figsize=(13, 9))
+    figure = Figure(figsize=(13, 9))
+    axes = figure.subplots(2, 2)
     for axis, (title, sets, height) in zip(axes.flat, panels, strict=True):
         for row in rows:
             x, y = _cost(row, sets), height(row)
@@ -289,7 +285,6 @@ def picture(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         axis.set_xticks(TICKS, [str(tick) for tick in TICKS])
         axis.minorticks_off()
         axis.set_xlabel("cost, counted, in multiples of scoring entropy", fontsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
         axis.margins(x=0.25)
         if title.startswith("toy"):
             axis.set_ylim(0.9, 1.005)
@@ -297,9 +292,7 @@ def picture(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         axis.legend(by_kind.values(), by_kind.keys(), loc="lower left", fontsize=8, frameon=False)
     figure.suptitle("Beside each point: its number of probes or draws", fontsize=10, x=0.01, ha="left")
     figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    harness.save(figure, path, dpi=110)
 
 
 def report(store: Store, result: Path | None, image: Path | None) -> None:
@@ -307,7 +300,6 @@ def report(store: Store, result: Path | None, image: Path | None) -> None:
     rows = summary(store)
     print(markdown(rows))
     if result is not None:
-        result.parent.mkdir(parents=True, exist_ok=True)
-        result.write_text(json.dumps({**store.settings, "signals": rows}, indent=1) + "\n")
+        harness.write(result, {**store.settings, "signals": rows})
     if image is not None:
         picture(rows, image)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import acqcore
+from acqcore import Reduction
 from acqcore.acquisitions import LinearOptions
 from acqcore.acquisitions.mutual_information import mutual_information, stderr
 from acqcore.gradients.selection import select_linear
@@ -22,7 +23,6 @@ from benchmarks.reliability_units import rounded
 
 REFERENCE_ROWS = 16  # for influence, expected predictive information gain, and a posterior of the weights
 RISE = 0.02  #: rise in loss, as a share, under draws at the calibrated rate
-TOY_STEPS = {3: 400, 6: 800}  # blocks -> training steps needed to learn the table
 TOY_QUESTIONS = 256  # per kind
 WORLD_QUESTIONS = 32  # per skill
 
@@ -235,23 +235,35 @@ def made_from(kind: str, student: acqcore.Student, samples: Any, **given: Any) -
     return make(student, samples, **given)
 
 
-def options_of(signal: Signal, rate: float, student: acqcore.Student, references: Mapping[str, Any]) -> dict[str, Any]:
-    """A signal's arguments for a small student, with placeholders filled in; ``references``: kind -> samples."""
-    options = dict(signal.options)
-    if options.get("dropout") == "calibrated":
-        options["dropout"] = rate
-    if "reference" in options:
-        options["reference"] = made_from(options["reference"], student, references[options["reference"]])
-    if signal.stochastic and signal.acquisition != EPIG:
-        options["seed"] = 0
-    return options
+class Small:
+    """A small student: ``rate`` is its calibrated dropout, ``references`` its samples for each kind of reference."""
+
+    student: acqcore.Student
+    rate: float
+    references: Mapping[str, Any]
+
+    def timed(self, signal: Signal, samples: Any, reduction: Reduction = "mean") -> tuple[torch.Tensor, float]:
+        """A signal's values ``[n]``, and seconds."""
+        options = dict(signal.options)
+        if options.get("dropout") == "calibrated":
+            options["dropout"] = self.rate
+        if "reference" in options:
+            kind = options["reference"]
+            options["reference"] = made_from(kind, self.student, self.references[kind])
+        if signal.stochastic and signal.acquisition != EPIG:
+            options["seed"] = 0
+        name = signal.acquisition
+        asked = {name: options} if options else None
+        begin = time.perf_counter()
+        scores = acqcore.score(self.student, samples, name, acquisition_args=asked, reduction=reduction, progress=False)
+        return scores[name], time.perf_counter() - begin
 
 
-class Toy:
+class Toy(Small):
     """A student of ``blocks`` blocks, and questions of each kind."""
 
     def __init__(self, blocks: int, seed: int) -> None:
-        self.student = acqcore.Student.from_model(toy_student.train(seed, blocks, TOY_STEPS[blocks]))
+        self.student = acqcore.Student.from_model(toy_student.train(seed, blocks, toy_student.STEPS[blocks]))
         generator = torch.Generator().manual_seed(seed)
         self.ids = torch.cat([toy_student.questions(kind, TOY_QUESTIONS, generator) for kind in toy_student.KINDS])
         # Unseen keys are excluded: the student is confidently wrong about them, so dropout lowers their loss.
@@ -268,14 +280,7 @@ class Toy:
 
     def unit(self, signal: Signal) -> dict[str, Any]:
         """AUROC of unseen questions above ambiguous and above all other questions, values, seconds."""
-        options = options_of(signal, self.rate, self.student, self.references)
-        asked = {signal.acquisition: options} if options else None
-        begin = time.perf_counter()
-        scores = acqcore.score(
-            self.student, toy_student.samples(self.ids), signal.acquisition, acquisition_args=asked, progress=False
-        )
-        seconds = time.perf_counter() - begin
-        values = scores[signal.acquisition]
+        values, seconds = self.timed(signal, toy_student.samples(self.ids))
         easy, ambiguous, unseen = values.split(TOY_QUESTIONS)
         return {
             "ambiguous": toy_student.auroc(unseen, ambiguous),
@@ -286,7 +291,7 @@ class Toy:
         }
 
 
-class World:
+class World(Small):
     """The base model of a seed, and questions of every skill; traps are uniform or skewed."""
 
     def __init__(self, seed: int, skewed: bool = False) -> None:
@@ -308,12 +313,6 @@ class World:
 
     def unit(self, signal: Signal) -> dict[str, Any]:
         """Values, skill after skill, and seconds."""
-        options = options_of(signal, self.rate, self.student, self.references)
-        asked = {signal.acquisition: options} if options else None
-        begin = time.perf_counter()
         # The sum, as in the recipe: a row's information is the sum over its tokens.
-        scores = acqcore.score(
-            self.student, self.rows, signal.acquisition, acquisition_args=asked, reduction="sum", progress=False
-        )
-        seconds = time.perf_counter() - begin
-        return {"rate": self.rate, "seconds": seconds, "values": rounded(scores[signal.acquisition])}
+        values, seconds = self.timed(signal, self.rows, reduction="sum")
+        return {"rate": self.rate, "seconds": seconds, "values": rounded(values)}

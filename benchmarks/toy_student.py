@@ -13,6 +13,7 @@ import torch
 
 KINDS = ("easy", "ambiguous", "unseen")
 KEYS, CLASSES = 64, 32
+STEPS = {3: 400, 6: 800}  #: blocks of a student -> training steps it needs to learn the table
 _TABLE, _COIN, _SEEN, _UNSEEN, _ANSWER = 1, 2, 8, 72, 136  # first token of each range
 VOCABULARY = _ANSWER + KEYS
 

@@ -13,9 +13,8 @@ from typing import Any
 
 from benchmarks import harness
 from benchmarks.paired import Difference, difference, holm
-from benchmarks.pool_report import interval, verdict
+from benchmarks.pool_report import DOCS, interval, verdict, write_section
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGE, PICTURE = DOCS / "evidence-write.md", DOCS / "evidence-write.png"
 BEGIN, END = "<!-- results: written by bench_write -->", "<!-- end of results -->"
 AS_IT_IS, PRIMARY, ORIENTATION = "as it is", "best of 8: default", ("warm", "real rows")
@@ -49,11 +48,12 @@ class Results:
         """The secondary family: (arm, other) -> difference and its Holm-adjusted p value."""
         pairs = [(arm, AS_IT_IS) for arm in self.arms if arm not in (AS_IT_IS, PRIMARY)]
         pairs += [TAUGHT] if all(arm in self.found for arm in TAUGHT) else []
-        found = {pair: self.minus(*pair) for pair in pairs if self._meet(*pair)}
+        found = {pair: self.minus(*pair) for pair in pairs if self.meet(*pair)}
         adjusted = holm({" minus ".join(pair): one.p for pair, one in found.items()})
         return {pair: (one, adjusted[" minus ".join(pair)]) for pair, one in found.items()}
 
-    def _meet(self, arm: str, other: str) -> bool:
+    def meet(self, arm: str, other: str) -> bool:
+        """Whether two arms have a seed in common."""
         return bool(self.found[arm].keys() & self.found[other].keys())
 
 
@@ -76,13 +76,11 @@ def write(rows: Sequence[dict[str, Any]], choices: Path, out: Path, *, small: bo
         "units": list(rows),
     }
     for path in [out / "write.json"] if small else [out / "write.json", harness.RESULTS / "write.json"]:
-        path.write_text(json.dumps(content, indent=1) + "\n")
+        harness.write(path, content)
     picture(results, out / PICTURE.name)
     if not small:
         picture(results, PICTURE)
-        page = PAGE.read_text()
-        before, after = page[: page.index(BEGIN) + len(BEGIN)], page[page.index(END) :]
-        PAGE.write_text(f"{before}\n\n{text}\n\n{after}")
+        write_section(PAGE, BEGIN, END, text)
 
 
 def tables(results: Results, choices: dict[str, Any]) -> str:
@@ -128,16 +126,12 @@ def picture(results: Results, path: Path) -> None:
     """Plots accuracy relative to the unchanged generator with 95 % intervals; does nothing without matplotlib."""
     if importlib.util.find_spec("matplotlib") is None:
         return
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    arms = [
-        arm for arm in results.arms if arm != AS_IT_IS and results.found[arm].keys() & results.found[AS_IT_IS].keys()
-    ]
+    arms = [arm for arm in results.arms if arm != AS_IT_IS and results.meet(arm, AS_IT_IS)]
     found = sorted(((results.minus(arm, AS_IT_IS), arm) for arm in arms), key=lambda pair: pair[0].mean)
-    figure, axis = pyplot.subplots(figsize=(8, 0.36 * len(found) + 1.2), layout="constrained")
+    figure = Figure(figsize=(8, 0.36 * len(found) + 1.2), layout="constrained")
+    axis = figure.subplots()
     half = [0.0 if math.isinf(one.high) else one.high - one.mean for one, _ in found]
     axis.errorbar(
         [one.mean for one, _ in found], range(len(found)), xerr=half, fmt="o", color="#c44e52", ms=4, capsize=2, lw=1
@@ -147,7 +141,4 @@ def picture(results: Results, path: Path) -> None:
     for tick, (_, arm) in zip(axis.get_yticklabels(), found, strict=True):
         tick.set_fontweight("bold" if arm == PRIMARY else "normal")
     axis.set_xlabel(f"minus the generator {AS_IT_IS}, points (95 % interval)")
-    axis.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    harness.save(figure, path)

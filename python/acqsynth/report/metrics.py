@@ -15,14 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from acqsynth.evaluate import (
-    FEWEST,
-    accuracy_by_skill,
-    accuracy_interval,
-    change,
-    holm,
-    signal_validity,
-)
+from acqsynth.evaluate import FEWEST, accuracy_by_skill, accuracy_interval, change, holm, signal_validity
 
 IN_DISTRIBUTION = "in_distribution"
 KNOWN = 0.8  #: base student's accuracy from which a skill counts as known and can be forgotten
@@ -157,8 +150,9 @@ def verdict(found: Mapping[str, Any]) -> list[dict[str, str]]:
     A gain or loss requires at least ``FEWEST`` fits and significance by Holm's procedure over all comparisons here.
     """
     main = found["main"]
-    largest = _largest(found["arms"][main]["results"])
-    result = next(r for r in found["arms"][main]["results"] if r["student"] == STUDENT and r["rows_wanted"] == largest)
+    results = found["arms"][main]["results"]
+    largest = max(result["rows_wanted"] for result in results)
+    result = next(r for r in results if r["student"] == STUDENT and r["rows_wanted"] == largest)
     here = result["sets"][IN_DISTRIBUTION]
     before = found["base"][STUDENT][IN_DISTRIBUTION]["accuracy"]["mean"]
     judged = [
@@ -349,13 +343,8 @@ def _comparisons(main: str, fits: Mapping[tuple[str, str, int], _Fits], level: f
                 other_generators=other.generators,
                 level=level,
             )
-            entry = {"student": student, "rows_wanted": n, "against": arm, "difference": asdict(difference)}
-            found.append(entry)
+            found.append({"student": student, "rows_wanted": n, "against": arm, "difference": asdict(difference)})
     return found
-
-
-def _largest(results: Sequence[Mapping[str, Any]]) -> int:
-    return max(result["rows_wanted"] for result in results)
 
 
 _HERE = {"gain": "Gain", "loss": "Loss", "none": "No gain shown"}

@@ -94,9 +94,7 @@ def _largest(metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 def _table(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A row per arm, student and size, the recipe's own student first."""
-    lines = []
-    for arm, entry in metrics["arms"].items():
-        lines += [{"arm": arm, **result} for result in entry["results"]]
+    lines = [{"arm": arm, **result} for arm, entry in metrics["arms"].items() for result in entry["results"]]
     return sorted(lines, key=lambda line: (line["student"] != STUDENT, line["student"], line["rows_wanted"]))
 
 

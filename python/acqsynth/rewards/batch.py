@@ -115,13 +115,13 @@ class Rewards:
     def of(cls, entries: Sequence[Entry], signals: Sequence[str], gates: Sequence[str]) -> Rewards:
         """Collects entries into columns, named by signal and gate."""
         return cls(
-            [entry.total for entry in entries],
-            [entry.sample for entry in entries],
-            {name: [entry.values.get(name) for entry in entries] for name in signals},
-            {name: [entry.rejected_by != name for entry in entries] for name in gates},
-            [entry.length for entry in entries],
-            [entry.group for entry in entries],
-            {
+            total=[entry.total for entry in entries],
+            samples=[entry.sample for entry in entries],
+            components={name: [entry.values.get(name) for entry in entries] for name in signals},
+            gates={name: [entry.rejected_by != name for entry in entries] for name in gates},
+            lengths=[entry.length for entry in entries],
+            groups=[entry.group for entry in entries],
+            stderr={
                 name: [entry.stderr.get(name) for entry in entries]
                 for name in signals
                 if any(name in entry.stderr for entry in entries)

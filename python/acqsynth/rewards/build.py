@@ -14,24 +14,12 @@ from acqsynth.domains import Domain, Sample
 from acqsynth.engines import Engine
 from acqsynth.engines.transformers import TransformersEngine
 from acqsynth.label import Labeller
-from acqsynth.rewards.answers import (
-    AnswerVariance,
-    Confidence,
-    Learnability,
-    SampledAnswers,
-    SemanticEntropy,
-)
+from acqsynth.rewards.answers import AnswerVariance, Confidence, Learnability, SampledAnswers, SemanticEntropy
 from acqsynth.rewards.gates import Gate, default_gates
 from acqsynth.rewards.paper import PaperReward
 from acqsynth.rewards.reward import DEFAULT_WEIGHTS, INFORMATION, ComposedReward
 from acqsynth.rewards.scoring import load_student
-from acqsynth.rewards.signals import (
-    Diversity,
-    Gradient,
-    Proximity,
-    Signal,
-    acquisition_signals,
-)
+from acqsynth.rewards.signals import Diversity, Gradient, Proximity, Signal, acquisition_signals
 from acqsynth.rewards.texts import NgramEmbedder, SentenceEmbedder
 
 ANSWER_SIGNALS = ("confidence", "answer_variance", "semantic_entropy", "learnability")

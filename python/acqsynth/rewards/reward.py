@@ -36,14 +36,7 @@ from acqsynth.rewards.fusion import BOUNDED, HISTORY, METHODS, LengthBins, check
 from acqsynth.rewards.gates import Gate, Label, default_gates, require_samples
 from acqsynth.rewards.signals import Diversity, Signal, acquisition_signals
 from acqsynth.rewards.texts import Embedder, NgramEmbedder
-from acqsynth.rewards.trl import (
-    Completion,
-    Log,
-    TrlReward,
-    completion_text,
-    prompt_key,
-    summary,
-)
+from acqsynth.rewards.trl import Completion, Log, TrlReward, completion_text, prompt_key, summary
 
 PARSES = "parses"  #: name of the gate before all others
 

@@ -25,8 +25,7 @@ import acqcore
 from acqsynth.batching import Batcher
 from acqsynth.integrations.openrlhf import response_of
 from acqsynth.parsing import parse_sample
-from acqsynth.serve.errors import ServiceError
-from acqsynth.serve.middleware import Access, Gate, Metrics, error_response
+from acqsynth.serve.middleware import Access, Gate, Metrics, ServiceError, error_response
 from acqsynth.serve.options import Limits
 from acqsynth.serve.routes import JsonRoute, answered
 from acqsynth.serve.schema import (

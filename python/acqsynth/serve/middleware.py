@@ -1,4 +1,4 @@
-"""Checks before a request reaches its route: tokens, limits on bodies and concurrency, metrics."""
+"""Checks before a request reaches its route: tokens, limits on bodies and concurrency; errors and metrics."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from acqsynth.serve.errors import STATUS, ServiceError
 from acqsynth.serve.options import Limits
 
 logger = logging.getLogger(__name__)
@@ -26,8 +25,43 @@ ROUTES = frozenset({"/score", "/get_reward", "/student", "/health", "/metrics", 
 OPEN = frozenset({"/health"})  #: routes that reveal nothing and need no token
 ADMIN = frozenset({"/student"})  #: routes that need the admin token
 
+#: Error type -> HTTP status.
+STATUS = {
+    "bad_request": 400,
+    "unauthorized": 401,
+    "forbidden": 403,
+    "slow_body": 408,
+    "reload_in_progress": 409,
+    "too_large": 413,
+    "invalid_request": 422,
+    "busy": 429,
+    "client_closed": 499,  # as in nginx; the answer is never read and only shows in the metrics
+    "internal": 500,
+    "stopping": 503,
+    "deadline_exceeded": 504,
+}
+
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _SAMPLES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+
+class ServiceError(Exception):
+    """A failed request.
+
+    Args:
+        kind: the error's type, a key of ``STATUS``.
+        message: sent with kind in the body, ``{"error": {"type", "message"}}``.
+        retry_after: whole seconds to wait before a retry.
+    """
+
+    def __init__(self, kind: str, message: str, retry_after: int | None = None) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.retry_after = retry_after
+
+    @property
+    def status(self) -> int:
+        return STATUS[self.kind]
 
 
 @dataclass(frozen=True)
@@ -104,13 +138,10 @@ class Metrics:
         self.student_version = Gauge(
             "acqsynth_student_version", "1 for the initial student, incremented by each reload", registry=self.registry
         )
-        self._gauges: list[Gauge] = []
 
     def watch(self, name: str, text: str, value: Callable[[], float]) -> None:
         """Adds a gauge computed at each scrape."""
-        gauge = Gauge(name, text, registry=self.registry)
-        gauge.set_function(value)
-        self._gauges.append(gauge)
+        Gauge(name, text, registry=self.registry).set_function(value)
 
     def batch(self, samples: int, tokens: int, seconds: float) -> None:
         """Records one scoring call."""

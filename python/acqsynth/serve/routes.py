@@ -12,7 +12,7 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from pydantic import ValidationError
 
-from acqsynth.serve.errors import ServiceError
+from acqsynth.serve.middleware import ServiceError
 
 T = TypeVar("T")
 

@@ -4,17 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    GetCoreSchemaHandler,
-    GetJsonSchemaHandler,
-    WithJsonSchema,
-)
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema, core_schema
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from acqcore.acquisitions import REGISTRY
 
@@ -25,23 +15,19 @@ def served_acquisitions() -> list[str]:
     return [name for name, entry in REGISTRY.items() if entry.over != "set" and not entry.options.required()]
 
 
-class _Served:
-    """Annotation of a string: one of :func:`served_acquisitions` at the time of the check."""
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_after_validator_function(self._check, handler(source))
-
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        return {"type": "string", "enum": served_acquisitions()}
-
-    @staticmethod
-    def _check(name: str) -> str:
-        if name not in served_acquisitions():
-            raise ValueError(f"unknown {name!r}, expected one of {', '.join(served_acquisitions())}")
-        return name
+def _served(name: str) -> str:
+    if name not in served_acquisitions():
+        raise ValueError(f"unknown {name!r}, expected one of {', '.join(served_acquisitions())}")
+    return name
 
 
-AcquisitionName = Annotated[str, Field(max_length=64), _Served()]
+def _list_served(schema: dict[str, Any]) -> None:
+    schema.clear()  # the bound on the length would only repeat the names
+    schema.update(type="string", enum=served_acquisitions())
+
+
+#: One of :func:`served_acquisitions` at the time of the check.
+AcquisitionName = Annotated[str, Field(max_length=64, json_schema_extra=_list_served), AfterValidator(_served)]
 
 T = TypeVar("T")
 Names = Annotated[

@@ -21,20 +21,10 @@ import acqcore
 from acqsynth.models import resolve
 from acqsynth.serve.app import Service, create_app
 from acqsynth.serve.middleware import Access
-from acqsynth.serve.options import (
-    ADMIN_TOKEN_VARIABLE,
-    TOKEN_VARIABLE,
-    Limits,
-    is_loopback,
-    token_from,
-)
+from acqsynth.serve.options import ADMIN_TOKEN_VARIABLE, TOKEN_VARIABLE, Limits, is_loopback, token_from
 from acqsynth.serve.students import Students
 
 HEAD_BYTES = 1 << 15  #: maximum bytes of request line and headers; a token and a path need a few hundred
-
-
-class UsageError(ValueError):
-    """Invalid options; the message is one sentence."""
 
 
 class _Server(uvicorn.Server):
@@ -66,7 +56,7 @@ def main(options: argparse.Namespace) -> int:
     """
     try:
         service, listener = prepared(options)
-    except (UsageError, ValueError, OSError, ModuleNotFoundError, RuntimeError) as error:
+    except (ValueError, OSError, ModuleNotFoundError, RuntimeError) as error:
         print(f"acqsynth: error: {str(error).strip().splitlines()[0]}", file=sys.stderr)
         return 2
     print(told(service, listener, options), flush=True)
@@ -88,29 +78,29 @@ def prepared(options: argparse.Namespace) -> tuple[Service, socket.socket]:
     """Creates the service and its socket from the options; the cheap checks come first.
 
     Raises:
-        UsageError, ValueError: invalid options, or the address is in use. OSError: no such student or file.
+        ValueError: invalid options, or the address is in use. OSError: no such student or file.
         ModuleNotFoundError: transformers is not installed. RuntimeError: no backend runs on this machine.
     """
     access = Access(
         token_from(TOKEN_VARIABLE, options.token_file), token_from(ADMIN_TOKEN_VARIABLE, options.admin_token_file)
     )
     if access.token is None and not is_loopback(options.host):
-        raise UsageError(
+        raise ValueError(
             f"--host {options.host} is not loopback and needs a token: set {TOKEN_VARIABLE} or pass --token-file"
         )
     if options.student_root is not None:
         if not options.student_root.is_dir():
-            raise UsageError(f"--student-root: no such folder: {options.student_root}")
+            raise ValueError(f"--student-root: no such folder: {options.student_root}")
         if access.admin_token is None:
-            raise UsageError(f"--student-root needs an admin token: set {ADMIN_TOKEN_VARIABLE}")
+            raise ValueError(f"--student-root needs an admin token: set {ADMIN_TOKEN_VARIABLE}")
     if not 0 <= options.port < 2**16:
-        raise UsageError(f"--port: expected 0 to {2**16 - 1}, got {options.port}")
+        raise ValueError(f"--port: expected 0 to {2**16 - 1}, got {options.port}")
     limits = Limits(**{field.name: getattr(options, field.name) for field in fields(Limits)})
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
     try:
         listener = socket.create_server((options.host, options.port), family=family, backlog=2048)
     except OSError as error:
-        raise UsageError(f"{options.host}:{options.port} cannot be bound: {error}") from error
+        raise ValueError(f"{options.host}:{options.port} cannot be bound: {error}") from error
     if not sys.stderr.isatty() and importlib.util.find_spec("transformers"):
         from transformers.utils import logging
 

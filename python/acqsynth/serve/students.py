@@ -8,7 +8,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ import torch
 
 import acqcore
 from acqcore import Reduction
-from acqsynth.serve.errors import ServiceError
+from acqsynth.serve.middleware import ServiceError
 from acqsynth.serve.options import Limits
 
 EMPTY = acqcore.Row(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
@@ -30,10 +29,6 @@ class Loaded:
     version: int  #: 1 for the initial student
     fingerprint: str  #: hash of its parameters
     student: acqcore.Student
-
-    @cached_property
-    def vocab_size(self) -> int:
-        return self.student.head.vocab_size
 
     def described(self) -> dict[str, Any]:
         return {"name": self.name, "version": self.version, "fingerprint": self.fingerprint}
@@ -58,7 +53,7 @@ class Loaded:
             found = acqcore.encode(
                 [samples[i] for i in picked],
                 self.student.tokenizer,
-                vocab_size=self.vocab_size,
+                vocab_size=self.student.head.vocab_size,
                 limit=limit,
                 max_length=None if max_length is None else min(max_length, limit),
                 errors=faults,

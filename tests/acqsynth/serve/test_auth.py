@@ -5,8 +5,7 @@ import hmac
 
 import pytest
 
-from acqsynth.serve.errors import ServiceError
-from acqsynth.serve.middleware import Access
+from acqsynth.serve.middleware import Access, ServiceError
 
 
 def bearer(token):

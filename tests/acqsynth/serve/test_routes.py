@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from acqsynth.serve.errors import ServiceError
+from acqsynth.serve.middleware import ServiceError
 from acqsynth.serve.routes import answered
 
 
