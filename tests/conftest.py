@@ -37,7 +37,6 @@ _FOLDER = Path(__file__).parent.parent / "benchmarks"
 _SPEC = importlib.util.spec_from_file_location(
     "benchmarks", _FOLDER / "__init__.py", submodule_search_locations=[str(_FOLDER)]
 )
-assert _SPEC is not None
 sys.modules["benchmarks"] = importlib.util.module_from_spec(_SPEC)
 
 

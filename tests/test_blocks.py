@@ -196,7 +196,6 @@ class TestLogitMap:
     def test_is_read_off_known_logits(self, scale, softcap, dtype):
         z = torch.tensor(KNOWN_LOGITS, dtype=dtype) * scale
         found = LogitMap.fitted(z if softcap is None else softcap * torch.tanh(z / softcap))
-        assert found is not None
         assert found.scale == pytest.approx(scale, rel=1e-6)
         assert found.softcap == (softcap if softcap is None else pytest.approx(softcap, rel=1e-5))
 

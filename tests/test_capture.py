@@ -89,7 +89,7 @@ class TestHooksOfOthers:
             model = lora(model, target_modules="all-linear")
         if how == "function":
             for block in acqcore.Student.from_model(model).blocks:
-                block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         else:
             kinds = ("LlamaDecoderLayer",) if how == "wrapper" else ("LlamaMLP", "LlamaAttention")
             wrapper.apply_activation_checkpointing(model, check_fn=lambda m: type(m).__name__ in kinds)

@@ -67,7 +67,7 @@ def test_diverse_methods_choose_among_the_highest(method, choose, student, tmp_p
     values = entropies(student, TEXTS)
     among = values.argsort(descending=True)[:5].sort().values
     vectors = acqcore.badge_embedding(str(student), [TEXTS[i] for i in among], backend="eager")
-    expected = among[acqcore.select(vectors, 3, method, seed=4)].tolist()  # type: ignore[arg-type]
+    expected = among[acqcore.select(vectors, 3, method, seed=4)].tolist()
     rows = [{"text": text} for text in TEXTS]
     assert main(choose(rows, method=method, among=5, seed=4)) == 0
     found = read(tmp_path / "out.jsonl")

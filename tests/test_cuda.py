@@ -194,7 +194,6 @@ def test_each_cause_is_named(built, version, missing, expected, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", version)
     monkeypatch.setattr(_core, "cuda_unavailable", lambda: missing, raising=False)
     reason = Cuda().unavailable()
-    assert reason is not None
     assert expected in reason
     monkeypatch.setattr(_core, "cuda_built", True)
     monkeypatch.setattr(torch.version, "cuda", "13.0")

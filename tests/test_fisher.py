@@ -72,7 +72,6 @@ def _definition(case: Case, probe: int, seed: int, offsets: torch.Tensor) -> tor
 @pytest.mark.parametrize("name", CASES)
 def test_is_the_product_with_the_cotangent(name, dtype, implementation):
     case = CASES[name]().to(dtype)
-    assert case.targets is not None
     case.targets[[5, 9, 59]] = -100
     got = fisher_grad(
         case.hidden, case.head, case.targets, probes=3, seed=7, offsets=OFFSETS, temperature=case.temperature,
@@ -148,7 +147,6 @@ def test_expected_norms_are_exact(implementation):
     """``tr(W^T F W)``, the trace of the Fisher matrix in the hidden state."""
     for name in ("plain", "one column", "everything", "large logits"):
         case = CASES[name]()
-        assert case.targets is not None
         case.targets[[5, 59]] = -100
         of_rows = Probes(1, 0, *_places(OFFSETS))
         _, grads = fisher_visit(case.hidden, case.head, case.targets, of_rows, case.temperature, get(implementation))
@@ -168,7 +166,6 @@ def test_expected_norms_are_exact(implementation):
 @pytest.mark.parametrize("name", CASES)
 def test_the_same_visit_gives_the_statistics(name, implementation):
     case = CASES[name]()
-    assert case.targets is not None
     case.targets[[5, 9, 59]] = -100
     of_rows = Probes(2, 0, *_places(OFFSETS))
     got, _ = fisher_visit(case.hidden, case.head, case.targets, of_rows, case.temperature, get(implementation))

@@ -27,7 +27,6 @@ def _case(name: str) -> Case:
         "everything": lambda: random_case(60, 41, 600, bias=True, softcap=15.0, scale=0.5, temperature=1.3),
         "softcap": lambda: random_case(60, 40, 513, std=20.0, softcap=30.0),
     }[name]()
-    assert case.targets is not None
     case.targets[[5, 9, 59]] = -100
     return case
 
@@ -44,7 +43,6 @@ def _autograd(
     """Gradients of each sample's loss in (weight, bias if any), by autograd in float64."""
     exact = case.to(torch.float64)
     head, y = exact.head, exact.targets
-    assert y is not None
     parameters = [head.weight.requires_grad_()]
     bias = None if head.bias is None else head.bias.double().requires_grad_()
     if bias is not None:
@@ -64,7 +62,7 @@ def _autograd(
 
 
 def _norms(gradients: list[tuple[torch.Tensor, ...]]) -> torch.Tensor:
-    return torch.stack([sum(g.square().sum() for g in sample).sqrt() for sample in gradients])  # type: ignore[union-attr]
+    return torch.stack([sum(g.square().sum() for g in sample).sqrt() for sample in gradients])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -116,7 +114,6 @@ def test_confident_samples(gap, form, implementation):
 @pytest.mark.parametrize("form", ["gram", "direct", "auto"])
 def test_samples_do_not_depend_on_the_batch(form, implementation):
     case = random_case(200, 24, 600)
-    assert case.targets is not None
     offsets = torch.tensor([0, 10, 11, 150, 199, 200])
     whole = acqcore.head_grad_norm(case.hidden, case.head, case.targets, offsets, form=form, backend=implementation)
     for i, (begin, end) in enumerate(zip(offsets.tolist(), offsets.tolist()[1:], strict=False)):
@@ -137,7 +134,7 @@ def test_hidden_grad(name, dtype, implementation):
     exact = case.to(torch.float64)
     hidden = exact.hidden.requires_grad_()
     z = exact.head.logits(hidden, exact.temperature)
-    loss = torch.nn.functional.cross_entropy(z, case.targets, ignore_index=-100, reduction="sum")  # type: ignore[arg-type]
+    loss = torch.nn.functional.cross_entropy(z, case.targets, ignore_index=-100, reduction="sum")
     (expected,) = torch.autograd.grad(loss, hidden)
     scale = expected.norm(dim=1).mean().item()
     rounded = implementation == "triton" and dtype in (torch.bfloat16, torch.float16)  # it rounds factors of dL/dz
@@ -161,7 +158,6 @@ def test_sums_of_a_shard_from_the_statistics_of_the_whole(name, implementation):
     """A pass of its own over some rows of the weight gives their sums relative to the largest logit of all rows."""
     case = _case(name)
     exact = case.to(torch.float64)
-    assert case.targets is not None
     stats = case.run(implementation)
     z = exact.head.logits(exact.hidden, exact.temperature)
     p = (z - z.amax(dim=1, keepdim=True)).exp()
@@ -198,7 +194,6 @@ def test_a_row_without_finite_logits_is_nan(implementation):
 def test_sketch_keeps_inner_products(implementation):
     """The mean over seeds is within five standard errors of the exact inner products, norms included."""
     case = random_case(40, 24, 130)
-    assert case.targets is not None
     case.targets[3] = -100
     offsets = torch.tensor([0, 9, 25, 40])
     gradients = torch.stack([g[0].flatten() for g in _autograd(case, offsets)])  # [3, V D]
@@ -281,7 +276,7 @@ def test_bad_input(change, error, message):
 def test_bad_dim():
     case = _case("plain")
     with pytest.raises(ValueError, match="dim: expected an int >= 1, got 0"):
-        acqcore.grad_sketch(case.hidden, case.head, case.targets, OFFSETS, dim=0)  # type: ignore[arg-type]
+        acqcore.grad_sketch(case.hidden, case.head, case.targets, OFFSETS, dim=0)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "eager"])
@@ -311,7 +306,6 @@ def test_ignored_rows_may_hold_anything(dtype, implementation):
     """Their hidden states change no bit of a result, and their gradients are zero."""
     case = _case("plain").to(dtype)
     targets = case.targets
-    assert targets is not None
     found = []
     for value in (0.0, torch.nan, torch.inf):
         hidden = case.hidden.masked_fill((targets == -100)[:, None], value)

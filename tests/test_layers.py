@@ -16,8 +16,6 @@ import acqcore
 
 ACQCORE = Path(acqcore.__file__).parent
 _SYNTH = importlib.util.find_spec("acqsynth")
-assert _SYNTH is not None
-assert _SYNTH.origin is not None
 ACQSYNTH = Path(_SYNTH.origin).parent
 
 #: folder or module of acqcore -> those it may import

@@ -318,7 +318,7 @@ def test_bad_arguments(options, error, message, tiny_model, tokenizer):
 
 def test_a_backend_that_does_not_serve_is_known_before_any_forward(tiny_model):
     student = acqcore.Student.from_model(tiny_model("Llama").double(), verify=False)
-    student.trunk.register_forward_pre_hook(lambda *_: pytest.fail("the trunk ran"))  # type: ignore[union-attr]
+    student.trunk.register_forward_pre_hook(lambda *_: pytest.fail("the trunk ran"))
     with pytest.raises(ValueError, match="backend 'cpu' supports"):
         acqcore.score(student, {"input_ids": torch.ones(1, 4, dtype=torch.int64)}, backend="cpu")
 

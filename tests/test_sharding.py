@@ -14,8 +14,6 @@ import torch
 
 SCRIPT = Path(__file__).with_name("sharding_cases.py")
 _SPEC = importlib.util.spec_from_file_location("sharding_cases", SCRIPT)
-assert _SPEC is not None
-assert _SPEC.loader is not None
 cases = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(cases)
 

@@ -67,7 +67,6 @@ def test_a_block_that_fails_for_a_moment_goes_on_with_its_finished_batches(score
     assert sum(told) == 7
     assert min(told) >= 0
     report = scorer.parts.report(0)
-    assert report is not None
     assert (report["rows"], report["valid"], report["errors"], report["new_rows"]) == (7, 7, [], calls[2])
     assert [row["valid"] for row in read(scorer.parts.path(0))] == [True] * 7
 
@@ -168,7 +167,6 @@ def test_the_same_command_tries_failed_blocks_again_and_no_others(out, command, 
 
     in_the_way.rmdir()
     kept = parts.report(0)
-    assert kept is not None
     Path(parts.folder / "block-000000.json").write_text(json.dumps({**kept, "valid": 1}))  # lost if it is redone
     assert main(arguments) == 0
     captured = capsys.readouterr()

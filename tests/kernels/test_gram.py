@@ -45,7 +45,6 @@ def _run(case: Case, bounds: Bounds, tiles: GramTiles = TILES) -> tuple[RowStats
     state = torch.full((7, n), 123.0, dtype=torch.float64)
     index = torch.full((n,), 123)
     products = torch.full((starts[-1],), 123.0)
-    assert case.targets is not None
     gram.row_stats_and_grams(
         case.hidden, head.weight, head.bias, case.targets, bounds, starts[:-1], softcap=head.softcap, scale=head.scale,
         temperature=case.temperature, vocab_start=head.vocab_start, state=state, index=index, products=products,
@@ -143,7 +142,6 @@ def test_targets_leave_the_matrix_of_their_own_sample_alone():
 def test_bits_of_a_sample_do_not_depend_on_its_batch():
     """A sample has the same bits alone, after others in its block, in another block, and in a second run."""
     case = _exact_case(300, 24, 200)
-    assert case.targets is not None
     case.targets[[3, 90, 200]] = -100
     bounds = ((0, 100), (100, 117), (117, 118), (118, 240), (240, 300))
     stats, whole = _run(case, bounds)
@@ -169,7 +167,6 @@ def test_bits_do_not_depend_on_scratch_or_grouping(monkeypatch):
 
 def test_ignored_rows_may_hold_anything():
     case = _exact_case(30, 16, 100)
-    assert case.targets is not None
     bounds = ((0, 12), (12, 30))
     case.targets[::3] = -100
     expected = _run(case, bounds)
@@ -245,7 +242,6 @@ def _norms(case: Case, bounds: Bounds) -> tuple[torch.Tensor, torch.Tensor]:
     exact = case.to(torch.float64)
     stats, products = exact.run("eager"), _expected(case, bounds)
     starts = _starts(bounds)[:-1]
-    assert case.targets is not None
     weights = torch.linspace(-1, 2, len(case.hidden), dtype=torch.float64).where(case.targets != -100, 0)
     expected, got = torch.empty((2, len(bounds)), dtype=torch.float64)
     local_max = stats.state[0] - 0.25  # a shard's may be lower than the vocabulary's
@@ -268,7 +264,6 @@ def test_norm(name, dtype, monkeypatch):
     monkeypatch.setattr(gram_norm, "PARTS_AT_ONCE", 2)
     options = {"bias": True, "softcap": 15.0, "scale": 0.5, "temperature": 1.3} if name == "everything" else {}
     case = random_case(120, 70 if name == "odd depth" else 64, 90, **options)
-    assert case.targets is not None
     if name == "repeated":
         case.targets[:] = case.targets[::10].repeat_interleave(10)
         case.targets[::4] = case.run("eager").max_index[::4]

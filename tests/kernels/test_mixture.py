@@ -68,8 +68,6 @@ def _oracle(case: Case, draws: int, width: int, p: float = 0.3) -> tuple[torch.T
 def _case(n: int, d: int, v: int, **options: Any) -> Case:
     """A third of the rows ignored, column 7 impossible."""
     case = random_case(n, d, v, bias=True, seed=5, **options)
-    assert case.targets is not None
-    assert case.head.bias is not None
     case.targets[case.targets == 7] = 8
     case.targets[1::3] = -100
     case.head.bias[7] = -torch.inf
@@ -119,7 +117,6 @@ def test_a_row_does_not_depend_on_its_batch(width, monkeypatch):
     case = replace(case, head=replace(case.head, weight=(case.head.weight * 8).round() / 8))
     tiles = _tiles(16, 32)
     state, votes = _run(case, 4, width, tiles)
-    assert case.targets is not None
     short, short_votes = _run(Case(case.hidden[:6], case.head, case.targets[:6]), 4, width, tiles)
     assert torch.equal(short.nan_to_num(9), state[:, :6].nan_to_num(9))
     assert torch.equal(short_votes, votes[:, :6])
@@ -134,7 +131,6 @@ def test_a_row_does_not_depend_on_its_batch(width, monkeypatch):
 def test_packed_rows(draws, width, monkeypatch):
     """Every packed row is its token's hidden state under its draw's mask, bit for bit; padding is zero."""
     case = _case(21, 45, 40).to(torch.bfloat16)
-    assert case.targets is not None
     seen: list[torch.Tensor] = []
 
     class EnoughError(Exception):

@@ -53,7 +53,6 @@ def _exact_case(n: int, d: int, v: int) -> Case:
     """
     case = random_case(n, d, v, bias=True)
     head = case.head
-    assert head.bias is not None
     weight, bias = ((x * 8).round() / 8 for x in (head.weight, head.bias))
     return replace(case, hidden=(case.hidden * 8).round() / 8, head=replace(head, weight=weight, bias=bias))
 
@@ -75,7 +74,6 @@ def test_any_number_of_splits(splits):
 def test_bits_of_a_row_do_not_depend_on_its_batch(descriptors, dtype):
     """A row has the same bits alone, beside others, in another block of rows, and after ignored rows."""
     case = _exact_case(67, 48, 100).to(dtype)
-    assert case.targets is not None
     case.targets[[3, 30, 31, 32, 60]] = -100
     tiles = replace(TILES, descriptors=descriptors)
     whole = _run(case, tiles)
@@ -110,7 +108,6 @@ def test_descriptors_where_strides_do_not_allow_them():
 def test_ignored_rows_take_no_part():
     """Their hidden states may be anything, and a block without scored rows does nothing."""
     case = _exact_case(80, 32, 100)
-    assert case.targets is not None
     expected = _run(case, TILES)
     ignored = torch.arange(80) % 3 > 0
     case.targets[ignored] = -100

@@ -37,7 +37,6 @@ def _run(case: Case, dim: int, tiles: Tiles = TILES) -> tuple[torch.Tensor, torc
     state, index = torch.empty(7, n, dtype=torch.float64), torch.empty(n, dtype=torch.int64)
     out = torch.empty(n, dim)
     places = rotated_places(len(head.weight), dim, 3, 0, head.vocab_start)
-    assert case.targets is not None
     sketch.hashed_delta(
         case.hidden, head.weight, head.bias, case.targets, places, softcap=head.softcap, scale=head.scale,
         temperature=case.temperature, vocab_start=head.vocab_start, state=state, index=index, fill=True, out=out,
@@ -69,7 +68,6 @@ NAMES = ("random", "rising logits", "-inf columns", "confident 1e-20", "ties", "
 @pytest.mark.parametrize(("name", "dim"), [("V = 257", 7), *((name, dim) for name in NAMES for dim in (40, 1000))])
 def test_cuts(name, dim):
     case = CASES[name]()
-    assert case.targets is not None
     case = replace(case, hidden=case.hidden[:4], targets=case.targets[:4])
     got, state, index = _run(case, dim)
     expected, expected_state, expected_index = _oracle(case, dim)
@@ -82,7 +80,6 @@ def test_some_rows_ignored():
     case = CASES["some rows ignored"]()
     got, _, index = _run(case, 32)
     _assert_close(got, _oracle(case, 32)[0])
-    assert case.targets is not None
     assert got[case.targets == -100].count_nonzero() == 0
     assert torch.equal(index == -1, case.targets == -100)
 
@@ -94,7 +91,6 @@ def test_bits_do_not_depend_on_the_batch(monkeypatch):
     case = replace(case, head=replace(case.head, weight=(case.head.weight * 8).round() / 8))
     whole, _, _ = _run(case, 32)
     assert torch.equal(_run(case, 32)[0], whole)
-    assert case.targets is not None
     part = Case(case.hidden[15:], case.head, case.targets[15:])
     assert torch.equal(_run(part, 32)[0], whole[15:])
     monkeypatch.setattr(sketch, "SCRATCH_BYTES", 1 << 12)
