@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -27,13 +26,6 @@ SMALL = (
 )  # fmt: skip
 
 Bounds = Sequence[tuple[int, int]]
-
-
-@pytest.fixture(autouse=True)
-def _numpy_may_meet_infinities():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        yield
 
 
 def _starts(bounds: Bounds) -> tuple[int, ...]:
@@ -81,14 +73,6 @@ def _cut(n: int) -> Bounds:
     return tuple(itertools.pairwise(edges))
 
 
-def _exact_case(n: int, d: int, v: int) -> Case:
-    """Logits are exact in any summation order, since numpy, unlike a matrix unit, rounds a row by its place."""
-    case = random_case(n, d, v)
-    return replace(
-        case, hidden=(case.hidden * 8).round() / 8, head=replace(case.head, weight=(case.head.weight * 8).round() / 8)
-    )
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", SMALL)
 def test_parity(name, dtype):
@@ -111,8 +95,8 @@ def test_maxima_that_rise_at_every_tile_and_never(rise, tiles):
     _assert_products(got, _expected(case, bounds))
 
 
-def test_where_the_matrix_waits_does_not_show():
-    case, bounds = _exact_case(40, 32, 300), ((0, 7), (7, 40))
+def test_where_the_matrix_waits_does_not_show(in_eighths):
+    case, bounds = in_eighths(random_case(40, 32, 300)), ((0, 7), (7, 40))
     waiting, resident = _run(case, bounds, TILES)[1], _run(case, bounds, RESIDENT)[1]
     assert torch.equal(waiting.products, resident.products)
 
@@ -139,9 +123,9 @@ def test_targets_leave_the_matrix_of_their_own_sample_alone():
     assert got.products[0].item() == pytest.approx(p[0].square().sum().item() - p[0, [64, 96, 0]].square().sum().item())
 
 
-def test_bits_of_a_sample_do_not_depend_on_its_batch():
+def test_bits_of_a_sample_do_not_depend_on_its_batch(in_eighths):
     """A sample has the same bits alone, after others in its block, in another block, and in a second run."""
-    case = _exact_case(300, 24, 200)
+    case = in_eighths(random_case(300, 24, 200))
     case.targets[[3, 90, 200]] = -100
     bounds = ((0, 100), (100, 117), (117, 118), (118, 240), (240, 300))
     stats, whole = _run(case, bounds)
@@ -155,8 +139,8 @@ def test_bits_of_a_sample_do_not_depend_on_its_batch():
         assert torch.equal(alone.state.nan_to_num(7.0), stats.state[:, begin:end].nan_to_num(7.0))
 
 
-def test_bits_do_not_depend_on_scratch_or_grouping(monkeypatch):
-    case = _exact_case(400, 16, 120)
+def test_bits_do_not_depend_on_scratch_or_grouping(in_eighths, monkeypatch):
+    case = in_eighths(random_case(400, 16, 120))
     bounds = tuple((i, i + 50) for i in range(0, 400, 50))
     _, whole = _run(case, bounds)
     assert torch.equal(_run(case, bounds, replace(TILES, group_m=1))[1].products, whole.products)
@@ -165,8 +149,8 @@ def test_bits_do_not_depend_on_scratch_or_grouping(monkeypatch):
     assert torch.equal(_run(case, bounds)[1].products, whole.products)
 
 
-def test_ignored_rows_may_hold_anything():
-    case = _exact_case(30, 16, 100)
+def test_ignored_rows_may_hold_anything(in_eighths):
+    case = in_eighths(random_case(30, 16, 100))
     bounds = ((0, 12), (12, 30))
     case.targets[::3] = -100
     expected = _run(case, bounds)

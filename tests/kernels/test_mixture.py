@@ -7,8 +7,6 @@ column. ``test_kernels_run`` catches the reference running instead of a kernel.
 
 from __future__ import annotations
 
-import warnings
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -23,13 +21,6 @@ from acqcore.kernels.config import Tiles
 from acqcore.kernels.mixture import Layout, Masks, mixture_stats
 from acqcore.philox import keep_mask, threshold
 from acqcore.testing import Case, random_case
-
-
-@pytest.fixture(autouse=True)
-def _numpy_may_meet_infinities():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        yield
 
 
 def _tiles(block_m: int, block_n: int, block_k: int = 16, splits: int = 3, descriptors: bool = False) -> Tiles:
@@ -109,12 +100,9 @@ def test_masks_of_more_blocks_than_a_word_holds(depth):
 
 
 @pytest.mark.parametrize("width", [1, 16])
-def test_a_row_does_not_depend_on_its_batch(width, monkeypatch):
+def test_a_row_does_not_depend_on_its_batch(width, in_eighths, monkeypatch):
     """A row's bits depend neither on the rows beside it nor on how many are processed at a time."""
-    case = _case(20, 32, 60)
-    # Multiples of 1/8, because numpy, unlike a matrix unit, rounds a row's product by its place in the tile.
-    case = replace(case, hidden=(case.hidden * 8).round() / 8)
-    case = replace(case, head=replace(case.head, weight=(case.head.weight * 8).round() / 8))
+    case = in_eighths(_case(20, 32, 60))
     tiles = _tiles(16, 32)
     state, votes = _run(case, 4, width, tiles)
     short, short_votes = _run(Case(case.hidden[:6], case.head, case.targets[:6]), 4, width, tiles)
