@@ -15,6 +15,7 @@ import json
 import os
 import subprocess
 import sys
+import zlib
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from acqcore.backends.cuda import Cuda
 from acqcore.backends.extension import matrix, pointer
 from acqcore.backends.triton import INTERPRETED
 from acqcore.cli import main
+from acqcore.philox import keep_mask
 
 # ``benchmarks`` is not in the installed package under test, and a peer (Opacus) installs a package of the same name.
 _FOLDER = Path(__file__).parent.parent / "benchmarks"
@@ -330,6 +332,43 @@ def exact():
         return torch.stack(rows)
 
     return run
+
+
+@pytest.fixture
+def dropped_logits():
+    """``dropped_logits(model, ids, sites, p, draw)``: one sample's logits ``[T, V]`` float64 under one draw of dropout.
+
+    Hooks drop the output of every (site, module) of ``sites`` with the mask of its definition.
+    """
+
+    def run(model, ids, sites, p, draw):
+        sample = torch.full((len(ids),), zlib.crc32(ids.numpy().tobytes()))
+
+        def hook(site):
+            def drop(module, arguments, output):
+                value = output[0] if isinstance(output, tuple) else output  # [1, T, D]
+                keep = keep_mask(sample, torch.arange(len(ids)), value.shape[-1], p, 0, draw, site)
+                value = value * keep / (1 - p)
+                return (value, *output[1:]) if isinstance(output, tuple) else value
+
+            return drop
+
+        handles = [module.register_forward_hook(hook(site)) for site, module in sites]
+        with torch.no_grad():
+            logits = model(input_ids=ids[None]).logits[0].double()
+        for handle in handles:
+            handle.remove()
+        return logits
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def informed_student():
+    """A trained student that knows some answers, cannot know others and never saw the rest."""
+    from benchmarks import toy_student
+
+    return toy_student.train(seed=0)
 
 
 @pytest.fixture
