@@ -71,13 +71,7 @@ def _norms(gradients: list[tuple[torch.Tensor, ...]]) -> torch.Tensor:
 def test_head_grad_norm(form, name, dtype, implementation):
     case = _case(name).to(dtype)
     got = acqcore.head_grad_norm(
-        case.hidden,
-        case.head,
-        case.targets,
-        OFFSETS,
-        temperature=case.temperature,
-        backend=implementation,
-        form=form,
+        case.hidden, case.head, case.targets, OFFSETS, temperature=case.temperature, form=form, backend=implementation
     )
     torch.testing.assert_close(got.double(), _norms(_autograd(case, OFFSETS)), rtol=1e-4, atol=1e-12)
 
@@ -180,15 +174,17 @@ def test_sums_of_a_shard_from_the_statistics_of_the_whole(name, implementation):
         assert (error <= 1e-4 * (p[:, begin:end] @ exact.head.weight[begin:end].abs()).amax(dim=1) + 1e-30).all()
 
 
-def test_a_row_without_finite_logits_is_nan(implementation):
-    case = random_case(6, 8, 40)
-    case.hidden[1] = torch.nan
+def test_a_row_without_finite_logits_spoils_its_sample_alone(implementation):
+    case = random_case(20, 24, 900)
+    case.hidden[6] = torch.nan
     grad = acqcore.hidden_grad(case.hidden, case.head, case.targets, backend=implementation)
-    assert grad.isnan().all(dim=1).tolist() == [False, True, False, False, False, False]
-    norms = acqcore.head_grad_norm(
-        case.hidden, case.head, case.targets, torch.tensor([0, 3, 6]), backend=implementation
-    )
-    assert norms.isnan().tolist() == [True, False]
+    assert grad.isnan().all(dim=1).nonzero().flatten().tolist() == [6]
+    assert int(grad.isnan().any(dim=1).sum()) == 1
+    for form in ("gram", "auto"):
+        norms = acqcore.head_grad_norm(
+            case.hidden, case.head, case.targets, torch.tensor([0, 5, 9, 20]), form=form, backend=implementation
+        )
+        assert norms.isnan().tolist() == [False, True, False]
 
 
 def test_sketch_keeps_inner_products(implementation):
@@ -279,35 +275,16 @@ def test_bad_dim():
         acqcore.grad_sketch(case.hidden, case.head, case.targets, OFFSETS, dim=0)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "eager"])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e38])
-def test_nothing_of_an_ignored_row_counts(bad, backend):
-    """Non-finite values in ignored rows do not change the results."""
-    generator = torch.Generator().manual_seed(0)
-    hidden, weight = torch.randn(7, 16, generator=generator), torch.randn(50, 16, generator=generator)
-    targets, offsets = torch.tensor([1, 2, -100, 4, -100, 6, 7]), torch.tensor([0, 3, 5, 7])
-    head, broken = acqcore.Head(weight), hidden.clone()
-    broken[targets == -100] = bad
-
-    def measured(hidden):
-        return [
-            acqcore.grad_sketch(hidden, head, targets, offsets, dim=32, backend=backend),
-            acqcore.head_grad_norm(hidden, head, targets, offsets, backend=backend),
-            acqcore.hidden_grad(hidden, head, targets, backend=backend),
-        ]
-
-    for found, expected in zip(measured(broken), measured(hidden), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-        assert found.isfinite().all()
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_ignored_rows_may_hold_anything(dtype, implementation):
     """Their hidden states change no bit of a result, and their gradients are zero."""
-    case = _case("plain").to(dtype)
+    case = random_case(60, 40, 400).to(dtype)
     targets = case.targets
+    targets[[5, 9, 59]] = -100
+    bounds = checks.offsets(OFFSETS, targets)
+    weights = loss_weights(targets, bounds, "mean", None)
     found = []
-    for value in (0.0, torch.nan, torch.inf):
+    for value in (0.0, torch.nan, torch.inf, 1e38):
         hidden = case.hidden.masked_fill((targets == -100)[:, None], value)
         arguments = hidden, case.head, targets
         norms = [
@@ -318,8 +295,6 @@ def test_ignored_rows_may_hold_anything(dtype, implementation):
         assert not gradient[targets == -100].any()
         sketch = acqcore.grad_sketch(*arguments, OFFSETS, dim=32, backend=implementation)
         stats = acqcore.row_stats(*arguments, backend=implementation)
-        bounds = checks.offsets(OFFSETS, targets)
-        weights = loss_weights(targets, bounds, "mean", None)
         known = hidden, case.head, stats
         found.append(
             [
@@ -331,6 +306,6 @@ def test_ignored_rows_may_hold_anything(dtype, implementation):
                 grad_sketch_from(*known, bounds, weights, 1.0, implementation, 32, 0),
             ]
         )
+    assert all(result.isfinite().all() for result in found[0])
     for other in found[1:]:
-        for expected, got in zip(found[0], other, strict=True):
-            assert torch.equal(got, expected)
+        assert all(map(torch.equal, other, found[0]))

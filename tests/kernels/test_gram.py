@@ -73,8 +73,13 @@ def _cut(n: int) -> Bounds:
     return tuple(itertools.pairwise(edges))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, torch.float32) for name in SMALL),
+        *((name, torch.bfloat16) for name in ("random", "strided", "some rows ignored", "everything")),
+    ],
+)
 def test_parity(name, dtype):
     case = CASES[name]().to(dtype)
     bounds = _cut(len(case.hidden))
