@@ -33,6 +33,7 @@ from acqcore.backends.extension import matrix, pointer
 from acqcore.backends.triton import INTERPRETED
 from acqcore.cli import main
 from acqcore.philox import keep_mask
+from acqcore.students.samples import encode
 
 # ``benchmarks`` is not in the installed package under test, and a peer (Opacus) installs a package of the same name.
 _FOLDER = Path(__file__).parent.parent / "benchmarks"
@@ -254,6 +255,34 @@ def tokenizer():
     fast = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<|pad|>", bos_token="<|bos|>", eos_token="<|eos|>")
     fast.chat_template = CHAT_TEMPLATE
     return fast
+
+
+@pytest.fixture
+def with_template(tokenizer):
+    """``with_template(template)``: the tokenizer with another chat template; ``adds`` puts a token around each text."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    def build(template=tokenizer.chat_template, adds=False):
+        backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
+        if adds:
+            special = [(name, backend.token_to_id(name)) for name in ("<|bos|>", "<|eos|>")]
+            backend.post_processor = TemplateProcessing(single="<|bos|> $A <|eos|>", special_tokens=special)
+        return PreTrainedTokenizerFast(
+            tokenizer_object=backend, chat_template=template, bos_token="<|bos|>", eos_token="<|eos|>"
+        )
+
+    return build
+
+
+@pytest.fixture
+def encoded(tokenizer):
+    """``encoded(samples)``: their rows for a student of 320 tokens and ``limit`` positions."""
+
+    def run(samples, tokenizer=tokenizer, limit=64, **options):
+        return encode(samples, tokenizer, vocab_size=320, limit=limit, **options)
+
+    return run
 
 
 @pytest.fixture
