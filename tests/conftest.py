@@ -13,6 +13,7 @@ import importlib.util
 import inspect
 import json
 import os
+import runpy
 import subprocess
 import sys
 import zlib
@@ -331,6 +332,12 @@ def tiny_model():
         return model.eval()
 
     return build
+
+
+@pytest.fixture(scope="session")
+def small_model():
+    """``small_model(kind, **config)``: a random model of a type that transformers knows, 128 tokens, in eval mode."""
+    return runpy.run_path(str(Path(__file__).parent / "conformance" / "models.py"))["build"]
 
 
 @pytest.fixture

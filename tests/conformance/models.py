@@ -188,12 +188,12 @@ def kinds() -> dict[str, str]:
     return dict(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def build(kind: str) -> Any:
-    """A random model of a type, in eval mode; deterministic."""
+def build(kind: str, **own: Any) -> Any:
+    """A random model of a type, in eval mode; deterministic. ``own`` has further entries of its configuration."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    config = small(type(AutoConfig.for_model(kind)), OWN.get(kind, {}))
+    config = small(type(AutoConfig.for_model(kind)), OWN.get(kind, {}) | own)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(torch.float32).eval()
     spread(model)
     return model
