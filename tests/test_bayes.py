@@ -60,10 +60,7 @@ def _oracle(name: str, form: str, block: int, dtype: torch.dtype) -> BayesStats:
 )
 @pytest.mark.parametrize("name", CASES)
 def test_parity(name, form, block, dtype, implementation):
-    """Values match float64.
-
-    Without fused multiply-add (x86-64-v2), logits of +-130 have an error of 1.3e-5; the contract allows 2e-5.
-    """
+    """Without fused multiply-add (x86-64-v2), logits of +-130 have an error of 1.3e-5; the contract allows 2e-5."""
     case = CASES[name]().to(dtype)
     got = _run(case, implementation, form=form, block=block)
     times = 2 if (os.environ.get("ACQCORE_ISA"), name) == ("x86-64-v2", "std 30") else 1
@@ -124,11 +121,14 @@ def test_definitions():
 
 
 @pytest.mark.parametrize("form", ["element", "block"])
-def test_converges_to_torch_dropout(form, implementation):
-    """With 4096 draws the statistics agree with torch's own dropout, whose masks are unrelated."""
+def test_converges_to_torch_dropout(form):
+    """With 4096 draws the statistics agree with torch's own dropout, whose masks are unrelated.
+
+    One backend is enough: all draw the same masks and have the same values.
+    """
     torch.manual_seed(0)
     case = random_case(3, 48, 40, std=2.0)
-    stats = _run(case, implementation, draws=4096, form=form, block=1, dropout=0.2)
+    stats = _run(case, "cpu", draws=4096, form=form, block=1, dropout=0.2)
     hidden = torch.nn.functional.dropout(case.hidden.double().expand(20_000, 3, 48), 0.2)
     p = (hidden @ case.head.weight.double().T).softmax(dim=2)
     m = p.mean(dim=0)

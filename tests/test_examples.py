@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import importlib
 import json
 import math
@@ -10,9 +11,11 @@ import re
 import sys
 import threading
 import time
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -142,19 +145,27 @@ def test_notebooks(path, folder, example, capsys):
         assert namespace[name]
 
 
-def test_verl(example, folder, monkeypatch, tmp_path):
-    import asyncio
+TEXT = "<question>What is 12 + 30?</question>\n<answer>42</answer>"
 
-    import datasets
 
-    from acqsynth.integrations import scorer, verl
+@pytest.fixture
+def named_reward(folder, monkeypatch):
+    """Names the student and the example's reward in the environment, as for a trainer's workers."""
+    from acqsynth.integrations import scorer
 
     monkeypatch.setenv("ACQSYNTH_STUDENT", folder)
     monkeypatch.setenv("ACQSYNTH_REWARD", "reward:build")
     monkeypatch.setattr(scorer, "_made", {})
+
+
+@pytest.mark.usefixtures("named_reward")
+def test_verl(example, tmp_path):
+    import datasets
+
+    from acqsynth.integrations import verl
+
     example("verl/reward.py")
-    text = "<question>What is 12 + 30?</question>\n<answer>42</answer>"
-    found = asyncio.run(verl.compute_score("acqsynth", text, "", {"index": 0}))
+    found = asyncio.run(verl.compute_score("acqsynth", TEXT, "", {"index": 0}))
     assert found["masked"] == 0
     assert set(found) == {"score", "masked", "gated", "mutual_information", "diversity"}
     example("verl/prompts.py").main([str(tmp_path / "prompts.parquet")])
@@ -163,29 +174,20 @@ def test_verl(example, folder, monkeypatch, tmp_path):
     assert row["prompt"][-1]["role"] == "user"
 
 
-def test_openrlhf(example, folder, monkeypatch):
-    from acqsynth.integrations import scorer
-
-    monkeypatch.setenv("ACQSYNTH_STUDENT", folder)
-    monkeypatch.setenv("ACQSYNTH_REWARD", "reward:build")
-    monkeypatch.setattr(scorer, "_made", {})
+@pytest.mark.usefixtures("named_reward")
+def test_openrlhf(example):
     module = example("openrlhf/reward.py")
-    text = "<question>What is 12 + 30?</question>\n<answer>42</answer>"
-    found = module.reward_func([f"Ask. {text}"], ["Ask. "], [None])
+    found = module.reward_func([f"Ask. {TEXT}"], ["Ask. "], [None])
     assert found["rewards"].shape == (1,)
     assert found["extra_logs"]["masked"].tolist() == [0.0]
 
 
 def test_verifiers(example, folder, monkeypatch):
-    import asyncio
-    import tomllib
-    from types import SimpleNamespace
-
     monkeypatch.setenv("ACQSYNTH_STUDENT", folder)
     module = example("verifiers/reward.py")
     named = tomllib.loads((EXAMPLES / "verifiers" / "task.toml").read_text())["rewards"]["acquisition"]["fn"]
     assert named == "reward:acquisition"
-    trace = SimpleNamespace(last_reply="<question>What is 12 + 30?</question>\n<answer>42</answer>")
+    trace = SimpleNamespace(last_reply=TEXT)
     value = asyncio.run(module.acquisition(task=SimpleNamespace(id=0), trace=trace, runtime=None))
     assert 0 <= value <= 1
 

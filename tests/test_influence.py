@@ -30,12 +30,11 @@ def spearman(a: torch.Tensor, b: torch.Tensor) -> float:
     return float(torch.corrcoef(ranks)[0, 1])
 
 
-@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("similarity", ["cosine", "dot"])
-def test_ranks_agree_with_exact_head_gradients(similarity, seed, tiny_model, exact):
+def test_ranks_agree_with_exact_head_gradients(similarity, tiny_model, exact):
     model = tiny_model("Llama")
     target, pool = samples(16, 1, 1.0), samples(160, 0, torch.linspace(0.2, 1, 160)[:, None])
-    reference = acqcore.influence_reference(model, target, parameters="head", seed=seed)
+    reference = acqcore.influence_reference(model, target, parameters="head")
     values = acqcore.influence(model, pool, reference, similarity=similarity)
     mean = exact(model, target, [model.lm_head.weight]).mean(dim=0)
     gradients = exact(model, pool, [model.lm_head.weight])

@@ -351,16 +351,6 @@ def test_adapters(tiny_model):
         assert float(_score(model, samples, **options)["mutual_information"].min()) > 0
 
 
-def test_half_precision(tiny_model):
-    """The trunk itself rounds to eight bits; the tolerance only rules out larger errors."""
-    model = tiny_model("Llama")
-    samples = _samples(9, 7)
-    for posterior in ("dropout", "isotropic"):
-        full = _score(model.float(), samples, posterior=posterior, probes=8)["mutual_information"]
-        half = _score(model.bfloat16(), samples, posterior=posterior, probes=8)["mutual_information"]
-        torch.testing.assert_close(half, full, rtol=0.1, atol=0)
-
-
 def test_rows_without_a_finite_logit_are_not_valid(tiny_model):
     model = tiny_model("Llama")
     model.model.embed_tokens.weight.data[7] = torch.nan
@@ -450,14 +440,14 @@ def test_tells_ignorance_from_ambiguity(posterior, informed_student):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("positions", ["all", "completion"])
-def test_half_precision_has_the_values_of_float32(positions, dtype, tiny_model):
-    """In half precision, each sample's gradient is scaled by its own size for the backward."""
-    samples = _samples(9, 7)
-    arguments = {"mutual_information": {"positions": positions}}
-    model = tiny_model("Llama")
+@pytest.mark.parametrize(
+    ("options", "factor"),
+    [({}, 20), ({"positions": "completion"}, 20), ({"probes": 8}, 1), ({"posterior": "isotropic", "probes": 8}, 1)],
+)
+def test_half_precision_has_the_values_of_float32(options, factor, dtype, tiny_model):
+    """Each sample's gradient is scaled by its own size for the backward; the trunk itself rounds to eight bits."""
+    model, samples = tiny_model("Llama"), _samples(9, 7)
     with torch.no_grad():
-        model.lm_head.weight.mul_(20)
-    exact = acqcore.score(model, samples, "mutual_information", acquisition_args=arguments)
-    got = acqcore.score(model.to(dtype), samples, "mutual_information", acquisition_args=arguments)
-    torch.testing.assert_close(got["mutual_information"], exact["mutual_information"], rtol=0.1, atol=0)
+        model.lm_head.weight.mul_(factor)
+    exact, got = (_score(model.to(of), samples, **options)["mutual_information"] for of in (torch.float32, dtype))
+    torch.testing.assert_close(got, exact, rtol=0.1, atol=0)

@@ -113,10 +113,10 @@ def gsm8k(student):
 def test_head_grad_norm_is_that_of_autograd(dtype, student, gsm8k):
     """Holds for real hidden states, against float64 autograd of each sample alone on the rounded inputs."""
     hidden, targets, offsets = gsm8k
-    hidden, weight = hidden[: offsets[3]].to(dtype), student.head.weight.to(dtype)
-    got = acqcore.head_grad_norm(hidden, acqcore.Head(weight), targets[: offsets[3]], offsets[:4])
+    hidden, weight = hidden[: offsets[2]].to(dtype), student.head.weight.to(dtype)
+    got = acqcore.head_grad_norm(hidden, acqcore.Head(weight), targets[: offsets[2]], offsets[:3])
     exact = weight.double().requires_grad_()
-    for i, (begin, end) in enumerate(itertools.pairwise(offsets.tolist()[:4])):
+    for i, (begin, end) in enumerate(itertools.pairwise(offsets.tolist()[:3])):
         loss = torch.nn.functional.cross_entropy(hidden[begin:end].double() @ exact.T, targets[begin:end])
         (grad,) = torch.autograd.grad(loss, exact)
         torch.testing.assert_close(got[i].double(), grad.norm(), rtol=1e-4, atol=0)

@@ -66,19 +66,20 @@ def _case(n: int, d: int, v: int, **options: Any) -> Case:
 
 
 @pytest.mark.parametrize(
-    ("draws", "width", "tiles"),
+    ("draws", "width", "tiles", "dtype"),
     [
-        (8, 1, _tiles(64, 16)),
-        (2, 1, _tiles(64, 32)),
-        (5, 1, _tiles(64, 16, descriptors=True)),  # padded to 8
-        (19, 1, _tiles(16, 128)),  # in two rounds, the second padded
-        (8, 16, _tiles(16, 32)),
-        (8, 32, _tiles(16, 32)),  # two product steps per block, and a short last block
-        (5, 16, _tiles(32, 16, descriptors=True)),
-        (3, 1000, _tiles(16, 32)),  # one block for all columns
+        (8, 1, _tiles(64, 16), torch.float32),
+        (2, 1, _tiles(64, 32), torch.float32),
+        (5, 1, _tiles(64, 16, descriptors=True), torch.float32),  # padded to 8
+        (5, 1, _tiles(64, 16, descriptors=True), torch.bfloat16),
+        (19, 1, _tiles(16, 128), torch.float32),  # in two rounds, the second padded
+        (8, 16, _tiles(16, 32), torch.float32),
+        (8, 32, _tiles(16, 32), torch.float32),  # two product steps per block, and a short last block
+        (8, 32, _tiles(16, 32), torch.bfloat16),
+        (5, 16, _tiles(32, 16, descriptors=True), torch.float32),
+        (3, 1000, _tiles(16, 32), torch.float32),  # one block for all columns
     ],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_cuts(draws, width, tiles, dtype):
     case = _case(11, 56 if tiles.descriptors else 43, 107, softcap=9.0, scale=0.7).to(dtype)
     state, votes = _run(case, draws, width, tiles)

@@ -54,10 +54,14 @@ def _assert_close(got: torch.Tensor, expected: torch.Tensor) -> None:
     assert float(((got.double() - expected).abs() / size).nan_to_num(0).max()) < 1e-5
 
 
-NAMES = ("random", "rising logits", "-inf columns", "confident 1e-20", "ties", "everything")
-
-
-@pytest.mark.parametrize(("name", "dim"), [("V = 257", 7), *((name, dim) for name in NAMES for dim in (40, 1000))])
+@pytest.mark.parametrize(
+    ("name", "dim"),
+    [
+        ("random", 40), ("rising logits", 40), ("-inf columns", 40), ("confident 1e-20", 40), ("ties", 40),
+        ("everything", 40), ("V = 257", 7),
+        ("rising logits", 1000), ("everything", 1000),  # two groups of columns, and a part of one
+    ],
+)  # fmt: skip
 def test_cuts(name, dim):
     case = CASES[name]()
     case = replace(case, hidden=case.hidden[:4], targets=case.targets[:4])
