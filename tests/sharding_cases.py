@@ -319,9 +319,9 @@ def tiny_llama(**config: Any) -> Any:
     return LlamaForCausalLM(LlamaConfig(**{**sizes, **config})).eval()
 
 
-def saved_llama(folder: Path, **config: Any) -> str:
-    """The path of the saved model for ``from_pretrained``."""
-    path = folder / "-".join(["llama", *config])
+def saved_llama(**config: Any) -> str:
+    """The path of the model that rank 0 saves in the run's folder for ``from_pretrained``."""
+    path = Path(sys.argv[1]) / "-".join(["llama", *config])
     if dist.get_rank() == 0 and not path.exists():
         tiny_llama(**config).save_pretrained(path)
     dist.barrier()
@@ -370,11 +370,11 @@ def placed(student: acqcore.Student) -> tuple[int, int, int, bool]:
     return head.vocab_start, len(head.weight), head.vocab_size, head.group is None
 
 
-def tensor_parallel(folder: Path, **config: Any) -> Pairs:
+def tensor_parallel(**config: Any) -> Pairs:
     """A model from ``from_pretrained(tp_plan="auto")``."""
     from transformers import AutoModelForCausalLM
 
-    path = saved_llama(folder, **config)
+    path = saved_llama(**config)
     model = AutoModelForCausalLM.from_pretrained(path, tp_plan="auto")
     student = acqcore.Student.from_model(model.eval())
     pairs = compared(student, AutoModelForCausalLM.from_pretrained(path).eval(), samples(7))
@@ -493,12 +493,12 @@ def adapted_llama() -> Any:
     return get_peft_model(model, options).eval()
 
 
-def fsdp2_and_tensor_parallel(folder: Path) -> Pairs:
+def fsdp2_and_tensor_parallel() -> Pairs:
     """On a 2 x 2 mesh, ranks of one row have the same samples and run each forward together with the other row."""
     from transformers import AutoModelForCausalLM
     from transformers.distributed import DistributedConfig
 
-    path = saved_llama(folder)
+    path = saved_llama()
     model = AutoModelForCausalLM.from_pretrained(path, distributed_config=DistributedConfig(fsdp_size=2, tp_size=2))
     student = acqcore.Student.from_model(model.eval())
     row = dist.get_rank() // 2
@@ -605,7 +605,7 @@ def of_heads(rows_of: list[str], gradients_of: list[str], draws_of: list[str]) -
     }
 
 
-CASES: dict[str, dict[str, Callable[..., Pairs]]] = {
+CASES: dict[str, dict[str, Callable[[], Pairs]]] = {
     "two ranks": {
         **of_heads([*ADVERSARIAL, "N = 0", "V = 262144"], [n for n in ADVERSARIAL if n != "std 30"], DRAWN),
         "tensor parallel": tensor_parallel,
@@ -632,10 +632,9 @@ CASES: dict[str, dict[str, Callable[..., Pairs]]] = {
     },
     "ZeRO-3": {"ZeRO-3": partial(data_parallel, zero3)},
 }
-NEEDS_FOLDER = {"tensor parallel", "tensor parallel, tied", "FSDP2 and tensor parallel"}
 
 
-def main(folder: Path, rank: int, world: int, cases: dict[str, Callable[..., Pairs]]) -> None:
+def main(folder: Path, rank: int, world: int, cases: dict[str, Callable[[], Pairs]]) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))  # as torchrun does
     dist.init_process_group(
@@ -644,7 +643,7 @@ def main(folder: Path, rank: int, world: int, cases: dict[str, Callable[..., Pai
     results: dict[str, Pairs | str] = {}
     for name, case in cases.items():
         try:
-            results[name] = case(folder) if name in NEEDS_FOLDER else case()
+            results[name] = case()
         except Exception:
             results[name] = traceback.format_exc()
     torch.save(results, folder / f"{rank}")
