@@ -198,6 +198,14 @@ def implementation(request, monkeypatch):
 
 
 @pytest.fixture
+def set_threads():
+    """``torch.set_num_threads``, undone after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def extra_mib():
     """``extra_mib(setup, call)``: MiB by which ``call`` raises the peak memory of a separate process."""
     if sys.platform != "linux":

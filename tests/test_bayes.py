@@ -177,16 +177,12 @@ def test_rows_do_not_depend_on_the_batch(form, implementation):
     assert torch.equal(other.mutual_information[:20], whole.mutual_information[:20])
 
 
-def test_threads_do_not_change_a_bit():
+def test_threads_do_not_change_a_bit(set_threads):
     case = random_case(70, 64, 2000)
-    threads = torch.get_num_threads()
     states = []
-    try:
-        for count in (1, 2, 5):
-            torch.set_num_threads(count)
-            states.append(torch.cat([_run(case, "cpu", form=form).state for form in ("element", "block")]))
-    finally:
-        torch.set_num_threads(threads)
+    for count in (1, 2, 5):
+        set_threads(count)
+        states.append(torch.cat([_run(case, "cpu", form=form).state for form in ("element", "block")]))
     assert torch.equal(states[0], states[1])
     assert torch.equal(states[0], states[2])
 

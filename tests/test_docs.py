@@ -19,7 +19,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 import yaml
 
 from acqcore.acquisitions import REGISTRY
@@ -61,7 +60,7 @@ def blocks(page: Path) -> list[Block]:
 
 
 @pytest.fixture
-def place(tmp_path, tiny_model, tokenizer, monkeypatch):
+def place(tmp_path, tiny_model, tokenizer, monkeypatch, set_threads):
     """Changes to a folder with a student and rows.jsonl; restores the registry of acquisitions afterwards."""
     tiny_model("Llama", max_position_embeddings=4096).save_pretrained(tmp_path / "student")
     tokenizer.save_pretrained(tmp_path / "student")
@@ -69,10 +68,9 @@ def place(tmp_path, tiny_model, tokenizer, monkeypatch):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACQCORE_BACKEND", "eager")
-    threads, known = torch.get_num_threads(), dict(REGISTRY)
-    torch.set_num_threads(1)
+    set_threads(1)
+    known = dict(REGISTRY)
     yield tmp_path
-    torch.set_num_threads(threads)
     REGISTRY.clear()
     REGISTRY.update(known)
 

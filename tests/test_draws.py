@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 import acqcore
 from acqcore.acquisitions import REGISTRY
@@ -21,12 +22,8 @@ def _ids(*lengths: int) -> list[torch.Tensor]:
 
 
 def _padded(ids: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    width = max(len(row) for row in ids)
-    out = {key: torch.zeros(len(ids), width, dtype=torch.int64) for key in ("input_ids", "attention_mask")}
-    for i, row in enumerate(ids):
-        out["input_ids"][i, : len(row)] = row
-        out["attention_mask"][i, : len(row)] = 1
-    return out
+    mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
+    return {"input_ids": pad_sequence(ids, batch_first=True), "attention_mask": mask}
 
 
 def _score(student: Any, ids: list[torch.Tensor], names: str | list[str] = NAMES, **options: Any) -> acqcore.Scores:

@@ -19,7 +19,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 ROWS = [
@@ -30,12 +29,9 @@ ROWS = [
 
 
 @pytest.fixture(autouse=True)
-def _in_a_folder(tmp_path, monkeypatch):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _in_a_folder(tmp_path, monkeypatch, set_threads):
+    set_threads(1)
     monkeypatch.chdir(tmp_path)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -166,24 +167,20 @@ def _products(case: Case, backend: str) -> torch.Tensor:
 @pytest.mark.parametrize("isa", [isa for isa, missing in acqcore._core.isas() if not missing])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_sample_does_not_depend_on_its_batch(threads, dtype, isa, monkeypatch):
+def test_a_sample_does_not_depend_on_its_batch(threads, dtype, isa, monkeypatch, set_threads):
     """Values are the same bit for bit in any batch and with any number of threads."""
     monkeypatch.setenv("ACQCORE_ISA", isa)
     case = random_case(700, 40, 5000).to(dtype)
     offsets = torch.tensor([0, 3, 40, 41, 350, 700])
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        whole = acqcore.head_grad_norm(case.hidden, case.head, case.targets, offsets, form="gram", backend="cpu")
-        grads = acqcore.hidden_grad(case.hidden, case.head, case.targets, backend="cpu")
-        torch.set_num_threads(1)
-        for i, (begin, end) in enumerate(zip(offsets.tolist(), offsets.tolist()[1:], strict=False)):
-            own, head, y = case.hidden[begin:end], case.head, case.targets[begin:end]
-            alone = acqcore.head_grad_norm(own, head, y, torch.tensor([0, end - begin]), form="gram", backend="cpu")
-            assert alone[0] == whole[i]
-            assert torch.equal(acqcore.hidden_grad(own, head, y, backend="cpu"), grads[begin:end])
-    finally:
-        torch.set_num_threads(before)
+    set_threads(threads)
+    whole = acqcore.head_grad_norm(case.hidden, case.head, case.targets, offsets, form="gram", backend="cpu")
+    grads = acqcore.hidden_grad(case.hidden, case.head, case.targets, backend="cpu")
+    set_threads(1)
+    for i, (begin, end) in enumerate(itertools.pairwise(offsets.tolist())):
+        own, head, y = case.hidden[begin:end], case.head, case.targets[begin:end]
+        alone = acqcore.head_grad_norm(own, head, y, torch.tensor([0, end - begin]), form="gram", backend="cpu")
+        assert alone[0] == whole[i]
+        assert torch.equal(acqcore.hidden_grad(own, head, y, backend="cpu"), grads[begin:end])
 
 
 @pytest.mark.parametrize("isa", [isa for isa, missing in acqcore._core.isas() if not missing and isa.endswith("-amx")])

@@ -66,16 +66,12 @@ def test_rows_do_not_depend_on_the_batch(implementation):
             assert torch.equal(part.state, whole.state[:, rows])
 
 
-def test_threads_do_not_change_a_bit():
+def test_threads_do_not_change_a_bit(set_threads):
     case = random_case(100, 64, 2000)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        one = case.run("cpu")
-        torch.set_num_threads(3)
-        three = case.run("cpu")
-    finally:
-        torch.set_num_threads(threads)
+    set_threads(1)
+    one = case.run("cpu")
+    set_threads(3)
+    three = case.run("cpu")
     assert torch.equal(one.state, three.state)
 
 
