@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import yaml
@@ -69,10 +70,8 @@ def place(tmp_path, tiny_model, tokenizer, monkeypatch, set_threads):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACQCORE_BACKEND", "eager")
     set_threads(1)
-    known = dict(REGISTRY)
-    yield tmp_path
-    REGISTRY.clear()
-    REGISTRY.update(known)
+    with mock.patch.dict(REGISTRY):
+        yield tmp_path
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -76,11 +77,8 @@ def test_score_dataset(example, options):
 def test_custom_acquisition(example, options):
     from acqcore.acquisitions import REGISTRY
 
-    module = example("custom_acquisition.py")
-    try:
-        scores = module.main(options)
-    finally:
-        REGISTRY.pop("unknown_share")
+    with mock.patch.dict(REGISTRY):
+        scores = example("custom_acquisition.py").main(options)
     assert ((scores["unknown_share"] >= 0) & (scores["unknown_share"] <= 1)).all()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from unittest import mock
 
 import pytest
 import torch
@@ -31,7 +32,6 @@ class RequiredOptions(Options):
 @pytest.fixture
 def register():
     """``register(scale, options)``: acts as a notebook cell that can be changed and run again."""
-    before = dict(REGISTRY)
 
     def cell(scale, options=GapOptions):
         @acqcore.register(NAME, options=options)
@@ -39,9 +39,8 @@ def register():
             """A power of 1 - p1."""
             return scale * stats.least_confidence**options.power
 
-    yield cell
-    REGISTRY.clear()
-    REGISTRY.update(before)
+    with mock.patch.dict(REGISTRY):
+        yield cell
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -262,15 +263,16 @@ def test_what_is_not_finite_invalidates_its_sample_alone(backend):
     assert scores.valid.tolist() == [True, False, False, True]
 
 
-def test_a_wrong_shape_of_ones_own_acquisition_is_named(tiny_model, tokenizer, monkeypatch):
-    def wrong_shape(stats):
-        """Not one value per token."""
-        return stats.entropy.sum()
+def test_a_wrong_shape_of_ones_own_acquisition_is_named(tiny_model, tokenizer):
+    with mock.patch.dict(REGISTRY):
 
-    monkeypatch.setitem(REGISTRY, "wrong_shape", None)  # removed afterwards
-    acqcore.register("wrong_shape")(wrong_shape)
-    with pytest.raises(ValueError, match=r"acquisition 'wrong_shape': expected it to return a tensor \[\d+\]"):
-        acqcore.score(tiny_model("Llama"), TEXTS, "wrong_shape", tokenizer=tokenizer, backend="eager")
+        @acqcore.register("wrong_shape")
+        def wrong_shape(stats):
+            """Not one value per token."""
+            return stats.entropy.sum()
+
+        with pytest.raises(ValueError, match=r"acquisition 'wrong_shape': expected it to return a tensor \[\d+\]"):
+            acqcore.score(tiny_model("Llama"), TEXTS, "wrong_shape", tokenizer=tokenizer, backend="eager")
 
 
 @pytest.mark.parametrize(
