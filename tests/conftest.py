@@ -7,6 +7,7 @@ involve it run: those with ``triton`` in their id, as in cases of ``implementati
 from __future__ import annotations
 
 import abc
+import contextlib
 import csv
 import dataclasses
 import importlib.util
@@ -397,12 +398,10 @@ def dropped_logits():
 
             return drop
 
-        handles = [module.register_forward_hook(hook(site)) for site, module in sites]
-        with torch.no_grad():
-            logits = model(input_ids=ids[None]).logits[0].double()
-        for handle in handles:
-            handle.remove()
-        return logits
+        with contextlib.ExitStack() as hooks, torch.no_grad():
+            for site, module in sites:
+                hooks.enter_context(module.register_forward_hook(hook(site)))
+            return model(input_ids=ids[None]).logits[0].double()
 
     return run
 
@@ -439,10 +438,9 @@ def brute_force():
 
     def run(model, ids, scored):
         seen: list[torch.Tensor] = []
-        hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-        with torch.no_grad():
+        head = model.get_output_embeddings()
+        with torch.no_grad(), head.register_forward_pre_hook(lambda _, args: seen.append(args[0])):
             logits = model(input_ids=ids[None]).logits[0].float()
-        hook.remove()
         before = scored.nonzero()[:, 0] - 1
         z, hidden, targets = logits[before], seen[0][0, before].float(), ids[scored]
         of_rows = [entry for entry in REGISTRY.values() if entry.needs == RowNeed()]

@@ -21,6 +21,7 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, TypeAlias
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -183,11 +184,8 @@ def wire() -> Iterator[list[int]]:
         sent.append(given.numel() * given.element_size())
         return reduce(given, *arguments, **options)
 
-    dist.all_gather, dist.all_reduce = counted_gather, counted_reduce
-    try:
+    with mock.patch.multiple(dist, all_gather=counted_gather, all_reduce=counted_reduce):
         yield sent
-    finally:
-        dist.all_gather, dist.all_reduce = gather, reduce
 
 
 def bytes_on_the_wire() -> Pairs:

@@ -43,19 +43,16 @@ def test_branches_are_what_a_block_adds_to_the_stream(kind, expected, small_mode
     assert named_branches(model) == [expected, expected]
     # With all branches at zero, a pre-norm block returns its input.
     student, seen = acqcore.Student.from_model(model), []
-    handles = [
-        branch.register_forward_hook(lambda *args: torch.zeros_like(args[-1]) if torch.is_tensor(args[-1]) else (
-            torch.zeros_like(args[-1][0]), *args[-1][1:]))
-        for branches in student.branches for branch in branches
-    ]  # fmt: skip
-    block = student.blocks[0]
-    handles.append(
-        block.register_forward_hook(lambda _, args, kwargs, output: seen.extend([args, output]), with_kwargs=True)
-    )
+
+    def zero(_, args, output):
+        return torch.zeros_like(output) if torch.is_tensor(output) else (torch.zeros_like(output[0]), *output[1:])
+
+    for branches in student.branches:
+        for branch in branches:
+            branch.register_forward_hook(zero)
+    student.blocks[0].register_forward_hook(lambda _, args, output: seen.extend([args, output]))
     with torch.no_grad():
         model(input_ids=torch.arange(8)[None])
-    for handle in handles:
-        handle.remove()
     given, output = seen[0][0], seen[1] if torch.is_tensor(seen[1]) else seen[1][0]
     assert torch.equal(given, output) == (kind != "bert")
 

@@ -90,12 +90,10 @@ def test_small_batches_of_draws(tiny_model):
     model = tiny_model("Llama")
     ids = _ids(9, 8, 7, 9)
     seen: list[int] = []
-    handle = model.model.layers[-1].register_forward_pre_hook(
-        lambda _, arguments: seen.append(arguments[0].shape[:2].numel())
-    )
+    block = model.model.layers[-1]
+    block.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].shape[:2].numel()))
     arguments = {"mutual_information": {"draws": 2}}
     few = acqcore.score(model, _padded(ids), "mutual_information", acquisition_args=arguments, batch_tokens=36)
-    handle.remove()
     assert max(seen) <= 36
     torch.testing.assert_close(
         few["mutual_information"], _score(model, ids, draws=2)["mutual_information"], rtol=1e-4, atol=1e-5
@@ -116,28 +114,25 @@ def test_earlier_blocks_run_once(tiny_model):
 
         return hook
 
-    handles = [block.register_forward_pre_hook(count(i)) for i, block in enumerate(model.model.layers)]
+    for i, block in enumerate(model.model.layers):
+        block.register_forward_pre_hook(count(i))
     _score(student, _ids(6, 6), "mutual_information", layers=1, draws=8)
-    for handle in handles:
-        handle.remove()
     assert rows == {0: 2, 1: 2, 2: 16}
 
 
 def test_the_model_is_left_as_found(tiny_model):
     model = tiny_model("Llama").train()
     _score(model, _ids(4, 6), layers=1)
-    broken = model.model.layers[1].mlp.register_forward_hook(_fail)
-    with pytest.raises(RuntimeError, match="on purpose"):
+
+    def fail(*_):
+        raise RuntimeError("on purpose")
+
+    with model.model.layers[1].mlp.register_forward_hook(fail), pytest.raises(RuntimeError, match="on purpose"):
         _score(model, _ids(4, 6), layers=1)
-    broken.remove()
     for module in model.modules():
         assert not module._forward_hooks
         assert "forward" not in module.__dict__
         assert module.training
-
-
-def _fail(*_: Any) -> None:
-    raise RuntimeError("on purpose")
 
 
 def test_own_dropout_layers(tiny_model, dropped_logits):

@@ -131,11 +131,10 @@ def test_prompts_without_a_graph_change_no_value(kind, tiny_model, monkeypatch):
     student = acqcore.Student.from_model(model)
     assert student.cuts_prompts
     lengths = []
-    handle = _blocks(model, 1)[0].register_forward_pre_hook(
+    _blocks(model, 1)[0].register_forward_pre_hook(
         lambda _, args: lengths.append((args[0].shape[1], torch.is_grad_enabled()))
     )
     cut = _score(student, samples, positions="completion")
-    handle.remove()
     assert lengths[-2:] == [(4, False), (13, True)]
     monkeypatch.setattr(acqcore.Student, "cuts_prompts", False)
     whole = _score(student, samples, positions="completion")

@@ -6,6 +6,7 @@ exception) or ``none`` (the model itself fails), with a reason unless it is ``ri
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import re
 import zlib
@@ -146,11 +147,8 @@ def _head(model: Any, rows: list[torch.Tensor]) -> None:
             seen.extend([args[0].detach()[0], product])
             return product
 
-        handle = layer.register_forward_hook(keep)
-        try:
+        with layer.register_forward_hook(keep):
             [delta] = torch.autograd.grad(_loss(model, row), seen[1:2])
-        finally:
-            handle.remove()
         squared = (delta[0].double().T @ seen[0].double()).square().sum()
         if layer.bias is not None:
             squared += delta[0].double().sum(0).square().sum()
@@ -229,12 +227,10 @@ def _dropped(model: Any, row: torch.Tensor, sites: list[Any], draw: int) -> torc
 
         return drop
 
-    handles = [module.register_forward_hook(hook(site)) for site, module in enumerate(sites, 1)]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for site, module in enumerate(sites, 1):
+            hooks.enter_context(module.register_forward_hook(hook(site)))
         return _logits(model, row).double().softmax(1)
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()
