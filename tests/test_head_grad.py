@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def _autograd(
     if bias is not None:
         parameters.append(bias)
     gradients = []
-    for begin, end in zip(offsets.tolist(), offsets.tolist()[1:], strict=False):
+    for begin, end in itertools.pairwise(offsets.tolist()):
         live = acqcore.Head(head.weight, bias, head.softcap, head.scale)
         z = live.logits(exact.hidden[begin:end], exact.temperature)
         token = torch.nn.functional.cross_entropy(z, y[begin:end], ignore_index=-100, reduction="none")
@@ -110,7 +111,7 @@ def test_samples_do_not_depend_on_the_batch(form, implementation):
     case = random_case(200, 24, 600)
     offsets = torch.tensor([0, 10, 11, 150, 199, 200])
     whole = acqcore.head_grad_norm(case.hidden, case.head, case.targets, offsets, form=form, backend=implementation)
-    for i, (begin, end) in enumerate(zip(offsets.tolist(), offsets.tolist()[1:], strict=False)):
+    for i, (begin, end) in enumerate(itertools.pairwise(offsets.tolist())):
         alone = acqcore.head_grad_norm(
             case.hidden[begin:end], case.head, case.targets[begin:end], torch.tensor([0, end - begin]), form=form,
             backend=implementation,
