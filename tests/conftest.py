@@ -7,14 +7,17 @@ involve it run: those with ``triton`` in their id, as in cases of ``implementati
 from __future__ import annotations
 
 import abc
+import contextlib
 import csv
 import dataclasses
 import importlib.util
 import inspect
 import json
 import os
+import runpy
 import subprocess
 import sys
+import zlib
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -31,13 +34,14 @@ from acqcore.backends.cuda import Cuda
 from acqcore.backends.extension import matrix, pointer
 from acqcore.backends.triton import INTERPRETED
 from acqcore.cli import main
+from acqcore.philox import keep_mask
+from acqcore.students.samples import encode
 
 # ``benchmarks`` is not in the installed package under test, and a peer (Opacus) installs a package of the same name.
 _FOLDER = Path(__file__).parent.parent / "benchmarks"
 _SPEC = importlib.util.spec_from_file_location(
     "benchmarks", _FOLDER / "__init__.py", submodule_search_locations=[str(_FOLDER)]
 )
-assert _SPEC is not None
 sys.modules["benchmarks"] = importlib.util.module_from_spec(_SPEC)
 
 
@@ -195,6 +199,14 @@ def implementation(request, monkeypatch):
 
 
 @pytest.fixture
+def set_threads():
+    """``torch.set_num_threads``, undone after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def extra_mib():
     """``extra_mib(setup, call)``: MiB by which ``call`` raises the peak memory of a separate process."""
     if sys.platform != "linux":
@@ -256,6 +268,34 @@ def tokenizer():
 
 
 @pytest.fixture
+def with_template(tokenizer):
+    """``with_template(template)``: the tokenizer with another chat template; ``adds`` puts a token around each text."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    def build(template=tokenizer.chat_template, adds=False):
+        backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
+        if adds:
+            special = [(name, backend.token_to_id(name)) for name in ("<|bos|>", "<|eos|>")]
+            backend.post_processor = TemplateProcessing(single="<|bos|> $A <|eos|>", special_tokens=special)
+        return PreTrainedTokenizerFast(
+            tokenizer_object=backend, chat_template=template, bos_token="<|bos|>", eos_token="<|eos|>"
+        )
+
+    return build
+
+
+@pytest.fixture
+def encoded(tokenizer):
+    """``encoded(samples)``: their rows for a student of 320 tokens and ``limit`` positions."""
+
+    def run(samples, tokenizer=tokenizer, limit=64, **options):
+        return encode(samples, tokenizer, vocab_size=320, limit=limit, **options)
+
+    return run
+
+
+@pytest.fixture
 def tiny_model():
     """``tiny_model(kind, **config)``: a random language model, 320 tokens, 64 positions, in eval mode."""
     import transformers
@@ -303,6 +343,12 @@ def tiny_model():
     return build
 
 
+@pytest.fixture(scope="session")
+def small_model():
+    """``small_model(kind, **config)``: a random model of a type that transformers knows, 128 tokens, in eval mode."""
+    return runpy.run_path(str(Path(__file__).parent / "conformance" / "models.py"))["build"]
+
+
 @pytest.fixture
 def exact():
     """``exact(model, samples, parameters, loss="mean")``: the gradient of each sample, ``[n, total]`` float64.
@@ -334,6 +380,41 @@ def exact():
 
 
 @pytest.fixture
+def dropped_logits():
+    """``dropped_logits(model, ids, sites, p, draw)``: one sample's logits ``[T, V]`` float64 under one draw of dropout.
+
+    Hooks drop the output of every (site, module) of ``sites`` with the mask of its definition.
+    """
+
+    def run(model, ids, sites, p, draw):
+        sample = torch.full((len(ids),), zlib.crc32(ids.numpy().tobytes()))
+
+        def hook(site):
+            def drop(module, arguments, output):
+                value = output[0] if isinstance(output, tuple) else output  # [1, T, D]
+                keep = keep_mask(sample, torch.arange(len(ids)), value.shape[-1], p, 0, draw, site)
+                value = value * keep / (1 - p)
+                return (value, *output[1:]) if isinstance(output, tuple) else value
+
+            return drop
+
+        with contextlib.ExitStack() as hooks, torch.no_grad():
+            for site, module in sites:
+                hooks.enter_context(module.register_forward_hook(hook(site)))
+            return model(input_ids=ids[None]).logits[0].double()
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def informed_student():
+    """A trained student that knows some answers, cannot know others and never saw the rest."""
+    from benchmarks import toy_student
+
+    return toy_student.train(seed=0)
+
+
+@pytest.fixture
 def with_logits():
     """``with_logits(trunk, weight)``: a model whose logits are the trunk's hidden states times the weight."""
 
@@ -357,10 +438,9 @@ def brute_force():
 
     def run(model, ids, scored):
         seen: list[torch.Tensor] = []
-        hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-        with torch.no_grad():
+        head = model.get_output_embeddings()
+        with torch.no_grad(), head.register_forward_pre_hook(lambda _, args: seen.append(args[0])):
             logits = model(input_ids=ids[None]).logits[0].float()
-        hook.remove()
         before = scored.nonzero()[:, 0] - 1
         z, hidden, targets = logits[before], seen[0][0, before].float(), ids[scored]
         of_rows = [entry for entry in REGISTRY.values() if entry.needs == RowNeed()]

@@ -21,9 +21,13 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, TypeAlias
+from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -143,7 +147,6 @@ def padding() -> Pairs:
     case = random_case(9, 16, 50, bias=True)
     world = dist.get_world_size()
     offsets = torch.tensor([0, 4, 9])
-    assert case.targets is not None
     pairs: Pairs = {}
     for backend in ("cpu", "eager"):
         head = shard(case.head, [64 // world] * world, padding=14)
@@ -181,11 +184,8 @@ def wire() -> Iterator[list[int]]:
         sent.append(given.numel() * given.element_size())
         return reduce(given, *arguments, **options)
 
-    dist.all_gather, dist.all_reduce = counted_gather, counted_reduce
-    try:
+    with mock.patch.multiple(dist, all_gather=counted_gather, all_reduce=counted_reduce):
         yield sent
-    finally:
-        dist.all_gather, dist.all_reduce = gather, reduce
 
 
 def bytes_on_the_wire() -> Pairs:
@@ -194,7 +194,6 @@ def bytes_on_the_wire() -> Pairs:
     offsets, n, dim = torch.tensor([0, 4, 11]), 11, 128
     for v in (200, 20000):
         case = random_case(n, 16, v)
-        assert case.targets is not None
         head = shard(case.head, chunked(v))
         with wire() as sent:
             acqcore.row_stats(case.hidden, head, case.targets)
@@ -219,15 +218,12 @@ def bytes_on_the_wire() -> Pairs:
 
 
 def mesh(*sizes: int) -> Any:
-    from torch.distributed.device_mesh import init_device_mesh
-
     return init_device_mesh("cpu", sizes or (dist.get_world_size(),))
 
 
 def few_rows() -> Pairs:
     """DTensors of five rows: on four ranks the last has none; on a 2 x 2 mesh each pair of ranks holds them all."""
     case = random_case(9, 16, 5, bias=True)
-    assert case.head.bias is not None
     square = mesh(2, 2)
     flat_rank, row_rank = dist.get_rank(), square.get_local_rank(1)
     given = {
@@ -261,12 +257,10 @@ def errors() -> Pairs:
     hidden = torch.randn(3, 4)
     ends = ", ".join(f"{8 * i}:{8 * i + 8}" for i in range(world))
 
-    def used(**options: Any) -> Callable[[], Any]:
-        return lambda: acqcore.row_stats(hidden, acqcore.Head(weight, group=group, **options))
+    def used(vocab_start: int = 0, vocab_size: int | None = None, targets: torch.Tensor | None = None) -> str:
+        options = {"vocab_start": vocab_start, "vocab_size": vocab_size, "group": group}
+        return message(lambda: acqcore.row_stats(hidden, acqcore.Head(weight, **options), targets))
 
-    short = {"vocab_start": 8 * rank, "vocab_size": 8 * world + 1}
-    same = {"vocab_start": 0, "vocab_size": 8 * world}
-    own = {"vocab_start": 8 * rank, "vocab_size": 8 * world + rank}
     sizes = ", ".join(f"{8 * world + i} x 4" for i in range(world))
     drawn = torch.randn(2, 3, 4)
     whole = acqcore.Head(weight, vocab_size=8 * world)
@@ -274,20 +268,20 @@ def errors() -> Pairs:
     ranks = tuple(range(world))
     return {
         "missing rows": (
-            message(used(**short)),
+            used(8 * rank, 8 * world + 1),
             f"ValueError: head: expected the ranks' rows to tile a vocabulary of {8 * world + 1}, got {ends}",
         ),
         "rows twice": (
-            message(used(**same)),
+            used(0, 8 * world),
             f"ValueError: head: expected the ranks' rows to tile a vocabulary of {8 * world}, "
             f"got {', '.join(['0:8'] * world)}",
         ),
         "sizes": (
-            message(used(**own)),
+            used(8 * rank, 8 * world + rank),
             f"ValueError: head: expected one vocabulary size and width on every rank of the group, got {sizes}",
         ),
         "no size": (
-            message(used()),
+            used(),
             "ValueError: vocab_size: expected the size of the whole vocabulary if a group shares it, got None",
         ),
         "a group for some draws": (
@@ -300,13 +294,7 @@ def errors() -> Pairs:
             "with vocab_start, vocab_size and group, or the model to acqcore.Student.from_model",
         ),
         "target": (
-            message(
-                lambda: acqcore.row_stats(
-                    hidden,
-                    acqcore.Head(weight, vocab_start=8 * rank, vocab_size=8 * world, group=group),
-                    torch.tensor([0, 1, 8 * world]),
-                )
-            ),
+            used(8 * rank, 8 * world, torch.tensor([0, 1, 8 * world])),
             f"ValueError: targets: expected values in [0, {8 * world}) or -100 (ignored), got {8 * world} at row 2",
         ),
     }
@@ -329,40 +317,30 @@ def tiny_llama(**config: Any) -> Any:
     return LlamaForCausalLM(LlamaConfig(**{**sizes, **config})).eval()
 
 
-def saved_llama(folder: Path, **config: Any) -> str:
-    """The path of the saved model for ``from_pretrained``."""
-    path = folder / "-".join(["llama", *config])
+def saved_llama(**config: Any) -> str:
+    """The path of the model that rank 0 saves in the run's folder for ``from_pretrained``."""
+    path = Path(sys.argv[1]) / "-".join(["llama", *config])
     if dist.get_rank() == 0 and not path.exists():
         tiny_llama(**config).save_pretrained(path)
     dist.barrier()
     return str(path)
 
 
-def samples(count: int, seed: int = 0) -> list[dict[str, torch.Tensor]]:
-    """Samples of 5 to 20 tokens, each as ``score`` accepts it alone."""
+def samples(count: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Samples of 5 to 20 tokens as one batch, padded on the right."""
     g = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(5, 21, (count,), generator=g).tolist()
-    return [{"input_ids": torch.randint(0, 321, (1, length), generator=g)} for length in lengths]
+    lengths = torch.randint(5, 21, (count,), generator=g)
+    longest = max(lengths.tolist(), default=2)
+    ids = torch.zeros(count, longest, dtype=torch.int64)
+    for row, length in zip(ids, lengths.tolist(), strict=True):
+        row[:length] = torch.randint(0, 321, (length,), generator=g)
+    return {"input_ids": ids, "attention_mask": (torch.arange(longest) < lengths[:, None]).long()}
 
 
-def together(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The samples as one batch of tensors, padded on the right."""
-    longest = max((part["input_ids"].shape[1] for part in parts), default=2)
-    ids = torch.zeros(len(parts), longest, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for i, part in enumerate(parts):
-        ids[i, : part["input_ids"].shape[1]] = part["input_ids"][0]
-        mask[i, : part["input_ids"].shape[1]] = 1
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-#: Draws, because the linear form, mutual information's default, needs unsharded parameters.
-DRAWN: dict[str, Any] = {"mutual_information": {"draws": 8}}
-
-
-def scored(student: Any, given: Any, acquisition_args: Any = DRAWN) -> dict[str, torch.Tensor]:
-    scores = acqcore.score(student, given, ACQUISITIONS, batch_tokens=40, acquisition_args=acquisition_args)
-    return {name: scores[name] for name in ACQUISITIONS}
+def scored(student: Any, given: Any, arguments: dict[str, Any] | None = None) -> acqcore.Scores:
+    # Draws, because the linear form, mutual information's default, needs unsharded parameters.
+    arguments = arguments or {"mutual_information": {"draws": 8}}
+    return acqcore.score(student, given, ACQUISITIONS, batch_tokens=40, acquisition_args=arguments)
 
 
 def compared(student: Any, reference: Any, given: Any) -> Pairs:
@@ -390,14 +368,14 @@ def placed(student: acqcore.Student) -> tuple[int, int, int, bool]:
     return head.vocab_start, len(head.weight), head.vocab_size, head.group is None
 
 
-def tensor_parallel(folder: Path, **config: Any) -> Pairs:
+def tensor_parallel(**config: Any) -> Pairs:
     """A model from ``from_pretrained(tp_plan="auto")``."""
     from transformers import AutoModelForCausalLM
 
-    path = saved_llama(folder, **config)
+    path = saved_llama(**config)
     model = AutoModelForCausalLM.from_pretrained(path, tp_plan="auto")
     student = acqcore.Student.from_model(model.eval())
-    pairs = compared(student, AutoModelForCausalLM.from_pretrained(path).eval(), together(samples(7)))
+    pairs = compared(student, AutoModelForCausalLM.from_pretrained(path).eval(), samples(7))
     pairs["rows"] = (placed(student), share())
     return pairs
 
@@ -407,7 +385,7 @@ def parallelized(style: Any, expected: Callable[[], tuple[int, int, int, bool]],
     model, whole = tiny_llama(**config), tiny_llama(**config)
     parallelize_module(model, mesh(), {"lm_head": style()})
     student = acqcore.Student.from_model(model)
-    pairs = compared(student, whole, together(samples(7)))
+    pairs = compared(student, whole, samples(7))
     pairs["rows"] = (placed(student), expected())
     return pairs
 
@@ -422,14 +400,14 @@ def data_parallel(wrap: Callable[[Any], Any], make: Callable[[], Any] = tiny_lla
     wrapped = wrap(make())
     student = acqcore.Student.from_model(wrapped)
     rank = dist.get_rank()
-    pairs = compared(student, whole, together(samples([9, 2][rank], seed=rank)))
+    pairs = compared(student, whole, samples([9, 2][rank], seed=rank))
     pairs["rows"] = (placed(student), (0, 321, 321, True))
     few = samples([4, 0][rank], seed=5)
-    got = scored(student, together(few))
-    expected = scored(whole, together(few))
+    got = scored(student, few)
+    expected = scored(whole, few)
     pairs.update({f"none on one rank: {name}": (got[name], expected[name]) for name in ACQUISITIONS})
     # A rank with bad samples raises when the others are done, and they raise too.
-    bad = together(samples(5))
+    bad = samples(5)
     bad["input_ids"][0, 0] = 321 if rank == 1 else 0
 
     def failing() -> str:
@@ -446,26 +424,24 @@ def data_parallel(wrap: Callable[[Any], Any], make: Callable[[], Any] = tiny_lla
     # The model trains like one that was never scored, and its scores follow.
     fresh = wrap(make())
     pairs["training goes on"] = (one_step(wrapped), one_step(fresh))
-    again = scored(student, together(few))
-    pairs["after a step"] = (again["entropy"], scored(acqcore.Student.from_model(fresh), together(few))["entropy"])
+    again = scored(student, few)
+    pairs["after a step"] = (again["entropy"], scored(acqcore.Student.from_model(fresh), few)["entropy"])
     pairs["it did step"] = (bool((again["entropy"] != got["entropy"]).all()), True)
     return pairs
 
 
 def one_step(model: Any) -> float:
     """Loss after a step of gradient descent on one batch, the same on every rank."""
-    ids = together(samples(3, seed=9))["input_ids"]
-    if hasattr(model, "backward"):  # DeepSpeed's engine contains the optimizer
-        for _ in range(2):
-            loss = model(input_ids=ids, labels=ids).loss
-            model.backward(loss)
-            model.step()
-        return round(loss.item(), 4)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    ids = samples(3, seed=9)["input_ids"]
+    of_deepspeed = hasattr(model, "backward")  # its engine contains the optimizer
+    optimizer = model if of_deepspeed else torch.optim.SGD(model.parameters(), lr=0.5)
     for _ in range(2):
         loss = model(input_ids=ids, labels=ids).loss
-        optimizer.zero_grad()
-        loss.backward()
+        if of_deepspeed:
+            model.backward(loss)
+        else:
+            optimizer.zero_grad()
+            loss.backward()
         optimizer.step()
     return round(loss.item(), 4)
 
@@ -475,7 +451,7 @@ def replicated() -> Pairs:
     model, fresh, whole = tiny_llama(), tiny_llama(), tiny_llama()
     trained, alone = (torch.nn.parallel.DistributedDataParallel(given) for given in (model, fresh))
     rank = dist.get_rank()
-    own = together(samples([4, 3][rank], seed=rank))
+    own = samples([4, 3][rank], seed=rank)
     expected = acqcore.grad_norm(whole, own, "all")
     pairs: Pairs = {}
     for name, student in {"model": model, "wrapper": trained}.items():
@@ -491,7 +467,7 @@ def replicated() -> Pairs:
 def whole_student() -> Pairs:
     """A whole student calls no collective, even if there is a process group."""
     with wire() as sent:
-        scored(tiny_llama(), together(samples(3)))
+        scored(tiny_llama(), samples(3))
     return {"sent": (sent, [])}
 
 
@@ -499,14 +475,10 @@ def members() -> Pairs:
     """An ensemble member that several ranks run together is refused."""
     students = [tiny_llama(), fsdp2(tiny_llama())]
     options = {"mutual_information": {"members": students}}
-    given = together(samples(3))
-    refused = message(lambda: acqcore.score(students[0], given, "mutual_information", acquisition_args=options))
-    return {
-        "refused": (
-            refused,
-            "ValueError: members: expected models that each rank runs independently, got one under FSDP or ZeRO-3 at 1",
-        )
-    }
+    given = samples(3)
+    got = message(lambda: acqcore.score(students[0], given, "mutual_information", acquisition_args=options))
+    expected = "members: expected models that each rank runs independently, got one under FSDP or ZeRO-3 at 1"
+    return {"refused": (got, f"ValueError: {expected}")}
 
 
 def adapted_llama() -> Any:
@@ -519,37 +491,27 @@ def adapted_llama() -> Any:
     return get_peft_model(model, options).eval()
 
 
-def fsdp2_and_tensor_parallel(folder: Path) -> Pairs:
+def fsdp2_and_tensor_parallel() -> Pairs:
     """On a 2 x 2 mesh, ranks of one row have the same samples and run each forward together with the other row."""
     from transformers import AutoModelForCausalLM
     from transformers.distributed import DistributedConfig
 
-    path = saved_llama(folder)
+    path = saved_llama()
     model = AutoModelForCausalLM.from_pretrained(path, distributed_config=DistributedConfig(fsdp_size=2, tp_size=2))
     student = acqcore.Student.from_model(model.eval())
     row = dist.get_rank() // 2
-    pairs = compared(student, tiny_llama(), together(samples([9, 2][row], seed=row)))
+    pairs = compared(student, tiny_llama(), samples([9, 2][row], seed=row))
     pairs["rows"] = (placed(student), (0, 321, 321, True))
     return pairs
 
 
-def fsdp2_in_one(model: Any) -> Any:
-    from torch.distributed.fsdp import fully_shard
-
-    return fully_shard(model)
-
-
 def fsdp2(model: Any) -> Any:
-    from torch.distributed.fsdp import fully_shard
-
     for block in model.model.layers:
         fully_shard(block)
     return fully_shard(model)
 
 
 def fsdp1(model: Any, use_orig_params: bool) -> Any:
-    from torch.distributed.fsdp import FullyShardedDataParallel
-    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
     policy = ModuleWrapPolicy({LlamaDecoderLayer, torch.nn.Linear} if use_orig_params else {LlamaDecoderLayer})
@@ -641,7 +603,7 @@ def of_heads(rows_of: list[str], gradients_of: list[str], draws_of: list[str]) -
     }
 
 
-CASES: dict[str, dict[str, Callable[..., Pairs]]] = {
+CASES: dict[str, dict[str, Callable[[], Pairs]]] = {
     "two ranks": {
         **of_heads([*ADVERSARIAL, "N = 0", "V = 262144"], [n for n in ADVERSARIAL if n != "std 30"], DRAWN),
         "tensor parallel": tensor_parallel,
@@ -655,8 +617,8 @@ CASES: dict[str, dict[str, Callable[..., Pairs]]] = {
         "a whole student": whole_student,
         "members": members,
         "FSDP2": partial(data_parallel, fsdp2),
-        "FSDP2, LoRA": partial(data_parallel, fsdp2_in_one, adapted_llama, trains=False),
-        "FSDP2 in one unit": partial(data_parallel, fsdp2_in_one, trains=False),
+        "FSDP2, LoRA": partial(data_parallel, fully_shard, adapted_llama, trains=False),
+        "FSDP2 in one unit": partial(data_parallel, fully_shard, trains=False),
         "FSDP1, flat parameters": partial(data_parallel, partial(fsdp1, use_orig_params=False)),
         "FSDP1, original parameters": partial(data_parallel, partial(fsdp1, use_orig_params=True)),
         "a contract like ZeRO-3's": imitated_zero3,
@@ -668,10 +630,9 @@ CASES: dict[str, dict[str, Callable[..., Pairs]]] = {
     },
     "ZeRO-3": {"ZeRO-3": partial(data_parallel, zero3)},
 }
-NEEDS_FOLDER = {"tensor parallel", "tensor parallel, tied", "FSDP2 and tensor parallel"}
 
 
-def main(folder: Path, rank: int, world: int, cases: dict[str, Callable[..., Pairs]]) -> None:
+def main(folder: Path, rank: int, world: int, cases: dict[str, Callable[[], Pairs]]) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))  # as torchrun does
     dist.init_process_group(
@@ -680,7 +641,7 @@ def main(folder: Path, rank: int, world: int, cases: dict[str, Callable[..., Pai
     results: dict[str, Pairs | str] = {}
     for name, case in cases.items():
         try:
-            results[name] = case(folder) if name in NEEDS_FOLDER else case()  # type: ignore[call-arg]
+            results[name] = case()
         except Exception:
             results[name] = traceback.format_exc()
     torch.save(results, folder / f"{rank}")

@@ -300,7 +300,7 @@ class TestRun:
                 raise bench_write.Stopped
             check()
 
-        stopped.check_time = counted  # type: ignore[method-assign]
+        stopped.check_time = counted
         with pytest.raises(bench_write.Stopped):
             bench_write.run(stopped, choices, seeds=1, grpo_seeds=0)
         assert [row["arm"] for row in stopped.log.rows] == [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,25 +10,6 @@ from torch import nn
 
 import acqcore
 from acqcore.students.heads import KNOWN_LOGITS, LogitMap
-
-SMALL = {
-    "vocab_size": 320,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-}
-VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
-
-
-def build(name: str, config: Any) -> Any:
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    return getattr(transformers, name)(config).eval()
 
 
 def named_branches(model: Any) -> list[list[str]]:
@@ -40,35 +20,6 @@ def named_branches(model: Any) -> list[list[str]]:
         names = {module: name for name, module in block.named_modules()}
         found.append([names[branch] for branch in branches])
     return found
-
-
-def decoder(kind: str) -> Any:
-    t = pytest.importorskip("transformers")
-    sizes = {"vocab_size": 320, "pad_token_id": 0}
-    narrow = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 48}
-    dims = {"d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 48, "max_position_embeddings": 64}
-    opt = {
-        "hidden_size": 32,
-        "ffn_dim": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "word_embed_proj_dim": 32,
-    }
-    configs: dict[str, Callable[[], tuple[str, Any]]] = {
-        "bloom": lambda: ("BloomForCausalLM", t.BloomConfig(**sizes, hidden_size=32, n_layer=2, n_head=4)),
-        "mpt": lambda: ("MptForCausalLM", t.MptConfig(**sizes, d_model=32, n_heads=4, n_layers=2, max_seq_len=64)),
-        "xglm": lambda: ("XGLMForCausalLM", t.XGLMConfig(**sizes, **dims)),
-        "opt": lambda: ("OPTForCausalLM", t.OPTConfig(**sizes, **opt, max_position_embeddings=64)),
-        "biogpt": lambda: ("BioGptForCausalLM", t.BioGptConfig(**sizes, **narrow, max_position_embeddings=64)),
-        "bert": lambda: ("BertLMHeadModel", t.BertConfig(**sizes, **narrow, is_decoder=True)),
-        "gpt2": lambda: ("GPT2LMHeadModel", t.GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=4)),
-        "falcon": lambda: (
-            "FalconForCausalLM",
-            t.FalconConfig(**sizes, hidden_size=32, num_hidden_layers=2, num_attention_heads=4),
-        ),
-    }
-    name, config = configs[kind]()
-    return build(name, config)
 
 
 @pytest.mark.parametrize(
@@ -87,31 +38,28 @@ def decoder(kind: str) -> Any:
         ("falcon", ["self_attention", "mlp"]),
     ],
 )
-def test_branches_are_what_a_block_adds_to_the_stream(kind, expected):
-    model = decoder(kind)
+def test_branches_are_what_a_block_adds_to_the_stream(kind, expected, small_model):
+    model = small_model(kind)
     assert named_branches(model) == [expected, expected]
     # With all branches at zero, a pre-norm block returns its input.
     student, seen = acqcore.Student.from_model(model), []
-    handles = [
-        branch.register_forward_hook(lambda *args: torch.zeros_like(args[-1]) if torch.is_tensor(args[-1]) else (
-            torch.zeros_like(args[-1][0]), *args[-1][1:]))
-        for branches in student.branches for branch in branches
-    ]  # fmt: skip
-    block = student.blocks[0]
-    handles.append(
-        block.register_forward_hook(lambda _, args, kwargs, output: seen.extend([args, output]), with_kwargs=True)
-    )
+
+    def zero(_, args, output):
+        return torch.zeros_like(output) if torch.is_tensor(output) else (torch.zeros_like(output[0]), *output[1:])
+
+    for branches in student.branches:
+        for branch in branches:
+            branch.register_forward_hook(zero)
+    student.blocks[0].register_forward_hook(lambda _, args, output: seen.extend([args, output]))
     with torch.no_grad():
         model(input_ids=torch.arange(8)[None])
-    for handle in handles:
-        handle.remove()
     given, output = seen[0][0], seen[1] if torch.is_tensor(seen[1]) else seen[1][0]
     assert torch.equal(given, output) == (kind != "bert")
 
 
-def test_branches_beside_a_massive_entry_in_half_precision():
+def test_branches_beside_a_massive_entry_in_half_precision(small_model):
     """One channel of the stream is ten thousand times as large as a branch's contribution to the others."""
-    model = decoder("gpt2")
+    model = small_model("gpt2")
     model.transformer.wte.weight.data[:, 3] = 3e3
     assert named_branches(model.bfloat16()) == [["attn", "mlp"]] * 2
 
@@ -134,23 +82,29 @@ def test_a_sum_that_is_no_modules_output_is_refused():
 @pytest.mark.parametrize("kind", ["llava", "gemma3", "qwen2_vl"])
 def test_blocks_of_a_vision_language_student_are_those_that_text_visits(kind, exact):
     t = pytest.importorskip("transformers")
-    clip = VISION | {"image_size": 16, "patch_size": 8}
+    text = {
+        "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.2, "pad_token_id": 0,
+    }  # fmt: skip
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
+    clip = vision | {"image_size": 16, "patch_size": 8}
+    torch.manual_seed(0)
     if kind == "llava":
         config = t.LlavaConfig(
-            vision_config=t.CLIPVisionConfig(**clip), text_config=t.LlamaConfig(**SMALL), image_token_index=319
+            vision_config=t.CLIPVisionConfig(**clip), text_config=t.LlamaConfig(**text), image_token_index=319
         )
-        model = build("LlavaForConditionalGeneration", config)
+        model = t.LlavaForConditionalGeneration(config).eval()
     elif kind == "gemma3":
         config = t.Gemma3Config(
-            text_config={**SMALL, "head_dim": 8}, vision_config=clip, mm_tokens_per_image=4, image_token_index=319
+            text_config={**text, "head_dim": 8}, vision_config=clip, mm_tokens_per_image=4, image_token_index=319
         )
-        model = build("Gemma3ForConditionalGeneration", config)
+        model = t.Gemma3ForConditionalGeneration(config).eval()
     else:
         rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
         vision = {"depth": 4, "embed_dim": 32, "hidden_size": 32, "num_heads": 4}
         special = {"image_token_id": 316, "video_token_id": 317, "vision_start_token_id": 318}
-        config = t.Qwen2VLConfig(text_config=SMALL | {"rope_parameters": rope}, vision_config=vision, **special)
-        model = build("Qwen2VLForConditionalGeneration", config)
+        config = t.Qwen2VLConfig(text_config=text | {"rope_parameters": rope}, vision_config=vision, **special)
+        model = t.Qwen2VLForConditionalGeneration(config).eval()
     blocks = list(model.model.language_model.layers)
     assert acqcore.Student.from_model(model).blocks == blocks
     ids = torch.randint(3, 300, (2, 7), generator=torch.Generator().manual_seed(0))
@@ -196,7 +150,6 @@ class TestLogitMap:
     def test_is_read_off_known_logits(self, scale, softcap, dtype):
         z = torch.tensor(KNOWN_LOGITS, dtype=dtype) * scale
         found = LogitMap.fitted(z if softcap is None else softcap * torch.tanh(z / softcap))
-        assert found is not None
         assert found.scale == pytest.approx(scale, rel=1e-6)
         assert found.softcap == (softcap if softcap is None else pytest.approx(softcap, rel=1e-5))
 
@@ -207,12 +160,8 @@ class TestLogitMap:
     def test_anything_else_is_none(self, other):
         assert LogitMap.fitted(other(torch.tensor(KNOWN_LOGITS))) is None
 
-    def test_a_cap_that_half_precision_hides(self):
-        t = pytest.importorskip("transformers")
-        config = t.RecurrentGemmaConfig(
-            **{**SMALL, "num_hidden_layers": 3}, lru_width=32, attention_window_size=16, logits_soft_cap=3.0, head_dim=8
-        )
-        model = build("RecurrentGemmaForCausalLM", config).bfloat16()
+    def test_a_cap_that_half_precision_hides(self, small_model):
+        model = small_model("recurrent_gemma", logits_soft_cap=3.0).bfloat16()
         assert acqcore.Student.from_model(model).head.softcap == 3.0
 
     @pytest.mark.parametrize("tied", [False, True])
@@ -227,21 +176,19 @@ class TestLogitMap:
 
 
 class TestWhatEntersTheOutputEmbedding:
-    @pytest.mark.parametrize("kind", ["bert", "llama4", "hyperclovax", "modernbert"])
-    def test_between_trunk_and_head(self, kind):
+    @pytest.mark.parametrize(
+        ("kind", "own"),
+        [
+            ("bert", {}),
+            ("llama4_text", {}),
+            ("hyperclovax", {"logits_scaling": 0.25}),
+            ("modernbert-decoder", {}),
+        ],
+    )
+    def test_between_trunk_and_head(self, kind, own, small_model):
         """Hidden states are the head's input, after BERT's transform and HyperCLOVAX's scale."""
-        t = pytest.importorskip("transformers")
-        if kind == "bert":
-            model = decoder("bert")
-        elif kind == "llama4":
-            more = {"intermediate_size_mlp": 48, "num_local_experts": 2, "head_dim": 8}
-            model = build("Llama4ForCausalLM", t.Llama4TextConfig(**SMALL, **more))
-        elif kind == "hyperclovax":
-            model = build("HyperCLOVAXForCausalLM", t.HyperCLOVAXConfig(**SMALL, logits_scaling=0.25))
-        else:
-            own = {key: value for key, value in SMALL.items() if key != "num_key_value_heads"}
-            model = build("ModernBertDecoderForCausalLM", t.ModernBertDecoderConfig(**own))
-        ids = torch.randint(3, 320, (2, 9), generator=torch.Generator().manual_seed(0))
+        model = small_model(kind, **own)
+        ids = torch.randint(3, 128, (2, 9), generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             log_p = model(input_ids=ids).logits[:, :-1].log_softmax(2)
         expected = -log_p.gather(2, ids[:, 1:, None]).mean((1, 2))
@@ -249,13 +196,9 @@ class TestWhatEntersTheOutputEmbedding:
             loss = acqcore.score(each, {"input_ids": ids}, "loss")["loss"]
             torch.testing.assert_close(loss, expected, rtol=1e-4 if each.dtype == torch.float32 else 0.05, atol=1e-4)
 
-    @pytest.mark.parametrize("kind", ["Mamba", "Mamba2", "FalconMamba"])
-    def test_in_another_precision_than_the_trunks(self, kind):
-        t = pytest.importorskip("transformers")
-        sizes = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
-        heads = {"num_heads": 4, "head_dim": 16, "n_groups": 1} if kind == "Mamba2" else {}
-        model = build(f"{kind}ForCausalLM", getattr(t, f"{kind}Config")(**sizes, **heads)).bfloat16()
-        student = acqcore.Student.from_model(model)
+    @pytest.mark.parametrize("kind", ["mamba", "mamba2", "falcon_mamba"])
+    def test_in_another_precision_than_the_trunks(self, kind, small_model):
+        student = acqcore.Student.from_model(small_model(kind).bfloat16())
         assert student.head.weight.dtype == torch.bfloat16
 
     def test_virtual_tokens_are_refused(self, tiny_model):

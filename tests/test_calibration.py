@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 
-from acqcore.philox import keep_mask
 from benchmarks import toy_student
 from benchmarks.calibration import calibrate_dropout
 
@@ -27,41 +22,18 @@ def ids():
     return toy_student.questions("easy", 24, torch.Generator().manual_seed(0))
 
 
-def loss_under(model: Any, ids: torch.Tensor, p: float, layers: int, draw: int) -> float:
-    """Mean answer loss under dropout in the last blocks, one sample at a time, with masks from their definition."""
-    blocks = list(model.model.layers)
-    losses = []
-    for row in ids:
-        key = torch.full((len(row),), zlib.crc32(row.numpy().tobytes()))
-
-        def hook(site: int, key: torch.Tensor = key) -> Callable[..., Any]:
-            def drop(module: Any, arguments: Any, output: Any) -> Any:
-                value = output[0] if isinstance(output, tuple) else output  # [1, T, D]
-                keep = keep_mask(key, torch.arange(len(key)), value.shape[-1], p, 0, draw, site)
-                value = value * keep / (1 - p)
-                return (value, *output[1:]) if isinstance(output, tuple) else value
-
-            return drop
-
-        sites = [(site, child) for site, child in enumerate(_branches(blocks), 1) if site > 2 * (len(blocks) - layers)]
-        hooks = [child.register_forward_hook(hook(site)) for site, child in sites]
-        with torch.no_grad():
-            logits = model(input_ids=row[None]).logits[0, -2].double()
-        for handle in hooks:
-            handle.remove()
-        losses.append(torch.nn.functional.cross_entropy(logits[None], row[-1:]))
-    return float(torch.stack(losses).mean())
-
-
-def _branches(blocks: list[Any]) -> list[Any]:
-    return [child for block in blocks for child in (block.self_attn, block.mlp)]
-
-
 @pytest.mark.parametrize(("layers", "blocks", "rise"), [("all", 2, 0.02), ("all", 2, 0.5), (1, 1, 0.02)])
-def test_the_loss_rises_by_the_share_asked_for(layers, blocks, rise, student, ids):
+def test_the_loss_rises_by_the_share_asked_for(layers, blocks, rise, student, ids, dropped_logits):
+    branches = [child for block in student.model.layers for child in (block.self_attn, block.mlp)]
+    sites = list(enumerate(branches, 1))[-2 * blocks :]
+
+    def loss(p: float, draw: int) -> float:
+        logits = torch.stack([dropped_logits(student, row, sites, p, draw)[-2] for row in ids])
+        return float(torch.nn.functional.cross_entropy(logits, ids[:, -1]))
+
     p = calibrate_dropout(student, toy_student.samples(ids), rise=rise, layers=layers, draws=DRAWS)
-    base = loss_under(student, ids, 0.0, blocks, 0)
-    dropped = sum(loss_under(student, ids, p, blocks, draw) for draw in range(DRAWS)) / DRAWS
+    base = loss(0.0, 0)
+    dropped = sum(loss(p, draw) for draw in range(DRAWS)) / DRAWS
     assert (dropped - base) / base == pytest.approx(rise, rel=0.06)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -89,7 +90,7 @@ class TestHooksOfOthers:
             model = lora(model, target_modules="all-linear")
         if how == "function":
             for block in acqcore.Student.from_model(model).blocks:
-                block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         else:
             kinds = ("LlamaDecoderLayer",) if how == "wrapper" else ("LlamaMLP", "LlamaAttention")
             wrapper.apply_activation_checkpointing(model, check_fn=lambda m: type(m).__name__ in kinds)
@@ -135,7 +136,7 @@ class TestHooksOfOthers:
             model = student = tiny_model(kind)
         else:  # the experts' gradients come from autograd itself
             torch.manual_seed(0)
-            trunk, weight = Routed(1), torch.randn(320, 16)
+            trunk, weight = routed(1), torch.randn(320, 16)
             model, student = with_logits(trunk, weight), acqcore.Student(trunk, acqcore.Head(weight))
         trained = list(model.parameters())
         parameters = trained if kind == "Llama" else [*trained, weight]
@@ -203,17 +204,8 @@ class Experts(nn.Module):
         return x + out.view(x.shape)
 
 
-class Routed(nn.Module):
-    def __init__(self, k: int) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(320, 16)
-        self.layers = nn.ModuleList([Experts(k), Experts(k)])
-
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        x = self.embedding(input_ids)
-        for layer in self.layers:
-            x = layer(x)
-        return x
+def routed(k: int) -> nn.Module:
+    return nn.Sequential(nn.Embedding(320, 16), Experts(k), Experts(k))
 
 
 class TestSamplesAreToldApartByValue:
@@ -222,7 +214,7 @@ class TestSamplesAreToldApartByValue:
     def test_experts_called_with_the_tokens_routed_to_them(self, lengths, k, exact, with_logits):
         for seed in range(6):
             torch.manual_seed(seed)
-            trunk, weight = Routed(k), torch.randn(320, 16)
+            trunk, weight = routed(k), torch.randn(320, 16)
             student = acqcore.Student(trunk, acqcore.Head(weight))
             parameters = [*trunk.parameters(), weight]
             assert_norms(student, with_logits(trunk, weight), rows(*lengths, seed=seed), "all", parameters, exact)
@@ -257,15 +249,10 @@ class TestSamplesAreToldApartByValue:
         for lengths in ((7,), (7, 4)):
             assert_norms(student, with_logits(trunk, weight), rows(*lengths), "all", parameters, exact)
 
-    def test_falcon_adds_in_place(self, exact):
-        transformers = pytest.importorskip("transformers")
-        torch.manual_seed(0)
-        config = transformers.FalconConfig(
-            vocab_size=320, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.2
-        )
-        model = transformers.FalconForCausalLM(config).eval()
+    def test_falcon_adds_in_place(self, small_model, exact):
+        model = small_model("falcon")
         for lengths in ((9,), (9, 6)):
-            assert_norms(model, model, rows(*lengths), "all", list(model.parameters()), exact)
+            assert_norms(model, model, rows(*lengths, vocabulary=128), "all", list(model.parameters()), exact)
 
 
 class TestAdapters:
@@ -275,28 +262,24 @@ class TestAdapters:
         model = lora(tiny_model("Llama"), target_modules=["q_proj", "down_proj"], use_dora=True)
         assert_norms(model, model, rows(length, 6), "trainable", trainable(model), exact)
 
-    def test_on_fused_experts(self, exact):
-        transformers = pytest.importorskip("transformers")
-        torch.manual_seed(0)
-        config = transformers.MixtralConfig(
-            vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, initializer_range=0.2,
-        )  # fmt: skip
-        model = transformers.MixtralForCausalLM(config).eval()
-        assert_norms(model, model, rows(9, 6), "all", list(model.parameters()), exact)
+    def test_on_fused_experts(self, small_model, exact):
+        model, samples = small_model("mixtral"), rows(9, 6, vocabulary=128)
+        assert_norms(model, model, samples, "all", list(model.parameters()), exact)
         experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
         model = lora(model, target_modules=["q_proj"], target_parameters=experts)
-        assert_norms(model, model, rows(9, 6), "trainable", trainable(model), exact)
+        assert_norms(model, model, samples, "trainable", trainable(model), exact)
 
-    @pytest.mark.parametrize("kind", ["IA3", "LoHa", "OFT"])
-    def test_of_other_kinds(self, kind, tiny_model, exact):
+    @pytest.mark.parametrize(
+        ("kind", "options"),
+        [
+            ("IA3", {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
+            ("LoHa", {"target_modules": ["q_proj"], "init_weights": False}),
+            ("OFT", {"target_modules": ["q_proj"], "oft_block_size": 8}),
+        ],
+    )
+    def test_of_other_kinds(self, kind, options, tiny_model, exact):
         peft = pytest.importorskip("peft")
-        configs = {
-            "IA3": lambda: peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
-            "LoHa": lambda: peft.LoHaConfig(target_modules=["q_proj"], init_weights=False),
-            "OFT": lambda: peft.OFTConfig(target_modules=["q_proj"], oft_block_size=8),
-        }
-        model = peft.get_peft_model(tiny_model("Llama"), configs[kind]()).eval()
+        model = peft.get_peft_model(tiny_model("Llama"), getattr(peft, f"{kind}Config")(**options)).eval()
         assert_norms(model, model, rows(9, 6), "trainable", trainable(model), exact)
 
     def test_that_wait_for_a_token(self, tiny_model, exact):
@@ -376,21 +359,20 @@ def test_half_precision_gradients_do_not_underflow(dtype, tiny_model, exact):
     assert mean == pytest.approx(expected, rel=0.02 if dtype == torch.float16 else 0.1)
 
 
-@pytest.mark.parametrize("kind", ["LlamaRMSNorm", "GemmaRMSNorm", "LayerNorm", "RMSNorm"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "transformers.models.llama.modeling_llama.LlamaRMSNorm",
+        "transformers.models.gemma.modeling_gemma.GemmaRMSNorm",
+        "torch.nn.LayerNorm",
+        "torch.nn.RMSNorm",
+    ],
+)
 def test_a_norm_is_differentiated_by_two_calls(kind, monkeypatch):
     """Norms that scale by w, by 1 + w, and with a bias match autograd on each sample."""
-    from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
-    from transformers.models.llama.modeling_llama import LlamaRMSNorm
-
-    kinds = {
-        "LlamaRMSNorm": LlamaRMSNorm,
-        "GemmaRMSNorm": GemmaRMSNorm,
-        "LayerNorm": nn.LayerNorm,
-        "RMSNorm": nn.RMSNorm,
-    }
     monkeypatch.setattr(ModuleCall, "_other", None)
     generator = torch.Generator().manual_seed(0)
-    module = kinds[kind](12)
+    module = pkgutil.resolve_name(kind)(12)
     for parameter in module.parameters():
         parameter.data.normal_(generator=generator)
     value, gradient = (torch.randn(3, 5, 12, generator=generator) for _ in range(2))

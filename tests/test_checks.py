@@ -69,12 +69,12 @@ def test_temperature(temperature):
 
 def test_temperature_type():
     with pytest.raises(TypeError, match="temperature: expected a number, got str"):
-        acqcore.row_stats(H, HEAD, temperature="1")  # type: ignore[arg-type]
+        acqcore.row_stats(H, HEAD, temperature="1")
 
 
 def test_head_type():
     with pytest.raises(TypeError, match=r"head: expected acqcore\.Head, got float32"):
-        acqcore.row_stats(H, HEAD.weight)  # type: ignore[arg-type]
+        acqcore.row_stats(H, HEAD.weight)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_merge():
     with pytest.raises(ValueError, match="other: expected both sides with targets"):
         stats.merge(acqcore.row_stats(H, HEAD, Y))
     with pytest.raises(TypeError, match="other: expected RowStats, got dict"):
-        stats.merge({})  # type: ignore[arg-type]
+        stats.merge({})
 
 
 def test_errors_reach_through_compile():

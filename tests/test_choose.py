@@ -17,6 +17,7 @@ TEXTS = [
     "The quick brown fox", "a fox", "The answer is 5.", "def add(a, b): return a + b", "the lazy dog",
     "A patient has fever", "What is 2 + 3?", "which drug helps?",
 ]  # fmt: skip
+ROWS = [{"text": text} for text in TEXTS]
 
 
 @pytest.fixture
@@ -67,9 +68,8 @@ def test_diverse_methods_choose_among_the_highest(method, choose, student, tmp_p
     values = entropies(student, TEXTS)
     among = values.argsort(descending=True)[:5].sort().values
     vectors = acqcore.badge_embedding(str(student), [TEXTS[i] for i in among], backend="eager")
-    expected = among[acqcore.select(vectors, 3, method, seed=4)].tolist()  # type: ignore[arg-type]
-    rows = [{"text": text} for text in TEXTS]
-    assert main(choose(rows, method=method, among=5, seed=4)) == 0
+    expected = among[acqcore.select(vectors, 3, method, seed=4)].tolist()
+    assert main(choose(ROWS, method=method, among=5, seed=4)) == 0
     found = read(tmp_path / "out.jsonl")
     assert [row["row"] for row in sorted(found, key=lambda row: row["rank"])] == expected
 
@@ -101,10 +101,9 @@ def test_diversity_alone_chooses_among_all_rows(choose, student, tmp_path, read)
 
 
 def test_a_smaller_choice_is_the_beginning_of_a_larger(choose, tmp_path, read):
-    rows = [{"text": text} for text in TEXTS]
     ranked = []
     for n in (2, 5):
-        assert main(choose(rows, n=n, method="badge", signal=None, out=tmp_path / f"{n}.jsonl")) == 0
+        assert main(choose(ROWS, n=n, method="badge", signal=None, out=tmp_path / f"{n}.jsonl")) == 0
         ranked.append([row["row"] for row in sorted(read(tmp_path / f"{n}.jsonl"), key=lambda row: row["rank"])])
     assert ranked[0] == ranked[1][:2]
 
@@ -166,8 +165,7 @@ def test_a_column_of_scores_needs_no_student(choose, tmp_path, capsys, read):
 
 def test_arguments_reach_the_signal(choose, student, tmp_path, read):
     given = {"mutual_information": {"layers": 1, "draws": 2, "seed": 3}}
-    rows = [{"text": text} for text in TEXTS]
-    assert main(choose(rows, signal="mutual_information", acquisition_args=json.dumps(given))) == 0
+    assert main(choose(ROWS, signal="mutual_information", acquisition_args=json.dumps(given))) == 0
     scores = acqcore.score(str(student), TEXTS, "mutual_information", acquisition_args=given, backend="eager")
     best = scores["mutual_information"].argsort(descending=True)[:3].sort().values.tolist()
     assert [row["row"] for row in read(tmp_path / "out.jsonl")] == best
@@ -178,8 +176,8 @@ def test_arguments_reach_the_signal(choose, student, tmp_path, read):
     [("gradient_diversity", {"dim": 64}), ("mutual_information", {"form": "linear", "probes": 2})],
 )
 def test_signals_of_sets_and_the_linear_form(signal, arguments, choose, student, tmp_path, read):
-    rows, given = [{"text": text} for text in TEXTS], {signal: arguments}
-    assert main(choose(rows, signal=signal, acquisition_args=json.dumps(given))) == 0
+    given = {signal: arguments}
+    assert main(choose(ROWS, signal=signal, acquisition_args=json.dumps(given))) == 0
     values = acqcore.score(str(student), TEXTS, signal, acquisition_args=given, backend="eager")[signal]
     found = {row["row"]: row[signal] for row in read(tmp_path / "out.jsonl")}
     assert set(found) == set(values.argsort(descending=True)[:3].tolist())
@@ -205,7 +203,7 @@ def test_rows_without_a_finite_value_are_not_chosen(choose, tmp_path, monkeypatc
         return {"entropy": torch.tensor([1.0, torch.nan, 0.5, 2.0])}
 
     monkeypatch.setattr("acqcore.files.choose.score", scored)
-    rows = [{"text": text} for text in TEXTS[:4]]
+    rows = ROWS[:4]
     assert main(choose(rows)) == 0
     assert [(row["row"], row["rank"]) for row in read(tmp_path / "out.jsonl")] == [(0, 2), (2, 3), (3, 1)]
     assert "line 2: a value is not finite" in capsys.readouterr().err
@@ -243,7 +241,7 @@ def test_rows_without_a_finite_value_are_not_chosen(choose, tmp_path, monkeypatc
 def test_wrong_usage_is_one_sentence_before_a_forward(options, message, choose, tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("acqcore.files.choose.score", None)  # a forward would raise TypeError
-    assert message in refused(choose([{"text": text} for text in TEXTS], **options))
+    assert message in refused(choose(ROWS, **options))
     assert not (tmp_path / "out.jsonl").exists()
 
 
@@ -258,6 +256,6 @@ def test_an_interrupt_leaves_nothing(choose, tmp_path, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("acqcore.files.choose.score", interrupted)
-    assert main(choose([{"text": text} for text in TEXTS])) == 130
+    assert main(choose(ROWS)) == 130
     assert capsys.readouterr().err == "acqcore: interrupted; nothing was written\n"
     assert not list(tmp_path.glob("out*"))

@@ -163,16 +163,15 @@ def test_where_the_kernel_fits():
 def test_machine_code(tmp_path):
     """Products use Hopper's instructions, none serialised; a copy is multicast; registers do not spill in a tile."""
     command = ["nvcc", "-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas=-v", "-cubin"]
-    report = subprocess.run(
-        [*command, str(SOURCE), "-o", str(tmp_path / "code")], capture_output=True, text=True, timeout=300, check=True
-    ).stderr
+    kept = ["--keep", "--keep-dir", str(tmp_path), "-o", str(tmp_path / "code")]
+    run = subprocess.run([*command, *kept, str(SOURCE)], capture_output=True, text=True, timeout=300, check=True)
+    report = run.stderr
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
     assert len(spills) == 14  # five variants of the product and the packing for two dtypes, and two merges
     # With a Gram matrix, one integer (the unit's number) is kept in memory while the unit is processed.
     assert sorted(spills) == [("0", "0", "0")] * 10 + [("8", "8", "8")] * 4
     assert "serialized" not in report
-    subprocess.run([*command[:-1], "-ptx", str(SOURCE), "-o", str(tmp_path / "ptx")], timeout=300, check=True)
-    ptx = (tmp_path / "ptx").read_text()
+    ptx = (tmp_path / f"{SOURCE.stem}.ptx").read_text()
     assert "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16" in ptx
     assert "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16" in ptx  # for the Gram matrix
     assert "multicast::cluster" in ptx

@@ -191,7 +191,7 @@ class TestArchive:
         with pytest.raises(ValueError, match="state: no entry 'ridge'"):
             archive.load_state_dict({"capacity": 2})
         with pytest.raises(TypeError, match="state: expected a mapping, got list"):
-            archive.load_state_dict([])  # type: ignore[arg-type]
+            archive.load_state_dict([])
         with pytest.raises(ValueError, match=r"state: vectors: expected at most 2 \(the capacity\), got 3"):
             archive.load_state_dict({"capacity": 2, "ridge": 0.1, "vectors": torch.eye(3)})
 

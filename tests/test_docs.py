@@ -10,14 +10,16 @@ import contextlib
 import io
 import json
 import re
+import runpy
 import shlex
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
-import torch
 import yaml
 
 from acqcore.acquisitions import REGISTRY
@@ -59,7 +61,7 @@ def blocks(page: Path) -> list[Block]:
 
 
 @pytest.fixture
-def place(tmp_path, tiny_model, tokenizer, monkeypatch):
+def place(tmp_path, tiny_model, tokenizer, monkeypatch, set_threads):
     """Changes to a folder with a student and rows.jsonl; restores the registry of acquisitions afterwards."""
     tiny_model("Llama", max_position_embeddings=4096).save_pretrained(tmp_path / "student")
     tokenizer.save_pretrained(tmp_path / "student")
@@ -67,12 +69,9 @@ def place(tmp_path, tiny_model, tokenizer, monkeypatch):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACQCORE_BACKEND", "eager")
-    threads, known = torch.get_num_threads(), dict(REGISTRY)
-    torch.set_num_threads(1)
-    yield tmp_path
-    torch.set_num_threads(threads)
-    REGISTRY.clear()
-    REGISTRY.update(known)
+    set_threads(1)
+    with mock.patch.dict(REGISTRY):
+        yield tmp_path
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -199,15 +198,9 @@ def test_addresses_are_those_of_the_package():
             assert found.startswith(known) or "acqcore" not in found, f"{page}: {found}"
 
 
-def test_generated_pages(tmp_path, monkeypatch):
+def test_generated_pages():
     """Every acquisition, command, recipe key and route is on its page."""
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
-    assert spec is not None
-    assert spec.loader is not None
-    generate = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(generate)
+    generate = SimpleNamespace(**runpy.run_path(str(ROOT / "docs" / "generate.py")))
     text = generate.acquisitions()
     for name in REGISTRY:
         assert f"\n### {name}\n" in text

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 import acqcore
 from acqcore.acquisitions import REGISTRY
-from acqcore.philox import keep_mask
 from benchmarks import toy_student
 
 NAMES = ["mutual_information", "predictive_entropy", "expected_entropy", "variation_ratio", "bald_quadratic"]
@@ -24,12 +22,8 @@ def _ids(*lengths: int) -> list[torch.Tensor]:
 
 
 def _padded(ids: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    width = max(len(row) for row in ids)
-    out = {key: torch.zeros(len(ids), width, dtype=torch.int64) for key in ("input_ids", "attention_mask")}
-    for i, row in enumerate(ids):
-        out["input_ids"][i, : len(row)] = row
-        out["attention_mask"][i, : len(row)] = 1
-    return out
+    mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
+    return {"input_ids": pad_sequence(ids, batch_first=True), "attention_mask": mask}
 
 
 def _score(student: Any, ids: list[torch.Tensor], names: str | list[str] = NAMES, **options: Any) -> acqcore.Scores:
@@ -38,36 +32,17 @@ def _score(student: Any, ids: list[torch.Tensor], names: str | list[str] = NAMES
     return acqcore.score(student, _padded(ids), listed, acquisition_args=arguments, keep_tokens=True)
 
 
-def _dropped_logits(
-    model: Any, ids: torch.Tensor, branches: list[tuple[int, Any]], p: float, draw: int, seed: int = 0
-) -> torch.Tensor:
-    """Logits ``[T, V]`` of one sample and one draw, by hooks on (site, module) with masks from their definition."""
-    sample = torch.full((len(ids),), zlib.crc32(ids.numpy().tobytes()))
-
-    def hook(site: int) -> Callable[..., Any]:
-        def drop(module: Any, arguments: Any, output: Any) -> Any:
-            value = output[0] if isinstance(output, tuple) else output  # [1, T, D]
-            keep = keep_mask(sample, torch.arange(len(ids)), value.shape[-1], p, seed, draw, site)
-            value = value * keep / (1 - p)
-            return (value, *output[1:]) if isinstance(output, tuple) else value
-
-        return drop
-
-    hooks = [module.register_forward_hook(hook(site)) for site, module in branches]
-    with torch.no_grad():
-        logits = model(input_ids=ids[None]).logits[0].double()
-    for handle in hooks:
-        handle.remove()
-    return logits
-
-
-def _expected(p: torch.Tensor) -> dict[str, torch.Tensor]:  # [K, N, V] -> name -> [N]
-    return {name: REGISTRY[name].reference(p) for name in NAMES}
+def _assert_draws(scores: acqcore.Scores, i: int, logits: list[torch.Tensor], atol: float = 5e-5) -> None:
+    """Values of sample ``i`` match the references for the logits ``[T, V]`` of its draws."""
+    p = torch.stack([z[:-1] for z in logits]).softmax(dim=2)  # [K, T - 1, V]
+    for name in NAMES:
+        value = REGISTRY[name].reference(p)
+        torch.testing.assert_close(scores.tokens[name][i].double(), value, rtol=1e-3, atol=atol)
 
 
 @pytest.mark.parametrize("layers", [1, "all"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_trunk_dropout_is_that_of_single_forwards(kind, layers, tiny_model):
+def test_trunk_dropout_is_that_of_single_forwards(kind, layers, tiny_model, dropped_logits):
     """Batched draws from cached activations of padded samples match one forward per draw and sample."""
     model = tiny_model(kind)
     blocks = acqcore.Student.from_model(model).blocks
@@ -77,21 +52,17 @@ def test_trunk_dropout_is_that_of_single_forwards(kind, layers, tiny_model):
     ids = _ids(7, 3, 12)
     scores = _score(model, ids, layers=layers, draws=3, dropout=0.25)
     for i, row in enumerate(ids):
-        p = torch.stack([_dropped_logits(model, row, branches, 0.25, k)[:-1] for k in range(3)]).softmax(dim=2)
-        for name, value in _expected(p).items():
-            torch.testing.assert_close(scores.tokens[name][i].double(), value, rtol=1e-3, atol=5e-5)
+        _assert_draws(scores, i, [dropped_logits(model, row, branches, 0.25, k) for k in range(3)])
 
 
-def test_last_hidden_state(tiny_model):
+def test_last_hidden_state(tiny_model, dropped_logits):
     model = tiny_model("Qwen2")
     ids = _ids(6, 11)
-    norm = model.model.norm
+    sites = [(0, model.model.norm)]
     for options in ({"layers": 0}, {"form": "element"}):
         scores = _score(model, ids, draws=4, **options)
         for i, row in enumerate(ids):
-            p = torch.stack([_dropped_logits(model, row, [(0, norm)], 0.1, k)[:-1] for k in range(4)]).softmax(dim=2)
-            for name, value in _expected(p).items():
-                torch.testing.assert_close(scores.tokens[name][i].double(), value, rtol=1e-3, atol=5e-5)
+            _assert_draws(scores, i, [dropped_logits(model, row, sites, 0.1, k) for k in range(4)])
     assert not torch.equal(
         _score(model, ids, form="block", block=8)["mutual_information"], scores["mutual_information"]
     )
@@ -119,12 +90,10 @@ def test_small_batches_of_draws(tiny_model):
     model = tiny_model("Llama")
     ids = _ids(9, 8, 7, 9)
     seen: list[int] = []
-    handle = model.model.layers[-1].register_forward_pre_hook(
-        lambda _, arguments: seen.append(arguments[0].shape[:2].numel())
-    )
+    block = model.model.layers[-1]
+    block.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].shape[:2].numel()))
     arguments = {"mutual_information": {"draws": 2}}
     few = acqcore.score(model, _padded(ids), "mutual_information", acquisition_args=arguments, batch_tokens=36)
-    handle.remove()
     assert max(seen) <= 36
     torch.testing.assert_close(
         few["mutual_information"], _score(model, ids, draws=2)["mutual_information"], rtol=1e-4, atol=1e-5
@@ -145,31 +114,28 @@ def test_earlier_blocks_run_once(tiny_model):
 
         return hook
 
-    handles = [block.register_forward_pre_hook(count(i)) for i, block in enumerate(model.model.layers)]
+    for i, block in enumerate(model.model.layers):
+        block.register_forward_pre_hook(count(i))
     _score(student, _ids(6, 6), "mutual_information", layers=1, draws=8)
-    for handle in handles:
-        handle.remove()
     assert rows == {0: 2, 1: 2, 2: 16}
 
 
 def test_the_model_is_left_as_found(tiny_model):
     model = tiny_model("Llama").train()
     _score(model, _ids(4, 6), layers=1)
-    broken = model.model.layers[1].mlp.register_forward_hook(_fail)
-    with pytest.raises(RuntimeError, match="on purpose"):
+
+    def fail(*_):
+        raise RuntimeError("on purpose")
+
+    with model.model.layers[1].mlp.register_forward_hook(fail), pytest.raises(RuntimeError, match="on purpose"):
         _score(model, _ids(4, 6), layers=1)
-    broken.remove()
     for module in model.modules():
         assert not module._forward_hooks
         assert "forward" not in module.__dict__
         assert module.training
 
 
-def _fail(*_: Any) -> None:
-    raise RuntimeError("on purpose")
-
-
-def test_own_dropout_layers(tiny_model):
+def test_own_dropout_layers(tiny_model, dropped_logits):
     """GPT-2's residual dropout runs at its own rate; layers with rate 0 stay off."""
     model = tiny_model("GPT2", resid_pdrop=0.2, embd_pdrop=0.0, attn_pdrop=0.0).eval()
     layers = [m for m in model.transformer.modules() if isinstance(m, torch.nn.Dropout)]
@@ -178,9 +144,7 @@ def test_own_dropout_layers(tiny_model):
     ids = _ids(8, 5)
     scores = _score(model, ids, layers="own", draws=3)
     for i, row in enumerate(ids):
-        p = torch.stack([_dropped_logits(model, row, sites, 0.2, k)[:-1] for k in range(3)]).softmax(dim=2)
-        for name, value in _expected(p).items():
-            torch.testing.assert_close(scores.tokens[name][i].double(), value, rtol=1e-3, atol=5e-5)
+        _assert_draws(scores, i, [dropped_logits(model, row, sites, 0.2, k) for k in range(3)])
 
 
 def test_dropout_that_is_no_module(tiny_model):
@@ -211,9 +175,8 @@ def test_members(tiny_model):
     scores = _score(members[0], ids, members=members)
     for i, row in enumerate(ids):
         with torch.no_grad():
-            p = torch.stack([model(row[None]).logits[0, :-1].double().softmax(dim=1) for model in members])
-        for name, value in _expected(p).items():
-            torch.testing.assert_close(scores.tokens[name][i].double(), value, rtol=1e-3, atol=2e-5)
+            logits = [model(row[None]).logits[0].double() for model in members]
+        _assert_draws(scores, i, logits, atol=2e-5)
 
 
 def test_equal_arguments_share_the_draws(tiny_model):
@@ -270,14 +233,13 @@ def test_trunks_without_blocks():
     assert len(_score(student, _ids(4), "mutual_information", layers=0)["mutual_information"]) == 1
 
 
-def test_tells_ignorance_from_ambiguity():
+def test_tells_ignorance_from_ambiguity(informed_student):
     """Mutual information ranks unseen keys above random answers and known keys; entropy does not."""
-    student = toy_student.train(seed=0)
     generator = torch.Generator().manual_seed(0)
     values: dict[str, dict[str, torch.Tensor]] = {}
     for kind in toy_student.KINDS:
         asked = toy_student.samples(toy_student.questions(kind, 128, generator))
-        scores = acqcore.score(student, asked, ["entropy", "mutual_information"])
+        scores = acqcore.score(informed_student, asked, ["entropy", "mutual_information"])
         values[kind] = dict(scores.items())
     for name, low, high in (("mutual_information", 0.9, 1.0), ("entropy", 0.0, 0.65)):
         others = torch.cat([values["easy"][name], values["ambiguous"][name]])

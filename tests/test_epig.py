@@ -102,7 +102,7 @@ def test_bad_arguments(tiny_model):
     model = tiny_model("Llama", vocab_size=48)
     samples = _samples(2, 0)
     with pytest.raises(TypeError, match=r"reference: expected a result of acqcore\.epig_reference\(\), got int"):
-        acqcore.epig(model, samples, 3)  # type: ignore[arg-type]
+        acqcore.epig(model, samples, 3)
     with pytest.raises(ValueError, match="layers: expected at most 2 transformer blocks, got 3"):
         acqcore.epig_reference(model, samples, layers=3)
     with pytest.raises(ValueError, match="perturbs weights of blocks"):

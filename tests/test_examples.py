@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import importlib
 import json
 import math
@@ -12,13 +13,15 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
-import torch
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 ROWS = [
@@ -29,12 +32,9 @@ ROWS = [
 
 
 @pytest.fixture(autouse=True)
-def _in_a_folder(tmp_path, monkeypatch):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _in_a_folder(tmp_path, monkeypatch, set_threads):
+    set_threads(1)
     monkeypatch.chdir(tmp_path)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -98,11 +98,8 @@ def test_score_dataset(example, options):
 def test_custom_acquisition(example, options):
     from acqcore.acquisitions import REGISTRY
 
-    module = example("custom_acquisition.py")
-    try:
-        scores = module.main(options)
-    finally:
-        REGISTRY.pop("unknown_share")
+    with mock.patch.dict(REGISTRY):
+        scores = example("custom_acquisition.py").main(options)
     assert ((scores["unknown_share"] >= 0) & (scores["unknown_share"] <= 1)).all()
 
 
@@ -182,19 +179,27 @@ def test_launch_scripts(trainer, module, launched):
         assert text.count("num_gpus_per_node 1") == 2
 
 
-def test_verl(example, folder, monkeypatch, tmp_path):
-    import asyncio
+TEXT = "<question>What is 12 + 30?</question>\n<answer>42</answer>"
 
-    import datasets
 
-    from acqsynth.integrations import scorer, verl
+@pytest.fixture
+def named_reward(folder, monkeypatch):
+    """Names the student and the example's reward in the environment, as for a trainer's workers."""
+    from acqsynth.integrations import scorer
 
     monkeypatch.setenv("ACQSYNTH_STUDENT", folder)
     monkeypatch.setenv("ACQSYNTH_REWARD", "reward:build")
     monkeypatch.setattr(scorer, "_made", {})
+
+
+@pytest.mark.usefixtures("named_reward")
+def test_verl(example, tmp_path):
+    import datasets
+
+    from acqsynth.integrations import verl
+
     example("verl/reward.py")
-    text = "<question>What is 12 + 30?</question>\n<answer>42</answer>"
-    found = asyncio.run(verl.compute_score("acqsynth", text, "", {"index": 0}))
+    found = asyncio.run(verl.compute_score("acqsynth", TEXT, "", {"index": 0}))
     assert found["masked"] == 0
     assert set(found) == {"score", "masked", "gated", "mutual_information", "diversity"}
     example("verl/prompts.py").main([str(tmp_path / "prompts.parquet")])
@@ -203,29 +208,20 @@ def test_verl(example, folder, monkeypatch, tmp_path):
     assert row["prompt"][-1]["role"] == "user"
 
 
-def test_openrlhf(example, folder, monkeypatch):
-    from acqsynth.integrations import scorer
-
-    monkeypatch.setenv("ACQSYNTH_STUDENT", folder)
-    monkeypatch.setenv("ACQSYNTH_REWARD", "reward:build")
-    monkeypatch.setattr(scorer, "_made", {})
+@pytest.mark.usefixtures("named_reward")
+def test_openrlhf(example):
     module = example("openrlhf/reward.py")
-    text = "<question>What is 12 + 30?</question>\n<answer>42</answer>"
-    found = module.reward_func([f"Ask. {text}"], ["Ask. "], [None])
+    found = module.reward_func([f"Ask. {TEXT}"], ["Ask. "], [None])
     assert found["rewards"].shape == (1,)
     assert found["extra_logs"]["masked"].tolist() == [0.0]
 
 
 def test_verifiers(example, folder, monkeypatch):
-    import asyncio
-    import tomllib
-    from types import SimpleNamespace
-
     monkeypatch.setenv("ACQSYNTH_STUDENT", folder)
     module = example("verifiers/reward.py")
     named = tomllib.loads((EXAMPLES / "verifiers" / "task.toml").read_text())["rewards"]["acquisition"]["fn"]
     assert named == "reward:acquisition"
-    trace = SimpleNamespace(last_reply="<question>What is 12 + 30?</question>\n<answer>42</answer>")
+    trace = SimpleNamespace(last_reply=TEXT)
     value = asyncio.run(module.acquisition(task=SimpleNamespace(id=0), trace=trace, runtime=None))
     assert 0 <= value <= 1
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -21,6 +23,12 @@ CASES = {
     "everything": lambda: random_case(60, 41, 600, bias=True, softcap=15.0, scale=0.5, temperature=1.3),
     "softcap": lambda: random_case(60, 40, 513, std=20.0, softcap=30.0),
 }
+
+
+def _case(name: str) -> Case:
+    case = CASES[name]()
+    case.targets[[5, 9, 59]] = -100
+    return case
 
 
 def _places(offsets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,22 +76,24 @@ def _definition(case: Case, probe: int, seed: int, offsets: torch.Tensor) -> tor
     return torch.autograd.grad(z, hidden, cotangent)[0]
 
 
+def _assert_probes(got: torch.Tensor, case: Case, rtol: float, atol: float = 0.0) -> None:
+    """Each row of every probe ``[P, N, D]`` with seed 7 is within ``rtol`` of its definition's norm, and ``atol``."""
+    for k, of_probe in enumerate(got.double()):
+        expected = _definition(case, k, 7, OFFSETS)
+        assert ((of_probe - expected).norm(dim=1) <= rtol * expected.norm(dim=1) + atol).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_is_the_product_with_the_cotangent(name, dtype, implementation):
-    case = CASES[name]().to(dtype)
-    assert case.targets is not None
-    case.targets[[5, 9, 59]] = -100
+    case = _case(name).to(dtype)
     got = fisher_grad(
         case.hidden, case.head, case.targets, probes=3, seed=7, offsets=OFFSETS, temperature=case.temperature,
         backend=implementation,
     )  # fmt: skip
     assert not got[:, case.targets == -100].any()
-    for k in range(3):
-        expected = _definition(case, k, 7, OFFSETS)
-        # A row with p = 1e-20 for all tokens but one has entries of 1e-10; 1e-9 allows for its float32 logits.
-        error = (got[k].double() - expected).norm(dim=1)
-        assert bool((error <= _tolerance(implementation, dtype) * expected.norm(dim=1) + 1e-9).all())
+    # A row with p = 1e-20 for all tokens but one has entries of 1e-10; 1e-9 allows for its float32 logits.
+    _assert_probes(got, case, _tolerance(implementation, dtype), atol=1e-9)
 
 
 def test_a_direction_that_all_weights_share_cancels():
@@ -92,10 +102,8 @@ def test_a_direction_that_all_weights_share_cancels():
     weight = (case.head.weight + 30 * torch.randn(1, 40, generator=torch.Generator().manual_seed(1))).bfloat16()
     head = acqcore.Head(weight)
     shared = Case(case.hidden.bfloat16() / 32, head, case.targets)
-    got = fisher_grad(shared.hidden, head, case.targets, seed=7, offsets=OFFSETS, backend="cpu")[0].double()
-    expected = _definition(shared, 0, 7, OFFSETS)
-    error = (got - expected).norm(dim=1)
-    assert bool((error <= 2**-8 * expected.norm(dim=1)).all())
+    got = fisher_grad(shared.hidden, head, case.targets, seed=7, offsets=OFFSETS, backend="cpu")
+    _assert_probes(got, shared, rtol=2**-8)
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str)
@@ -104,10 +112,8 @@ def test_mixed_dtypes_are_exact(dtypes):
     case = CASES["plain"]()
     hidden, weight = case.hidden.to(dtypes[0]), case.head.weight.to(dtypes[1])
     mixed = Case(hidden, acqcore.Head(weight), case.targets)
-    got = fisher_grad(hidden, mixed.head, case.targets, seed=7, offsets=OFFSETS, backend="cpu")[0].double()
-    expected = _definition(mixed, 0, 7, OFFSETS)
-    error = (got - expected).norm(dim=1)
-    assert bool((error <= 1e-4 * expected.norm(dim=1)).all())
+    got = fisher_grad(hidden, mixed.head, case.targets, seed=7, offsets=OFFSETS, backend="cpu")
+    _assert_probes(got, mixed, rtol=1e-4)
 
 
 @pytest.mark.parametrize("gap", [10.0, 30.0, 60.0])
@@ -144,32 +150,32 @@ def test_ties_and_impossible_tokens(implementation):
         torch.testing.assert_close(got[k].double(), expected, rtol=1e-5, atol=1e-4)
 
 
-def test_expected_norms_are_exact(implementation):
+@functools.cache
+def _expected_norms(name: str) -> torch.Tensor:
+    """``sum_v p_v ||d log p_v / dh||^2`` of each row, computed once for all implementations."""
+    exact = CASES[name]().to(torch.float64)
+    hidden = exact.hidden.clone().requires_grad_()
+    log_p = exact.head.logits(hidden, exact.temperature).log_softmax(dim=1)
+    expected = torch.zeros(60, dtype=torch.float64)
+    for of_token in log_p.T:
+        (g,) = torch.autograd.grad(of_token.sum(), hidden, retain_graph=True)
+        expected += of_token.exp().detach() * g.square().sum(dim=1)
+    return expected
+
+
+@pytest.mark.parametrize("name", ["plain", "one column", "everything", "large logits"])
+def test_expected_norms_are_exact(name, implementation):
     """``tr(W^T F W)``, the trace of the Fisher matrix in the hidden state."""
-    for name in ("plain", "one column", "everything", "large logits"):
-        case = CASES[name]()
-        assert case.targets is not None
-        case.targets[[5, 59]] = -100
-        of_rows = Probes(1, 0, *_places(OFFSETS))
-        _, grads = fisher_visit(case.hidden, case.head, case.targets, of_rows, case.temperature, get(implementation))
-        got = grads.expected
-        exact = case.to(torch.float64)
-        hidden = exact.hidden.clone().requires_grad_()
-        z = exact.head.logits(hidden, exact.temperature)
-        log_p = z.log_softmax(dim=1)
-        expected = torch.zeros(60, dtype=torch.float64)
-        for v in range(z.shape[1]):
-            (g,) = torch.autograd.grad(log_p[:, v].sum(), hidden, retain_graph=True)
-            expected += log_p[:, v].exp().detach() * g.square().sum(dim=1)
-        expected[case.targets == -100] = 0
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-9)
+    case = _case(name)
+    of_rows = Probes(1, 0, *_places(OFFSETS))
+    _, grads = fisher_visit(case.hidden, case.head, case.targets, of_rows, case.temperature, get(implementation))
+    expected = _expected_norms(name).masked_fill(case.targets == -100, 0)
+    torch.testing.assert_close(grads.expected, expected, rtol=1e-4, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_same_visit_gives_the_statistics(name, implementation):
-    case = CASES[name]()
-    assert case.targets is not None
-    case.targets[[5, 9, 59]] = -100
+    case = _case(name)
     of_rows = Probes(2, 0, *_places(OFFSETS))
     got, _ = fisher_visit(case.hidden, case.head, case.targets, of_rows, case.temperature, get(implementation))
     expected = acqcore.row_stats(
@@ -188,10 +194,7 @@ def test_a_maximum_that_rises_at_every_tile(step, implementation):
     bias[:300] = bias[900:1500] = -torch.inf
     case = Case(plain.hidden, acqcore.Head(plain.head.weight, bias), torch.full((60,), 1600))
     got = fisher_grad(case.hidden, case.head, probes=2, seed=7, offsets=OFFSETS, backend=implementation)
-    for k in range(2):
-        expected = _definition(case, k, 7, OFFSETS)
-        error = (got[k].double() - expected).norm(dim=1)
-        assert bool((error <= 1e-4 * expected.norm(dim=1) + 1e-9).all())
+    _assert_probes(got, case, rtol=1e-4, atol=1e-9)
 
 
 def test_its_second_moment_is_the_fisher_matrix():

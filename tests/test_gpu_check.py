@@ -67,7 +67,7 @@ def test_the_site_has_every_package(run):
         assert (gpu_check.SITE / part).exists()
 
 
-@pytest.mark.parametrize("title", gpu_student.titles())
+@pytest.mark.parametrize("title", list(gpu_student.titles()))
 def test_a_student_agrees_with_eager(title):
     """Runs the GPU's check on the CPU's kernels."""
     assert gpu_student.error(title, "cpu", torch.float32, "cpu") <= 1

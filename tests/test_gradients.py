@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -221,12 +221,11 @@ def test_the_model_is_left_as_found(parameters, tiny_model):
     def fail(*_):
         raise RuntimeError("out of memory")
 
-    handle = model.model.norm.register_forward_hook(fail)
+    model.model.norm.register_forward_hook(fail)
     before = state(model)
     with pytest.raises(RuntimeError, match="out of memory"):
         grad_norm(acqcore.Student.from_model(model, verify=False), samples, parameters, backend="eager")
     assert state(model) == before
-    handle.remove()
 
 
 def test_under_no_grad_and_inference_mode(tiny_model):
@@ -347,6 +346,8 @@ class Bare(nn.Module):
 
 
 class Pair(Trunk):
+    """Takes the first of two values that a linear layer returns."""
+
     class Two(nn.Linear):
         def forward(self, x: torch.Tensor) -> Any:
             return super().forward(x), x
@@ -360,6 +361,8 @@ class Pair(Trunk):
 
 
 class Changed(Trunk):
+    """Changes a layer's input in place after the call."""
+
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         x = self.embedding(input_ids)
         y = self.layer(x)
@@ -368,78 +371,63 @@ class Changed(Trunk):
 
 
 class Mixed(Trunk):
+    """Calls a layer without the dimension of samples."""
+
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         x = self.embedding(input_ids)
         return self.layer(x[:, :, None].sum(2)[0])[None].expand(len(x), -1, -1)
 
 
-class Projected(nn.Module):
-    """Embedding and a linear layer that share a weight."""
+class Squared(nn.Embedding):
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(ids).square()
+
+
+class Scaled(nn.Module):
+    """Uses its weight for some inputs only."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(320, 16)
-        self.out = nn.Linear(16, 320, bias=False)
-        self.out.weight = self.embedding.weight
+        self.weight = nn.Parameter(torch.ones(16))
 
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return self.out(self.embedding(input_ids))
-
-
-class Looked(nn.Module):
-    class Bag(nn.Embedding):
-        def forward(self, ids: torch.Tensor) -> torch.Tensor:
-            return super().forward(ids).square()
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = self.Bag(320, 16)
-
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return self.embedding(input_ids)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.weight if x.sum() > 0 else x
 
 
 class Large(nn.Module):
-    class Experts(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.randn(1025, 1024, 1))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x + self.weight.mean()
+    """Has more parameters than are differentiated sample by sample."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(320, 16)
-        self.experts = self.Experts()
+        self.weight = nn.Parameter(torch.randn(1025, 1024, 1))
 
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return self.experts(self.embedding(input_ids))
-
-
-class Routed(nn.Module):
-    class Gate(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.ones(16))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x * self.weight if x.sum() > 0 else x
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(320, 16)
-        self.gate = self.Gate()
-
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return self.gate(self.embedding(input_ids))
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.weight.mean()
 
 
-@pytest.mark.parametrize("trunk", [Bare, Pair, Mixed, Projected, Looked, Routed, Large])
-def test_a_parameter_that_no_rule_covers_is_left_to_autograd(trunk, exact, with_logits):
-    """One sample at a time, for a bare parameter, a tuple, mixed or shared samples, and a weight used in two ways."""
+def projected() -> nn.Module:
+    """An embedding and a linear layer that share a weight."""
+    trunk = nn.Sequential(nn.Embedding(320, 16), nn.Linear(16, 320, bias=False))
+    trunk[1].weight = trunk[0].weight
+    return trunk
+
+
+UNCOVERED: dict[str, Callable[[], nn.Module]] = {
+    "a bare parameter": Bare,
+    "a tuple": Pair,
+    "mixed samples": Mixed,
+    "a shared weight": projected,
+    "an embedding of its own": lambda: nn.Sequential(Squared(320, 16)),
+    "some inputs only": lambda: nn.Sequential(nn.Embedding(320, 16), Scaled()),
+    "a large weight": lambda: nn.Sequential(nn.Embedding(320, 16), Large()),
+}
+
+
+@pytest.mark.parametrize("name", UNCOVERED)
+def test_a_parameter_that_no_rule_covers_is_left_to_autograd(name, exact, with_logits):
+    """Each sample has its own backward."""
     torch.manual_seed(0)
-    trunk = trunk()
+    trunk = UNCOVERED[name]()
     width = trunk(torch.zeros(1, 2, dtype=torch.int64)).shape[-1]
     weight, samples = torch.randn(320, width), make_samples()
     gradients = exact(with_logits(trunk, weight), samples, [*trunk.parameters(), weight])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -27,7 +28,6 @@ def _case(name: str) -> Case:
         "everything": lambda: random_case(60, 41, 600, bias=True, softcap=15.0, scale=0.5, temperature=1.3),
         "softcap": lambda: random_case(60, 40, 513, std=20.0, softcap=30.0),
     }[name]()
-    assert case.targets is not None
     case.targets[[5, 9, 59]] = -100
     return case
 
@@ -44,13 +44,12 @@ def _autograd(
     """Gradients of each sample's loss in (weight, bias if any), by autograd in float64."""
     exact = case.to(torch.float64)
     head, y = exact.head, exact.targets
-    assert y is not None
     parameters = [head.weight.requires_grad_()]
     bias = None if head.bias is None else head.bias.double().requires_grad_()
     if bias is not None:
         parameters.append(bias)
     gradients = []
-    for begin, end in zip(offsets.tolist(), offsets.tolist()[1:], strict=False):
+    for begin, end in itertools.pairwise(offsets.tolist()):
         live = acqcore.Head(head.weight, bias, head.softcap, head.scale)
         z = live.logits(exact.hidden[begin:end], exact.temperature)
         token = torch.nn.functional.cross_entropy(z, y[begin:end], ignore_index=-100, reduction="none")
@@ -64,7 +63,7 @@ def _autograd(
 
 
 def _norms(gradients: list[tuple[torch.Tensor, ...]]) -> torch.Tensor:
-    return torch.stack([sum(g.square().sum() for g in sample).sqrt() for sample in gradients])  # type: ignore[union-attr]
+    return torch.stack([sum(g.square().sum() for g in sample).sqrt() for sample in gradients])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -73,13 +72,7 @@ def _norms(gradients: list[tuple[torch.Tensor, ...]]) -> torch.Tensor:
 def test_head_grad_norm(form, name, dtype, implementation):
     case = _case(name).to(dtype)
     got = acqcore.head_grad_norm(
-        case.hidden,
-        case.head,
-        case.targets,
-        OFFSETS,
-        temperature=case.temperature,
-        backend=implementation,
-        form=form,
+        case.hidden, case.head, case.targets, OFFSETS, temperature=case.temperature, form=form, backend=implementation
     )
     torch.testing.assert_close(got.double(), _norms(_autograd(case, OFFSETS)), rtol=1e-4, atol=1e-12)
 
@@ -116,10 +109,9 @@ def test_confident_samples(gap, form, implementation):
 @pytest.mark.parametrize("form", ["gram", "direct", "auto"])
 def test_samples_do_not_depend_on_the_batch(form, implementation):
     case = random_case(200, 24, 600)
-    assert case.targets is not None
     offsets = torch.tensor([0, 10, 11, 150, 199, 200])
     whole = acqcore.head_grad_norm(case.hidden, case.head, case.targets, offsets, form=form, backend=implementation)
-    for i, (begin, end) in enumerate(zip(offsets.tolist(), offsets.tolist()[1:], strict=False)):
+    for i, (begin, end) in enumerate(itertools.pairwise(offsets.tolist())):
         alone = acqcore.head_grad_norm(
             case.hidden[begin:end], case.head, case.targets[begin:end], torch.tensor([0, end - begin]), form=form,
             backend=implementation,
@@ -137,7 +129,7 @@ def test_hidden_grad(name, dtype, implementation):
     exact = case.to(torch.float64)
     hidden = exact.hidden.requires_grad_()
     z = exact.head.logits(hidden, exact.temperature)
-    loss = torch.nn.functional.cross_entropy(z, case.targets, ignore_index=-100, reduction="sum")  # type: ignore[arg-type]
+    loss = torch.nn.functional.cross_entropy(z, case.targets, ignore_index=-100, reduction="sum")
     (expected,) = torch.autograd.grad(loss, hidden)
     scale = expected.norm(dim=1).mean().item()
     rounded = implementation == "triton" and dtype in (torch.bfloat16, torch.float16)  # it rounds factors of dL/dz
@@ -161,7 +153,6 @@ def test_sums_of_a_shard_from_the_statistics_of_the_whole(name, implementation):
     """A pass of its own over some rows of the weight gives their sums relative to the largest logit of all rows."""
     case = _case(name)
     exact = case.to(torch.float64)
-    assert case.targets is not None
     stats = case.run(implementation)
     z = exact.head.logits(exact.hidden, exact.temperature)
     p = (z - z.amax(dim=1, keepdim=True)).exp()
@@ -184,21 +175,22 @@ def test_sums_of_a_shard_from_the_statistics_of_the_whole(name, implementation):
         assert (error <= 1e-4 * (p[:, begin:end] @ exact.head.weight[begin:end].abs()).amax(dim=1) + 1e-30).all()
 
 
-def test_a_row_without_finite_logits_is_nan(implementation):
-    case = random_case(6, 8, 40)
-    case.hidden[1] = torch.nan
+def test_a_row_without_finite_logits_spoils_its_sample_alone(implementation):
+    case = random_case(20, 24, 900)
+    case.hidden[6] = torch.nan
     grad = acqcore.hidden_grad(case.hidden, case.head, case.targets, backend=implementation)
-    assert grad.isnan().all(dim=1).tolist() == [False, True, False, False, False, False]
-    norms = acqcore.head_grad_norm(
-        case.hidden, case.head, case.targets, torch.tensor([0, 3, 6]), backend=implementation
-    )
-    assert norms.isnan().tolist() == [True, False]
+    assert grad.isnan().all(dim=1).nonzero().flatten().tolist() == [6]
+    assert int(grad.isnan().any(dim=1).sum()) == 1
+    for form in ("gram", "auto"):
+        norms = acqcore.head_grad_norm(
+            case.hidden, case.head, case.targets, torch.tensor([0, 5, 9, 20]), form=form, backend=implementation
+        )
+        assert norms.isnan().tolist() == [False, True, False]
 
 
 def test_sketch_keeps_inner_products(implementation):
     """The mean over seeds is within five standard errors of the exact inner products, norms included."""
     case = random_case(40, 24, 130)
-    assert case.targets is not None
     case.targets[3] = -100
     offsets = torch.tensor([0, 9, 25, 40])
     gradients = torch.stack([g[0].flatten() for g in _autograd(case, offsets)])  # [3, V D]
@@ -281,39 +273,19 @@ def test_bad_input(change, error, message):
 def test_bad_dim():
     case = _case("plain")
     with pytest.raises(ValueError, match="dim: expected an int >= 1, got 0"):
-        acqcore.grad_sketch(case.hidden, case.head, case.targets, OFFSETS, dim=0)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("backend", ["cpu", "eager"])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e38])
-def test_nothing_of_an_ignored_row_counts(bad, backend):
-    """Non-finite values in ignored rows do not change the results."""
-    generator = torch.Generator().manual_seed(0)
-    hidden, weight = torch.randn(7, 16, generator=generator), torch.randn(50, 16, generator=generator)
-    targets, offsets = torch.tensor([1, 2, -100, 4, -100, 6, 7]), torch.tensor([0, 3, 5, 7])
-    head, broken = acqcore.Head(weight), hidden.clone()
-    broken[targets == -100] = bad
-
-    def measured(hidden):
-        return [
-            acqcore.grad_sketch(hidden, head, targets, offsets, dim=32, backend=backend),
-            acqcore.head_grad_norm(hidden, head, targets, offsets, backend=backend),
-            acqcore.hidden_grad(hidden, head, targets, backend=backend),
-        ]
-
-    for found, expected in zip(measured(broken), measured(hidden), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-        assert found.isfinite().all()
+        acqcore.grad_sketch(case.hidden, case.head, case.targets, OFFSETS, dim=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_ignored_rows_may_hold_anything(dtype, implementation):
     """Their hidden states change no bit of a result, and their gradients are zero."""
-    case = _case("plain").to(dtype)
+    case = random_case(60, 40, 400).to(dtype)
     targets = case.targets
-    assert targets is not None
+    targets[[5, 9, 59]] = -100
+    bounds = checks.offsets(OFFSETS, targets)
+    weights = loss_weights(targets, bounds, "mean", None)
     found = []
-    for value in (0.0, torch.nan, torch.inf):
+    for value in (0.0, torch.nan, torch.inf, 1e38):
         hidden = case.hidden.masked_fill((targets == -100)[:, None], value)
         arguments = hidden, case.head, targets
         norms = [
@@ -324,8 +296,6 @@ def test_ignored_rows_may_hold_anything(dtype, implementation):
         assert not gradient[targets == -100].any()
         sketch = acqcore.grad_sketch(*arguments, OFFSETS, dim=32, backend=implementation)
         stats = acqcore.row_stats(*arguments, backend=implementation)
-        bounds = checks.offsets(OFFSETS, targets)
-        weights = loss_weights(targets, bounds, "mean", None)
         known = hidden, case.head, stats
         found.append(
             [
@@ -337,6 +307,6 @@ def test_ignored_rows_may_hold_anything(dtype, implementation):
                 grad_sketch_from(*known, bounds, weights, 1.0, implementation, 32, 0),
             ]
         )
+    assert all(result.isfinite().all() for result in found[0])
     for other in found[1:]:
-        for expected, got in zip(found[0], other, strict=True):
-            assert torch.equal(got, expected)
+        assert all(map(torch.equal, other, found[0]))

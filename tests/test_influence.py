@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
@@ -21,21 +19,16 @@ def samples(n: int, seed: int = 0, share: torch.Tensor | float = 0.5) -> Samples
     return {"input_ids": input_ids, "attention_mask": (torch.arange(24) < lengths).long()}
 
 
-def take(tensors: Samples, indices: Any) -> Samples:
-    return {key: value[indices] for key, value in tensors.items()}
-
-
 def spearman(a: torch.Tensor, b: torch.Tensor) -> float:
     ranks = torch.stack([a.argsort().argsort(), b.argsort().argsort()]).double()
     return float(torch.corrcoef(ranks)[0, 1])
 
 
-@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("similarity", ["cosine", "dot"])
-def test_ranks_agree_with_exact_head_gradients(similarity, seed, tiny_model, exact):
+def test_ranks_agree_with_exact_head_gradients(similarity, tiny_model, exact):
     model = tiny_model("Llama")
     target, pool = samples(16, 1, 1.0), samples(160, 0, torch.linspace(0.2, 1, 160)[:, None])
-    reference = acqcore.influence_reference(model, target, parameters="head", seed=seed)
+    reference = acqcore.influence_reference(model, target, parameters="head")
     values = acqcore.influence(model, pool, reference, similarity=similarity)
     mean = exact(model, target, [model.lm_head.weight]).mean(dim=0)
     gradients = exact(model, pool, [model.lm_head.weight])
@@ -94,10 +87,10 @@ class TestReference:
     def test_mean_of_sketches(self, tiny_model):
         model, target = tiny_model("Llama"), samples(6)
         reference = acqcore.influence_reference(model, target, parameters="head", dim=64, seed=5)
-        parts = [
-            acqcore.influence_reference(model, take(target, [i]), parameters="head", dim=64, seed=5).mean
-            for i in range(6)
-        ]
+        parts = []
+        for i in range(6):
+            one = {key: value[i : i + 1] for key, value in target.items()}
+            parts.append(acqcore.influence_reference(model, one, parameters="head", dim=64, seed=5).mean)
         torch.testing.assert_close(reference.mean, torch.stack(parts).mean(dim=0))
         assert "shapes" not in repr(reference)
 
@@ -119,7 +112,6 @@ class TestReference:
     def test_second_moments_of_the_reference(self, tiny_model):
         model = tiny_model("Llama")
         one = acqcore.influence_reference(model, samples(1), parameters="head", dim=16, precondition="reference")
-        assert one.second_moments is not None
         torch.testing.assert_close(one.second_moments, one.mean.square())
 
     def test_a_sketch_with_nan_gives_nan_alone(self, tiny_model):
@@ -134,7 +126,7 @@ class TestReference:
         ):
             reference.similarity(torch.zeros(2, 8))
         with pytest.raises(TypeError, match=r"sketches: expected a tensor \[n, d\], got list"):
-            reference.similarity([])  # type: ignore[arg-type]
+            reference.similarity([])
         with pytest.raises(ValueError, match=r"similarity: unknown 'cosin', .*did you mean 'cosine'"):
             reference.similarity(torch.zeros(2, 4), "cosin")
 
@@ -204,11 +196,11 @@ def test_bad_influence_arguments(tiny_model):
     model = tiny_model("Llama")
     reference = acqcore.influence_reference(model, samples(2), parameters="head", dim=16)
     with pytest.raises(TypeError, match=r"expected a result of acqcore\.influence_reference\(\), got float32"):
-        acqcore.influence(model, samples(2), reference.mean)  # type: ignore[arg-type]
+        acqcore.influence(model, samples(2), reference.mean)
     with pytest.raises(ValueError, match="similarity: unknown 'l2', expected one of cosine, dot"):
         acqcore.influence(model, samples(2), reference, similarity="l2")
     with pytest.raises(TypeError, match="student: expected"):
-        acqcore.influence(3, samples(2), reference)  # type: ignore[arg-type]
+        acqcore.influence(3, samples(2), reference)
 
 
 def test_the_error_of_a_cosine_is_that_of_its_dimension(tiny_model, exact):

@@ -12,8 +12,6 @@ from torch import nn
 
 import acqcore
 
-SIZES = {"max_position_embeddings": 64, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
-
 
 def samples(*lengths: int) -> dict[str, torch.Tensor]:
     ids = torch.randint(3, 96, (len(lengths), max(lengths)), generator=torch.Generator().manual_seed(0))
@@ -33,30 +31,15 @@ def assert_as_alone(fresh: Callable[[], Any], lengths: tuple[int, ...], **option
         assert float(again[i]) == pytest.approx(expected, abs=1e-4)
 
 
-def rope(kind: str) -> dict[str, Any]:
-    if kind == "longrope":
-        return {"rope_type": kind, "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
-    return {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0}
-
-
 @pytest.mark.parametrize("kind", ["longrope", "dynamic"])
-def test_rope_that_goes_by_the_longest_sequence(kind):
+def test_rope_that_goes_by_the_longest_sequence(kind, small_model):
     """Covers Phi-3's two sets of frequencies and Llama's, which depend on the current and all earlier sequences."""
-    t = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    own = {
-        "vocab_size": 96,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "initializer_range": 0.2,
-        "pad_token_id": 0,
-    }
+    rope = {"rope_type": kind, "rope_theta": 1e4}
     if kind == "longrope":
-        config = t.Phi3Config(**SIZES, **own, original_max_position_embeddings=16, rope_parameters=rope(kind))
-        model = t.Phi3ForCausalLM(config).eval()
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+        model = small_model("phi3", original_max_position_embeddings=16, rope_parameters=rope)
     else:
-        config = t.LlamaConfig(**{**SIZES, "max_position_embeddings": 16}, **own, rope_parameters=rope(kind))
-        model = t.LlamaForCausalLM(config).eval()
+        model = small_model("llama", max_position_embeddings=16, rope_parameters=rope | {"factor": 4.0})
 
     def fresh():
         student = acqcore.Student.from_model(copy.deepcopy(model))

@@ -131,11 +131,10 @@ def test_prompts_without_a_graph_change_no_value(kind, tiny_model, monkeypatch):
     student = acqcore.Student.from_model(model)
     assert student.cuts_prompts
     lengths = []
-    handle = _blocks(model, 1)[0].register_forward_pre_hook(
+    _blocks(model, 1)[0].register_forward_pre_hook(
         lambda _, args: lengths.append((args[0].shape[1], torch.is_grad_enabled()))
     )
     cut = _score(student, samples, positions="completion")
-    handle.remove()
     assert lengths[-2:] == [(4, False), (13, True)]
     monkeypatch.setattr(acqcore.Student, "cuts_prompts", False)
     whole = _score(student, samples, positions="completion")
@@ -351,16 +350,6 @@ def test_adapters(tiny_model):
         assert float(_score(model, samples, **options)["mutual_information"].min()) > 0
 
 
-def test_half_precision(tiny_model):
-    """The trunk itself rounds to eight bits; the tolerance only rules out larger errors."""
-    model = tiny_model("Llama")
-    samples = _samples(9, 7)
-    for posterior in ("dropout", "isotropic"):
-        full = _score(model.float(), samples, posterior=posterior, probes=8)["mutual_information"]
-        half = _score(model.bfloat16(), samples, posterior=posterior, probes=8)["mutual_information"]
-        torch.testing.assert_close(half, full, rtol=0.1, atol=0)
-
-
 def test_rows_without_a_finite_logit_are_not_valid(tiny_model):
     model = tiny_model("Llama")
     model.model.embed_tokens.weight.data[7] = torch.nan
@@ -437,29 +426,27 @@ def test_ready_made_options(tiny_model):
 
 
 @pytest.mark.parametrize("posterior", ["dropout", "isotropic"])
-def test_tells_ignorance_from_ambiguity(posterior):
+def test_tells_ignorance_from_ambiguity(posterior, informed_student):
     """Two probes rank unseen keys above keys with random answers, and above these and known keys together."""
-    student = toy_student.train(seed=0)
     generator = torch.Generator().manual_seed(0)
-    values = {
-        kind: _score(student, toy_student.samples(toy_student.questions(kind, 128, generator)), posterior=posterior)
-        for kind in toy_student.KINDS
-    }
-    found = {kind: scores["mutual_information"] for kind, scores in values.items()}
+    found = {}
+    for kind in toy_student.KINDS:
+        asked = toy_student.samples(toy_student.questions(kind, 128, generator))
+        found[kind] = _score(informed_student, asked, posterior=posterior)["mutual_information"]
     others = torch.cat([found["easy"], found["ambiguous"]])
     assert toy_student.auroc(found["unseen"], others) >= 0.95
     assert toy_student.auroc(found["unseen"], found["ambiguous"]) >= 0.93
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("positions", ["all", "completion"])
-def test_half_precision_has_the_values_of_float32(positions, dtype, tiny_model):
-    """In half precision, each sample's gradient is scaled by its own size for the backward."""
-    samples = _samples(9, 7)
-    arguments = {"mutual_information": {"positions": positions}}
-    model = tiny_model("Llama")
+@pytest.mark.parametrize(
+    ("options", "factor"),
+    [({}, 20), ({"positions": "completion"}, 20), ({"probes": 8}, 1), ({"posterior": "isotropic", "probes": 8}, 1)],
+)
+def test_half_precision_has_the_values_of_float32(options, factor, dtype, tiny_model):
+    """Each sample's gradient is scaled by its own size for the backward; the trunk itself rounds to eight bits."""
+    model, samples = tiny_model("Llama"), _samples(9, 7)
     with torch.no_grad():
-        model.lm_head.weight.mul_(20)
-    exact = acqcore.score(model, samples, "mutual_information", acquisition_args=arguments)
-    got = acqcore.score(model.to(dtype), samples, "mutual_information", acquisition_args=arguments)
-    torch.testing.assert_close(got["mutual_information"], exact["mutual_information"], rtol=0.1, atol=0)
+        model.lm_head.weight.mul_(factor)
+    exact, got = (_score(model.to(of), samples, **options)["mutual_information"] for of in (torch.float32, dtype))
+    torch.testing.assert_close(got, exact, rtol=0.1, atol=0)

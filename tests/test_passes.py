@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 import pytest
 import torch
 
 import acqcore
+from acqcore.acquisitions import REGISTRY, RowNeed
 from acqcore.backends import get
 from acqcore.backends.base import Backend
 from acqcore.costs.shape import shape_of
@@ -17,10 +19,7 @@ SAMPLES = [{"prompt": "What is 2 + 3?", "completion": f" The answer is {i}."} fo
 ALL = {"parameters": "all"}
 ALL_DRAWS = {"mutual_information": {"draws": 8}}
 DRAWN = ("mutual_information", "predictive_entropy", "expected_entropy", "variation_ratio", "bald_quadratic")
-OF_ROWS = (
-    "loss", "perplexity", "entropy", "varentropy", "least_confidence", "margin", "gini", "el2n",
-    "expected_gradient_length", "token_grad_norm",
-)  # fmt: skip
+OF_ROWS = tuple(name for name, entry in REGISTRY.items() if entry.needs == RowNeed())
 
 COUNTED = ("tokenized", "forwards", "backwards", "products")
 
@@ -153,10 +152,19 @@ def test_plans_count_the_same(name, tiny_model, tokenizer, count):
     assert (planned.trunk, planned.head) == (count["tokens"] / 72, count["products"])
 
 
-@pytest.mark.parametrize("request_of", REQUESTS)
-def test_nothing_runs_twice(request_of, tiny_model, tokenizer, count):
+@pytest.mark.parametrize(
+    ("request_of", "dtype"),
+    [
+        *((name, torch.float32) for name in REQUESTS),
+        *itertools.product(
+            ["norm", "linear", "linear, entropy, norm", "norm, influence, diversity"], [torch.bfloat16, torch.float16]
+        ),
+    ],
+)
+def test_nothing_runs_twice(request_of, dtype, tiny_model, tokenizer, count):
+    """Half precision, in which each sample's gradient is scaled by its own size, keeps batches whole."""
     acquisitions, arguments, expected = REQUESTS[request_of]
-    student = acqcore.Student.from_model(tiny_model("Llama"), tokenizer=tokenizer)
+    student = acqcore.Student.from_model(tiny_model("Llama").to(dtype), tokenizer=tokenizer)
     if "influence" in arguments:
         reference = acqcore.influence_reference(student, SAMPLES[:2])
         arguments = {**arguments, "influence": {"reference": reference}}
@@ -165,19 +173,6 @@ def test_nothing_runs_twice(request_of, tiny_model, tokenizer, count):
         acqcore.score(student, SAMPLES, acquisitions, acquisition_args=arguments, backend="cpu")
     assert tuple(count[name] for name in COUNTED) == expected
     assert count["heads"] == 1
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("request_of", ["norm", "linear", "linear, entropy, norm", "norm, influence, diversity"])
-def test_half_precision_keeps_batches_whole(request_of, dtype, tiny_model, tokenizer, count):
-    acquisitions, arguments, expected = REQUESTS[request_of]
-    student = acqcore.Student.from_model(tiny_model("Llama").to(dtype), tokenizer=tokenizer)
-    if "influence" in arguments:
-        arguments = {**arguments, "influence": {"reference": acqcore.influence_reference(student, SAMPLES[:2])}}
-    for _ in range(2):
-        count.clear()
-        acqcore.score(student, SAMPLES, acquisitions, acquisition_args=arguments, backend="cpu")
-    assert tuple(count[name] for name in COUNTED) == expected
 
 
 SAME = {"backend": "cpu"}

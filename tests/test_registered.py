@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from unittest import mock
 
 import pytest
 import torch
@@ -31,7 +32,6 @@ class RequiredOptions(Options):
 @pytest.fixture
 def register():
     """``register(scale, options)``: acts as a notebook cell that can be changed and run again."""
-    before = dict(REGISTRY)
 
     def cell(scale, options=GapOptions):
         @acqcore.register(NAME, options=options)
@@ -39,9 +39,8 @@ def register():
             """A power of 1 - p1."""
             return scale * stats.least_confidence**options.power
 
-    yield cell
-    REGISTRY.clear()
-    REGISTRY.update(before)
+    with mock.patch.dict(REGISTRY):
+        yield cell
 
 
 @pytest.fixture
@@ -54,12 +53,11 @@ def expected(student: acqcore.Student, scale: float) -> torch.Tensor:
     return torch.stack([scale * (values**3).mean() for values in tokens])
 
 
-@pytest.mark.parametrize("scale", [1.0, 4.0])
-def test_in_calls_and_streams(scale, register, loaded):
+def test_in_calls_and_streams(register, loaded):
     register(7.0)
-    register(scale)  # replaces the first
+    register(4.0)  # replaces the first
     values = acqcore.score(loaded, TEXTS, NAME, acquisition_args=GIVEN)[NAME]
-    torch.testing.assert_close(values, expected(loaded, scale))
+    torch.testing.assert_close(values, expected(loaded, 4.0))
     stream = acqcore.score_stream(loaded, TEXTS, NAME, chunk=2, acquisition_args=GIVEN)
     torch.testing.assert_close(torch.cat([scores[NAME] for scores in stream]), values)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from decimal import Decimal
 from typing import Any, ClassVar
@@ -11,43 +10,17 @@ import numpy
 import pytest
 import torch
 
-from acqcore.students.samples import Row, encode
+from acqcore.students.samples import Row
 
 
 def scored_ids(row: Row) -> list[int]:
     return row.targets[row.targets != -100].tolist()
 
 
-@pytest.fixture
-def encoded(tokenizer):
-    def run(samples, tokenizer=tokenizer, limit=64, **options):
-        return encode(samples, tokenizer, vocab_size=320, limit=limit, **options)
-
-    return run
-
-
 def assert_same(rows: list[Row], expected: list[Row]) -> None:
     for row, other in zip(rows, expected, strict=True):
         assert row.ids.tolist() == other.ids.tolist()
         assert row.targets.tolist() == other.targets.tolist()
-
-
-@pytest.fixture
-def own(tokenizer):
-    """``own(template)``: the tokenizer with another chat template; ``adds`` puts a token before and after each text."""
-    from tokenizers.processors import TemplateProcessing
-    from transformers import PreTrainedTokenizerFast
-
-    def build(template=tokenizer.chat_template, adds=False):
-        backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
-        if adds:
-            special = [(name, backend.token_to_id(name)) for name in ("<|bos|>", "<|eos|>")]
-            backend.post_processor = TemplateProcessing(single="<|bos|> $A <|eos|>", special_tokens=special)
-        return PreTrainedTokenizerFast(
-            tokenizer_object=backend, chat_template=template, bos_token="<|bos|>", eos_token="<|eos|>"
-        )
-
-    return build
 
 
 class Slow:
@@ -110,26 +83,17 @@ class TestPromptAndCompletion:
         assert_same([row], encoded([{"messages": prompt + completion}], any_tokenizer))
 
 
-class TestMessages:
-    def test_the_last_turn_is_scored(self, encoded, any_tokenizer, tokenizer):
-        messages = [
-            {"role": "system", "content": "help"},
-            {"role": "user", "content": "hi"},
-            {"role": "assistant", "content": "no"},
-            {"role": "user", "content": "so?"},
-            {"role": "assistant", "content": "so."},
-        ]
-        (row,) = encoded([{"messages": messages}], any_tokenizer, limit=None)
-        assert tokenizer.decode(row.ids) == tokenizer.apply_chat_template(messages, tokenize=False)
-        assert tokenizer.decode(scored_ids(row)) == "so.<|im_end|>\n"
-
-    def test_a_template_that_rewrites_the_opening(self, encoded, tokenizer, own):
-        """The generation prompt opens a block that finished turns do not have."""
-        other = own(tokenizer.chat_template.replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}"))
-        messages = [USER, YES]
-        assert other.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True).endswith("<think>")
-        (row,) = encoded([{"messages": messages}], other)
-        assert tokenizer.decode(scored_ids(row)) == "yes<|im_end|>\n"
+def test_the_last_turn_of_a_conversation_is_scored(encoded, any_tokenizer, tokenizer):
+    messages = [
+        {"role": "system", "content": "help"},
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "no"},
+        {"role": "user", "content": "so?"},
+        {"role": "assistant", "content": "so."},
+    ]
+    (row,) = encoded([{"messages": messages}], any_tokenizer, limit=None)
+    assert tokenizer.decode(row.ids) == tokenizer.apply_chat_template(messages, tokenize=False)
+    assert tokenizer.decode(scored_ids(row)) == "so.<|im_end|>\n"
 
 
 class TestTensors:
@@ -270,13 +234,13 @@ def test_bad_samples(samples, error, message, encoded):
         encoded(samples)
 
 
-def test_bad_tokenizers(encoded, tokenizer, own):
+def test_bad_tokenizers(encoded, tokenizer, with_template):
     with pytest.raises(TypeError, match="tokenizer: text samples require one, got none"):
         encoded(["a fox"], None)
     with pytest.raises(TypeError, match="tokenizer: expected a transformers tokenizer, got Tokenizer"):
         encoded(["a fox"], tokenizer.backend_tokenizer)
     with pytest.raises(ValueError, match="tokenizer: messages require a chat template, this tokenizer has none"):
-        encoded([{"messages": [USER, YES]}], own(None))
+        encoded([{"messages": [USER, YES]}], with_template(None))
 
 
 def test_errors_are_collected_where_asked(encoded):
@@ -386,51 +350,6 @@ class TestOneBadRow:
             encoded(["a fox", "the dog"], Picky(tokenizer))
 
 
-class TestContent:
-    def test_a_list_of_texts_for_a_template_of_strings(self, encoded):
-        parts = [{"type": "text", "text": "a "}, {"type": "text", "text": "fox?"}]
-        rows, expected = (encoded([{"messages": [USER | {"content": c}, YES]}]) for c in (parts, "a fox?"))
-        assert_same(rows, expected)
-
-    def test_parts_that_a_template_of_strings_cannot_take(self, encoded):
-        user = USER | {"content": [{"type": "file", "file": "x"}, "a fox?"]}
-        with pytest.raises(ValueError, match=r"content: expected text, .* nothing else, got parts \['file', 'str'\]"):
-            encoded([{"messages": [user, YES]}])
-
-    def test_a_template_of_lists_gets_lists(self, encoded, own):
-        template = (
-            "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}{{ m['content'] }}"
-            "{% else %}{% for part in m['content'] %}"
-            "{{ '<image>' if part['type'] in ('image', 'video') else '(' + part['text'] + ')' }}"
-            "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-        )
-        other = own(template)
-        parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "fox?"}]
-        (row,) = encoded([{"messages": [USER | {"content": parts}, YES]}], other)
-        assert "(a)(fox?)" in other.decode(row.ids)
-        for unseen in ({"type": "image"}, {"type": "image_url", "image_url": {"url": "x"}}, {"type": "video"}):
-            message = USER | {"content": [unseen, *parts]}
-            for sample in ({"messages": [message, YES]}, {"prompt": [message], "completion": [YES]}):
-                with pytest.raises(ValueError, match=r"samples\[0\]: content: expected text, as only text is sco"):
-                    encoded([sample], other)
-
-    @pytest.mark.parametrize("turn", [0, 1])
-    def test_no_template_writes_content_as_python_does(self, turn, encoded):
-        messages = [USER, YES]
-        messages[turn] = messages[turn] | {"content": {"a": 1}}
-        with pytest.raises(ValueError, match=r"samples\[0\]: content: expected text, the chat template writes a dict"):
-            encoded([{"messages": messages}])
-
-    @pytest.mark.parametrize("extra", [{}, {"content": None}, {"content": ""}])
-    def test_tool_calls_need_no_content(self, extra, encoded, tokenizer, own):
-        calls = "{{ m['content'] }}{% for c in m['tool_calls'] %}{{ c['function']['name'] }}{% endfor %}"
-        other = own(tokenizer.chat_template.replace("{{ m['content'] }}", calls))
-        call = {"type": "function", "function": {"name": "fox", "arguments": {"x": 1}}}
-        (row,) = encoded([{"messages": [USER, {"role": "assistant", "tool_calls": [call], **extra}]}], other)
-        assert tokenizer.decode(scored_ids(row)) == "fox<|im_end|>\n"
-
-
 def test_no_samples(encoded):
     assert encoded([]) == []
 
@@ -446,169 +365,24 @@ def test_rows_are_samples(encoded):
         encoded([rows[0], "a quick fox"])
 
 
-class TestChatTemplates:
-    """Only the reply is scored, however the template changes the turns before it."""
-
-    USER: ClassVar[list[dict[str, str]]] = [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "Which city has the Colosseum?"},
-    ]
-    REPLY: ClassVar[dict[str, str]] = {"role": "assistant", "content": "Rome"}
-
-    # Like Pixtral's: puts the system text into the user's turn if that is the last message.
-    MOVES = (
-        "{% for m in messages %}{% if m['role'] == 'user' %}[INST]"
-        "{% if loop.last and messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}\n\n{% endif %}"
-        "{{ m['content'] }}[/INST]{% elif m['role'] == 'assistant' %}{{ m['content'] }}<|im_end|>{% endif %}"
-        "{% endfor %}"
-    )
-    # Begins with the number of turns.
-    COUNTS = (
-        "{{ messages | length }} turns {% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|im_end|>{% endfor %}"
-        "{% if add_generation_prompt %}assistant: {% endif %}"
-    )
-    # Writes only the last turn in full.
-    SHORTENS = (
-        "{% for m in messages %}{{ m['role'] }}: "
-        "{% if loop.last %}{{ m['content'] }}{% else %}{{ m['content'][:5] }}{% endif %}<|im_end|>{% endfor %}"
-        "{% if add_generation_prompt %}assistant: {% endif %}"
-    )
-    # Has no generation prompt.
-    IGNORES = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] | trim }}<|im_end|>{% endfor %}"
-
-    @pytest.mark.parametrize("template", [MOVES, COUNTS, SHORTENS, IGNORES])
-    @pytest.mark.parametrize("reply", ["Rome", "  Rome ", "Which city has the Colosseum? Rome"])
-    def test_that_do_not_only_append(self, template, reply, encoded, own):
-        other = own(template)
-        message = {"role": "assistant", "content": reply}
-        shown = reply.strip() if template == self.IGNORES else reply
-        for sample in ({"messages": [*self.USER, message]}, {"prompt": self.USER, "completion": [message]}):
-            (row,) = encoded([sample], other, limit=None)
-            assert other.decode(scored_ids(row)) == f"{shown}<|im_end|>"
-            assert other.decode(row.ids) == other.apply_chat_template([*self.USER, message], tokenize=False)
-
-    @pytest.mark.parametrize(
-        "template",
-        [
-            "{% for m in messages %}{% if m['role'] != 'assistant' %}{{ m['content'] }}{% endif %}{% endfor %}.",
-            "{% for m in messages | reverse %}{{ m['content'] }}<|im_end|>{% endfor %}",
-            "{% for m in messages %}{{ m['content'] | upper }}<|im_end|>{% endfor %}",
-            "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}About: {{ messages[0]['content'] }}",
-        ],
-        ids=["leaves it out", "writes it first", "changes it", "the first turn after it"],
-    )
-    def test_that_do_not_write_the_reply_last_are_refused(self, template, encoded, own):
-        with pytest.raises(ValueError, match=r"samples\[0\]: the chat template does not render the reply in the"):
-            encoded([{"messages": [*self.USER, self.REPLY]}], own(template), limit=None)
-
-    CALL: ClassVar[dict[str, Any]] = {"type": "function", "function": {"name": "look_up", "arguments": {"x": 1}}}
-
-    @pytest.mark.parametrize(
-        ("extra", "expected"),
-        [
-            ({"reasoning_content": "old town"}, "old town"),
-            ({"thinking": "old town"}, "old town"),
-            ({"tool_calls": [CALL], "content": None}, "look_up"),
-            ({"content": "  "}, "  "),
-        ],
-    )
-    def test_a_part_of_the_reply_that_is_left_out_is_refused(self, extra, expected, encoded, own):
-        own = own(self.IGNORES)
-        with pytest.raises(ValueError, match=f"does not render the reply in the scored part: expected '{expected}'"):
-            encoded([{"messages": [*self.USER, self.REPLY | extra]}], own, limit=None)
-        # The template may leave out parts of turns that are not scored.
-        if "content" not in extra:
-            history = [*self.USER, self.REPLY | extra, {"role": "user", "content": "and?"}, self.REPLY]
-            (row,) = encoded([{"messages": history}], own, limit=None)
-            assert own.decode(scored_ids(row)) == "Rome<|im_end|>"
-
-    def test_marks_of_what_the_assistant_generates(self, encoded, own):
-        template = (
-            "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
-            "{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}{% else %}{{ m['content'] }}<|im_end|>"
-            "{% endif %}\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-        )
-        own = own(template)
-        (row,) = encoded([{"messages": [*self.USER, self.REPLY]}], own, limit=None)
-        assert own.decode(scored_ids(row)) == "Rome<|im_end|>"  # the newline after it belongs to the template
-        tool = {"role": "tool", "content": "Italy"}
-        completion = [{"role": "assistant", "content": "where?"}, tool, self.REPLY]
-        (row,) = encoded([{"prompt": self.USER, "completion": completion}], own, limit=None)
-        assert own.decode(scored_ids(row)) == "where?<|im_end|>Rome<|im_end|>"
-        history = [*self.USER, self.REPLY, {"role": "user", "content": "and?"}]
-        (row,) = encoded([{"messages": [*history, {"role": "assistant", "content": "Nîmes"}]}], own, limit=None)
-        assert own.decode(scored_ids(row)) == "Nîmes<|im_end|>"
-
-    TOOLS = "{% if tools is defined and tools %}{{ tools | tojson }}\n{% endif %}{% if loud %}LOUD {% endif %}"
-
-    @pytest.mark.parametrize("as_text", [False, True])
-    def test_tools_and_variables_reach_the_template(self, as_text, encoded, tokenizer, own):
-        own = own(self.TOOLS + tokenizer.chat_template)
-        tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
-        given = json.dumps(tools) if as_text else tools
-        plain = {"prompt": self.USER, "completion": [self.REPLY]}
-        rows = encoded(
-            [plain, plain | {"tools": given}, plain | {"tools": [], "chat_template_kwargs": {"loud": True}}],
-            own, limit=None,
-        )  # fmt: skip
-        assert own.decode(rows[1].ids) == own.apply_chat_template([*self.USER, self.REPLY], tools=tools, tokenize=False)
-        assert own.decode(rows[2].ids) == "LOUD " + own.decode(rows[0].ids)
-        assert [own.decode(scored_ids(row)) for row in rows] == ["Rome<|im_end|>\n"] * 3
-
-    @pytest.mark.parametrize(
-        ("sample", "error", "message"),
-        [
-            (
-                {"prompt": "a", "completion": "b", "tools": [{}]},
-                ValueError,
-                "tools: only conversations have a chat template",
-            ),
-            (
-                {"text": "a fox", "chat_template_kwargs": {"x": 1}},
-                ValueError,
-                "chat_template_kwargs: only conversations",
-            ),
-            (
-                {"messages": [*USER, REPLY], "tools": "nonsense"},
-                TypeError,
-                "tools: expected a list of tools or its JSON",
-            ),
-            ({"messages": [*USER, REPLY], "tools": {"a": 1}}, TypeError, "tools: expected a list of tools, got dict"),
-            (
-                {"messages": [*USER, REPLY], "chat_template_kwargs": [1]},
-                TypeError,
-                "expected a mapping of template var",
-            ),
-            (
-                {"messages": [*USER, REPLY], "chat_template_kwargs": {"add_generation_prompt": True}},
-                ValueError,
-                "chat_template_kwargs: 'add_generation_prompt' is set by acqcore",
-            ),
-        ],
-    )
-    def test_what_would_change_the_text_is_never_dropped(self, sample, error, message, encoded):
-        with pytest.raises(error, match=re.escape(message)):
-            encoded([sample], limit=None)
-
-
 class TestSpecialTokensOnce:
     """Special tokens before and after a text are added only where the text does not contain them already."""
 
     @pytest.mark.parametrize("written", ["a fox", "<|bos|>a fox", "a fox<|eos|>", "<|bos|>a fox<|eos|>"])
-    def test_of_a_text(self, written, encoded, own, tokenizer):
+    def test_of_a_text(self, written, encoded, with_template, tokenizer):
         bare = tokenizer("a fox").input_ids
-        (row,) = encoded([written], own(adds=True))
+        (row,) = encoded([written], with_template(adds=True))
         assert row.ids.tolist() == [1, *bare, 2]
         assert row.targets.tolist() == [-100, *bare, 2]
 
     @pytest.mark.parametrize("prompt", ["a", "<|bos|>a"])
-    def test_of_a_prompt(self, prompt, encoded, own, tokenizer):
-        (row,) = encoded([{"prompt": prompt, "completion": " fox"}], own(adds=True))
+    def test_of_a_prompt(self, prompt, encoded, with_template, tokenizer):
+        (row,) = encoded([{"prompt": prompt, "completion": " fox"}], with_template(adds=True))
         assert row.ids.tolist() == [1, *tokenizer("a fox").input_ids, 2]
         assert scored_ids(row) == [*tokenizer(" fox").input_ids, 2]
 
-    def test_conversations_have_those_of_the_template(self, encoded, own):
-        (row,) = encoded([{"messages": [USER, YES]}], own(adds=True))
+    def test_conversations_have_those_of_the_template(self, encoded, with_template):
+        (row,) = encoded([{"messages": [USER, YES]}], with_template(adds=True))
         assert 1 not in row.ids
 
     def test_those_that_are_meant_stay(self, encoded, tokenizer):

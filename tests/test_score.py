@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -39,10 +40,7 @@ REDUCE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 @pytest.fixture(params=["eager", "cpu"])
 def backend(request):
-    available = {row.name: row.reason for row in acqcore.backends()}
-    if available[request.param]:
-        pytest.skip(str(available[request.param]))
-    return str(request.param)
+    return request.param
 
 
 @pytest.fixture
@@ -175,7 +173,6 @@ def test_one_trunk_forward_and_one_head_pass_per_batch(tiny_model, tokenizer, mo
     acqcore.score(student, SAMPLES, NAMES, backend="eager")  # does the once-per-model work
     passes.clear()
     forwards: list[torch.Size] = []
-    assert isinstance(student.trunk, torch.nn.Module)
     student.trunk.register_forward_pre_hook(
         lambda _, args, kwargs: forwards.append((args[0] if args else kwargs["input_ids"]).shape), with_kwargs=True
     )
@@ -250,41 +247,32 @@ def test_bfloat16_student_with_a_float32_adapter_sum(tiny_model, tokenizer, back
     assert acqcore.score(model, TEXTS, tokenizer=tokenizer, backend=backend).valid.all()
 
 
-class TestNotFinite:
-    """A student in which token 5 has a broken hidden state and token 8 can never be predicted."""
-
-    @pytest.fixture
-    def student(self):
-        generator = torch.Generator().manual_seed(0)
-        embedding = torch.randn(10, 4, generator=generator)
-        embedding[5] = torch.nan
-        bias = torch.zeros(10)
-        bias[8] = -torch.inf
-        head = acqcore.Head(torch.randn(10, 4, generator=generator), bias)
-        return acqcore.Student(lambda ids: embedding[ids], head)
-
-    def test_nan_and_invalid_where_it_is_alone(self, student, backend):
-        ids = torch.tensor([[1, 2, 3], [1, 5, 3], [1, 8, 3], [1, 3, 5]])
-        scores = acqcore.score(student, {"input_ids": ids}, ("entropy", "loss"), backend=backend)
-        # the last sample ends in the broken token, which is predicted but predicts nothing
-        assert scores["entropy"].isnan().tolist() == [False, True, False, False]
-        assert scores["loss"].isnan().tolist() == [False, True, True, False]
-        assert scores.valid.tolist() == [True, False, False, True]
+def test_what_is_not_finite_invalidates_its_sample_alone(backend):
+    """Token 5 has a broken hidden state, and token 8 can never be predicted."""
+    generator = torch.Generator().manual_seed(0)
+    embedding = torch.randn(10, 4, generator=generator)
+    embedding[5] = torch.nan
+    bias = torch.zeros(10)
+    bias[8] = -torch.inf
+    student = acqcore.Student(lambda ids: embedding[ids], acqcore.Head(torch.randn(10, 4, generator=generator), bias))
+    ids = torch.tensor([[1, 2, 3], [1, 5, 3], [1, 8, 3], [1, 3, 5]])
+    scores = acqcore.score(student, {"input_ids": ids}, ("entropy", "loss"), backend=backend)
+    # the last sample ends in the broken token, which is predicted but predicts nothing
+    assert scores["entropy"].isnan().tolist() == [False, True, False, False]
+    assert scores["loss"].isnan().tolist() == [False, True, True, False]
+    assert scores.valid.tolist() == [True, False, False, True]
 
 
-class TestOwnAcquisition:
-    def test_a_wrong_shape_is_named(self, tiny_model, tokenizer):
-        try:
-            acqcore.register("wrong_shape")(_wrong_shape)
-            with pytest.raises(ValueError, match=r"acquisition 'wrong_shape': expected it to return a tensor \[\d+\]"):
-                acqcore.score(tiny_model("Llama"), TEXTS, "wrong_shape", tokenizer=tokenizer, backend="eager")
-        finally:
-            REGISTRY.pop("wrong_shape", None)
+def test_a_wrong_shape_of_ones_own_acquisition_is_named(tiny_model, tokenizer):
+    with mock.patch.dict(REGISTRY):
 
+        @acqcore.register("wrong_shape")
+        def wrong_shape(stats):
+            """Not one value per token."""
+            return stats.entropy.sum()
 
-def _wrong_shape(stats: acqcore.RowStats) -> torch.Tensor:
-    """Not one value per token."""
-    return stats.entropy.sum()
+        with pytest.raises(ValueError, match=r"acquisition 'wrong_shape': expected it to return a tensor \[\d+\]"):
+            acqcore.score(tiny_model("Llama"), TEXTS, "wrong_shape", tokenizer=tokenizer, backend="eager")
 
 
 @pytest.mark.parametrize(
@@ -305,20 +293,14 @@ def _wrong_shape(stats: acqcore.RowStats) -> torch.Tensor:
     ],
 )
 def test_bad_arguments(options, error, message, tiny_model, tokenizer):
-    arguments = {
-        "student": tiny_model("Llama"),
-        "samples": TEXTS,
-        "tokenizer": tokenizer,
-        "backend": "eager",
-        **options,
-    }
+    arguments = {"student": tiny_model("Llama"), "samples": TEXTS, "tokenizer": tokenizer, "backend": "eager"}
     with pytest.raises(error, match=re.escape(message)):
-        acqcore.score(**arguments)
+        acqcore.score(**(arguments | options))
 
 
 def test_a_backend_that_does_not_serve_is_known_before_any_forward(tiny_model):
     student = acqcore.Student.from_model(tiny_model("Llama").double(), verify=False)
-    student.trunk.register_forward_pre_hook(lambda *_: pytest.fail("the trunk ran"))  # type: ignore[union-attr]
+    student.trunk.register_forward_pre_hook(lambda *_: pytest.fail("the trunk ran"))
     with pytest.raises(ValueError, match="backend 'cpu' supports"):
         acqcore.score(student, {"input_ids": torch.ones(1, 4, dtype=torch.int64)}, backend="cpu")
 

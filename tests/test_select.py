@@ -253,7 +253,7 @@ def test_badge_draws_by_squared_distance():
 )  # fmt: skip
 def test_bad_arguments(arguments, error, message):
     with pytest.raises(error, match=message):
-        acqcore.select(*arguments)  # type: ignore[arg-type]
+        acqcore.select(*arguments)
 
 
 @pytest.mark.parametrize(("ridge", "message"), [(0.0, ">= 1e-9, got 0.0"), (torch.nan, "finite number, got nan")])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +13,7 @@ import pytest
 import torch
 
 SCRIPT = Path(__file__).with_name("sharding_cases.py")
-_SPEC = importlib.util.spec_from_file_location("sharding_cases", SCRIPT)
-assert _SPEC is not None
-assert _SPEC.loader is not None
-cases = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(cases)
+CASES = runpy.run_path(str(SCRIPT))["CASES"]
 
 #: Tolerances relative to max(1, |value|). float64 checks the algorithm. In float32, a shard's tiles may round products
 #: differently, and gradients sum the vocabulary in another order. Draws have the tolerance of the contract, because
@@ -94,12 +90,12 @@ def assert_same(results: list[dict[str, Any]], name: str) -> None:
             )
 
 
-@pytest.mark.parametrize("name", cases.CASES["two ranks"])
+@pytest.mark.parametrize("name", CASES["two ranks"])
 def test_two_ranks(two, name):
     assert_same(two, name)
 
 
-@pytest.mark.parametrize("name", cases.CASES["four ranks"])
+@pytest.mark.parametrize("name", CASES["four ranks"])
 def test_four_ranks(four, name):
     assert_same(four, name)
 

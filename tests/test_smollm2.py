@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 from pathlib import Path
 
@@ -10,14 +11,12 @@ import pytest
 import torch
 
 import acqcore
+from acqcore.acquisitions import REGISTRY, RowNeed
 from acqcore.students.samples import encode
 from acqsynth.models import smollm2_path
 
 DATA = Path(__file__).parents[1] / "../shared/data/math/gsm8k_test.jsonl"
-NAMES = (
-    "loss", "perplexity", "entropy", "varentropy", "least_confidence", "margin", "gini", "el2n",
-    "expected_gradient_length", "token_grad_norm",
-)  # fmt: skip
+NAMES = [name for name, entry in REGISTRY.items() if entry.needs == RowNeed()]
 
 pytestmark = [
     pytest.mark.network,
@@ -60,11 +59,16 @@ def references(
     }
 
 
-@pytest.mark.skipif(not DATA.exists(), reason=f"{DATA.name} is absent")
-def test_gsm8k_agrees_with_one_question_at_a_time(student):
+def questions(n: int) -> list[dict[str, str]]:
+    if not DATA.exists():
+        pytest.skip(f"{DATA.name} is absent")
     with DATA.open(encoding="utf-8") as file:
-        rows = [json.loads(line) for line, _ in zip(file, range(6), strict=False)]
-    samples = [{"prompt": row["question"], "completion": row["answer"]} for row in rows]
+        rows = [json.loads(line) for line in itertools.islice(file, n)]
+    return [{"prompt": row["question"], "completion": row["answer"]} for row in rows]
+
+
+def test_gsm8k_agrees_with_one_question_at_a_time(student):
+    samples = questions(6)
     scores = acqcore.score(student, samples, NAMES)
     assert scores.valid.all()
     head = student.head
@@ -73,7 +77,9 @@ def test_gsm8k_agrees_with_one_question_at_a_time(student):
             scored = row.targets != -100
             hidden = student.hidden(row.ids[None])[0, scored.nonzero()[:, 0] - 1]
             z = hidden @ head.weight.T
-            for name, per_token in references(z, row.targets[scored], hidden).items():
+            found = references(z, row.targets[scored], hidden)
+            assert list(found) == NAMES
+            for name, per_token in found.items():
                 expected = per_token.log().mean().exp() if name == "perplexity" else per_token.mean()
                 torch.testing.assert_close(scores[name][i], expected, rtol=1e-4, atol=1e-6)
 
@@ -93,14 +99,9 @@ def test_conversations_through_its_own_template(student):
 @pytest.fixture(scope="module")
 def gsm8k(student):
     """Scored rows of 40 questions and answers: hidden ``[N, D]``, targets ``[N]``, offsets ``[41]``."""
-    if not DATA.exists():
-        pytest.skip(f"{DATA.name} is absent")
-    with DATA.open(encoding="utf-8") as file:
-        rows = [json.loads(line) for line, _ in zip(file, range(40), strict=False)]
-    samples = [{"prompt": row["question"], "completion": row["answer"]} for row in rows]
     hidden, targets, counts = [], [], [0]
     with student.scoring():
-        for row in encode(samples, student.tokenizer, vocab_size=49152, limit=8192, max_length=160):
+        for row in encode(questions(40), student.tokenizer, vocab_size=49152, limit=8192, max_length=160):
             scored = row.targets != -100
             hidden.append(student.hidden(row.ids[None])[0, scored.nonzero()[:, 0] - 1])
             targets.append(row.targets[scored])
@@ -112,10 +113,10 @@ def gsm8k(student):
 def test_head_grad_norm_is_that_of_autograd(dtype, student, gsm8k):
     """Holds for real hidden states, against float64 autograd of each sample alone on the rounded inputs."""
     hidden, targets, offsets = gsm8k
-    hidden, weight = hidden[: offsets[3]].to(dtype), student.head.weight.to(dtype)
-    got = acqcore.head_grad_norm(hidden, acqcore.Head(weight), targets[: offsets[3]], offsets[:4])
+    hidden, weight = hidden[: offsets[2]].to(dtype), student.head.weight.to(dtype)
+    got = acqcore.head_grad_norm(hidden, acqcore.Head(weight), targets[: offsets[2]], offsets[:3])
     exact = weight.double().requires_grad_()
-    for i, (begin, end) in enumerate(zip(offsets.tolist(), offsets.tolist()[1:4], strict=False)):
+    for i, (begin, end) in enumerate(itertools.pairwise(offsets.tolist()[:3])):
         loss = torch.nn.functional.cross_entropy(hidden[begin:end].double() @ exact.T, targets[begin:end])
         (grad,) = torch.autograd.grad(loss, exact)
         torch.testing.assert_close(got[i].double(), grad.norm(), rtol=1e-4, atol=0)
@@ -125,13 +126,15 @@ def test_sketches_rank_the_influence_of_real_text(student, gsm8k):
     """Cosines with the mean gradient of eight other samples, compared by Spearman with those of exact gradients."""
     hidden, targets, offsets = gsm8k
     weight = student.head.weight
-    gradients = []
-    for begin, end in zip(offsets.tolist(), offsets.tolist()[1:], strict=False):
-        delta = (hidden[begin:end] @ weight.T).softmax(dim=1)
-        delta[torch.arange(end - begin), targets[begin:end]] -= 1
-        gradients.append(delta.T @ hidden[begin:end] / (end - begin))
-    reference = torch.stack(gradients[32:]).mean(dim=0)
-    exact = torch.stack([(g * reference).sum() / g.norm() for g in gradients[:32]])
+
+    def gradient(i: int) -> torch.Tensor:  # 113 MB
+        part = slice(offsets[i], offsets[i + 1])
+        delta = (hidden[part] @ weight.T).softmax(dim=1)
+        delta[torch.arange(len(delta)), targets[part]] -= 1
+        return delta.T @ hidden[part] / len(delta)
+
+    reference = sum(gradient(i) for i in range(32, 40)) / 8
+    exact = torch.stack([(g * reference).sum() / g.norm() for g in map(gradient, range(32))])
     sketch = acqcore.grad_sketch(hidden, student.head, targets, offsets, dim=4096)
     approximate = sketch[:32] @ sketch[32:].mean(dim=0) / sketch[:32].norm(dim=1)
     ranks = torch.stack([exact.argsort().argsort(), approximate.argsort().argsort()]).double()

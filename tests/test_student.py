@@ -283,7 +283,7 @@ class TestWrappers:
 class TestBadInput:
     def test_not_a_student(self):
         with pytest.raises(TypeError, match=r"student: expected acqcore\.Student.*got int"):
-            as_student(3)  # type: ignore[arg-type]
+            as_student(3)
         with pytest.raises(TypeError, match=r"model: expected.* causal language model.*got Linear"):
             acqcore.Student.from_model(torch.nn.Linear(2, 2))
 
@@ -301,9 +301,9 @@ class TestBadInput:
     def test_explicit_parts(self):
         head = acqcore.Head(torch.zeros(5, 3))
         with pytest.raises(TypeError, match=r"trunk: expected a callable.*got int"):
-            acqcore.Student(3, head)  # type: ignore[arg-type]
+            acqcore.Student(3, head)
         with pytest.raises(TypeError, match=r"head: expected acqcore\.Head, got float32 tensor of shape \[5, 3\]"):
-            acqcore.Student(lambda ids: ids, torch.zeros(5, 3))  # type: ignore[arg-type]
+            acqcore.Student(lambda ids: ids, torch.zeros(5, 3))
         with pytest.raises(ValueError, match="max_length: expected an int >= 1, got 0"):
             acqcore.Student(lambda ids: ids, head, max_length=0)
 

@@ -37,6 +37,13 @@ def scorer(student, tmp_path):
 
 
 @pytest.fixture
+def block(scorer):
+    """The only block of data.jsonl."""
+    [block] = scan(scorer.job.data, 10, None)[0]
+    return block
+
+
+@pytest.fixture
 def failing(monkeypatch):
     """``failing(n)``: scoring fails n times after a first batch; returns the numbers of rows it was called with."""
 
@@ -58,8 +65,7 @@ def failing(monkeypatch):
     return arrange
 
 
-def test_a_block_that_fails_for_a_moment_goes_on_with_its_finished_batches(scorer, failing, read):
-    [block] = scan(scorer.job.data, 10, None)[0]
+def test_a_block_that_fails_for_a_moment_goes_on_with_its_finished_batches(scorer, block, failing, read):
     calls = failing(2)
     told: list[int] = []
     scorer.complete(block, told.append)
@@ -67,13 +73,11 @@ def test_a_block_that_fails_for_a_moment_goes_on_with_its_finished_batches(score
     assert sum(told) == 7
     assert min(told) >= 0
     report = scorer.parts.report(0)
-    assert report is not None
     assert (report["rows"], report["valid"], report["errors"], report["new_rows"]) == (7, 7, [], calls[2])
     assert [row["valid"] for row in read(scorer.parts.path(0))] == [True] * 7
 
 
-def test_standard_errors_go_along(scorer, failing, read):
-    [block] = scan(scorer.job.data, 10, None)[0]
+def test_standard_errors_go_along(scorer, block, failing, read):
     arguments = {"mutual_information": {"form": "linear", "probes": 3}}
     plan = Plan.of(["entropy", "mutual_information"], arguments, batch_tokens=1, backend="eager")
     scorer = BlockScorer(dataclasses.replace(scorer.job, plan=plan))
@@ -91,8 +95,7 @@ def test_standard_errors_go_along(scorer, failing, read):
     assert [row["valid"] for row in rows] == [True] * 7
 
 
-def test_a_single_probe_has_no_standard_error_and_is_valid(scorer, read):
-    [block] = scan(scorer.job.data, 10, None)[0]
+def test_a_single_probe_has_no_standard_error_and_is_valid(scorer, block, read):
     plan = Plan.of("mutual_information", {"mutual_information": {"form": "linear", "probes": 1}}, backend="eager")
     scorer = BlockScorer(dataclasses.replace(scorer.job, plan=plan))
     scorer.complete(block)
@@ -106,9 +109,8 @@ def test_draws_have_no_such_column(scorer):
     assert dataclasses.replace(scorer.job, plan=plan).measured == ["mutual_information"]
 
 
-def test_batches_of_another_cut_are_no_gap(scorer, read):
+def test_batches_of_another_cut_are_no_gap(scorer, block, read):
     """Rows of a finished batch that was cut differently, as by a GPU, are scored again."""
-    [block] = scan(scorer.job.data, 10, None)[0]
     scorer = BlockScorer(dataclasses.replace(scorer.job, plan=Plan.of("entropy", batch_tokens=8192, backend="eager")))
     scorer.parts.append(0, [0, 6], [[-7.0], [-7.0]])
     told: list[int] = []
@@ -118,8 +120,7 @@ def test_batches_of_another_cut_are_no_gap(scorer, read):
     assert all(value > 0 for value in values)
 
 
-def test_a_block_that_keeps_failing_is_given_up(scorer, failing):
-    [block] = scan(scorer.job.data, 10, None)[0]
+def test_a_block_that_keeps_failing_is_given_up(scorer, block, failing):
     calls = failing(100)
     told: list[int] = []
     scorer.complete(block, told.append)
@@ -131,16 +132,14 @@ def test_a_block_that_keeps_failing_is_given_up(scorer, failing):
     assert "in fail" in "".join(reason)  # the traceback
 
 
-def test_a_block_whose_processes_died_is_given_up(scorer):
-    [block] = scan(scorer.job.data, 10, None)[0]
+def test_a_block_whose_processes_died_is_given_up(scorer, block):
     for _ in range(ATTEMPTS):
         scorer.parts.attempt(0)
     scorer.complete(block)
     assert scorer.parts.failure(0).read_text() == f"all {ATTEMPTS} processes that scored it died"
 
 
-def test_a_finished_block_is_left_alone(scorer, failing):
-    [block] = scan(scorer.job.data, 10, None)[0]
+def test_a_finished_block_is_left_alone(scorer, block, failing):
     scorer.complete(block)
     calls = failing(100)
     told: list[int] = []
@@ -168,7 +167,6 @@ def test_the_same_command_tries_failed_blocks_again_and_no_others(out, command, 
 
     in_the_way.rmdir()
     kept = parts.report(0)
-    assert kept is not None
     Path(parts.folder / "block-000000.json").write_text(json.dumps({**kept, "valid": 1}))  # lost if it is redone
     assert main(arguments) == 0
     captured = capsys.readouterr()

@@ -6,6 +6,7 @@ exception) or ``none`` (the model itself fails), with a reason unless it is ``ri
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import re
 import zlib
@@ -18,7 +19,7 @@ import acqcore
 from acqcore.philox import keep_mask
 
 LENGTHS = (11, 6, 8)
-CHECKS = ("scores", "head", "all", "lora", "draws", "bf16")
+#: Check -> its column of the table.
 TITLES = {
     "scores": "loss, entropy",
     "head": "head norm",
@@ -31,7 +32,7 @@ TITLES = {
 #: Public argument names that may begin a refusal.
 REFUSAL = re.compile(r"^(model|parameters|layers|trunk|samples|student|reference|acquisitions?)\b")
 
-DRAWS = {"layers": "all", "draws": 2, "dropout": 0.25}
+DRAWS, DROPOUT = 2, 0.25
 
 
 class Verdict(NamedTuple):
@@ -65,19 +66,11 @@ def padded(rows: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask.long(), "labels": labels}
 
 
-def check(model: Any, vocabulary: int, checks: Sequence[str] = CHECKS) -> dict[str, Verdict]:
+def check(model: Any, vocabulary: int) -> dict[str, Verdict]:
     """The verdict of each check. Adapters are added to ``model``."""
     rows = samples(vocabulary)
-    functions: dict[str, Callable[[Any, list[torch.Tensor]], None]] = {
-        "scores": _scores,
-        "head": _head,
-        "all": _all,
-        "lora": _lora,
-        "draws": _draws,
-        "bf16": _bf16,
-    }
-    order = [name for name in ("scores", "head", "all", "draws", "bf16", "lora") if name in checks]
-    return {name: _verdict(functions[name], model, rows) for name in order}
+    functions = {"scores": _scores, "head": _head, "all": _all, "draws": _draws, "bf16": _bf16, "lora": _lora}
+    return {name: _verdict(function, model, rows) for name, function in functions.items()}
 
 
 def _verdict(function: Callable[[Any, list[torch.Tensor]], None], model: Any, rows: list[torch.Tensor]) -> Verdict:
@@ -154,11 +147,8 @@ def _head(model: Any, rows: list[torch.Tensor]) -> None:
             seen.extend([args[0].detach()[0], product])
             return product
 
-        handle = layer.register_forward_hook(keep)
-        try:
+        with layer.register_forward_hook(keep):
             [delta] = torch.autograd.grad(_loss(model, row), seen[1:2])
-        finally:
-            handle.remove()
         squared = (delta[0].double().T @ seen[0].double()).square().sum()
         if layer.bias is not None:
             squared += delta[0].double().sum(0).square().sum()
@@ -208,7 +198,7 @@ def _lora(model: Any, rows: list[torch.Tensor]) -> None:
 @torch.no_grad()
 def _draws(model: Any, rows: list[torch.Tensor]) -> None:
     student = acqcore.Student.from_model(model)
-    arguments = {"mutual_information": DRAWS}
+    arguments = {"mutual_information": {"layers": "all", "draws": DRAWS, "dropout": DROPOUT}}
 
     def compute(x: dict[str, torch.Tensor]) -> torch.Tensor:
         return acqcore.score(student, x, "mutual_information", acquisition_args=arguments)["mutual_information"]
@@ -217,7 +207,7 @@ def _draws(model: Any, rows: list[torch.Tensor]) -> None:
     sites = [branch for of_block in student.branches for branch in of_block]
     expected = []
     for row in rows:
-        p = torch.stack([_dropped(model, row, sites, draw) for draw in range(int(str(DRAWS["draws"])))])
+        p = torch.stack([_dropped(model, row, sites, draw) for draw in range(DRAWS)])
         entropies = -(p * p.clamp_min(1e-300).log()).sum(2)
         mean = p.mean(0)
         expected.append((-(mean * mean.clamp_min(1e-300).log()).sum(1) - entropies.mean(0)).mean())
@@ -227,23 +217,20 @@ def _draws(model: Any, rows: list[torch.Tensor]) -> None:
 def _dropped(model: Any, row: torch.Tensor, sites: list[Any], draw: int) -> torch.Tensor:
     """Probabilities ``[T - 2, V]`` under one draw of dropout on the outputs of ``sites``."""
     sample = torch.full((len(row),), zlib.crc32(row.numpy().tobytes()))
-    p = float(str(DRAWS["dropout"]))
 
     def hook(site: int) -> Callable[..., Any]:
         def drop(_: Any, args: Any, output: Any) -> Any:
             value = output[0] if isinstance(output, (tuple, list)) else output
-            keep = keep_mask(sample, torch.arange(len(row)), value.shape[-1], p, 0, draw, site)
-            value = value * keep.view(value.shape) / (1 - p)
+            keep = keep_mask(sample, torch.arange(len(row)), value.shape[-1], DROPOUT, 0, draw, site)
+            value = value * keep.view(value.shape) / (1 - DROPOUT)
             return type(output)([value, *output[1:]]) if isinstance(output, (tuple, list)) else value
 
         return drop
 
-    handles = [module.register_forward_hook(hook(site)) for site, module in enumerate(sites, 1)]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for site, module in enumerate(sites, 1):
+            hooks.enter_context(module.register_forward_hook(hook(site)))
         return _logits(model, row).double().softmax(1)
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()

@@ -188,13 +188,13 @@ def kinds() -> dict[str, str]:
     return dict(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def build(kind: str, dtype: torch.dtype = torch.float32) -> Any:
-    """A random model of a type, in eval mode; deterministic."""
+def build(kind: str, **own: Any) -> Any:
+    """A random model of a type, in eval mode; deterministic. ``own`` has further entries of its configuration."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    config = small(type(AutoConfig.for_model(kind)), OWN.get(kind, {}))
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(dtype).eval()
+    config = small(type(AutoConfig.for_model(kind)), OWN.get(kind, {}) | own)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(torch.float32).eval()
     spread(model)
     return model
 
@@ -211,7 +211,7 @@ def small(kind: Any, own: dict[str, Any]) -> Any:
     for key, nested in (kind.sub_configs or {}).items():
         if isinstance(nested, type) and nested.__name__ != "AutoConfig":
             entries[key] = small(nested, own.get(key, {})).to_dict()
-    return kind(**{key: value for key, value in entries.items() if value is not ...})
+    return kind(**entries)
 
 
 def spread(model: Any) -> None:

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+import runpy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-
-def _module(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(f"conformance_{name}", Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-check, models = _module("check"), _module("models")
+check, models = (
+    SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name(f"{name}.py")))) for name in ("check", "models")
+)
 
 KINDS = [
     "llama",

@@ -16,8 +16,19 @@ import torch
 import triton
 
 from acqcore.backends.triton import MIXED_SPLIT_FROM
-from acqcore.kernels import block_mixture, factors, gram, gram_norm, logit_stats, mixture, philox, row_stats, sketch
-from acqcore.kernels.config import ARCHITECTURES, FOLDER, GramTiles, Strips, Tiles, table
+from acqcore.kernels import (
+    block_mixture,
+    cotangents,
+    factors,
+    gram,
+    gram_norm,
+    logit_stats,
+    mixture,
+    philox,
+    row_stats,
+    sketch,
+)
+from acqcore.kernels.config import ARCHITECTURES, FOLDER, GramTiles, Strips, Tiles, table, tiles_for
 from benchmarks.ahead_of_time import MAJORS, SHARED_BYTES, THINNED, Launch, compiled as _compile, recorded
 
 MATRIX = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
@@ -41,17 +52,18 @@ def launches():
         yield found
 
 
+def _empty(*shape: int, of: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=of, device="meta")
+
+
 def _row_stats(tiles: Tiles, dtype: torch.dtype, vocab: int, depth: int, **options: Any) -> None:
     """Launches ``row_stats`` of 1000 rows with targets on tensors without storage."""
-
-    def empty(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=of, device="meta")
-
     arguments: dict[str, Any] = {"softcap": None, "scale": 1.0, "temperature": 1.0, "vocab_start": 0, **options}
-    bias = empty(vocab) if arguments.pop("bias", False) else None
+    bias = _empty(vocab, of=dtype) if arguments.pop("bias", False) else None
+    index = _empty(1000, of=torch.int64)
     row_stats.row_stats(
-        empty(1000, depth), empty(vocab, depth), bias, empty(1000, of=torch.int64),
-        state=empty(7, 1000, of=torch.float64), index=empty(1000, of=torch.int64), tiles=tiles, **arguments,
+        _empty(1000, depth, of=dtype), _empty(vocab, depth, of=dtype), bias, index,
+        state=_empty(7, 1000, of=torch.float64), index=index, tiles=tiles, **arguments,
     )  # fmt: skip
 
 
@@ -66,10 +78,6 @@ def _committed(arch: int, product: str, kernel: str = "row_stats") -> list[tuple
                 tiles = {key: value for key, value in entry.items() if key not in ("vocab", "depth")}
                 entries.append((entry["vocab"], entry["depth"], kind(**tiles)))
     return entries
-
-
-def _empty(*shape: int, of: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.empty(shape, dtype=of, device="meta")
 
 
 def _gram(tiles: GramTiles, dtype: torch.dtype, vocab: int, depth: int, bias: bool = False, **options: Any) -> None:
@@ -89,10 +97,13 @@ def _gram(tiles: GramTiles, dtype: torch.dtype, vocab: int, depth: int, bias: bo
     gram_norm.gram_norm(*tensors, bounds, starts, local_max=of_rows, weights=of_rows, squared=squared, **named)
 
 
-def _second_visit(tiles: Tiles, dtype: torch.dtype, vocab: int, depth: int, bias: bool, softcap: float | None) -> None:
+def _factors(tiles: Tiles, dtype: torch.dtype, vocab: int, depth: int, plain: bool) -> factors.Factors:
+    bias, softcap = (None, None) if plain else (_empty(vocab), 30.0)
+    return factors.Factors(_empty(vocab, depth, of=dtype), bias, softcap, 1.0, 1.0, 0, tiles, "ieee", False, 132)
+
+
+def _second_visit(how: factors.Factors, dtype: torch.dtype, depth: int) -> None:
     """Launches the kernels of ``factors`` for 1024 rows."""
-    weight = _empty(vocab, depth, of=dtype)
-    how = factors.Factors(weight, _empty(vocab) if bias else None, softcap, 1.0, 1.0, 0, tiles, "ieee", False, 132)
     hidden, targets, of_rows = _empty(1024, depth, of=dtype), _empty(1024, of=torch.int64), _empty(1024)
     factors.hidden_sums(how, hidden, targets, of_rows, of_rows, _empty(1024, depth))
     factors.grams(how, hidden, targets, of_rows, (512, 512), (0, 1 << 18), _empty(1 << 19))
@@ -156,9 +167,8 @@ def test_gradients(plain, dtype, arch, launches, tmp_path):
     _, _, plain_tiles = _committed(arch, product)[0]
     if not plain:
         vocab, depth = 50257, 2001
-    options: dict[str, Any] = {"bias": not plain, "softcap": None if plain else 30.0}
-    _gram(tiles, dtype, vocab, depth, **options)
-    _second_visit(plain_tiles, dtype, vocab, depth, **options)
+    _gram(tiles, dtype, vocab, depth, bias=not plain, softcap=None if plain else 30.0)
+    _second_visit(_factors(plain_tiles, dtype, vocab, depth, plain), dtype, depth)
     for name, multiplies in GRADIENTS.items():
         compiled = _compile(launches[name], arch)
         ptx = compiled.asm["ptx"]
@@ -170,6 +180,26 @@ def test_gradients(plain, dtype, arch, launches, tmp_path):
         if arch == 90 and plain and dtype == torch.bfloat16:
             # Values live across the product of a tile, none within it: 96 bytes with Triton 3.6, 512 with 3.9.
             assert _stack(compiled, tmp_path) <= (512 if name == "gram_fold" else 0), name
+
+
+@pytest.mark.parametrize(("arch", "dtype", "plain"), THINNED)
+def test_random_cotangents(plain, dtype, arch, launches, tmp_path):
+    """Half precision uses the matrix units, also with a bias, a cap, and a vocabulary and depth no tile divides."""
+    major, product = MAJORS[arch], "ieee" if dtype == torch.float32 else "half"
+    vocab, depth = (131072, 4096) if plain else (50257, 2001)
+    how = _factors(tiles_for(ARCHITECTURES[major], major, product, vocab, depth), dtype, vocab, depth, plain)
+    index, of_rows = _empty(1000, of=torch.int64), _empty(1000, of=torch.float64)
+    cotangents.fisher_sums(
+        how, _empty(1000, depth, of=dtype), index, _empty(1000), index, index, of_rows, 1 << 40,
+        _empty(5, 1000, depth), _empty(4, 1000, of=torch.float64), of_rows,
+    )  # fmt: skip
+    for name in ("write_cotangents", "add_product"):
+        compiled = _compile(launches[name], arch)
+        assert compiled.metadata.shared <= SHARED_BYTES[arch], name
+        if arch == 90 and plain and dtype == torch.bfloat16 and name == "write_cotangents":
+            assert _stack(compiled, tmp_path) == 0
+        if dtype != torch.float32:
+            assert MATRIX[arch] in compiled.asm["ptx"] or "mma.sync" in compiled.asm["ptx"], name
 
 
 @pytest.mark.parametrize("arch", MAJORS)
@@ -189,12 +219,10 @@ def test_product_of_mixed_dtypes_is_not_rounded(arch, launches):
     """Products run in float32 or, where Triton would use TF32 regardless, as three products of split operands."""
     _, _, tiles = _committed(arch, "ieee")[0]
     split = MAJORS[arch] >= MIXED_SPLIT_FROM
-    hidden = torch.empty(100, 512, device="meta")
-    weight = torch.empty(32000, 512, dtype=torch.bfloat16, device="meta")
     row_stats.row_stats(
-        hidden, weight, None, None, softcap=None, scale=1.0, temperature=1.0, vocab_start=0,
-        state=torch.empty(7, 100, dtype=torch.float64, device="meta"),
-        index=torch.empty(100, dtype=torch.int64, device="meta"), tiles=tiles, precision="tf32x3" if split else "ieee",
+        _empty(100, 512), _empty(32000, 512, of=torch.bfloat16), None, None, softcap=None, scale=1.0, temperature=1.0,
+        vocab_start=0, state=_empty(7, 100, of=torch.float64), index=_empty(100, of=torch.int64), tiles=tiles,
+        precision="tf32x3" if split else "ieee",
     )  # fmt: skip
     assert "gather_scored" not in launches  # every row is scored and well laid out: nothing to pack
     compiled = _compile(launches["product_fold"], arch)
@@ -220,9 +248,8 @@ def test_logit_stats(dtype, arch, launches):
     entries = table(ARCHITECTURES[MAJORS[arch]], MAJORS[arch])["logit_stats"]
     for entry in entries:
         strips = Strips(**{key: value for key, value in entry.items() if key != "vocab"})
-        logits = torch.empty(1000, entry["vocab"], dtype=dtype, device="meta")
-        state, index = torch.empty(7, 1000, dtype=torch.float64, device="meta"), torch.empty(1000, dtype=torch.int64)
-        logit_stats.logit_stats(logits, None, 1.0, state, index, strips)
+        logits, state = _empty(1000, entry["vocab"], of=dtype), _empty(7, 1000, of=torch.float64)
+        logit_stats.logit_stats(logits, None, 1.0, state, _empty(1000, of=torch.int64), strips)
         compiled = _compile(launches["logit_fold"], arch)
         assert re.search(r"ld\.global.*\.v4\.b32", compiled.asm["ptx"])  # 16-byte loads
 
@@ -240,17 +267,12 @@ def test_mixture_with_committed_tiles(form, arch, launches, tmp_path):
             "draws": 8, "masks": masks, "softcap": None, "scale": 1.0, "vocab_start": 0,
             "state": _empty(6, 512, of=torch.float64), "votes": _empty(8, 512, of=torch.int64),
         }  # fmt: skip
-        inputs = (
-            _empty(512, depth, of=torch.bfloat16),
-            _empty(vocab, depth, of=torch.bfloat16),
-            None,
-            _empty(512, of=torch.int64),
-        )
+        hidden, weight = (_empty(n, depth, of=torch.bfloat16) for n in (512, vocab))
         if form == "element":
-            mixture.mixture_stats(*inputs, fold_tiles=tiles, tiles=tiles, **options)
+            mixture.mixture_stats(hidden, weight, None, places, fold_tiles=tiles, tiles=tiles, **options)
             names = {"mixture_fold": 8, "gather_draws": 0, "finish_draws": 0, "finish_mixture": 0}
         else:
-            block_mixture.block_mixture_stats(*inputs, tiles=tiles, **options)
+            block_mixture.block_mixture_stats(hidden, weight, None, places, tiles=tiles, **options)
             names = {"block_fold": 440, "block_mixture": 32, "write_block_masks": 0}
         for name, most in names.items():
             compiled = _compile(launches[name], arch)
@@ -279,6 +301,6 @@ def test_sketch_with_committed_tiles(arch, launches, tmp_path):
 
 @pytest.mark.parametrize("arch", MAJORS)
 def test_keep_mask(arch, launches):
-    rows = torch.empty(40, dtype=torch.int64, device="meta")
-    philox.dropout_mask(rows, rows, 3, 2**63, 2**31, torch.empty(8, 40, 1000, dtype=torch.bool, device="meta"))
+    rows = _empty(40, of=torch.int64)
+    philox.dropout_mask(rows, rows, 3, 2**63, 2**31, _empty(8, 40, 1000, of=torch.bool))
     assert "mul.hi.u32" in _compile(launches["write_keep_mask"], arch).asm["ptx"]

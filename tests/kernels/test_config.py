@@ -79,6 +79,6 @@ def test_committed_files(path):
 @pytest.mark.parametrize("vocab", [1, 63, 64, 65, 640, 641, 50257, 131072])
 @pytest.mark.parametrize("most", [1, 2, 7, 128])
 def test_splits_cover_the_vocabulary(most, vocab):
-    splits, each = Tiles(**(_tiles(16) | {"splits": most})).split(vocab)  # type: ignore[arg-type]
+    splits, each = Tiles(**(_tiles(16) | {"splits": most})).split(vocab)
     assert splits <= most
     assert (splits - 1) * each * 64 < vocab <= splits * each * 64

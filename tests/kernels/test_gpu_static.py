@@ -166,7 +166,7 @@ def test_loops_and_instructions():
     assert ahead_of_time.loops(instructions) == [(0x20, 0x30), (0x10, 0x60)]
 
     class OfTile(ahead_of_time.Launch):
-        values = {"BLOCK_M": 16, "BLOCK_N": 8}  # type: ignore[assignment]  # noqa: RUF012
+        values = {"BLOCK_M": 16, "BLOCK_N": 8}  # noqa: RUF012
 
     launch = OfTile(None, (), {}, (1,))
     assert ahead_of_time.fold_instructions(launch, instructions, threads=128) == 4.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -23,13 +22,6 @@ SMALL = (
 )  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _numpy_may_meet_infinities():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        yield
-
-
 def _run(case: Case, tiles: Tiles, rows: slice = slice(None)) -> RowStats:
     hidden = case.hidden[rows]
     targets = None if case.targets is None else case.targets[rows]
@@ -46,18 +38,6 @@ def _run(case: Case, tiles: Tiles, rows: slice = slice(None)) -> RowStats:
     return RowStats(state, index, targets, norm)
 
 
-def _exact_case(n: int, d: int, v: int) -> Case:
-    """Multiples of 1/8, whose products are exact in any order.
-
-    The interpreter uses numpy's product, which, unlike a matrix unit, rounds a row by its place in the tile.
-    """
-    case = random_case(n, d, v, bias=True)
-    head = case.head
-    assert head.bias is not None
-    weight, bias = ((x * 8).round() / 8 for x in (head.weight, head.bias))
-    return replace(case, hidden=(case.hidden * 8).round() / 8, head=replace(head, weight=weight, bias=bias))
-
-
 @pytest.mark.parametrize("name", SMALL)
 def test_small_tiles(name):
     case = CASES[name]()
@@ -72,10 +52,9 @@ def test_any_number_of_splits(splits):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("descriptors", [False, True])
-def test_bits_of_a_row_do_not_depend_on_its_batch(descriptors, dtype):
+def test_bits_of_a_row_do_not_depend_on_its_batch(descriptors, dtype, in_eighths):
     """A row has the same bits alone, beside others, in another block of rows, and after ignored rows."""
-    case = _exact_case(67, 48, 100).to(dtype)
-    assert case.targets is not None
+    case = in_eighths(random_case(67, 48, 100, bias=True)).to(dtype)
     case.targets[[3, 30, 31, 32, 60]] = -100
     tiles = replace(TILES, descriptors=descriptors)
     whole = _run(case, tiles)
@@ -85,8 +64,8 @@ def test_bits_of_a_row_do_not_depend_on_its_batch(descriptors, dtype):
         assert torch.equal(part.max_index, whole.max_index[begin:end])
 
 
-def test_bits_do_not_depend_on_how_rows_are_grouped(monkeypatch):
-    case = _exact_case(70, 48, 200)
+def test_bits_do_not_depend_on_how_rows_are_grouped(in_eighths, monkeypatch):
+    case = in_eighths(random_case(70, 48, 200, bias=True))
     whole = _run(case, TILES)
     assert torch.equal(_run(case, replace(TILES, group_m=1)).state, whole.state)
     assert torch.equal(_run(case, replace(TILES, group_m=100)).state, whole.state)
@@ -107,10 +86,9 @@ def test_descriptors_where_strides_do_not_allow_them():
         assert_close_to_oracle(_run(case, tiles), case.oracle())
 
 
-def test_ignored_rows_take_no_part():
+def test_ignored_rows_take_no_part(in_eighths):
     """Their hidden states may be anything, and a block without scored rows does nothing."""
-    case = _exact_case(80, 32, 100)
-    assert case.targets is not None
+    case = in_eighths(random_case(80, 32, 100, bias=True))
     expected = _run(case, TILES)
     ignored = torch.arange(80) % 3 > 0
     case.targets[ignored] = -100

@@ -63,7 +63,7 @@ def search(monkeypatch):
         return torch.tensor(1.0 if candidate == 1 else 0.0)
 
     def time(function: object, return_mode: str) -> float:
-        function()  # type: ignore[operator]
+        function()
         return float(ran[-1])
 
     monkeypatch.setattr(tune.triton.testing, "do_bench", time)
