@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 import uvicorn
 from fake_run import fakes as fakes, recipe as recipe
-from fakes import FakeEngine, PlainDomain, written
+from fakes import FakeEngine, PlainDomain
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -22,6 +24,8 @@ TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+
+SHARED = Path(os.environ.get("ACQCORE_DATA", Path(__file__).parents[2] / "../shared/data"))
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +70,18 @@ def student_path(model, tokenizer, tmp_path):
     model.save_pretrained(tmp_path / "student")
     tokenizer.save_pretrained(tmp_path / "student")
     return tmp_path / "student"
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """``shared_data("code/mbpp.jsonl")`` returns the path of a real data set and skips the test if it is absent."""
+
+    def path(name):
+        if not (SHARED / name).is_file():
+            pytest.skip(f"{name} is not at {SHARED}")
+        return str(SHARED / name)
+
+    return path
 
 
 @pytest.fixture
@@ -191,9 +207,3 @@ def scripted():
 @pytest.fixture
 def answer_reward():
     return AnswerReward()
-
-
-@pytest.fixture(name="written")
-def _written():
-    """``written(question, answer, reasoning="")`` formats a sample the way a generator writes it."""
-    return written

@@ -80,6 +80,8 @@ def test_how_answers_are_drawn(sums, scripted):
     assert (sampling.n, sampling.temperature, sampling.seed, sampling.max_tokens) == (3, 0.4, 9, 8)
     assert [found.sample.question for found in labels if found.sample] == ["3+4", "1+1"]
     assert label(engine, sums, []) == []
+    label(engine, sums, [QUESTION], k=2, max_tokens=3)  # instead of the domain's 8
+    assert engine.calls[-1][1].max_tokens == 3
 
 
 def test_representatives_alone_are_compared(sums, monkeypatch):
@@ -126,13 +128,6 @@ def test_wrong_arguments(sums, scripted):
         labelled(sums, scripted, ["7"], threshold=0)
     with pytest.raises(ValueError, match="n: expected at least 1, got 0"):
         label(scripted(str), sums, [QUESTION], k=0)
-
-
-def test_answers_are_as_long_as_asked_for_or_as_the_domains(sums, scripted):
-    engine = scripted(lambda prompt, i, seed: "7")
-    label(engine, sums, [QUESTION], k=2)
-    label(engine, sums, [QUESTION], k=2, max_tokens=3)
-    assert [sampling.max_tokens for _, sampling in engine.calls] == [sums.answer_tokens, 3]
 
 
 def test_a_labeller_asks_the_student_or_the_teacher(sums, scripted):

@@ -37,4 +37,3 @@ def test_a_path_without_a_model_is_named(tmp_path):
         models.resolve(str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
     assert models.resolve(str(tmp_path)) == str(tmp_path)
-    assert models.resolve("owner/model") == "owner/model"

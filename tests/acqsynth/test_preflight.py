@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from acqsynth.config import ConfigError, load
+from acqsynth.config import ConfigError, load, recipes
 from acqsynth.pipeline import plan
 
 REFUSED = {
@@ -26,7 +26,7 @@ REFUSED = {
     "reward.signals={entropy: {x: 1}}": "x",
     "reward.signals={diversity: {capacity: -1}}": "reward.signals.diversity: capacity: expected an int >= 1",
     "reward.signals={diversity: {ridge: -1}}": "reward.signals.diversity: ridge: expected",
-    "reward.weights={entropy: 1}": "reward.weights: unknown ['entropy']",
+    "reward.weights={margin: 1}": "reward.weights: unknown ['margin'], known signals",
     "reward.embedder=minilm": "reward.embedder: all-MiniLM-L6-v2 comes with the package",
     "generator.options.lora={r: x}": "generator.options.lora: r: expected an integer, got 'x'",
     "generator.options.lora={r: 0}": "generator.options.lora: r: expected an integer at least 1, got 0",
@@ -52,7 +52,22 @@ REFUSED = {
     "data.seeds.source=bundled:poems": "data.seeds.source",
     "generator.seeds=[0, 0]": "generator.seeds: expected distinct entries, got 0, 0",
     "generator.seeds=[-1]": "generator.seeds[0]: expected at least 0, got -1",
-    "seed=-1": "seed: expected at least 0, got -1",
+    "domain=sum": "domain: unknown 'sum', expected one of math, medical, code, classification, arithmetic",
+    "evaluation.others={more: {source: x, domain: y}}": "evaluation.others.more.domain: unknown 'y'",
+    "generator.options.learning_rat=1": "generator.options: GRPOConfig has no field 'learning_rat'; did you mean",
+    "generator.options.num_generations=3": "generator.options: generation_batch_size (64) must be divisible",
+    "generator.options.lora={rank: 2}": "generator.options.lora: LoraConfig has no field 'rank'",
+    "generator={model: m, method: dpo, options: {bet: 1}}": "generator.options: DPOConfig has no field 'bet'",
+    "student.options.epochs=1": "student.options: SFTConfig has no field 'epochs'",
+    "evaluation.validity.options.epochs=1": "evaluation.validity.options: SFTConfig has no field 'epochs'",
+    "engine.options.batch_token=1": "engine.options: unknown 'batch_token', expected one of device, dtype",
+    "labelling={method: majority, options: {kk: 1}}": "labelling.options: unknown 'kk', expected max_tokens",
+    "reward.signals={entropi: {}}": "reward.signals: unknown 'entropi', expected one of confidence",
+    "reward.signals.diversity.ridg=1": "reward.signals.diversity: got an unexpected keyword argument 'ridg'",
+    "reward.gates=[sond]": "reward.gates: unknown 'sond', expected one of sound",
+    "reward.scoring={max_length: 1}": "reward.scoring: max_length: expected at least 2 tokens, got 1",
+    "reward.scoring={max_lenth: 1}": "reward.scoring: got an unexpected keyword argument 'max_lenth'",
+    "reward.answers={k: 0}": "reward.answers: k: expected at least 1 answer, got 0",
 }
 
 
@@ -62,8 +77,17 @@ def test_refused_before_anything_runs(override, message):
         pytest.importorskip("sklearn")
     with pytest.raises(ConfigError) as caught:
         plan(load("arithmetic", [override]))
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
+    said = str(caught.value)
+    assert message in said
+    assert said.removeprefix("arithmetic: ").startswith(override.partition("=")[0].partition(".")[0])
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_every_recipe_of_the_package_has_a_plan(name):
+    found = plan(load(name))
+    assert str(found.report) == "06-report/report"
+    assert found.main in found.arms
 
 
 @pytest.mark.parametrize("recipe", ["arithmetic", "arithmetic-skewed", "code", "math", "medical", "smollm2-math"])
@@ -72,21 +96,3 @@ def test_recipes_of_the_package_aim_at_rows_of_their_own(recipe):
     assert config.data.reference is not None
     assert config.data.reference != config.data.seeds
     assert len(config.student.seeds) >= (3 if recipe != "smollm2-math" else 1)
-    plan(config)
-
-
-def test_yaml_merges_and_home(tmp_path):
-    path = tmp_path / "recipe.yaml"
-    path.write_text(
-        "domain: arithmetic\n"
-        "data:\n"
-        '  evaluation: &rows {source: "world:1", limit: 10}\n'
-        "  seeds: {<<: *rows, limit: 20}\n"
-        "generator: {model: world:base}\n"
-        "student: {model: world:base}\n"
-        "output: ~/runs\n"
-    )
-    config = load(path)
-    assert (config.data.seeds.source, config.data.seeds.limit) == ("world:1", 20)
-    assert "~" not in config.output
-    plan(config)

@@ -4,9 +4,11 @@ import logging
 from collections import Counter
 
 import pytest
+from fakes import written
 
 from acqsynth.domains import Sample
 from acqsynth.engines import Sampling
+from acqsynth.rewards.gates import Check, Labelled
 from acqsynth.write import best, candidates, passing, prompts, write
 
 SEEDS = [Sample(f"{i}+{i}", str(2 * i)) for i in range(7)]
@@ -67,24 +69,20 @@ class Large:
 def test_gates_speak_in_order():
     samples = [Sample("q", str(i)) for i in (4, 5, 9, 6)]
     dropped = Counter()
-    even = type("Even", (), {"name": "even", "__call__": lambda self, rows: [int(r.answer) % 2 == 0 for r in rows]})()
+    even = Check("even", lambda sample: int(sample.answer) % 2 == 0)
     assert passing([Large(), even], samples, dropped) == [samples[3]]
     assert dropped == {"gate large": 1, "gate large could not tell": 1, "gate even": 1}
     assert passing([Large()], [], dropped) == []
 
 
 def test_a_gate_may_pass_a_sample_as_another():
-    doubled = type("Doubled", (), {"name": "doubled", "__call__": lambda self, rows: [_doubled(row) for row in rows]})()
+    doubled = Labelled(lambda samples: [Sample("q", str(2 * int(sample.answer))) for sample in samples])
     dropped = Counter()
     assert passing([doubled, Large()], [Sample("q", "2"), Sample("q", "3")], dropped) == [Sample("q", "6")]
     assert dropped == {"gate large": 1}
 
 
-def _doubled(sample):
-    return Sample(sample.question, str(2 * int(sample.answer)))
-
-
-def test_what_is_kept_and_why_the_rest_is_not(sums, scripted, written):
+def test_what_is_kept_and_why_the_rest_is_not(sums, scripted):
     texts = [
         written("1+4", 5),
         "no sample",
@@ -109,7 +107,7 @@ def test_what_is_kept_and_why_the_rest_is_not(sums, scripted, written):
     assert gate.archive == ["1+4", "1+ 4", "3+4"]
 
 
-def test_rounds_go_on_with_new_seeds_until_there_are_enough(sums, scripted, written):
+def test_rounds_go_on_with_new_seeds_until_there_are_enough(sums, scripted):
     def says(prompt, i, seed):
         return written(f"{seed}+{prompt[0]['content'][-1]}", seed) if i == 0 else "no sample"
 
@@ -126,7 +124,7 @@ def test_rounds_go_on_with_new_seeds_until_there_are_enough(sums, scripted, writ
     assert found.completions == 14
 
 
-def test_a_round_asks_no_more_prompts_than_it_needs(sums, scripted, written):
+def test_a_round_asks_no_more_prompts_than_it_needs(sums, scripted):
     engine = scripted(lambda prompt, i, seed: written(f"{i}+{prompt[0]['content'][-1]}", i))
     found = write(engine, sums, ASK, Sampling(n=3), rows=4)
     assert [len(asked) for asked, _ in engine.calls] == [2]
@@ -160,7 +158,7 @@ def test_nothing_to_do(sums, scripted, options, message):
 
 
 @pytest.fixture
-def engine(scripted, written):
+def engine(scripted):
     texts = [
         [written("1+1", 2), written("2+3", 5), "no sample"],
         [written("bad 9+9", 18), written("6+7", 13), written("2+2", 4)],

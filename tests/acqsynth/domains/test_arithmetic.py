@@ -14,33 +14,12 @@ from acqsynth.domains.base import Sample
 
 WORLD = Arithmetic()
 
-#: Worked out by hand, independently of the code under test.
-KNOWN = {
-    "copy 407": "407",
-    "even 998": "yes",
-    "even 301": "no",
-    "larger 38 41": "41",
-    "larger 77 77": "77",
-    "add 95 9": "104",
-    "add 10 1": "11",
-    "sort 274": "742",
-    "sort 100": "100",
-    "median 7 0 4": "4",
-    "median 9 9 1": "9",
-    "double 505": "1010",
-}
-
-
-@pytest.mark.parametrize(("question", "answer"), KNOWN.items())
-def test_truth_by_hand(question, answer):
-    assert WORLD.truth(question) == answer
-    assert skill_of(question) == question.split()[0]
-
 
 def test_every_answer_against_another_computation():
     for split in SPLITS:
         for skill in SKILLS.values():
             for question in skill.questions[split]:
+                assert skill_of(question) == skill.name
                 _, *words = question.split()
                 a, b = int(words[0]), int(words[-1])
                 expected = {
@@ -227,10 +206,6 @@ def test_load_a_file(tmp_path):
         WORLD.load(str(path))
     with pytest.raises(FileNotFoundError):
         WORLD.load(str(tmp_path / "none.jsonl"))
-
-
-def test_it_is_registered():
-    assert isinstance(domain("arithmetic"), Arithmetic)
 
 
 def test_the_skewed_world_differs_in_its_traps_alone():

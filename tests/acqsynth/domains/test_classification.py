@@ -7,11 +7,12 @@ from collections import Counter
 import pytest
 
 from acqsynth import write
+from acqsynth.config import DataConfig
 from acqsynth.domains import Sample, domain
 from acqsynth.domains.classification import Classification
 from acqsynth.rewards.gates import default_gates
 from acqsynth.stages import collect_rows
-from acqsynth.steps import read_rows
+from acqsynth.steps import StepContext, read_rows
 
 LABELS = ["card", "card_arrival", 'say "hi", then go', "Refund_not_showing_up", "reverted_card_payment?"]
 
@@ -211,22 +212,7 @@ def test_gates_refuse_what_is_no_new_row():
         assert list(gates[name]([fine, sample])) == [True, False], name
 
 
-class _Context:
-    """The part of a step context that ``collect_rows`` uses."""
-
-    def __init__(self, folder):
-        self.folder, self.said, self.files = folder, [], {}
-
-    def say(self, line):
-        self.said.append(line)
-
-    def write(self, name, content):
-        self.files[name] = content
-
-
 def test_a_test_row_in_the_training_pool_is_left_out(tmp_path):
-    from acqsynth.config import DataConfig
-
     def file(name, rows):
         lines = "".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in rows)
         (tmp_path / name).write_text(lines)
@@ -235,11 +221,10 @@ def test_a_test_row_in_the_training_pool_is_left_out(tmp_path):
     test = file("test.jsonl", [("Where is it?", "card_arrival"), ("Why?", "card")])
     pool = file("pool.jsonl", [("where  is it?", "card"), ("How?", "card"), ("How long?", "card"), ("Who?", "x")])
     data = DataConfig(evaluation=test, seeds=pool, real={**pool, "per_label": 1, "skip": 1})
-    context = _Context(tmp_path)
-    collect_rows(context, domain="classification", data=data, others={}, limit=None)
+    collect_rows(StepContext(tmp_path), domain="classification", data=data, others={}, limit=None)
     assert [s.question for s in read_rows(tmp_path / "seeds.parquet")] == ["How?", "How long?", "Who?"]
     assert [s.question for s in read_rows(tmp_path / "real.parquet")] == ["How?"]
-    assert context.files["rows.json"]["seeds"] == {"rows": 3, "left_out": 1}
+    assert json.loads((tmp_path / "rows.json").read_text())["seeds"] == {"rows": 3, "left_out": 1}
 
 
 @pytest.mark.parametrize(("name", "labels", "share"), [("banking77", 77, 0.001), ("clinc150", 150, 0.002)])

@@ -46,23 +46,8 @@ FRAGMENTS = [
         "#",
     ),
     *("1", "1,000", "0.5", "-3/4", "9" * 50, "\u0661", "\uff11", "\u200b", "\u0301", "\ud800", "\x00", "\r", "\u2028"),
-    *(
-        "What is ",
-        "?",
-        "or",
-        "and",
-        "not ",
-        " ",
-        "\t",
-        "  ",
-        "&amp;",
-        "&#0;",
-        "<b>",
-        "1. ",
-        "(1)",
-        "1+" * 400,
-        "(" * 300,
-    ),
+    *("What is ", "?", "or", "and", "not ", " ", "\t", "  ", "&amp;", "&#0;", "<b>", "1. ", "(1)"),
+    *("#", "1+" * 400, "(" * 300),
 ]
 texts = st.one_of(
     st.text(max_size=200),
@@ -139,18 +124,8 @@ values = st.recursive(
 )
 columns = st.sampled_from(
     [
-        "question",
-        "answer",
-        "reasoning",
-        "problem",
-        "solution",
-        "text",
-        "code",
-        "test_list",
-        "prompt",
-        "test",
-        "cop",
-        "opa",
+        *("question", "answer", "reasoning", "problem", "solution", "text"),
+        *("code", "test_list", "prompt", "test", "cop", "opa"),
     ]
 )
 rows = st.dictionaries(columns, values, max_size=6)

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from fakes import written
 
 from acqsynth.integrations.openrlhf import response_of, reward_func
 from acqsynth.integrations.scorer import REWARD_VARIABLE
@@ -15,12 +16,12 @@ PROMPT = "<|im_start|>user\nLike this: <question>A?</question><answer>1</answer>
 
 
 def text(answer):
-    return f"<question>What is it?</question><answer>{answer}</answer><|im_end|>"
+    return written("What is it?", answer) + "<|im_end|>"
 
 
-def one(answer, prompt=PROMPT):
+def one(answer):
     """Calls the reward as OpenRLHF does for one response, with lists of length one."""
-    return reward_func([prompt + text(answer)], [prompt], [""])
+    return reward_func([PROMPT + text(answer)], [PROMPT], [""])
 
 
 def checked(result, n):
@@ -82,11 +83,8 @@ def test_a_missing_reward_never_raises(monkeypatch, caplog, value):
 
 def test_lists_of_different_length_never_raise(built):
     assert checked(reward_func([PROMPT + text(4)] * 2, [PROMPT], [""]), 2)["extra_logs"]["masked"].tolist() == [1, 1]
-    assert checked_empty(reward_func([], [], []))
-
-
-def checked_empty(result):
-    return all(len(values) == 0 for values in (result["rewards"], result["scores"], *result["extra_logs"].values()))
+    empty = reward_func([], [], [])
+    assert {len(v) for v in (empty["rewards"], empty["scores"], *empty["extra_logs"].values())} == {0}
 
 
 @pytest.mark.parametrize(

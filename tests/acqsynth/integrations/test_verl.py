@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import functools
 import inspect
 import logging
 import math
@@ -13,13 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fakes import written
 
 from acqsynth.integrations import verl
 from acqsynth.integrations.scorer import REWARD_VARIABLE
 
-
-def text(answer):
-    return f"<question>What is it?</question><answer>{answer}</answer>"
+text = functools.partial(written, "What is it?")
 
 
 async def batch(texts, infos=None):

@@ -288,7 +288,7 @@ def test_what_the_base_student_knew_is_shown_for_every_arm():
     strong = Answers(np.array([1.0, 0.0] * 20), SKILLS)  # can add, cannot sort
 
     def fitted(adds):
-        return Answers(np.array([1.0 if i < adds else 0.0 for i in range(20) for _ in range(1)]).repeat(2), SKILLS)
+        return Answers(np.array([1.0 if i < adds else 0.0 for i in range(20)]).repeat(2), SKILLS)
 
     arms = {"grpo": (8, 9, 10), "no_rl": (20, 20, 20)}
     found = measures.collect(

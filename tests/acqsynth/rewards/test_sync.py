@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import pickle
-import subprocess
-import sys
-from pathlib import Path
+import multiprocessing
 
+import torch
 from fakes import PlainDomain
 
 from acqsynth.rewards import ComposedReward, Diversity, NgramEmbedder
@@ -16,17 +14,6 @@ TOPICS = ("a saddle", "a violin", "iron ore", "copper", "a window", "gardens", "
 # Groups of four on ranks of six: the second group spans both ranks.
 PROMPTS = [prompt for prompt in "pqr" for _ in range(4)]
 CALLS = [[f"What is {TOPICS[(3 * i + shift) % 8]} worth in {i} years?" for i in range(12)] for shift in (0, 1)]
-
-RANK = """
-import pickle, sys, torch.distributed as dist
-rank, store, result, *sources = int(sys.argv[1]), *sys.argv[2:]
-sys.path[:0] = sources
-from test_sync import calls
-dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-pickle.dump(calls(slice(6 * rank, 6 * rank + 6), sync=True), open(result, "wb"))
-dist.barrier()
-dist.destroy_process_group()
-"""
 
 
 def worth(samples):
@@ -55,21 +42,18 @@ def calls(part, sync):
     return [*found, archive.tolist(), state["parts"]["gate/new"], state["history"], state["length_bins"]]
 
 
+def on_rank(rank, store):
+    """The calls of one of two ranks, each of which scores half of the completions."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    found = calls(slice(6 * rank, 6 * rank + 6), sync=True)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    return found
+
+
 def test_two_ranks_are_one(tmp_path):
-    here = Path(__file__).parent
-    sources = [str(here), str(here.parent / "support")]
-    results = [tmp_path / f"rank{rank}" for rank in range(2)]
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(rank), str(tmp_path / "store"), str(result), *sources],
-            stderr=subprocess.PIPE,
-        )
-        for rank, result in enumerate(results)
-    ]
-    for process in ranks:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors.decode()
-    first, second = (pickle.loads(result.read_bytes()) for result in results)
+    with multiprocessing.get_context("fork").Pool(2) as pool:  # forking avoids repeated imports
+        first, second = pool.starmap_async(on_rank, [(rank, tmp_path / "store") for rank in (0, 1)]).get(120)
     whole = calls(slice(None), sync=False)
     for i in range(2):
         assert first[i] + second[i] == whole[i]
