@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 
 from acqcore.backends import Backend, Gram, HeadRows
-from acqcore.backends.scatter import on_device
 from acqcore.head import Head, compute_dtype
+from acqcore.kept import on_device
 from acqcore.row_stats import MAX, RowStats, over_vocabulary, own_stats
 from acqcore.vocab_parallel import summed
 

@@ -229,6 +229,16 @@ def checked_backend(
     checks.hidden(hidden, head.weight)
     checks.targets(targets, hidden, "hidden")
     checks.positive("temperature", temperature)
+    return chosen_backend(hidden, head, backend, op)
+
+
+def chosen_backend(
+    hidden: torch.Tensor,  # [N, D]
+    head: Head,
+    backend: str | None,
+    op: str,
+) -> Backend:
+    """The backend that serves these rows for ``op``; raises as :func:`acqcore.backends.select`."""
     shape = (hidden.shape[0], head.weight.shape[0])
     return select_backend(backend, hidden.device, (hidden.dtype, head.weight.dtype), op, shape)
 
@@ -309,8 +319,8 @@ def logit_stats(
     checks.logits(logits)
     checks.targets(targets, logits, "logits")
     checks.positive("temperature", temperature)
-    shape = (logits.shape[0], logits.shape[1])
-    chosen = select_backend(backend, logits.device, (logits.dtype,), "logit_stats", shape)
+    n, vocab = logits.shape
+    chosen = select_backend(backend, logits.device, (logits.dtype,), "logit_stats", (n, vocab))
     state, index = empty_state(logits)
     _logit_stats_op(logits.detach(), targets, temperature, chosen.name, state, index)
     return RowStats(state, index, targets, None, compute_dtype(logits.dtype))

@@ -24,9 +24,10 @@ import torch
 import triton
 import triton.language as tl
 
+from acqcore.kept import kept, on_device
 from acqcore.kernels.config import Tiles
 from acqcore.kernels.fold import LOG2E, LOWEST, widen
-from acqcore.kernels.product import Product, descriptor, has_descriptor, kept_tables, logit_tile, place, to_device
+from acqcore.kernels.product import TABLES, Product, descriptor, has_descriptor, logit_tile, place
 
 #: Size of the ring, and maximum number of rows that share it.
 RING_BYTES = 54 << 20
@@ -399,7 +400,7 @@ def grams(
         )  # fmt: skip
 
 
-@kept_tables
+@kept(TABLES)
 def gram_tables(
     lengths: tuple[int, ...],
     starts: tuple[int, ...],
@@ -414,4 +415,4 @@ def gram_tables(
     sides = [triton.cdiv(rows, tile) for rows in lengths]
     triples = [(i, s, t) for i, side in enumerate(sides) for s in range(side) for t in range(s, side)]
     tiles = torch.tensor(triples, dtype=torch.int32).T.contiguous()
-    return to_device(samples, device), to_device(owner, device), to_device(tiles, device)
+    return on_device(samples, device), on_device(owner, device), on_device(tiles, device)

@@ -24,9 +24,10 @@ import torch
 import triton
 import triton.language as tl
 
+from acqcore.kept import kept, on_device
 from acqcore.kernels.config import GramTiles
 from acqcore.kernels.fold import INV_SCALE, LOG2E, LOWEST, empty_state, fold, merge, store_state
-from acqcore.kernels.product import GATHER_TILE, Product, empty_rows, kept_tables, logit_tile, place, to_device
+from acqcore.kernels.product import GATHER_TILE, TABLES, Product, empty_rows, logit_tile, place
 
 #: Slots per block, and maximum rows of a sample.
 BLOCK = 128
@@ -307,7 +308,7 @@ class Part:
     first_slot: int  # among the slots of all parts
 
 
-@kept_tables
+@kept(TABLES)
 def parts(
     bounds: tuple[tuple[int, int], ...],
     starts: tuple[int, ...],
@@ -318,7 +319,7 @@ def parts(
     blocks = pack([end - begin for begin, end in bounds])
     if not blocks:
         return ()
-    slots, samples = (to_device(table, device) for table in tables(blocks, bounds, starts))
+    slots, samples = (on_device(table, device) for table in tables(blocks, bounds, starts))
     at_once = triton.cdiv(len(blocks), triton.cdiv(len(blocks), most))
     found, done = [], 0
     for first in range(0, len(blocks), at_once):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import triton
@@ -19,8 +17,6 @@ from acqcore.kernels.fold import LOG2E, widen
 GATHER_TILE = 1 << 14
 #: Number of batch shapes whose tables stay on the device.
 TABLES = 64
-
-T = TypeVar("T")
 
 
 @triton.jit
@@ -311,32 +307,3 @@ def chunk_rows(n: int, row_bytes: int, multiple: int, scratch_bytes: int) -> int
     blocks, most = triton.cdiv(n, multiple), max(scratch_bytes // row_bytes // multiple, 1)
     chunks = max(triton.cdiv(blocks, most), 1)
     return max(triton.cdiv(blocks, chunks), 1) * multiple
-
-
-def to_device(table: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy a host table to ``device`` without waiting for running work."""
-    if device.type != "cuda":
-        return table.to(device)
-    return table.pin_memory().to(device, non_blocking=True)
-
-
-def kept_tables(build: Callable[..., T]) -> Callable[..., T]:
-    """Cache ``build(*shape, device)``, which creates tables on a device, per shape and stream.
-
-    Nothing is cached during CUDA graph capture, as tables copied then have their values only in replays.
-    """
-
-    @functools.lru_cache(maxsize=TABLES)
-    def for_stream(stream: int, *arguments: Any) -> T:
-        return build(*arguments)
-
-    @functools.wraps(build)
-    def tables(*arguments: Any) -> T:
-        device = arguments[-1]
-        if device.type != "cuda":
-            return for_stream(0, *arguments)
-        if torch.cuda.is_current_stream_capturing():
-            return build(*arguments)
-        return for_stream(torch.cuda.current_stream(device).cuda_stream, *arguments)
-
-    return tables

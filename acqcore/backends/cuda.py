@@ -17,10 +17,10 @@ from acqcore.backends.base import Gram, HeadRows, Probes
 from acqcore.backends.chunked import Chunked
 from acqcore.backends.extension import constant_when_compiled, core, matrix, pointer
 from acqcore.backends.precision import float32_products
-from acqcore.backends.scatter import on_device
 from acqcore.backends.slots import BLOCK, slot_table
 from acqcore.backends.triton import Triton
 from acqcore.head import Head
+from acqcore.kept import on_device
 
 #: Block of logits that row_stats holds: at most 1024 rows x 8192 columns, 32 MiB in float32.
 BLOCK_ROWS = 1024

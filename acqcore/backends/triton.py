@@ -22,8 +22,8 @@ from acqcore import checks
 from acqcore.backends.base import DrawRows, Dropout, Gram, HeadRows, Probes
 from acqcore.backends.chunked import Chunked
 from acqcore.backends.extension import constant_when_compiled
-from acqcore.backends.scatter import on_device
 from acqcore.head import Head
+from acqcore.kept import on_device
 from acqcore.philox import threshold
 
 if TYPE_CHECKING:
