@@ -11,7 +11,7 @@ from acqcore.acquisitions import LinearOptions
 from acqcore.acquisitions.epig import EpigOptions
 from acqcore.acquisitions.needs import WEIGHT_VARIANCE
 from acqcore.defaults import standard_defaults
-from acqcore.gradients.epig import EpigReference, sketch_needs
+from acqcore.gradients.reference import EpigReference, sketch_needs
 from acqcore.gradients.selection import select_linear, shapes_of
 from acqcore.literals import Layers
 from acqcore.scoring.api import score
