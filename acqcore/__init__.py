@@ -21,9 +21,10 @@ from acqcore.literals import Reduction
 from acqcore.row_stats import RowStats, logit_stats, row_stats
 from acqcore.scores import Scores
 from acqcore.scoring.api import check_request, score, score_stream
-from acqcore.scoring.epig import epig, epig_reference
 from acqcore.scoring.gradients import (
     badge_embedding,
+    epig,
+    epig_reference,
     grad_norm,
     grad_sketch,
     influence,

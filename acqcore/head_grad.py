@@ -24,7 +24,6 @@ import torch
 from acqcore import checks
 from acqcore.backends import Backend, HeadRows
 from acqcore.backends.scatter import add_segments
-from acqcore.column_hash import ColumnHash, column_hash
 from acqcore.defaults import standard_defaults
 from acqcore.head import Head, compute_dtype
 from acqcore.head_visit import FORMS, visit
@@ -43,7 +42,7 @@ from acqcore.row_stats import (
     row_stats,
     stats_of,
 )
-from acqcore.signs import rotated_places
+from acqcore.signs import ColumnHash, column_hash, rotated_places
 from acqcore.vocab_parallel import summed
 
 #: [begin, end) rows of each of B samples, on the host.

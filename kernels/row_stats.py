@@ -85,21 +85,9 @@ def product_fold(
         if HAS_TARGETS:
             holds = holds_target(row_targets, begin, BLOCK_N)
         top, second, r, s1, s2, s11, index, target, _, _ = fold(
-            z,
-            begin,
-            row_targets,
-            holds,
-            top,
-            second,
-            r,
-            s1,
-            s2,
-            s11,
-            index,
-            target,
-            HAS_TARGETS,
+            z, begin, row_targets, holds, top, second, r, s1, s2, s11, index, target, HAS_TARGETS,
             HAS_BIAS or not EVEN_V,
-        )
+        )  # fmt: skip
     store_state(partial, partial_index, split, splits, n, rows, top, second, r, s1, s2, s11, index, target)
 
 

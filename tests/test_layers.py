@@ -36,7 +36,6 @@ ALLOWED: dict[str, set[str]] = {
     "backends": {"_core", "checks", "head", "kept", "kernels", "philox", "vocab_parallel"},
     "bayes": {"backends", "checks", "defaults", "head", "head_grad", "kept", "literals", "vocab_parallel"},
     "checks": set(),
-    "column_hash": {"backends", "kept", "signs"},
     "costs": {"acquisitions", "checks", "gradients", "literals", "scoring", "selection", "students"},
     "files": {"checks", "literals", "scoring", "selection", "students"},
     "defaults": set(),
@@ -44,7 +43,6 @@ ALLOWED: dict[str, set[str]] = {
     "gradients": {
         "backends",
         "checks",
-        "column_hash",
         "fisher",
         "head",
         "head_grad",
@@ -59,7 +57,6 @@ ALLOWED: dict[str, set[str]] = {
     "head_grad": {
         "backends",
         "checks",
-        "column_hash",
         "defaults",
         "head",
         "head_visit",
@@ -95,7 +92,7 @@ ALLOWED: dict[str, set[str]] = {
         "students",
     },
     "selection": {"checks", "defaults", "literals", "scores"},
-    "signs": {"kept"},
+    "signs": {"backends", "kept"},
     "students": {"backends", "checks", "defaults", "head", "literals", "vocab_parallel"},
     "testing": {"head", "row_stats"},
     "vocab_parallel": {"checks", "head"},

@@ -22,12 +22,11 @@ from torch import nn
 
 from acqcore.backends.precision import float32_products
 from acqcore.backends.scatter import add_at
-from acqcore.column_hash import ColumnHash, column_hash
 from acqcore.gradients.head_pass import HeadPass
 from acqcore.head import compute_dtype
 from acqcore.head_grad import head_places
 from acqcore.kept import kept
-from acqcore.signs import hashed_places, random_signs
+from acqcore.signs import ColumnHash, column_hash, hashed_places, random_signs
 
 #: Most elements of per-sample weight gradients that the direct form holds at a time (64 MiB in float32).
 CHUNK_ELEMENTS = 1 << 24
