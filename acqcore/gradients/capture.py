@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from acqcore import checks
-from acqcore.gradients.measures import DenseGrad, GradPiece, RowGrad, merged
+from acqcore.gradients.measures import DenseGrad, GradPiece, RowGrad, SiteSquares, merged
 from acqcore.gradients.rules import ModuleCall, Uncovered, is_linear
 from acqcore.head import compute_dtype
 from acqcore.students.blocks import first_tensor, with_first
@@ -40,17 +40,6 @@ class PieceTaker(Protocol):
         factor: torch.Tensor | None,  # [B]
     ) -> None:
         """Receive the gradient of a selected parameter, not yet multiplied by each sample's ``factor``."""
-
-
-class SiteTaker(Protocol):
-    def add_site(
-        self,
-        module: nn.Module,
-        value: torch.Tensor,  # [B, ..., D] or [B * T, D]
-        gradient: torch.Tensor,  # same shape
-        factor: torch.Tensor | None,  # [B]
-    ) -> None:
-        """Receive a site's output and its gradient, not yet multiplied by each sample's ``factor``."""
 
 
 class Capture:
@@ -97,7 +86,7 @@ class Capture:
         self._ran_sites = 0
         # State of a backward.
         self._of_parameters: Sequence[PieceTaker] = ()
-        self._of_sites: Sequence[SiteTaker] = ()
+        self._of_sites: Sequence[SiteSquares] = ()
         self._last = True
         self._pending: dict[str, list[GradPiece]] = {}
         self._arrived: set[str] = set()
@@ -170,7 +159,7 @@ class Capture:
         hidden: torch.Tensor,  # [B, T, D] of forward
         gradient: torch.Tensor,  # [B, T, D]
         of_parameters: Sequence[PieceTaker],
-        of_sites: Sequence[SiteTaker],
+        of_sites: Sequence[SiteSquares],
         last: bool = True,
     ) -> None:
         """Pass each parameter's piece to ``of_parameters`` as soon as it is complete, and each site's gradient to

@@ -101,7 +101,7 @@ class SquaredNorm:
     def __init__(self, batch: int, device: torch.device) -> None:
         self._squares = [torch.zeros(batch, dtype=torch.float64, device=device)]  # [B] each
         self._scaled: list[torch.Tensor] = []  # [B] each, of gradients still to be multiplied by ``_factor``
-        self._factor: torch.Tensor | None = None  # [B], that of the backward which all these pieces come from
+        self._factor: torch.Tensor | None = None  # [B], of the backward that gave these pieces
 
     def add(self, name: str, piece: GradPiece, factor: torch.Tensor | None) -> None:
         if isinstance(piece, OuterGrad):
@@ -288,7 +288,7 @@ class SiteSquares:
         module: nn.Module,
         value: torch.Tensor,  # [B, ..., D] or [B * T, D]
         gradient: torch.Tensor,  # same shape
-        factor: torch.Tensor | None,  # [B], of the gradient
+        factor: torch.Tensor | None,  # [B], by which each sample's gradient is still to be multiplied
     ) -> None:
         if module not in self._sites:
             return

@@ -339,7 +339,7 @@ def _finished(
     measure: Measure,
     counts: torch.Tensor,  # [B]
 ) -> torch.Tensor:
-    """Convert what was measured under ``loss`` to the need's loss (a factor of the token count); ``[B, ...]``."""
+    """Convert a measure under ``loss`` to the need's loss (a factor of the token count); ``[B, ...]``."""
     values = measure.values.clamp_min(0).sqrt() if need.dim is None else measure.values
     if need.loss != loss:
         scale = counts.double() if need.loss == "sum" else counts.double().reciprocal()

@@ -167,7 +167,7 @@ class ModuleCall:
             if unit is None:
                 zero = output(0.0)
                 normalised = output(1.0) - zero
-                if bool(normalised.any()):  # zeros tell nothing
+                if bool(normalised.any()):  # zeros fit both
                     if not bool(zero.any()):
                         _UNITS[self.module] = 1.0
                     elif torch.equal(zero, normalised):

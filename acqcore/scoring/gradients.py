@@ -1,4 +1,4 @@
-"""Gradients of a student's samples: their norms and sketches, and what the samples tell about a reference set."""
+"""Gradients of a student's samples: norms, sketches, and comparisons with a reference set."""
 
 from __future__ import annotations
 
