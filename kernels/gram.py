@@ -147,7 +147,7 @@ def gram_fold(
     slots = tl.arange(0, BLOCK_M)
     rows = first_row + slots
     row_targets = tl.load(targets + rows)
-    top, second, r, s1, s2, s11, index, target = empty_state(BLOCK_M)
+    state = empty_state(BLOCK_M)
     g = tl.zeros((BLOCK_M, BLOCK_M), tl.float32)
     gram_at = grams + (block * splits + split).to(tl.int64) * (BLOCK_M * BLOCK_M)
     gram_at += slots[:, None] * BLOCK_M + slots[None, :]
@@ -162,10 +162,7 @@ def gram_fold(
             DESCRIPTORS, UPCAST, PRECISION,
         )  # fmt: skip
         special = tl.load(marks + first_row + mark, mask=mark < BLOCK_M, other=NO_TARGET) - begin
-        top, second, r, s1, s2, s11, index, target, e, c = fold(
-            z, begin, row_targets, special < BLOCK_N, top, second, r, s1, s2, s11, index, target, True,
-            HAS_BIAS or not EVEN_V,
-        )  # fmt: skip
+        state, e, c = fold(z, begin, row_targets, special < BLOCK_N, state, True, HAS_BIAS or not EVEN_V)
         if HAS_CAP:
             tanh = tl.maximum(z, -cap) / cap
             e *= 1 - tanh * tanh
@@ -188,7 +185,7 @@ def gram_fold(
             tl.debug_barrier()  # other threads may load these values
     if RESIDENT:
         tl.store(gram_at, g)
-    store_state(partial, partial_index, split, splits, n, rows, top, second, r, s1, s2, s11, index, target)
+    store_state(partial, partial_index, split, splits, n, rows, state)
 
 
 @triton.jit(do_not_specialize=["first_slot", "number"], do_not_specialize_on_alignment=["tops"])

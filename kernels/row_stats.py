@@ -71,7 +71,7 @@ def product_fold(
     row_targets = rows
     if HAS_TARGETS:
         row_targets = tl.load(targets + rows, mask=rows < n, other=-1)
-    top, second, r, s1, s2, s11, index, target = empty_state(BLOCK_M)
+    state = empty_state(BLOCK_M)
     first_tile = split * split_tiles
     last_tile = min(first_tile + split_tiles, tl.cdiv(vocab, BLOCK_N))
     for tile in tl.range(first_tile, last_tile, flatten=FLATTEN):
@@ -84,11 +84,8 @@ def product_fold(
         holds = False
         if HAS_TARGETS:
             holds = holds_target(row_targets, begin, BLOCK_N)
-        top, second, r, s1, s2, s11, index, target, _, _ = fold(
-            z, begin, row_targets, holds, top, second, r, s1, s2, s11, index, target, HAS_TARGETS,
-            HAS_BIAS or not EVEN_V,
-        )  # fmt: skip
-    store_state(partial, partial_index, split, splits, n, rows, top, second, r, s1, s2, s11, index, target)
+        state, _, _ = fold(z, begin, row_targets, holds, state, HAS_TARGETS, HAS_BIAS or not EVEN_V)
+    store_state(partial, partial_index, split, splits, n, rows, state)
 
 
 def row_stats(

@@ -41,7 +41,7 @@ def take_tile(
     high,  # one past the last
     scale,
     cap,
-    state,  # of the rows, ordered as in ``fold.empty_state``
+    state,  # of the rows, as from ``empty_state``
     buckets,  # [ROWS, COLUMNS] float32
     WHOLE: tl.constexpr,  # all columns count
     HAS_BIAS: tl.constexpr,
@@ -64,10 +64,7 @@ def take_tile(
         z = tanh(z) * cap
     if not WHOLE:
         z = tl.where(inside[None, :], z, float("-inf"))
-    top, second, r, s1, s2, s11, index, target = state
-    top, second, r, s1, s2, s11, index, target, e, c = fold(
-        z, begin, targets, holds, top, second, r, s1, s2, s11, index, target, True, HAS_BIAS or not WHOLE
-    )
+    state, e, c = fold(z, begin, targets, holds, state, True, HAS_BIAS or not WHOLE)
     if HAS_CAP:
         slope = tl.maximum(z, -cap) / cap
         e *= 1 - slope * slope
@@ -80,7 +77,7 @@ def take_tile(
         of_column = tl.load(places + columns, mask=inside, other=0)
         sign = tl.where(inside, tl.where(of_column < 0, -1.0, 1.0), 0.0)
     buckets = buckets * c[:, None] + e * sign[None, :]
-    return (top, second, r, s1, s2, s11, index, target), buckets
+    return state, buckets
 
 
 @triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["count"])
@@ -166,7 +163,7 @@ def sketch_fold(
                 )  # fmt: skip
     at = sums + (share.to(tl.int64) * n + rows)[:, None] * dim + first_place + column[None, :]
     tl.store(at, buckets, mask=(rows < n)[:, None] & (column < width)[None, :])
-    store_state(partial, partial_index, split, splits, n, rows, *state)
+    store_state(partial, partial_index, split, splits, n, rows, state)
 
 
 @triton.jit(
