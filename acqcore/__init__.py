@@ -13,18 +13,18 @@ from acqcore.acquisitions import Acquisition, register
 from acqcore.backends import BackendInfo
 from acqcore.bayes import BayesStats, ensemble_stats, mutual_information
 from acqcore.files.data import records
-from acqcore.gradients.epig import EpigReference
 from acqcore.gradients.laplace import LaplacePosterior
-from acqcore.gradients.reference import Reference
+from acqcore.gradients.reference import EpigReference, Reference
 from acqcore.head import Head
 from acqcore.head_grad import head_grad_norm, hidden_grad, hidden_grad_norm
 from acqcore.literals import Reduction
 from acqcore.row_stats import RowStats, logit_stats, row_stats
 from acqcore.scores import Scores
 from acqcore.scoring.api import check_request, score, score_stream
-from acqcore.scoring.epig import epig, epig_reference
 from acqcore.scoring.gradients import (
     badge_embedding,
+    epig,
+    epig_reference,
     grad_norm,
     grad_sketch,
     influence,

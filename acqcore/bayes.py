@@ -27,13 +27,12 @@ from acqcore import checks
 from acqcore.backends import DrawRows, Dropout, get as get_backend, select as select_backend
 from acqcore.backends.chunked_mixture import mixture_in_chunks
 from acqcore.backends.precision import float32_products
-from acqcore.backends.scatter import on_device
 from acqcore.defaults import standard_defaults
 from acqcore.head import Head, compute_dtype
 from acqcore.head_grad import sample_of_rows
+from acqcore.kept import on_device
+from acqcore.literals import Form
 from acqcore.vocab_parallel import check_tiling, group_ranks
-
-FORMS = ("element", "block")
 
 #: Rows of ``BayesStats.state``.
 STATE_ROWS = ("expected_entropy", "information", "reverse", "log_target", "sum_sq", "spread")
@@ -170,7 +169,7 @@ def mutual_information(
     """
     checks.dropout(dropout)
     checks.draws(draws)
-    checks.one_of("form", form, FORMS)
+    checks.literal("form", form, Form)
     checks.positive_int("block", block)
     checks.seed(seed)
     checks.instance("head", head, Head, "acqcore.Head")
@@ -260,21 +259,15 @@ def _mixture_stats(
             mixture_in_chunks(chosen, DrawRows(hidden, heads, of_vocabulary, draws, dropout, state, votes))
         return BayesStats(state, votes, targets, dtype)
     places = None if dropout is None else torch.stack([dropout.samples, dropout.positions])
-    p, form, block, seed = (0.0, FORMS[0], 1, 0) if dropout is None else _numbers(dropout)
+    p, form, block, seed = 0.0, "element", 1, 0
+    if dropout is not None:
+        p, form, block, seed = float(dropout.p), dropout.form, dropout.block, dropout.seed
+    biases = [None if h.bias is None else h.bias.detach() for h in heads]
     _mixture_stats_op(
-        hidden.detach(), [h.weight.detach() for h in heads], [_detached(h.bias) for h in heads],
-        targets, head.softcap, head.scale, head.vocab_start, head.vocab_size, draws, places, p, form, block, seed,
-        chosen.name, state, votes,
+        hidden.detach(), [h.weight.detach() for h in heads], biases, targets, head.softcap, head.scale,
+        head.vocab_start, head.vocab_size, draws, places, p, form, block, seed, chosen.name, state, votes,
     )  # fmt: skip
     return BayesStats(state, votes, targets, dtype)
-
-
-def _detached(bias: torch.Tensor | None) -> torch.Tensor | None:
-    return None if bias is None else bias.detach()
-
-
-def _numbers(dropout: Dropout) -> tuple[float, str, int, int]:
-    return float(dropout.p), dropout.form, dropout.block, dropout.seed
 
 
 @torch.library.custom_op("acqcore::mixture_stats", mutates_args=("state", "votes"))

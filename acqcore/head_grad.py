@@ -22,29 +22,28 @@ from typing import TypeAlias
 import torch
 
 from acqcore import checks
-from acqcore.backends import Backend, HeadRows, select as select_backend
-from acqcore.backends.scatter import add_segments, on_device
-from acqcore.column_hash import ColumnHash, column_hash
+from acqcore.backends import Backend, HeadRows
+from acqcore.backends.scatter import add_segments
 from acqcore.defaults import standard_defaults
 from acqcore.head import Head, compute_dtype
 from acqcore.head_visit import FORMS, visit
-from acqcore.kept import kept
+from acqcore.kept import kept, on_device
+from acqcore.literals import Loss
 from acqcore.row_stats import (
     MAX,
     TARGET,
     R,
     RowStats,
     checked_backend,
+    chosen_backend,
     empty_state,
     no_vocabulary,
     over_vocabulary,
     row_stats,
     stats_of,
 )
-from acqcore.signs import rotated_places
+from acqcore.signs import ColumnHash, column_hash, rotated_places
 from acqcore.vocab_parallel import summed
-
-LOSSES = ("mean", "sum")
 
 #: [begin, end) rows of each of B samples, on the host.
 Bounds: TypeAlias = tuple[tuple[int, int], ...]
@@ -187,7 +186,7 @@ def head_grad_norm(
     learners"), cross-token terms included, in a form that needs no logits.
     """
     checks.given("targets", targets)
-    checks.one_of("loss", loss, LOSSES)
+    checks.literal("loss", loss, Loss)
     checks.one_of("form", form, FORMS)
     chosen = checked_backend(hidden, head, targets, temperature, backend, "head_grad_norm")
     bounds = checks.offsets(offsets, targets)
@@ -234,7 +233,7 @@ def grad_sketch(
     Source: tensor sketch (Pham & Pagh 2013, "Fast and scalable polynomial kernels via explicit feature maps").
     """
     checks.given("targets", targets)
-    checks.one_of("loss", loss, LOSSES)
+    checks.literal("loss", loss, Loss)
     checks.positive_int("dim", dim)
     chosen = checked_backend(hidden, head, targets, temperature, backend, "delta_hash")
     bounds = checks.offsets(offsets, targets)
@@ -304,8 +303,7 @@ def hidden_grad_from(
 ) -> torch.Tensor:
     """:func:`hidden_grad` from known statistics, in a second pass, ``[N, D]``; arguments are trusted."""
     assert stats.targets is not None
-    shape = (hidden.shape[0], head.weight.shape[0])
-    chosen = select_backend(backend, hidden.device, (hidden.dtype, head.weight.dtype), "hidden_grad", shape)
+    chosen = chosen_backend(hidden, head, backend, "hidden_grad")
     sums = torch.zeros(hidden.shape, dtype=compute_dtype(hidden.dtype, head.weight.dtype), device=hidden.device)
     state = stats.state.contiguous()
     if len(head.weight):  # a shard may be empty; backends never see an empty one
@@ -324,8 +322,7 @@ def head_grad_norm_from(
 ) -> torch.Tensor:
     """:func:`head_grad_norm` from known statistics, in a second pass, ``[B]``; arguments are trusted."""
     assert stats.targets is not None
-    shape = (hidden.shape[0], head.weight.shape[0])
-    chosen = select_backend(backend, hidden.device, (hidden.dtype, head.weight.dtype), "head_grad_norm", shape)
+    chosen = chosen_backend(hidden, head, backend, "head_grad_norm")
     return visit(hidden, head, stats.targets, bounds, temperature, chosen, known=stats).grad_norm(weights)
 
 
@@ -342,8 +339,7 @@ def grad_sketch_from(
 ) -> torch.Tensor:
     """:func:`grad_sketch` from known statistics, ``[B, dim]``; arguments are trusted."""
     assert stats.targets is not None
-    shape = (hidden.shape[0], head.weight.shape[0])
-    chosen = select_backend(backend, hidden.device, (hidden.dtype, head.weight.dtype), "delta_hash", shape)
+    chosen = chosen_backend(hidden, head, backend, "delta_hash")
     return _sketches(hidden, head, stats.targets, stats, bounds, weights, temperature, chosen, dim, seed)
 
 

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch
 
 from acqcore.backends import Backend, Gram, HeadRows
-from acqcore.backends.scatter import on_device
 from acqcore.head import Head, compute_dtype
-from acqcore.row_stats import MAX, RowStats, empty_gram, over_vocabulary, own_stats
+from acqcore.kept import on_device
+from acqcore.row_stats import MAX, RowStats, over_vocabulary, own_stats
 from acqcore.vocab_parallel import summed
 
 FORMS = ("auto", "gram", "direct")
@@ -83,7 +83,7 @@ def visit(
     gram = None
     if short:
         dtype = compute_dtype(hidden.dtype, head.weight.dtype)
-        gram = empty_gram(tuple(bounds[i] for i in short), hidden, dtype)
+        gram = Gram.empty(tuple(bounds[i] for i in short), dtype, hidden.device)
     own = known
     if own is None or gram is not None:
         own = own_stats(hidden, head, targets, temperature, backend, gram)

@@ -1,4 +1,4 @@
-"""Keeps tables on their device that depend only on a few numbers, so that a reward does not rebuild them every step."""
+"""Tables that depend only on a few numbers: copied to a device, and kept there so that no step rebuilds them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,14 @@ from typing import Any, TypeVar
 import torch
 
 T = TypeVar("T")
+
+
+def on_device(
+    table: torch.Tensor,  # on the host
+    device: torch.device,
+) -> torch.Tensor:
+    """A copy on ``device``; unlike ``table.to``, it does not wait for work queued on a GPU."""
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
 
 
 def kept(most: int) -> Callable[[Callable[..., T]], Callable[..., T]]:

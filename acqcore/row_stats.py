@@ -12,7 +12,6 @@ in any grouping. Backends fill the state; they share the formulas below, in floa
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -21,6 +20,7 @@ import torch
 
 from acqcore import checks
 from acqcore.backends import Backend, Gram, HeadRows, get as get_backend, select as select_backend
+from acqcore.backends.base import matrix_starts
 from acqcore.head import Head, compute_dtype
 from acqcore.vocab_parallel import check_tiling, gathered
 
@@ -229,6 +229,16 @@ def checked_backend(
     checks.hidden(hidden, head.weight)
     checks.targets(targets, hidden, "hidden")
     checks.positive("temperature", temperature)
+    return chosen_backend(hidden, head, backend, op)
+
+
+def chosen_backend(
+    hidden: torch.Tensor,  # [N, D]
+    head: Head,
+    backend: str | None,
+    op: str,
+) -> Backend:
+    """The backend that serves these rows for ``op``; raises as :func:`acqcore.backends.select`."""
     shape = (hidden.shape[0], head.weight.shape[0])
     return select_backend(backend, hidden.device, (hidden.dtype, head.weight.dtype), op, shape)
 
@@ -270,27 +280,12 @@ def stats_of(
 
 
 def over_vocabulary(own: RowStats, head: Head) -> RowStats:
-    """Statistics of the whole vocabulary, merged over the ranks of a group."""
-    return own if head.group is None or not len(own) else _merged(own, head)
-
-
-def empty_gram(bounds: tuple[tuple[int, int], ...], hidden: torch.Tensor, dtype: torch.dtype) -> Gram:
-    """An uninitialised Gram of these samples of ``hidden [N, D]``."""
-    starts = _starts(bounds)
-    return Gram(bounds, starts[:-1], torch.empty(starts[-1], dtype=dtype, device=hidden.device))
-
-
-def _starts(bounds: tuple[tuple[int, int], ...]) -> tuple[int, ...]:
-    """First element of each sample's matrix, then the total number of elements."""
-    return tuple(itertools.accumulate(((end - begin) ** 2 for begin, end in bounds), initial=0))
-
-
-def _merged(stats: RowStats, head: Head) -> RowStats:
-    """Every rank's statistics, merged in the group's order; ``head`` has a group."""
+    """Statistics of the whole vocabulary, merged over the ranks of a group in its order."""
+    if head.group is None or not len(own):
+        return own
     check_tiling(head)
-    assert head.group is not None
-    packed = torch.cat([stats.state, stats.max_index[None].double()])  # [8, N]; an index is exact in float64
-    parts = (replace(stats, state=part[:-1], max_index=part[-1].long()) for part in gathered(packed, head.group))
+    packed = torch.cat([own.state, own.max_index[None].double()])  # [8, N]; an index is exact in float64
+    parts = (replace(own, state=part[:-1], max_index=part[-1].long()) for part in gathered(packed, head.group))
     return reduce(RowStats.merge, parts)
 
 
@@ -324,8 +319,8 @@ def logit_stats(
     checks.logits(logits)
     checks.targets(targets, logits, "logits")
     checks.positive("temperature", temperature)
-    shape = (logits.shape[0], logits.shape[1])
-    chosen = select_backend(backend, logits.device, (logits.dtype,), "logit_stats", shape)
+    n, vocab = logits.shape
+    chosen = select_backend(backend, logits.device, (logits.dtype,), "logit_stats", (n, vocab))
     state, index = empty_state(logits)
     _logit_stats_op(logits.detach(), targets, temperature, chosen.name, state, index)
     return RowStats(state, index, targets, None, compute_dtype(logits.dtype))
@@ -364,7 +359,7 @@ def _row_stats_op(
     gram = None
     if products is not None:
         pairs = tuple(zip(bounds[::2], bounds[1::2], strict=True))
-        gram = Gram(pairs, _starts(pairs)[:-1], products)
+        gram = Gram(pairs, matrix_starts(pairs)[:-1], products)
     head = Head(weight, bias, softcap, scale, vocab_start, vocab_size)
     get_backend(backend).row_stats(HeadRows(hidden, head, targets, temperature, state, index), gram)
 

@@ -1,1 +1,1 @@
-"""Triton kernels of acqcore (installed as ``acqcore.kernels``); imports only torch, triton and itself."""
+"""Triton kernels of acqcore (installed as ``acqcore.kernels``); they import only torch, triton and ``acqcore.kept``."""

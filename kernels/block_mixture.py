@@ -24,6 +24,8 @@ The layout is tokens by vocabulary, so a thread holds few tokens and thus few ma
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -32,7 +34,7 @@ from acqcore.kernels.config import Tiles
 from acqcore.kernels.fold import LOG2E, SCALE, merge, widen
 from acqcore.kernels.mixture import FINISH_TOKENS, LOWEST, Masks, draw_sums, finish_draws, finish_mixture, mixture_terms
 from acqcore.kernels.philox import keep_mask
-from acqcore.kernels.product import GATHER_TILE, descriptor, gather_scored, has_descriptor, place, tanh
+from acqcore.kernels.product import Product, chunk_rows, gathered, place, tanh
 from acqcore.kernels.row_stats import SCRATCH_BYTES
 
 #: Maximum draws per program.
@@ -397,57 +399,34 @@ def block_mixture_stats(
     n, depth = hidden.shape
     if n == 0:
         return
-    dtype = torch.promote_types(hidden.dtype, weight.dtype)
     bias = None if bias is None else (bias.double() * masks.kept).float().contiguous()
-    scale /= masks.kept
+    product = Product(weight, bias, softcap, scale / masks.kept, 1.0, vocab_start, tiles, precision, upcast)
     padded = triton.next_power_of_2(draws)
     blocks = max(triton.cdiv(depth, masks.width), 1)
-    row_bytes = (depth + 8) * dtype.itemsize + padded * (32 * tiles.split(len(weight))[0] + 68) + blocks + 4
-    at_once = max(SCRATCH_BYTES // row_bytes // tiles.block_m, 1) * tiles.block_m
-    at_once = triton.cdiv(triton.cdiv(n, triton.cdiv(n, at_once)), tiles.block_m) * tiles.block_m
+    of_draws = padded * (32 * tiles.split(len(weight))[0] + 68)
+    row_bytes = (depth + 8) * product.dtype(hidden).itemsize + of_draws + blocks + 4
+    at_once = chunk_rows(n, row_bytes, tiles.block_m, SCRATCH_BYTES)
     for first in range(0, n, at_once):
         part = slice(first, first + at_once)
-        _chunk(
-            hidden[part], weight, bias, None if targets is None else targets[part].contiguous(), draws,
-            masks.of_rows(part), softcap, scale, vocab_start, state, votes, first, padded, blocks, tiles, dtype,
-            precision, upcast,
-        )  # fmt: skip
+        of_part = None if targets is None else targets[part].contiguous()
+        _chunk(product, hidden[part], of_part, draws, masks.of_rows(part), state, votes, first, padded, blocks)
 
 
 def _chunk(
+    product: Product,
     hidden: torch.Tensor,  # [n, D]
-    weight: torch.Tensor,  # [V, D]
-    bias: torch.Tensor | None,  # [V] float32
     targets: torch.Tensor | None,  # [n]
     draws: int,
     masks: Masks,
-    softcap: float | None,
-    scale: float,
-    vocab_start: int,
     state: torch.Tensor,  # [6, N], columns first to first + n written
     votes: torch.Tensor,  # [K, N]
     first: int,
     padded: int,
     blocks: int,
-    tiles: Tiles,
-    dtype: torch.dtype,
-    precision: str,
-    upcast: bool,
 ) -> None:
-    n, depth = hidden.shape
-    vocab = len(weight)
-    pitch = triton.cdiv(depth, 8) * 8
-    packed = hidden.new_empty((n, pitch), dtype=dtype)[:, :depth]
-    packed_targets = position = count = None
-    if targets is not None:
-        packed_targets, position = hidden.new_empty((2, n), dtype=torch.int32)
-        count = hidden.new_empty(1, dtype=torch.int32)
-    columns = GATHER_TILE // tiles.block_m
-    gather_scored[(triton.cdiv(n, tiles.block_m), max(triton.cdiv(depth, columns), 1))](
-        hidden, targets, packed, packed_targets, position, count, n, depth, *hidden.stride(), packed.stride(0),
-        vocab_start, HAS_TARGETS=targets is not None, ROWS=tiles.block_m, COLUMNS=columns, SCAN=1024,
-        enable_fp_fusion=True,
-    )  # fmt: skip
+    weight, tiles = product.weight, product.tiles
+    (vocab, depth), n = weight.shape, len(hidden)
+    packed, packed_targets, position, count = gathered(product, hidden, targets)
     words = triton.cdiv(blocks, 4)
     groups = min(triton.next_power_of_2(words), MASK_TILE)
     rows = MASK_TILE // groups
@@ -458,36 +437,26 @@ def _chunk(
     )  # fmt: skip
 
     splits, split_tiles = tiles.split(vocab)
-    descriptors = tiles.descriptors and has_descriptor(packed) and has_descriptor(weight)
     block_k = tiles.block_k if masks.width >= depth else min(tiles.block_k, masks.width & -masks.width)
     steps = triton.cdiv(min(masks.width, depth), block_k) or 1
     stages = min(tiles.stages, STAGES) if steps == 1 else tiles.stages
-    operands = (
-        descriptor(packed, tiles.block_m, block_k) if descriptors else packed,
-        descriptor(weight, tiles.block_n, block_k) if descriptors else weight,
-        keep,
-        bias,
-    )
+    product = replace(product, tiles=replace(tiles, block_k=block_k, stages=stages))
+    operands = *product.operands(packed), keep, product.bias
     strides = *packed.stride(), *weight.stride(), splits, split_tiles
-    factors = scale / (softcap or 1.0), softcap or 1.0
-    options = {
-        "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_K": block_k,
-        "STEPS": steps, "GROUP_M": tiles.group_m, "DRAWS": padded,
-        "HAS_BIAS": bias is not None, "HAS_COUNT": count is not None, "HAS_SCALE": factors[0] != 1.0,
-        "HAS_CAP": softcap is not None, "EVEN_K": depth % (4 * block_k) == 0, "EVEN_V": vocab % tiles.block_n == 0,
-        "DESCRIPTORS": descriptors, "UPCAST": upcast or packed.dtype != weight.dtype, "PRECISION": precision,
-        "num_warps": tiles.warps, "num_stages": stages, "enable_fp_fusion": True,
+    options = product.options(packed) | {
+        "STEPS": steps, "DRAWS": padded, "HAS_COUNT": count is not None, "EVEN_K": depth % (4 * block_k) == 0,
+        "EVEN_V": vocab % tiles.block_n == 0,
     }  # fmt: skip
     grid = (triton.cdiv(n, tiles.block_m) * splits,)
     partial = hidden.new_empty((7, splits, n * padded), dtype=torch.float32)
     partial_index = hidden.new_empty((splits, n * padded), dtype=torch.int32)
     block_fold[grid](
-        *operands, packed_targets, count, partial, partial_index, n, vocab, depth, blocks, *strides, *factors,
+        *operands, packed_targets, count, partial, partial_index, n, vocab, depth, blocks, *strides, *product.factors,
         HAS_TARGETS=targets is not None, **options,
     )  # fmt: skip
     draw_state = state.new_empty((7, n * padded))
     draw_index = votes.new_empty(n * padded)
-    merge(partial, partial_index, None, draw_state, draw_index, 0, vocab_start)
+    merge(partial, partial_index, None, draw_state, draw_index, 0, product.vocab_start)
     norms = partial.new_empty((n, padded))
     references = partial.new_empty(n)
     finish = (triton.cdiv(n, FINISH_TOKENS),)
@@ -497,8 +466,8 @@ def _chunk(
     )  # fmt: skip
     sums = partial.new_empty((4, splits, n))
     block_mixture[grid](
-        *operands, references, norms, count, sums, n, vocab, depth, blocks, *strides, draws, *factors,
-        EVEN_DRAWS=draws == padded, **options,
+        *operands, references, norms, count, sums, n, vocab, depth, blocks, *strides, draws,
+        *product.factors, EVEN_DRAWS=draws == padded, **options,
     )  # fmt: skip
     finish_mixture[finish](
         sums, position, state, n, first, state.shape[1], splits, HAS_POSITION=position is not None,

@@ -22,7 +22,7 @@ import triton.language as tl
 from acqcore.kernels.config import Tiles
 from acqcore.kernels.factors import ROWS, Factors, add_lost, multiply
 from acqcore.kernels.fold import LOG2E, LOWEST, widen
-from acqcore.kernels.product import descriptor, has_descriptor, logit_tile, place
+from acqcore.kernels.product import logit_tile, place
 
 #: Counter site of the signs, as in ``acqcore.philox``.
 SIGN_SITE = 0xFFFF
@@ -207,14 +207,13 @@ def fisher_sums(
     """``Backend.fisher_sums`` for an unsharded head; arguments are trusted."""
     weight, product, cut = factors.weight, factors.tiles, narrowed(factors.tiles)
     factors = replace(factors, tiles=cut)
-    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    dtype = factors.dtype(hidden)
     (vocab, depth), n, probes = weight.shape, len(hidden), len(signed)
     if n == 0:
         return
     norms = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()
     groups = triton.cdiv(n * (probes + 1), ROWS)
     at_once = triton.cdiv(triton.cdiv(n, groups), cut.block_m) * cut.block_m
-    over = factors.softcap or factors.temperature
     for first in range(0, n, at_once):
         part = slice(first, first + at_once)
         rows = len(reference[part])
@@ -225,20 +224,12 @@ def fisher_sums(
         of_tiles = reference.new_empty((probes + 2, tiles, rows))
         total = squares.new_zeros((probes + 2, rows))
         finals = torch.stack([final[part], *[final[part].sqrt()] * probes]).float()
-        by_engine = cut.descriptors and has_descriptor(hidden[part]) and has_descriptor(weight)
         for chunk in range(0, vocab, width):
             write_cotangents[(triton.cdiv(rows, cut.block_m) * (width // cut.block_n),)](
-                descriptor(hidden[part], cut.block_m, cut.block_k) if by_engine else hidden[part],
-                descriptor(weight, cut.block_n, cut.block_k) if by_engine else weight,
-                factors.bias, top[part], reference[part], norms, samples[part], positions[part], factor, of_tiles,
-                rows, chunk, vocab, depth, *hidden.stride(), *weight.stride(), width, probes, tiles,
-                seed, factors.scale / over, (factors.softcap or 1.0) / factors.temperature,
-                BLOCK_M=cut.block_m, BLOCK_N=cut.block_n, BLOCK_K=cut.block_k, GROUP_M=cut.group_m,
-                WORDS=max(cut.block_n // 32, 1), BITS=min(cut.block_n, 32), SITE=SIGN_SITE,
-                HAS_BIAS=factors.bias is not None, HAS_SCALE=factors.scale != over,
-                HAS_CAP=factors.softcap is not None, EVEN_K=depth % cut.block_k == 0, EVEN_V=vocab % width == 0,
-                DESCRIPTORS=by_engine, UPCAST=factors.upcast or hidden.dtype != weight.dtype,
-                PRECISION=factors.precision, num_warps=cut.warps, num_stages=cut.stages, enable_fp_fusion=True,
+                *factors.operands(hidden[part]), factors.bias, top[part], reference[part], norms, samples[part],
+                positions[part], factor, of_tiles, rows, chunk, vocab, depth, *hidden.stride(), *weight.stride(), width,
+                probes, tiles, seed, *factors.factors, WORDS=max(cut.block_n // 32, 1), BITS=min(cut.block_n, 32),
+                SITE=SIGN_SITE, EVEN_V=vocab % width == 0, **factors.options(hidden[part]),
             )  # fmt: skip
             add_tiles[(triton.cdiv(rows, TOTAL_ROWS), probes + 2)](
                 of_tiles, total, rows, tiles, ROWS=TOTAL_ROWS, num_warps=2, enable_fp_fusion=True

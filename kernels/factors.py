@@ -24,9 +24,10 @@ import torch
 import triton
 import triton.language as tl
 
+from acqcore.kept import kept, on_device
 from acqcore.kernels.config import Tiles
 from acqcore.kernels.fold import LOG2E, LOWEST, widen
-from acqcore.kernels.product import descriptor, has_descriptor, kept_tables, logit_tile, place, to_device
+from acqcore.kernels.product import TABLES, Product, descriptor, has_descriptor, logit_tile, place
 
 #: Size of the ring, and maximum number of rows that share it.
 RING_BYTES = 54 << 20
@@ -251,18 +252,9 @@ def add_grams(
 
 
 @dataclass(frozen=True, eq=False)
-class Factors:
+class Factors(Product):
     """Settings for forming factors; tensors are on the device."""
 
-    weight: torch.Tensor  # [V, D]
-    bias: torch.Tensor | None  # [V] float32
-    softcap: float | None
-    scale: float
-    temperature: float
-    vocab_start: int
-    tiles: Tiles
-    precision: str
-    upcast: bool
     multiprocessors: int
 
     def ring(self, n: int, dtype: torch.dtype, parts: int = 2) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -292,22 +284,13 @@ class Factors:
         lost: torch.Tensor | None = None,  # [tiles of all stretches, n] float32, written
     ) -> Iterator[tuple[int, int]]:
         """Yield (first column, columns) of each vocabulary stretch while the ring holds its factors."""
-        (vocab, depth), n, tiles, weight = self.weight.shape, len(hidden), self.tiles, self.weight
-        descriptors = tiles.descriptors and has_descriptor(hidden) and has_descriptor(weight)
-        over = self.softcap or self.temperature
+        (vocab, depth), n, tiles = self.weight.shape, len(hidden), self.tiles
         for chunk in range(0, vocab, high.shape[1]):
             write_factors[(triton.cdiv(n, tiles.block_m) * (high.shape[1] // tiles.block_n),)](
-                descriptor(hidden, tiles.block_m, tiles.block_k) if descriptors else hidden,
-                descriptor(weight, tiles.block_n, tiles.block_k) if descriptors else weight,
-                self.bias, targets, reference, of_target, high, low, lost, n, chunk, vocab, depth,
-                *hidden.stride(), *weight.stride(), high.stride(0), self.vocab_start,
-                self.scale / over, (self.softcap or 1.0) / self.temperature,
-                BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, GROUP_M=tiles.group_m,
-                HAS_BIAS=self.bias is not None, HAS_SCALE=self.scale != over, HAS_CAP=self.softcap is not None,
-                EVEN_K=depth % tiles.block_k == 0, EVEN_V=vocab % high.shape[1] == 0, DESCRIPTORS=descriptors,
-                UPCAST=self.upcast or hidden.dtype != weight.dtype, PRECISION=self.precision,
-                PARTS=1 if low is None else 2, ROUNDED=lost is not None, num_warps=tiles.warps,
-                num_stages=tiles.stages, enable_fp_fusion=True,
+                *self.operands(hidden), self.bias, targets, reference, of_target, high, low, lost, n, chunk, vocab,
+                depth, *hidden.stride(), *self.weight.stride(), high.stride(0), self.vocab_start, *self.factors,
+                EVEN_V=vocab % high.shape[1] == 0, PARTS=1 if low is None else 2, ROUNDED=lost is not None,
+                **self.options(hidden),
             )  # fmt: skip
             yield chunk, min(high.shape[1], vocab - chunk)
 
@@ -417,7 +400,7 @@ def grams(
         )  # fmt: skip
 
 
-@kept_tables
+@kept(TABLES)
 def gram_tables(
     lengths: tuple[int, ...],
     starts: tuple[int, ...],
@@ -432,4 +415,4 @@ def gram_tables(
     sides = [triton.cdiv(rows, tile) for rows in lengths]
     triples = [(i, s, t) for i, side in enumerate(sides) for s in range(side) for t in range(s, side)]
     tiles = torch.tensor(triples, dtype=torch.int32).T.contiguous()
-    return to_device(samples, device), to_device(owner, device), to_device(tiles, device)
+    return on_device(samples, device), on_device(owner, device), on_device(tiles, device)

@@ -37,7 +37,7 @@ def widen(x):
 
 @triton.jit
 def empty_state(ROWS: tl.constexpr):
-    """The state of ``ROWS`` rows before any column, in the order of :func:`fold`, each ``[ROWS]``."""
+    """The state of ``ROWS`` rows before any column: top, second, r, s1, s2, s11, index, target, each ``[ROWS]``."""
     low = tl.full((ROWS,), float("-inf"), tl.float32)
     zero = tl.zeros((ROWS,), tl.float32)
     index = tl.full((ROWS,), -1, tl.int32)
@@ -61,14 +61,7 @@ def fold(
     begin,  # the first column's index
     targets,  # [ROWS] int32, numbered like ``begin``; other values: no target here
     holds,  # whether the tile holds a target, if HAS_TARGETS
-    top,  # [ROWS] float32, and so on to index [ROWS] int32: the state
-    second,
-    r,
-    s1,
-    s2,
-    s11,
-    index,
-    target,
+    state,  # of the rows, as from :func:`empty_state`
     HAS_TARGETS: tl.constexpr,
     MAY_BE_ABSENT: tl.constexpr,  # some logits may be -inf
 ):
@@ -79,6 +72,7 @@ def fold(
     """
     COLUMNS: tl.constexpr = z.shape[1]
     column = tl.arange(0, COLUMNS)[None, :]
+    top, second, r, s1, s2, s11, index, target = state
     if HAS_TARGETS:
         if holds:
             hit = tl.where(column == (targets - begin)[:, None], z, float("-inf"))
@@ -115,7 +109,7 @@ def fold(
     s2 += tl.sum(e * e, axis=1)
     s11 += tl.sum(ex * x, axis=1)
     e = tl.where(column == out[:, None], SCALE, e)  # compiled out if e is unused
-    return new_top, second, r, s1, s2, s11, index, target, e, c
+    return (new_top, second, r, s1, s2, s11, index, target), e, c
 
 
 @triton.jit
@@ -126,16 +120,10 @@ def store_state(
     splits,
     n,
     rows,  # [ROWS]
-    top,
-    second,
-    r,
-    s1,
-    s2,
-    s11,
-    index,
-    target,
+    state,  # of the rows, as from :func:`empty_state`
 ):
     """Write the state of one split."""
+    top, second, r, s1, s2, s11, index, target = state
     inside = rows < n
     at = split * n + rows
     plane = splits * n

@@ -24,9 +24,10 @@ import torch
 import triton
 import triton.language as tl
 
+from acqcore.kept import kept, on_device
 from acqcore.kernels.config import GramTiles
 from acqcore.kernels.fold import INV_SCALE, LOG2E, LOWEST, empty_state, fold, merge, store_state
-from acqcore.kernels.product import GATHER_TILE, descriptor, has_descriptor, kept_tables, logit_tile, place, to_device
+from acqcore.kernels.product import GATHER_TILE, TABLES, Product, empty_rows, logit_tile, place
 
 #: Slots per block, and maximum rows of a sample.
 BLOCK = 128
@@ -146,7 +147,7 @@ def gram_fold(
     slots = tl.arange(0, BLOCK_M)
     rows = first_row + slots
     row_targets = tl.load(targets + rows)
-    top, second, r, s1, s2, s11, index, target = empty_state(BLOCK_M)
+    state = empty_state(BLOCK_M)
     g = tl.zeros((BLOCK_M, BLOCK_M), tl.float32)
     gram_at = grams + (block * splits + split).to(tl.int64) * (BLOCK_M * BLOCK_M)
     gram_at += slots[:, None] * BLOCK_M + slots[None, :]
@@ -161,10 +162,7 @@ def gram_fold(
             DESCRIPTORS, UPCAST, PRECISION,
         )  # fmt: skip
         special = tl.load(marks + first_row + mark, mask=mark < BLOCK_M, other=NO_TARGET) - begin
-        top, second, r, s1, s2, s11, index, target, e, c = fold(
-            z, begin, row_targets, special < BLOCK_N, top, second, r, s1, s2, s11, index, target, True,
-            HAS_BIAS or not EVEN_V,
-        )  # fmt: skip
+        state, e, c = fold(z, begin, row_targets, special < BLOCK_N, state, True, HAS_BIAS or not EVEN_V)
         if HAS_CAP:
             tanh = tl.maximum(z, -cap) / cap
             e *= 1 - tanh * tanh
@@ -187,7 +185,7 @@ def gram_fold(
             tl.debug_barrier()  # other threads may load these values
     if RESIDENT:
         tl.store(gram_at, g)
-    store_state(partial, partial_index, split, splits, n, rows, top, second, r, s1, s2, s11, index, target)
+    store_state(partial, partial_index, split, splits, n, rows, state)
 
 
 @triton.jit(do_not_specialize=["first_slot", "number"], do_not_specialize_on_alignment=["tops"])
@@ -285,14 +283,11 @@ def row_stats_and_grams(
 
     Arguments are trusted; the other arguments are as in :func:`acqcore.kernels.row_stats.row_stats`.
     """
-    dtype = torch.promote_types(hidden.dtype, weight.dtype)
     bias = None if bias is None else bias.float().contiguous()
-    splits = tiles.even_split(len(weight))[0]
-    for part in parts(bounds, starts, most_blocks(hidden.shape[1], dtype.itemsize, splits), hidden.device):
-        _chunk(
-            hidden, weight, bias, targets, part, softcap, scale, temperature, vocab_start, state, index, products,
-            tiles, dtype, precision, upcast,
-        )  # fmt: skip
+    product = Product(weight, bias, softcap, scale, temperature, vocab_start, tiles, precision, upcast)
+    most = most_blocks(hidden.shape[1], product.dtype(hidden).itemsize, tiles.even_split(len(weight))[0])
+    for part in parts(bounds, starts, most, hidden.device):
+        _chunk(product, tiles, hidden, targets, part, state, index, products)
 
 
 def most_blocks(depth: int, itemsize: int, splits: int) -> int:
@@ -310,7 +305,7 @@ class Part:
     first_slot: int  # among the slots of all parts
 
 
-@kept_tables
+@kept(TABLES)
 def parts(
     bounds: tuple[tuple[int, int], ...],
     starts: tuple[int, ...],
@@ -321,7 +316,7 @@ def parts(
     blocks = pack([end - begin for begin, end in bounds])
     if not blocks:
         return ()
-    slots, samples = (to_device(table, device) for table in tables(blocks, bounds, starts))
+    slots, samples = (on_device(table, device) for table in tables(blocks, bounds, starts))
     at_once = triton.cdiv(len(blocks), triton.cdiv(len(blocks), most))
     found, done = [], 0
     for first in range(0, len(blocks), at_once):
@@ -356,53 +351,36 @@ def tables(
 
 
 def _chunk(
+    product: Product,
+    tiles: GramTiles,  # those of the product
     hidden: torch.Tensor,  # [N, D]
-    weight: torch.Tensor,  # [V, D]
-    bias: torch.Tensor | None,  # [V] float32
     targets: torch.Tensor,  # [N]
     part: Part,
-    softcap: float | None,
-    scale: float,
-    temperature: float,
-    vocab_start: int,
     state: torch.Tensor,  # [7, N]
     index: torch.Tensor,  # [N]
     products: torch.Tensor,
-    tiles: GramTiles,
-    dtype: torch.dtype,
-    precision: str,
-    upcast: bool,
 ) -> None:
-    slots, samples = part.slots, part.samples
+    weight, slots, samples = product.weight, part.slots, part.samples
     (vocab, depth), n = weight.shape, slots.shape[1]
-    pitch = triton.cdiv(depth, 8) * 8  # descriptors require rows of 16 bytes
-    packed = hidden.new_empty((n, pitch), dtype=dtype)[:, :depth]
+    packed = empty_rows(n, depth, product.dtype(hidden), hidden.device)
     packed_targets, position = hidden.new_empty((2, n), dtype=torch.int32)
     marks = hidden.new_empty((3, n), dtype=torch.int32)
     columns = GATHER_TILE // BLOCK
     gather_slots[(n // BLOCK, max(triton.cdiv(depth, columns), 1))](
         hidden, targets.contiguous(), slots, packed, packed_targets, marks, position, n, depth, *hidden.stride(),
-        packed.stride(0), vocab_start, vocab, ROWS=BLOCK, COLUMNS=columns, enable_fp_fusion=True,
+        packed.stride(0), product.vocab_start, vocab, ROWS=BLOCK, COLUMNS=columns, enable_fp_fusion=True,
     )  # fmt: skip
     splits, split_tiles, longer_splits = tiles.even_split(vocab)
     partial = hidden.new_empty((7, splits, n), dtype=torch.float32)
     partial_index = hidden.new_empty((splits, n), dtype=torch.int32)
     grams = hidden.new_empty((n // BLOCK, splits, BLOCK, BLOCK), dtype=torch.float32)
-    descriptors = tiles.descriptors and has_descriptor(packed) and has_descriptor(weight)
     gram_fold[(n // BLOCK * splits,)](
-        descriptor(packed, BLOCK, tiles.block_k) if descriptors else packed,
-        descriptor(weight, tiles.block_n, tiles.block_k) if descriptors else weight,
-        bias, packed_targets, marks, partial, partial_index, grams, n, vocab, depth,
-        *packed.stride(), *weight.stride(), splits, split_tiles, longer_splits,
-        scale / (softcap or temperature), (softcap or 1.0) / temperature,
-        BLOCK_M=BLOCK, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, GROUP_M=tiles.group_m,
-        HAS_BIAS=bias is not None, HAS_SCALE=scale != (softcap or temperature), HAS_CAP=softcap is not None,
-        EVEN_K=depth % tiles.block_k == 0, EVEN_V=vocab % tiles.block_n == 0,
-        DESCRIPTORS=descriptors, UPCAST=upcast or packed.dtype != weight.dtype, PRECISION=precision,
-        RESIDENT=tiles.resident, INTERPRETED=triton.knobs.runtime.interpret,
-        num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=True,
+        *product.operands(packed), product.bias, packed_targets, marks, partial, partial_index, grams, n, vocab, depth,
+        *packed.stride(), *weight.stride(), splits, split_tiles, longer_splits, *product.factors,
+        EVEN_V=vocab % tiles.block_n == 0, RESIDENT=tiles.resident, INTERPRETED=triton.knobs.runtime.interpret,
+        **product.options(packed),
     )  # fmt: skip
-    merge(partial, partial_index, position, state, index, 0, vocab_start, slots[0])
+    merge(partial, partial_index, position, state, index, 0, product.vocab_start, slots[0])
     merge_grams[(samples.shape[1], BLOCK // MERGE_ROWS)](
         grams, partial[0], position, samples, products, part.first_slot, n, splits, samples.shape[1],
         BLOCK=BLOCK, ROWS=MERGE_ROWS, enable_fp_fusion=True,

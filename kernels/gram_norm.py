@@ -23,8 +23,9 @@ import torch
 import triton
 import triton.language as tl
 
+from acqcore.kept import kept, on_device
 from acqcore.kernels.fold import LOG2E, widen
-from acqcore.kernels.product import kept_tables, tanh as exact_tanh, to_device
+from acqcore.kernels.product import TABLES, tanh as exact_tanh
 
 #: Tile size for samples of at most SHORT rows, and for longer ones.
 SHORT, LONG = 16, 64
@@ -277,12 +278,12 @@ class Cut:
     firsts: torch.Tensor  # [2, samples] int32: where a sample's parts begin and end
 
 
-@kept_tables
+@kept(TABLES)
 def cuts(bounds: tuple[tuple[int, int], ...], starts: tuple[int, ...], device: torch.device) -> Cut:
     begins, ends = torch.tensor(list(itertools.chain.from_iterable(bounds))).view(-1, 2).T
     lengths = ends - begins
     tables = torch.stack([begins, lengths, torch.tensor(starts)]), *tile_tables(lengths)
-    return Cut(*(to_device(table, device) for table in tables))
+    return Cut(*(on_device(table, device) for table in tables))
 
 
 def tile_tables(

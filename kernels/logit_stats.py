@@ -41,7 +41,7 @@ def logit_fold(
         scored = scored & (wide_targets != -100)  # ignored rows are not read
         row_targets = wide_targets.to(tl.int32)
     start = logits + rows.to(tl.int64)[:, None] * logits_row
-    top, second, r, s1, s2, s11, index, target = empty_state(ROWS)
+    state = empty_state(ROWS)
     first = split * split_columns
     last = min(first + split_columns, vocab)
     for begin in range(first, last, COLUMNS):
@@ -53,10 +53,8 @@ def logit_fold(
         holds = False
         if HAS_TARGETS:
             holds = holds_target(row_targets, begin, COLUMNS)
-        top, second, r, s1, s2, s11, index, target, _, _ = fold(
-            z, begin, row_targets, holds, top, second, r, s1, s2, s11, index, target, HAS_TARGETS, True
-        )
-    store_state(partial, partial_index, split, splits, n, rows, top, second, r, s1, s2, s11, index, target)
+        state, _, _ = fold(z, begin, row_targets, holds, state, HAS_TARGETS, True)
+    store_state(partial, partial_index, split, splits, n, rows, state)
 
 
 def logit_stats(

@@ -26,8 +26,9 @@ from acqcore.kernels.fold import LOG2E, merge
 from acqcore.kernels.philox import keep_mask, keep_units
 from acqcore.kernels.product import (
     GATHER_TILE,
-    descriptor,
-    has_descriptor,
+    Product,
+    chunk_rows,
+    empty_rows,
     place,
     product_tile,
     scored_places,
@@ -463,52 +464,41 @@ def mixture_stats(
     n, depth = hidden.shape[-2:]
     if n == 0:
         return
-    dtype = torch.promote_types(hidden.dtype, weight.dtype)
     if masks is not None:
         bias = None if bias is None else bias.double() * masks.kept
         scale /= masks.kept
     bias = None if bias is None else bias.float().contiguous()
     layout = Layout.of(draws, tiles.block_m)
+    first_visit = Product(weight, bias, softcap, scale, 1.0, vocab_start, fold_tiles, precision, upcast)
+    second_visit = replace(first_visit, tiles=replace(tiles, block_m=layout.rows))
     splits = max(fold_tiles.split(len(weight))[0], tiles.split(len(weight))[0])
-    group = layout.plane * layout.padded
-    row_bytes = (depth + 8) * dtype.itemsize + 32 * splits + 68
-    at_once = max(SCRATCH_BYTES // (row_bytes * group), 1) * layout.plane
-    chunks = triton.cdiv(n, at_once)
-    at_once = triton.cdiv(triton.cdiv(n, chunks), layout.plane) * layout.plane
+    row_bytes = (depth + 8) * first_visit.dtype(hidden).itemsize + 32 * splits + 68
+    at_once = chunk_rows(n, row_bytes * layout.padded, layout.plane, SCRATCH_BYTES)
     for first in range(0, n, at_once):
         part = slice(first, first + at_once)
         _chunk(
-            hidden[..., part, :], weight, bias, None if targets is None else targets[part].contiguous(), draws,
-            masks and masks.of_rows(part), softcap, scale, vocab_start, state, votes, first,
-            layout, fold_tiles, tiles, dtype, precision, upcast,
+            first_visit, second_visit, layout, hidden[..., part, :],
+            None if targets is None else targets[part].contiguous(), draws, masks and masks.of_rows(part), state, votes,
+            first,
         )  # fmt: skip
 
 
 def _chunk(
+    first_visit: Product,
+    second_visit: Product,
+    layout: Layout,
     hidden: torch.Tensor,  # [n, D] with masks, else [K, n, D]
-    weight: torch.Tensor,  # [V, D]
-    bias: torch.Tensor | None,  # [V] float32
     targets: torch.Tensor | None,  # [n]
     draws: int,
     masks: Masks | None,
-    softcap: float | None,
-    scale: float,
-    vocab_start: int,
     state: torch.Tensor,  # [6, N], columns first to first + n written
     votes: torch.Tensor,  # [K, N]
     first: int,
-    layout: Layout,
-    fold_tiles: Tiles,
-    tiles: Tiles,
-    dtype: torch.dtype,
-    precision: str,
-    upcast: bool,
 ) -> None:
     n, depth = hidden.shape[-2:]
-    vocab = len(weight)
+    weight, vocab_start, tiles = first_visit.weight, first_visit.vocab_start, second_visit.tiles
     rows = triton.cdiv(n, layout.plane) * layout.plane * layout.padded
-    pitch = triton.cdiv(depth, 8) * 8  # descriptors require rows of 16 bytes
-    packed = hidden.new_empty((rows, pitch), dtype=dtype)[:, :depth]
+    packed = empty_rows(rows, depth, first_visit.dtype(hidden), hidden.device)
     packed_targets = position = sources = count = None
     if targets is not None:
         packed_targets = hidden.new_empty(rows, dtype=torch.int32)
@@ -527,9 +517,7 @@ def _chunk(
         PADDED=layout.padded, PLANE=layout.plane, ROWS=GATHER_ROWS, COLUMNS=columns, enable_fp_fusion=True,
     )  # fmt: skip
 
-    partial, partial_index = launch_fold(
-        packed, weight, bias, packed_targets, count, softcap, scale, 1.0, fold_tiles, precision, upcast
-    )
+    partial, partial_index = launch_fold(packed, first_visit, packed_targets, count)
     draw_state = state.new_empty((7, rows))
     draw_index = votes.new_empty(rows)
     merge(partial, partial_index, None, draw_state, draw_index, 0, vocab_start)
@@ -543,21 +531,13 @@ def _chunk(
         enable_fp_fusion=True,
     )  # fmt: skip
 
-    splits, split_tiles = tiles.split(vocab)
+    splits, split_tiles = tiles.split(len(weight))
     sums = partial.new_empty((4, splits, n))
-    descriptors = tiles.descriptors and has_descriptor(packed) and has_descriptor(weight)
     mixture_fold[(blocks * splits,)](
-        descriptor(packed, layout.rows, tiles.block_k) if descriptors else packed,
-        descriptor(weight, tiles.block_n, tiles.block_k) if descriptors else weight,
-        bias, references, norms, count, sums, rows, n, vocab, depth, *packed.stride(), *weight.stride(), splits,
-        split_tiles, draws, scale / (softcap or 1.0), softcap or 1.0,
-        BLOCK_M=layout.rows, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, GROUP_M=tiles.group_m,
+        *second_visit.operands(packed), second_visit.bias, references, norms, count, sums, rows, n, len(weight), depth,
+        *packed.stride(), *weight.stride(), splits, split_tiles, draws, *second_visit.factors,
         DRAWS=layout.draws, PLANE=layout.plane, TURNS=layout.turns, EVEN_DRAWS=draws == layout.padded,
-        HAS_BIAS=bias is not None, HAS_COUNT=count is not None,
-        HAS_SCALE=scale != (softcap or 1.0), HAS_CAP=softcap is not None,
-        EVEN_K=depth % tiles.block_k == 0, EVEN_V=vocab % tiles.block_n == 0,
-        DESCRIPTORS=descriptors, UPCAST=upcast or packed.dtype != weight.dtype, PRECISION=precision,
-        num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=True,
+        HAS_COUNT=count is not None, EVEN_V=len(weight) % tiles.block_n == 0, **second_visit.options(packed),
     )  # fmt: skip
     finish_mixture[finish](
         sums, position, state, n, first, state.shape[1], splits, HAS_POSITION=position is not None,

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from acqcore.kernels.config import Tiles
 from acqcore.kernels.fold import LOG2E, widen
 
 #: Elements of a tile of ``gather_scored``.
 GATHER_TILE = 1 << 14
 #: Number of batch shapes whose tables stay on the device.
 TABLES = 64
-
-T = TypeVar("T")
 
 
 @triton.jit
@@ -222,30 +220,90 @@ def descriptor(matrix: torch.Tensor, rows: int, columns: int) -> TensorDescripto
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
 
 
-def to_device(table: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy a host table to ``device`` without waiting for running work."""
-    if device.type != "cuda":
-        return table.to(device)
-    return table.pin_memory().to(device, non_blocking=True)
+@dataclass(frozen=True, eq=False)
+class Product:
+    """A head, and how kernels form its product with hidden states."""
+
+    weight: torch.Tensor  # [V, D]
+    bias: torch.Tensor | None  # [V] float32, contiguous
+    softcap: float | None
+    scale: float
+    temperature: float
+    vocab_start: int
+    tiles: Tiles
+    precision: str  # of float32 products, as in ``triton.language.dot``
+    upcast: bool  # multiply in float32 for any dtypes, as is always done if they differ
+
+    @property
+    def factors(self) -> tuple[float, float]:
+        """``scale`` and ``cap`` of the kernels, which multiply the product and its tanh."""
+        return self.scale / self._over, (self.softcap or 1.0) / self.temperature
+
+    @property
+    def _over(self) -> float:
+        return self.softcap or self.temperature
+
+    def dtype(self, hidden: torch.Tensor) -> torch.dtype:
+        """The dtype in which hidden states are packed."""
+        return torch.promote_types(hidden.dtype, self.weight.dtype)
+
+    def operands(self, hidden: torch.Tensor) -> tuple[Any, Any]:
+        """``hidden [n, D]`` and the weight, as tensor descriptors if the copy engine can load both."""
+        if not self._has_descriptors(hidden):
+            return hidden, self.weight
+        tiles = self.tiles
+        of_hidden = descriptor(hidden, tiles.block_m, tiles.block_k)
+        return of_hidden, descriptor(self.weight, tiles.block_n, tiles.block_k)
+
+    def options(self, hidden: torch.Tensor) -> dict[str, Any]:
+        """Compile-time arguments of the kernels that take :meth:`operands`."""
+        tiles = self.tiles
+        return {
+            "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k, "GROUP_M": tiles.group_m,
+            "HAS_BIAS": self.bias is not None, "HAS_SCALE": self.scale != self._over,
+            "HAS_CAP": self.softcap is not None, "EVEN_K": self.weight.shape[1] % tiles.block_k == 0,
+            "DESCRIPTORS": self._has_descriptors(hidden),
+            "UPCAST": self.upcast or hidden.dtype != self.weight.dtype, "PRECISION": self.precision,
+            "num_warps": tiles.warps, "num_stages": tiles.stages, "enable_fp_fusion": True,
+        }  # fmt: skip
+
+    def _has_descriptors(self, hidden: torch.Tensor) -> bool:
+        return self.tiles.descriptors and has_descriptor(hidden) and has_descriptor(self.weight)
 
 
-def kept_tables(build: Callable[..., T]) -> Callable[..., T]:
-    """Cache ``build(*shape, device)``, which creates tables on a device, per shape and stream.
+def empty_rows(n: int, depth: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Uninitialised ``[n, depth]``, whose rows are aligned to 16 bytes for descriptors."""
+    return torch.empty((n, triton.cdiv(depth, 8) * 8), dtype=dtype, device=device)[:, :depth]
 
-    Nothing is cached during CUDA graph capture, as tables copied then have their values only in replays.
+
+def gathered(
+    product: Product,
+    hidden: torch.Tensor,  # [n, D]
+    targets: torch.Tensor | None,  # [n] int64, contiguous
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """``packed``, ``packed_targets``, ``position`` and ``count`` of :func:`gather_scored`; without targets all rows
+    are packed, and the others are None."""
+    n, depth = hidden.shape
+    packed = empty_rows(n, depth, product.dtype(hidden), hidden.device)
+    packed_targets = position = count = None
+    if targets is not None:
+        packed_targets, position = hidden.new_empty((2, n), dtype=torch.int32)
+        count = hidden.new_empty(1, dtype=torch.int32)
+    rows = product.tiles.block_m
+    columns = GATHER_TILE // rows
+    gather_scored[(triton.cdiv(n, rows), max(triton.cdiv(depth, columns), 1))](
+        hidden, targets, packed, packed_targets, position, count, n, depth, *hidden.stride(), packed.stride(0),
+        product.vocab_start, HAS_TARGETS=targets is not None, ROWS=rows, COLUMNS=columns, SCAN=1024,
+        enable_fp_fusion=True,
+    )  # fmt: skip
+    return packed, packed_targets, position, count
+
+
+def chunk_rows(n: int, row_bytes: int, multiple: int, scratch_bytes: int) -> int:
+    """Rows per chunk, a multiple of ``multiple``, that fit in the scratch memory.
+
+    Chunks have nearly equal lengths, as a short last one would leave multiprocessors idle.
     """
-
-    @functools.lru_cache(maxsize=TABLES)
-    def for_stream(stream: int, *arguments: Any) -> T:
-        return build(*arguments)
-
-    @functools.wraps(build)
-    def tables(*arguments: Any) -> T:
-        device = arguments[-1]
-        if device.type != "cuda":
-            return for_stream(0, *arguments)
-        if torch.cuda.is_current_stream_capturing():
-            return build(*arguments)
-        return for_stream(torch.cuda.current_stream(device).cuda_stream, *arguments)
-
-    return tables
+    blocks, most = triton.cdiv(n, multiple), max(scratch_bytes // row_bytes // multiple, 1)
+    chunks = max(triton.cdiv(blocks, most), 1)
+    return max(triton.cdiv(blocks, chunks), 1) * multiple

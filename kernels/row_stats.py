@@ -19,7 +19,7 @@ import triton.language as tl
 
 from acqcore.kernels.config import Tiles
 from acqcore.kernels.fold import empty_state, fold, holds_target, merge, store_state
-from acqcore.kernels.product import GATHER_TILE, descriptor, gather_scored, has_descriptor, logit_tile, place
+from acqcore.kernels.product import Product, chunk_rows, gathered, has_descriptor, logit_tile, place
 
 #: Scratch memory of a call: split states and packed hidden states of the rows in flight.
 SCRATCH_BYTES = 56 << 20
@@ -71,7 +71,7 @@ def product_fold(
     row_targets = rows
     if HAS_TARGETS:
         row_targets = tl.load(targets + rows, mask=rows < n, other=-1)
-    top, second, r, s1, s2, s11, index, target = empty_state(BLOCK_M)
+    state = empty_state(BLOCK_M)
     first_tile = split * split_tiles
     last_tile = min(first_tile + split_tiles, tl.cdiv(vocab, BLOCK_N))
     for tile in tl.range(first_tile, last_tile, flatten=FLATTEN):
@@ -84,23 +84,8 @@ def product_fold(
         holds = False
         if HAS_TARGETS:
             holds = holds_target(row_targets, begin, BLOCK_N)
-        top, second, r, s1, s2, s11, index, target, _, _ = fold(
-            z,
-            begin,
-            row_targets,
-            holds,
-            top,
-            second,
-            r,
-            s1,
-            s2,
-            s11,
-            index,
-            target,
-            HAS_TARGETS,
-            HAS_BIAS or not EVEN_V,
-        )
-    store_state(partial, partial_index, split, splits, n, rows, top, second, r, s1, s2, s11, index, target)
+        state, _, _ = fold(z, begin, row_targets, holds, state, HAS_TARGETS, HAS_BIAS or not EVEN_V)
+    store_state(partial, partial_index, split, splits, n, rows, state)
 
 
 def row_stats(
@@ -130,98 +115,48 @@ def row_stats(
         precision: of float32 products, as in ``triton.language.dot``: ``ieee``, ``tf32``, ``tf32x3``.
         upcast: multiply in float32 for any dtypes, as is always done if they differ.
     """
-    n, depth = hidden.shape
-    dtype = torch.promote_types(hidden.dtype, weight.dtype)
-    rows_at_once = chunk_rows(n, depth, dtype.itemsize, tiles.split(len(weight))[0], tiles.block_m)
     bias = None if bias is None else bias.float().contiguous()
-    for first in range(0, n, rows_at_once):
-        part = slice(first, first + rows_at_once)
-        _chunk(
-            hidden[part], weight, bias, None if targets is None else targets[part].contiguous(), softcap, scale,
-            temperature, vocab_start, state, index, first_row + first, tiles, dtype, precision, upcast,
-        )  # fmt: skip
-
-
-def chunk_rows(n: int, depth: int, itemsize: int, splits: int, block_m: int) -> int:
-    """Rows per chunk, a multiple of ``block_m``: packed rows and their split states fit in SCRATCH_BYTES.
-
-    Chunks have nearly equal lengths, as a short last one would leave multiprocessors idle.
-    """
-    row_bytes = (depth + 8) * itemsize + 32 * splits
-    blocks, most = triton.cdiv(n, block_m), max(SCRATCH_BYTES // row_bytes // block_m, 1)
-    chunks = max(triton.cdiv(blocks, most), 1)
-    return max(triton.cdiv(blocks, chunks), 1) * block_m
+    product = Product(weight, bias, softcap, scale, temperature, vocab_start, tiles, precision, upcast)
+    n, depth = hidden.shape
+    row_bytes = (depth + 8) * product.dtype(hidden).itemsize + 32 * tiles.split(len(weight))[0]
+    at_once = chunk_rows(n, row_bytes, tiles.block_m, SCRATCH_BYTES)
+    for first in range(0, n, at_once):
+        part = slice(first, first + at_once)
+        of_part = None if targets is None else targets[part].contiguous()
+        _chunk(product, hidden[part], of_part, state, index, first_row + first)
 
 
 def _chunk(
+    product: Product,
     hidden: torch.Tensor,  # [n, D]
-    weight: torch.Tensor,  # [V, D]
-    bias: torch.Tensor | None,  # [V] float32
     targets: torch.Tensor | None,  # [n]
-    softcap: float | None,
-    scale: float,
-    temperature: float,
-    vocab_start: int,
     state: torch.Tensor,  # [7, N], columns first to first + n written
     index: torch.Tensor,  # [N]
     first: int,
-    tiles: Tiles,
-    dtype: torch.dtype,
-    precision: str,
-    upcast: bool,
 ) -> None:
-    n, depth = hidden.shape
-    packed_targets = position = count = None
-    packed = hidden
-    if targets is not None or hidden.dtype != dtype or not has_descriptor(hidden):
-        pitch = triton.cdiv(depth, 8) * 8  # descriptors require rows of 16 bytes
-        packed = hidden.new_empty((n, pitch), dtype=dtype)[:, :depth]
-        if targets is not None:
-            packed_targets, position = hidden.new_empty((2, n), dtype=torch.int32)
-            count = hidden.new_empty(1, dtype=torch.int32)
-        columns = GATHER_TILE // tiles.block_m
-        gather_scored[(triton.cdiv(n, tiles.block_m), max(triton.cdiv(depth, columns), 1))](
-            hidden, targets, packed, packed_targets, position, count, n, depth, *hidden.stride(), packed.stride(0),
-            vocab_start, HAS_TARGETS=targets is not None, ROWS=tiles.block_m, COLUMNS=columns, SCAN=1024,
-            enable_fp_fusion=True,
-        )  # fmt: skip
-    partial, partial_index = launch_fold(
-        packed, weight, bias, packed_targets, count, softcap, scale, temperature, tiles, precision, upcast
-    )
-    merge(partial, partial_index, position, state, index, first, vocab_start)
+    packed, packed_targets, position, count = hidden, None, None, None
+    if targets is not None or hidden.dtype != product.dtype(hidden) or not has_descriptor(hidden):
+        packed, packed_targets, position, count = gathered(product, hidden, targets)
+    partial, partial_index = launch_fold(packed, product, packed_targets, count)
+    merge(partial, partial_index, position, state, index, first, product.vocab_start)
 
 
 def launch_fold(
     packed: torch.Tensor,  # [n, D]
-    weight: torch.Tensor,  # [V, D]
-    bias: torch.Tensor | None,  # [V] float32
+    product: Product,
     targets: torch.Tensor | None,  # [n] int32, relative to this weight
     count: torch.Tensor | None,  # [1] int32: rows in use
-    softcap: float | None,
-    scale: float,
-    temperature: float,
-    tiles: Tiles,
-    precision: str,
-    upcast: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch :func:`product_fold`; returns states ``[7, splits, n]`` float32, indices ``[splits, n]`` int32."""
-    n, depth = packed.shape
-    vocab = len(weight)
+    weight, tiles = product.weight, product.tiles
+    (vocab, depth), n = weight.shape, len(packed)
     splits, split_tiles = tiles.split(vocab)
     partial = packed.new_empty((7, splits, n), dtype=torch.float32)
     partial_index = packed.new_empty((splits, n), dtype=torch.int32)
-    descriptors = tiles.descriptors and has_descriptor(packed) and has_descriptor(weight)
     product_fold[(triton.cdiv(n, tiles.block_m) * splits,)](
-        descriptor(packed, tiles.block_m, tiles.block_k) if descriptors else packed,
-        descriptor(weight, tiles.block_n, tiles.block_k) if descriptors else weight,
-        bias, targets, count, partial, partial_index, n, vocab, depth,
-        *packed.stride(), *weight.stride(), splits, split_tiles,
-        scale / (softcap or temperature), (softcap or 1.0) / temperature,
-        BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, GROUP_M=tiles.group_m,
-        HAS_BIAS=bias is not None, HAS_TARGETS=targets is not None, HAS_COUNT=count is not None,
-        HAS_SCALE=scale != (softcap or temperature), HAS_CAP=softcap is not None,
-        EVEN_K=depth % tiles.block_k == 0, EVEN_V=vocab % tiles.block_n == 0,
-        DESCRIPTORS=descriptors, FLATTEN=tiles.flatten, UPCAST=upcast or packed.dtype != weight.dtype,
-        PRECISION=precision, num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=True,
+        *product.operands(packed), product.bias, targets, count, partial, partial_index, n, vocab, depth,
+        *packed.stride(), *weight.stride(), splits, split_tiles, *product.factors,
+        HAS_TARGETS=targets is not None, HAS_COUNT=count is not None, EVEN_V=vocab % tiles.block_n == 0,
+        FLATTEN=tiles.flatten, **product.options(packed),
     )  # fmt: skip
     return partial, partial_index

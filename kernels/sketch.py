@@ -21,7 +21,7 @@ import triton.language as tl
 
 from acqcore.kernels.config import Tiles
 from acqcore.kernels.fold import INV_SCALE, LOWEST, empty_state, fold, holds_target, merge, store_state
-from acqcore.kernels.product import GATHER_TILE, descriptor, gather_scored, has_descriptor, place, product_tile, tanh
+from acqcore.kernels.product import Product, chunk_rows, gathered, place, product_tile, tanh
 
 #: Scratch memory of a call: bucket sums, states and packed hidden states of the rows in flight.
 SCRATCH_BYTES = 56 << 20
@@ -41,7 +41,7 @@ def take_tile(
     high,  # one past the last
     scale,
     cap,
-    state,  # of the rows, ordered as in ``fold.empty_state``
+    state,  # of the rows, as from ``empty_state``
     buckets,  # [ROWS, COLUMNS] float32
     WHOLE: tl.constexpr,  # all columns count
     HAS_BIAS: tl.constexpr,
@@ -64,10 +64,7 @@ def take_tile(
         z = tanh(z) * cap
     if not WHOLE:
         z = tl.where(inside[None, :], z, float("-inf"))
-    top, second, r, s1, s2, s11, index, target = state
-    top, second, r, s1, s2, s11, index, target, e, c = fold(
-        z, begin, targets, holds, top, second, r, s1, s2, s11, index, target, True, HAS_BIAS or not WHOLE
-    )
+    state, e, c = fold(z, begin, targets, holds, state, True, HAS_BIAS or not WHOLE)
     if HAS_CAP:
         slope = tl.maximum(z, -cap) / cap
         e *= 1 - slope * slope
@@ -80,7 +77,7 @@ def take_tile(
         of_column = tl.load(places + columns, mask=inside, other=0)
         sign = tl.where(inside, tl.where(of_column < 0, -1.0, 1.0), 0.0)
     buckets = buckets * c[:, None] + e * sign[None, :]
-    return (top, second, r, s1, s2, s11, index, target), buckets
+    return state, buckets
 
 
 @triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["count"])
@@ -166,7 +163,7 @@ def sketch_fold(
                 )  # fmt: skip
     at = sums + (share.to(tl.int64) * n + rows)[:, None] * dim + first_place + column[None, :]
     tl.store(at, buckets, mask=(rows < n)[:, None] & (column < width)[None, :])
-    store_state(partial, partial_index, split, splits, n, rows, *state)
+    store_state(partial, partial_index, split, splits, n, rows, state)
 
 
 @triton.jit(
@@ -262,83 +259,54 @@ def hashed_delta(
     n, depth = hidden.shape
     if n == 0:
         return
-    dtype = torch.promote_types(hidden.dtype, weight.dtype)
     bias = None if bias is None else bias.float().contiguous()
+    product = Product(weight, bias, softcap, scale, temperature, vocab_start, tiles, precision, upcast)
     dim = out.shape[1]
     classes = triton.cdiv(dim, tiles.block_n)
     first_group, last_group = vocab_start // dim, triton.cdiv(vocab_start + len(weight), dim)
     groups = last_group - first_group
     share_groups = triton.cdiv(groups, min(triton.cdiv(tiles.splits, classes), groups))
     shares = triton.cdiv(groups, share_groups)
-    row_bytes = (depth + 8) * dtype.itemsize + 32 * classes * shares + 4 * dim * shares
-    most = max(SCRATCH_BYTES // row_bytes // tiles.block_m, 1) * tiles.block_m
-    at_once = triton.cdiv(triton.cdiv(n, triton.cdiv(n, most)), tiles.block_m) * tiles.block_m
+    row_bytes = (depth + 8) * product.dtype(hidden).itemsize + 32 * classes * shares + 4 * dim * shares
+    at_once = chunk_rows(n, row_bytes, tiles.block_m, SCRATCH_BYTES)
     for first in range(0, n, at_once):
         part = slice(first, first + at_once)
         _chunk(
-            hidden[part], weight, bias, targets[part].contiguous(), places, softcap, scale, temperature, vocab_start,
-            state, index, fill, out, first, classes, shares, share_groups, first_group, last_group, tiles, dtype,
-            precision, upcast,
+            product, hidden[part], targets[part].contiguous(), places, state, index, fill, out, first,
+            (classes, shares, share_groups, first_group, last_group),
         )  # fmt: skip
 
 
 def _chunk(
+    product: Product,
     hidden: torch.Tensor,  # [n, D]
-    weight: torch.Tensor,  # [V, D]
-    bias: torch.Tensor | None,  # [V] float32
     targets: torch.Tensor,  # [n]
     places: torch.Tensor,  # [V] int32
-    softcap: float | None,
-    scale: float,
-    temperature: float,
-    vocab_start: int,
     state: torch.Tensor,  # [7, N], columns first to first + n
     index: torch.Tensor,  # [N]
     fill: bool,
     out: torch.Tensor,  # [N, dim], rows first to first + n written
     first: int,
-    classes: int,
-    shares: int,
-    share_groups: int,
-    first_group: int,
-    last_group: int,
-    tiles: Tiles,
-    dtype: torch.dtype,
-    precision: str,
-    upcast: bool,
+    cut: tuple[int, int, int, int, int],  # ``classes`` to ``last_group`` of :func:`sketch_fold`
 ) -> None:
-    n, depth = hidden.shape
-    vocab, dim = len(weight), out.shape[1]
-    pitch = triton.cdiv(depth, 8) * 8  # descriptors require rows of 16 bytes
-    packed = hidden.new_empty((n, pitch), dtype=dtype)[:, :depth]
-    packed_targets, position = hidden.new_empty((2, n), dtype=torch.int32)
-    count = hidden.new_empty(1, dtype=torch.int32)
-    columns = GATHER_TILE // tiles.block_m
-    gather_scored[(triton.cdiv(n, tiles.block_m), max(triton.cdiv(depth, columns), 1))](
-        hidden, targets, packed, packed_targets, position, count, n, depth, *hidden.stride(), packed.stride(0),
-        vocab_start, HAS_TARGETS=True, ROWS=tiles.block_m, COLUMNS=columns, SCAN=1024, enable_fp_fusion=True,
-    )  # fmt: skip
+    weight, tiles = product.weight, product.tiles
+    (vocab, depth), n, dim = weight.shape, len(hidden), out.shape[1]
+    classes, shares, *_ = cut
+    packed, packed_targets, position, count = gathered(product, hidden, targets)
     splits = classes * shares
     partial = hidden.new_empty((7, splits, n), dtype=torch.float32)
     partial_index = hidden.new_empty((splits, n), dtype=torch.int32)
     sums = hidden.new_empty((shares, n, dim), dtype=torch.float32)
-    descriptors = tiles.descriptors and has_descriptor(packed) and has_descriptor(weight)
     sketch_fold[(triton.cdiv(n, tiles.block_m) * splits,)](
-        descriptor(packed, tiles.block_m, tiles.block_k) if descriptors else packed,
-        descriptor(weight, tiles.block_n, tiles.block_k) if descriptors else weight,
-        bias, packed_targets, places, count, partial, partial_index, sums, n, vocab, depth, dim, vocab_start,
-        *packed.stride(), *weight.stride(), classes, shares, share_groups, first_group, last_group,
-        scale / (softcap or temperature), (softcap or 1.0) / temperature,
-        BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, GROUP_M=tiles.group_m,
-        HAS_BIAS=bias is not None, HAS_SCALE=scale != (softcap or temperature), HAS_CAP=softcap is not None,
-        EVEN_K=depth % tiles.block_k == 0, DESCRIPTORS=descriptors, UPCAST=upcast or packed.dtype != weight.dtype,
-        PRECISION=precision, num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=True,
+        *product.operands(packed), product.bias, packed_targets, places, count, partial, partial_index, sums, n, vocab,
+        depth, dim, product.vocab_start, *packed.stride(), *weight.stride(), *cut, *product.factors,
+        **product.options(packed),
     )  # fmt: skip
     if fill:
-        merge(partial, partial_index, position, state, index, first, vocab_start)
+        merge(partial, partial_index, position, state, index, first, product.vocab_start)
     finish_hash[(triton.cdiv(n, FINISH_ROWS), triton.cdiv(dim, FINISH_COLUMNS))](
-        sums, partial, targets, places, position, state, index, out, n, vocab, dim, vocab_start, first,
-        state.shape[1], out.stride(0), classes, shares, scale / temperature, (softcap or 1.0) / temperature,
-        CLASS=tiles.block_n, HAS_CAP=softcap is not None, ROWS=FINISH_ROWS, COLUMNS=FINISH_COLUMNS,
+        sums, partial, targets, places, position, state, index, out, n, vocab, dim, product.vocab_start, first,
+        state.shape[1], out.stride(0), classes, shares, product.scale / product.temperature, product.factors[1],
+        CLASS=tiles.block_n, HAS_CAP=product.softcap is not None, ROWS=FINISH_ROWS, COLUMNS=FINISH_COLUMNS,
         enable_fp_fusion=True,
     )  # fmt: skip

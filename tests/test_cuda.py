@@ -11,7 +11,7 @@ import torch
 
 import acqcore
 from acqcore import _core
-from acqcore.backends import HeadRows, cuda, preference, select as select_backend
+from acqcore.backends import PREFERENCE, HeadRows, cuda, select as select_backend
 from acqcore.backends.cuda import Cuda
 from acqcore.backends.extension import matrix, pointer
 from acqcore.testing import assert_close_to_oracle, assert_logits_match, random_case
@@ -242,7 +242,7 @@ def test_choice_among_gpu_backends(monkeypatch):
         return select_backend(name, device, (torch.bfloat16,), op, (rows, vocab)).name
 
     assert chosen("row_stats", 4096, 151936) == "cuda"  # as measured on an H100
-    monkeypatch.setitem(preference.TABLE, "measured", [])
+    monkeypatch.setitem(PREFERENCE, "measured", [])
     assert chosen("row_stats", 4096, 151936) == "triton"
     assert chosen("logit_stats", 4096, 151936) == "cuda"
     assert chosen("logit_stats", 4096, 151936, "triton") == "triton"
@@ -251,7 +251,7 @@ def test_choice_among_gpu_backends(monkeypatch):
     assert chosen("", 0, 0) == "triton"  # not in the table: the first backend that fits
     measured: dict[str, Any] = {"op": "row_stats", "capability": "9.0", "dtype": "bfloat16", "rows": "few"}
     rows = [measured | {"vocab": "large", "order": ["cuda", "triton"]}]
-    monkeypatch.setitem(preference.TABLE, "measured", rows)
+    monkeypatch.setitem(PREFERENCE, "measured", rows)
     assert chosen("row_stats", 8, 151936) == "cuda"
     assert chosen("row_stats", 8, 1000) == "triton"
     assert chosen("row_stats", 4096, 151936) == "triton"

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import acqcore
-from acqcore.backends import HeadRows, get as get_backend
+from acqcore.backends import Gram, HeadRows, get as get_backend
 from acqcore.head_grad import loss_weights
 from acqcore.head_visit import visit
-from acqcore.row_stats import empty_gram, empty_state
+from acqcore.row_stats import empty_state
 from acqcore.testing import Case, case_from_logits, random_case
 
 #: Rows per sample; the longer lengths are not multiples of a block or panel.
@@ -156,7 +156,7 @@ def test_products_are_their_definition(name, implementation):
 def _products(case: Case, backend: str) -> torch.Tensor:
     """Gram matrices of two samples of 43 rows, ``[2, 43, 43]``."""
     bounds = ((0, 43), (43, 86))
-    gram = empty_gram(bounds, case.hidden, case.hidden.dtype)
+    gram = Gram.empty(bounds, case.hidden.dtype, case.hidden.device)
     gram.products.fill_(torch.nan)
     state, index = empty_state(case.hidden)
     rows = HeadRows(case.hidden, case.head, case.targets, case.temperature, state, index)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 
 from acqcore.backends import cpu
-from acqcore.column_hash import ColumnHash
 from acqcore.head import Head
 from acqcore.head_grad import grad_sketch
-from acqcore.signs import hashed_places, rotated_places
+from acqcore.signs import ColumnHash, hashed_places, rotated_places
 
 
 def test_rotated_places_do_not_depend_on_the_shard():

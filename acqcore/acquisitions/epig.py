@@ -22,8 +22,8 @@ import torch
 from acqcore import checks
 from acqcore.acquisitions.base import register
 from acqcore.acquisitions.needs import WEIGHT_VARIANCE, Options
-from acqcore.gradients.epig import EpigReference
 from acqcore.gradients.need import ProbeNeed
+from acqcore.gradients.reference import EpigReference
 from acqcore.head import Head
 from acqcore.students.student import Student
 

@@ -70,10 +70,6 @@ class SketchOptions(Options):
     dim: int = 4096
     seed: int = 0
 
-    @property
-    def need(self) -> GradientNeed:
-        return GradientNeed(self.parameters, dim=self.dim, seed=self.seed)
-
 
 @dataclass(frozen=True)
 class RowNeed:
@@ -290,7 +286,7 @@ class InformationOptions(DrawOptions):
 
 def sketch(options: SketchOptions) -> GradientNeed:
     """The need of an acquisition that compares sketches of gradients."""
-    return options.need
+    return GradientNeed(options.parameters, dim=options.dim, seed=options.seed)
 
 
 def of_finite(

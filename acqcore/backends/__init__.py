@@ -3,12 +3,20 @@
 ``ACQCORE_BACKEND`` names one for the whole process. Naming a backend that is unknown, unavailable or does not support
 the tensors raises an error. ``eager`` runs only when named, unless the package has no compiled extension; a warning at
 import then says so.
+
+Among several GPU backends that fit, ``preference.json`` chooses. It holds a fixed order for each operation
+("unmeasured") and a row for each measured class of shapes, fastest backend first:
+``{"capability": "9.0", "op": "logit_stats", "dtype": "bfloat16", "rows": "many", "vocab": "large", "order": [...]}``.
+Rows come from ``make gpu-check``, which prints those for its machine.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,8 +33,9 @@ from acqcore.backends.cpu import Cpu
 from acqcore.backends.cuda import Cuda
 from acqcore.backends.eager import Eager
 from acqcore.backends.extension import constant_when_compiled
-from acqcore.backends.preference import order
 from acqcore.backends.triton import Triton
+
+PREFERENCE: dict[str, Any] = json.loads((Path(__file__).parent / "preference.json").read_text())
 
 _BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Cpu(), Cuda(), Triton(), Eager())}
 
@@ -66,7 +75,7 @@ def select(
 ) -> Backend:
     """The backend for tensors of ``device`` and ``dtypes``.
 
-    If several GPU backends fit, ``op`` and its ``shape`` (rows, vocabulary) choose among them (``preference.py``).
+    If several GPU backends fit, ``op`` and its ``shape`` (rows, vocabulary) choose among them.
 
     Raises:
         ValueError: an unknown name, or a named backend that does not support these tensors.
@@ -94,12 +103,23 @@ def select(
         raise RuntimeError(f"{'; '.join(reasons)}. Pass backend='eager' to use plain torch.")
     if len(fitting) == 1 or device.type != "cuda":
         return fitting[0]
-    preferred = order(op, _capability(device.index), str(dtypes[0]).removeprefix("torch."), *shape)
+    preferred = _order(op, _capability(device.index), str(dtypes[0]).removeprefix("torch."), *shape)
     for preference in preferred:
         for candidate in fitting:
             if candidate.name == preference:
                 return candidate
     return fitting[0]
+
+
+def _order(op: str, capability: str, dtype: str, rows: int, vocab: int) -> list[str]:
+    """Names of backends, best first; empty for an operation that is not in the table."""
+    of_rows = "few" if rows < 256 else "many"  # many fill a GPU
+    of_vocab = "small" if vocab < 32768 else "large"
+    key = op, capability, dtype, of_rows, of_vocab
+    for row in PREFERENCE["measured"]:
+        if (row["op"], row["capability"], row["dtype"], row["rows"], row["vocab"]) == key:
+            return list(row["order"])
+    return list(PREFERENCE["unmeasured"].get(op, []))
 
 
 @constant_when_compiled

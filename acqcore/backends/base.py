@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
@@ -40,6 +41,26 @@ class Gram:
     bounds: tuple[tuple[int, int], ...]  # [begin, end) rows of each covered sample, on the host
     starts: tuple[int, ...]  # first element of each sample's matrix in ``products``
     products: torch.Tensor  # [sum T_i^2] float32, float64 on eager in float64: T_i x T_i, row-major, sample by sample
+
+    @classmethod
+    def empty(cls, bounds: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torch.device) -> Gram:
+        """Uninitialised matrices of these samples."""
+        starts = matrix_starts(bounds)
+        return cls(bounds, starts[:-1], torch.empty(starts[-1], dtype=dtype, device=device))
+
+    def split(self, longest: int) -> tuple[Gram, Gram]:
+        """The samples of at most ``longest`` rows, and the others."""
+
+        def some(short: bool) -> Gram:
+            own = [i for i, (begin, end) in enumerate(self.bounds) if (end - begin <= longest) == short]
+            return Gram(tuple(self.bounds[i] for i in own), tuple(self.starts[i] for i in own), self.products)
+
+        return some(True), some(False)
+
+
+def matrix_starts(bounds: tuple[tuple[int, int], ...]) -> tuple[int, ...]:
+    """First element of each sample's matrix in a Gram, then the total number of elements."""
+    return tuple(itertools.accumulate(((end - begin) ** 2 for begin, end in bounds), initial=0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,11 +135,7 @@ class Backend(ABC):
         """Rows of the longest sample whose Gram matrix is cheaper than ``head_grad_norm`` for D = ``depth``."""
 
     @abstractmethod
-    def row_stats(
-        self,
-        rows: HeadRows,
-        gram: Gram | None = None,
-    ) -> None:
+    def row_stats(self, rows: HeadRows, gram: Gram | None = None) -> None:
         """Fill the state of ``row_stats.RowStats`` in place, and ``gram`` in the same pass over the weights.
 
         Rows with target -100 get a NaN state and index -1. Without a Gram, targets may be None.
@@ -236,8 +253,5 @@ class Backend(ABC):
         """The masks of ``philox.keep_mask`` for every draw; ``mixture_stats`` applies those of site 0."""
 
     @abstractmethod
-    def mixture_stats(
-        self,
-        rows: DrawRows,
-    ) -> None:
+    def mixture_stats(self, rows: DrawRows) -> None:
         """Fill the state and votes of ``bayes.BayesStats``; rows with target -100 get a NaN state and votes of -1."""

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 
 from acqcore.backends.base import Backend, DrawRows, Dropout, Gram, HeadRows, Probes
-from acqcore.backends.chunked_mixture import mixture_in_chunks
+from acqcore.backends.chunked_mixture import mixture_in_chunks, shard
 from acqcore.backends.eager import (
     add_fisher_sums,
     gram_norm,
@@ -23,7 +23,7 @@ from acqcore.backends.eager import (
 )
 from acqcore.backends.precision import float32_products
 from acqcore.backends.scatter import add_at
-from acqcore.head import Head, compute_dtype
+from acqcore.head import compute_dtype
 from acqcore.philox import keep_mask, sign_words, signs_in
 
 #: Bound on the memory that an operation holds at a time beside its result.
@@ -161,10 +161,7 @@ class Chunked(Backend):
                 keep[k, part] = keep_mask(samples, positions, units, dropout.p, dropout.seed, k, site)
 
     @float32_products()
-    def mixture_stats(
-        self,
-        rows: DrawRows,
-    ) -> None:
+    def mixture_stats(self, rows: DrawRows) -> None:
         mixture_in_chunks(self, rows)
 
 
@@ -237,16 +234,9 @@ def _vocab_chunks(rows: HeadRows, n: int, width: int) -> Iterator[slice]:
 
 def _delta(rows: HeadRows, columns: slice) -> torch.Tensor:
     """Columns of ``logit_gradient``, ``[N, columns]``."""
-    return logit_gradient(replace(rows, head=_shard(rows.head, columns)))
+    return logit_gradient(replace(rows, head=shard(rows.head, columns)))
 
 
 def _factors(rows: HeadRows, columns: slice) -> torch.Tensor:
     """Columns of ``unnormalised``, ``[N, columns]``."""
-    shard = _shard(rows.head, columns)
-    return unnormalised(shard.logits(rows.hidden, rows.temperature), rows)
-
-
-def _shard(head: Head, columns: slice) -> Head:
-    """The head restricted to some rows of its weight."""
-    bias = None if head.bias is None else head.bias[columns]
-    return replace(head, weight=head.weight[columns], bias=bias, vocab_start=head.vocab_start + columns.start)
+    return unnormalised(shard(rows.head, columns).logits(rows.hidden, rows.temperature), rows)

@@ -132,11 +132,13 @@ def _logits(
     columns: slice,
 ) -> torch.Tensor:
     """Some columns of the logits, ``[K, n, columns]``."""
-    parts = []
-    for head in heads:
-        bias = None if head.bias is None else head.bias[columns]
-        start = head.vocab_start + columns.start
-        parts.append(replace(head, weight=head.weight[columns], bias=bias, vocab_start=start))
+    parts = [shard(head, columns) for head in heads]
     if len(parts) == 1:
         return parts[0].logits(drawn.flatten(0, 1)).view(*drawn.shape[:2], -1)
     return torch.stack([part.logits(hidden) for part, hidden in zip(parts, drawn, strict=True)])
+
+
+def shard(head: Head, columns: slice) -> Head:
+    """The head restricted to some rows of its weight."""
+    bias = None if head.bias is None else head.bias[columns]
+    return replace(head, weight=head.weight[columns], bias=bias, vocab_start=head.vocab_start + columns.start)

@@ -44,11 +44,7 @@ class Cpu(Backend):
         # A Gram adds 1.3 T / 2D to the statistics, delta 2.4 (AVX-512, D = 576); past 2048 rows it needs much memory.
         return min(18 * depth // 5, 2048)
 
-    def row_stats(
-        self,
-        rows: HeadRows,
-        gram: Gram | None = None,
-    ) -> None:
+    def row_stats(self, rows: HeadRows, gram: Gram | None = None) -> None:
         bounds = None if gram is None else torch.tensor(gram.bounds, dtype=torch.int64)
         with _head_args(rows) as arguments:
             _core.row_stats(
@@ -205,10 +201,7 @@ class Cpu(Backend):
                 self.instruction_set(), torch.get_num_threads(), arguments, site, n, draws, units, keep.data_ptr()
             )
 
-    def mixture_stats(
-        self,
-        rows: DrawRows,
-    ) -> None:
+    def mixture_stats(self, rows: DrawRows) -> None:
         # The extension sees [K, N, D] as [K * N, D].
         hidden = rows.hidden if rows.dropout is not None else rows.hidden.flatten(0, 1)
         first = HeadRows(hidden, rows.heads[0], rows.targets, 1.0, rows.state, rows.votes)

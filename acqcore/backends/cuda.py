@@ -17,10 +17,10 @@ from acqcore.backends.base import Gram, HeadRows, Probes
 from acqcore.backends.chunked import Chunked
 from acqcore.backends.extension import constant_when_compiled, core, matrix, pointer
 from acqcore.backends.precision import float32_products
-from acqcore.backends.scatter import on_device
 from acqcore.backends.slots import BLOCK, slot_table
 from acqcore.backends.triton import Triton
 from acqcore.head import Head
+from acqcore.kept import on_device
 
 #: Block of logits that row_stats holds: at most 1024 rows x 8192 columns, 32 MiB in float32.
 BLOCK_ROWS = 1024
@@ -43,15 +43,14 @@ class Cuda(Chunked):
     def unavailable(self) -> str | None:
         return extension.missing() or _no_device()
 
-    def row_stats(
-        self,
-        rows: HeadRows,
-        gram: Gram | None = None,
-    ) -> None:
+    def row_stats(self, rows: HeadRows, gram: Gram | None = None) -> None:
         device = rows.hidden.device
         capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
         fits = fits_hopper(rows.hidden, rows.head.weight, capability)
-        kept, rest = _kept_while_folding(rows.head, gram) if fits else (None, gram)
+        kept, rest = None, gram
+        # Also if no sample is short, so that the split of the rows never depends on the samples.
+        if gram is not None and fits and rows.head.softcap is None:
+            kept, rest = gram.split(BLOCK)
         with _stating_memory("row_stats"):
             if fits:
                 self._fused(rows, kept)
@@ -83,19 +82,18 @@ class Cuda(Chunked):
         else:
             super().fill_hidden_grad(rows, out)
 
-    def fisher_sums(
+    def fill_fisher_sums(
         self,
-        rows: HeadRows,
+        rows: HeadRows,  # their state filled
         probes: Probes,
         sums: torch.Tensor,  # [P + 1, N, D], written
         signed: torch.Tensor,  # [P, N] float64, written
         squares: torch.Tensor,  # [N] float64, written
     ) -> None:
         if _TRITON.unavailable() is None:
-            self.row_stats(rows)
             _TRITON.fill_fisher_sums(rows, probes, sums, signed, squares)
         else:
-            super().fisher_sums(rows, probes, sums, signed, squares)
+            super().fill_fisher_sums(rows, probes, sums, signed, squares)
 
     def _fused(
         self,
@@ -130,10 +128,7 @@ class Cuda(Chunked):
             stream = torch.cuda.current_stream(device).cuda_stream
             core.cuda_row_stats_sm90(arguments, device, stream, scratch.data_ptr(), size)
 
-    def _blocked(
-        self,
-        rows: HeadRows,
-    ) -> None:
+    def _blocked(self, rows: HeadRows) -> None:
         """For each block of rows and columns: product, bias, cap, then the kernel, which merges along the columns."""
         head, targets = rows.head, rows.targets
         n, v = len(rows.hidden), len(head.weight)
@@ -234,28 +229,6 @@ def fits_hopper(
         and row % 8 == 0
         and row >= weight.shape[1] > 0
     )
-
-
-def _kept_while_folding(
-    head: Head,
-    gram: Gram | None,
-) -> tuple[Gram | None, Gram | None]:
-    """The samples whose matrices the fused kernel keeps (at most BLOCK rows, no softcap), and the others.
-
-    The first is None only without a Gram or under a softcap, so that how rows are split never depends on the samples.
-    """
-    if gram is None or head.softcap is not None:
-        return None, gram
-    short = [end - begin <= BLOCK for begin, end in gram.bounds]
-    kept, rest = (
-        Gram(
-            tuple(b for b, own in zip(gram.bounds, short, strict=True) if own == wanted),
-            tuple(s for s, own in zip(gram.starts, short, strict=True) if own == wanted),
-            gram.products,
-        )
-        for wanted in (True, False)
-    )
-    return kept, rest if rest.bounds else None
 
 
 def _block(d: int, mixed: bool) -> tuple[int, int]:

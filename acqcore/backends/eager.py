@@ -23,11 +23,7 @@ class Eager(Backend):
     def longest_gram(self, depth: int) -> int:
         return depth
 
-    def row_stats(
-        self,
-        rows: HeadRows,
-        gram: Gram | None = None,
-    ) -> None:
+    def row_stats(self, rows: HeadRows, gram: Gram | None = None) -> None:
         logits = rows.head.logits(rows.hidden, rows.temperature)
         fold(logits, rows.targets, rows.head.vocab_start, rows.state, rows.index)
         if gram is not None:
@@ -111,10 +107,7 @@ class Eager(Backend):
         for k in range(len(keep)):
             keep[k] = keep_mask(dropout.samples, dropout.positions, keep.shape[2], dropout.p, dropout.seed, k, site)
 
-    def mixture_stats(
-        self,
-        rows: DrawRows,
-    ) -> None:
+    def mixture_stats(self, rows: DrawRows) -> None:
         # In float64: the rounding of a float32 product depends on the BLAS, and at logits of 100 it reaches 1e-5 nats.
         logits = [rows.heads[k % len(rows.heads)].logits(drawn_hidden(rows, k).double()) for k in range(rows.draws)]
         mixture(torch.stack(logits), rows.targets, rows.heads[0].vocab_start, rows.state, rows.votes)

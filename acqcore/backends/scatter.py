@@ -1,16 +1,10 @@
-"""Sums over given rows that are the same in every run, and copies of tables to a device."""
+"""Sums over given rows that are the same in every run."""
 
 from __future__ import annotations
 
 import torch
 
-
-def on_device(
-    table: torch.Tensor,  # on the host
-    device: torch.device,
-) -> torch.Tensor:
-    """A copy on ``device``; unlike ``table.to``, it does not wait for work queued on a GPU."""
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
+from acqcore.kept import on_device
 
 
 def add_segments(

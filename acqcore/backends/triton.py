@@ -22,8 +22,8 @@ from acqcore import checks
 from acqcore.backends.base import DrawRows, Dropout, Gram, HeadRows, Probes
 from acqcore.backends.chunked import Chunked
 from acqcore.backends.extension import constant_when_compiled
-from acqcore.backends.scatter import on_device
 from acqcore.head import Head
+from acqcore.kept import on_device
 from acqcore.philox import threshold
 
 if TYPE_CHECKING:
@@ -70,12 +70,8 @@ class Triton(Chunked):
         major, minor = torch.cuda.get_device_capability()
         return f"sm_{major}{minor}"
 
-    def row_stats(
-        self,
-        rows: HeadRows,
-        gram: Gram | None = None,
-    ) -> None:
-        from acqcore.kernels.gram import row_stats_and_grams
+    def row_stats(self, rows: HeadRows, gram: Gram | None = None) -> None:
+        from acqcore.kernels.gram import BLOCK, row_stats_and_grams
         from acqcore.kernels.row_stats import row_stats
 
         head = rows.head
@@ -86,7 +82,7 @@ class Triton(Chunked):
             "precision": plan.precision,
             "upcast": plan.upcast,
         }
-        short, long = _split(gram)
+        short, long = (None, None) if gram is None else gram.split(BLOCK)
         with _launching(rows.hidden):
             if short is not None:
                 row_stats_and_grams(
@@ -155,8 +151,7 @@ class Triton(Chunked):
             if (own[0][1] - own[0][0]) ** 2 > GRAM_ELEMENTS:
                 super().head_grad_norm(rows, own, weights, share)
             else:
-                starts = tuple(itertools.accumulate(((end - begin) ** 2 for begin, end in own), initial=0))
-                gram = Gram(own, starts[:-1], torch.empty(starts[-1], device=squared.device))
+                gram = Gram.empty(own, torch.float32, squared.device)
                 self.fill_gram(rows, gram)
                 self.gram_norm(rows, gram, rows.state[0], weights, share)
 
@@ -180,18 +175,6 @@ class Triton(Chunked):
         with _launching(rows.hidden):
             hidden_sums(_factors(rows), rows.hidden, rows.targets.contiguous(), reference, final.float(), out)
 
-    def fisher_sums(
-        self,
-        rows: HeadRows,
-        probes: Probes,
-        sums: torch.Tensor,  # [P + 1, N, D], written
-        signed: torch.Tensor,  # [P, N] float64, written
-        squares: torch.Tensor,  # [N] float64, written
-    ) -> None:
-        """In two passes over the weights, the second of which recomputes the logits."""
-        self.row_stats(rows)
-        self.fill_fisher_sums(rows, probes, sums, signed, squares)
-
     def fill_fisher_sums(
         self,
         rows: HeadRows,  # their state filled
@@ -200,7 +183,7 @@ class Triton(Chunked):
         signed: torch.Tensor,  # [P, N] float64, written
         squares: torch.Tensor,  # [N] float64, written
     ) -> None:
-        """The second pass."""
+        """Recomputes the logits."""
         from acqcore.kernels.cotangents import fisher_sums
 
         assert rows.targets is not None
@@ -270,10 +253,7 @@ class Triton(Chunked):
         with _launching(keep):
             dropout_mask(dropout.samples, dropout.positions, site, dropout.seed, threshold(dropout.p), keep)
 
-    def mixture_stats(
-        self,
-        rows: DrawRows,
-    ) -> None:
+    def mixture_stats(self, rows: DrawRows) -> None:
         """Ensembles of several heads run in chunked torch."""
         from acqcore.kernels.block_mixture import block_mixture_stats, serves
         from acqcore.kernels.mixture import Masks, mixture_stats
@@ -383,20 +363,6 @@ def _head_arguments(rows: HeadRows) -> dict[str, Any]:
         "temperature": rows.temperature,
         "vocab_start": head.vocab_start,
     }
-
-
-def _split(gram: Gram | None) -> tuple[Gram | None, Gram | None]:
-    """The samples that fit into a block of the kernel, and the longer ones; None if there are none."""
-    from acqcore.kernels.gram import BLOCK
-
-    if gram is None:
-        return None, None
-    parts = []
-    for wanted in (False, True):
-        own = [i for i, (begin, end) in enumerate(gram.bounds) if (end - begin > BLOCK) == wanted]
-        bounds, starts = tuple(gram.bounds[i] for i in own), tuple(gram.starts[i] for i in own)
-        parts.append(Gram(bounds, starts, gram.products) if own else None)
-    return parts[0], parts[1]
 
 
 def _gaps(bounds: tuple[tuple[int, int], ...], n: int) -> list[tuple[int, int]]:

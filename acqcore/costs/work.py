@@ -12,8 +12,7 @@ import torch
 from acqcore import checks
 from acqcore.acquisitions import DrawOptions, GradientNeed, ProbeNeed
 from acqcore.costs.shape import Shape
-from acqcore.gradients.epig import EpigReference
-from acqcore.gradients.reference import Reference
+from acqcore.gradients.reference import EpigReference, Reference
 from acqcore.scoring.plan import Plan
 from acqcore.selection.diversity import Archive
 

@@ -18,9 +18,8 @@ import torch
 from torch import nn
 
 from acqcore import checks
-from acqcore.gradients.measures import DenseGrad, GradPiece, RowGrad, merged
+from acqcore.gradients.measures import DenseGrad, GradPiece, RowGrad, SiteSquares, merged
 from acqcore.gradients.rules import ModuleCall, Uncovered, is_linear
-from acqcore.gradients.tap import Tap, streamed
 from acqcore.head import compute_dtype
 from acqcore.students.blocks import first_tensor, with_first
 from acqcore.students.student import Student
@@ -41,17 +40,6 @@ class PieceTaker(Protocol):
         factor: torch.Tensor | None,  # [B]
     ) -> None:
         """Receive the gradient of a selected parameter, not yet multiplied by each sample's ``factor``."""
-
-
-class SiteTaker(Protocol):
-    def add_site(
-        self,
-        module: nn.Module,
-        value: torch.Tensor,  # [B, ..., D] or [B * T, D]
-        gradient: torch.Tensor,  # same shape
-        factor: torch.Tensor | None,  # [B]
-    ) -> None:
-        """Receive a site's output and its gradient, not yet multiplied by each sample's ``factor``."""
 
 
 class Capture:
@@ -98,7 +86,7 @@ class Capture:
         self._ran_sites = 0
         # State of a backward.
         self._of_parameters: Sequence[PieceTaker] = ()
-        self._of_sites: Sequence[SiteTaker] = ()
+        self._of_sites: Sequence[SiteSquares] = ()
         self._last = True
         self._pending: dict[str, list[GradPiece]] = {}
         self._arrived: set[str] = set()
@@ -171,7 +159,7 @@ class Capture:
         hidden: torch.Tensor,  # [B, T, D] of forward
         gradient: torch.Tensor,  # [B, T, D]
         of_parameters: Sequence[PieceTaker],
-        of_sites: Sequence[SiteTaker],
+        of_sites: Sequence[SiteSquares],
         last: bool = True,
     ) -> None:
         """Pass each parameter's piece to ``of_parameters`` as soon as it is complete, and each site's gradient to
@@ -328,3 +316,58 @@ class Capture:
         self._arrived.add(name)
         for taker in self._of_parameters:
             taker.add(name, piece, self.factor)
+
+
+class Tap(torch.autograd.Function):
+    """Forwards a module's output and hands its gradient to ``receive``.
+
+    ``alias`` shares the output's memory, so the student may change it in place.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        output: torch.Tensor,  # [B, ...], [B * T, ...], or [1, ...] if shared by the samples
+        leaf: torch.Tensor,  # scalar target of the backward
+        batch: int,
+        alias: bool,
+        receive: Callable[[torch.Tensor], None],
+    ) -> torch.Tensor:
+        ctx.receive = receive
+        ctx.shared = batch > 1 and output.shape[0] == 1
+        if ctx.shared:  # e.g. positions: one row per sample separates the gradients
+            return output.expand(batch, *output.shape[1:]).clone()
+        return output.data if alias else output.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        [gradient] = gradients
+        ctx.receive(gradient)
+        own = None
+        if ctx.needs_input_grad[0]:
+            own = gradient.sum(0, keepdim=True) if ctx.shared else gradient
+        return own, None, None, None, None  # the leaf only marks where the backward ends
+
+
+@contextmanager
+def streamed(
+    parameters: Collection[torch.Tensor], receive: Callable[[torch.Tensor, torch.Tensor], None]
+) -> Iterator[None]:
+    """Context in which ``torch.autograd.grad`` hands each leaf's gradient to ``receive`` and keeps none.
+
+    Other hooks on the leaves are disabled. Hooks on the accumulated gradient (DeepSpeed, DDP, optimizers that step in
+    the backward) never run under ``torch.autograd.grad``.
+    """
+
+    def arrived(parameter: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        receive(parameter, gradient.detach())
+        return gradient.new_zeros(()).expand(gradient.shape)  # takes no memory
+
+    with ExitStack() as stack:
+        for parameter in parameters:
+            hooks = parameter._backward_hooks
+            if hooks:
+                stack.callback(hooks.update, dict(hooks))
+                hooks.clear()
+            stack.callback(parameter.register_hook(partial(arrived, parameter)).remove)
+        yield

@@ -9,11 +9,11 @@ import torch
 
 from acqcore.backends import Probes
 from acqcore.backends.precision import float32_products
-from acqcore.backends.scatter import on_device
 from acqcore.fisher import FisherGrads, fisher_visit
 from acqcore.head import Head
 from acqcore.head_grad import Bounds, grad_sketch_from, head_grad_norm_from, hidden_grad_from, loss_weights
 from acqcore.head_visit import HeadVisit
+from acqcore.kept import on_device
 from acqcore.literals import Loss
 from acqcore.row_stats import MAX, R, RowStats, checked_backend, predicted_targets
 

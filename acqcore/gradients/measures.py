@@ -22,12 +22,11 @@ from torch import nn
 
 from acqcore.backends.precision import float32_products
 from acqcore.backends.scatter import add_at
-from acqcore.column_hash import ColumnHash, column_hash
 from acqcore.gradients.head_pass import HeadPass
 from acqcore.head import compute_dtype
 from acqcore.head_grad import head_places
 from acqcore.kept import kept
-from acqcore.signs import hashed_places, random_signs
+from acqcore.signs import ColumnHash, column_hash, hashed_places, random_signs
 
 #: Most elements of per-sample weight gradients that the direct form holds at a time (64 MiB in float32).
 CHUNK_ELEMENTS = 1 << 24
@@ -102,7 +101,7 @@ class SquaredNorm:
     def __init__(self, batch: int, device: torch.device) -> None:
         self._squares = [torch.zeros(batch, dtype=torch.float64, device=device)]  # [B] each
         self._scaled: list[torch.Tensor] = []  # [B] each, of gradients still to be multiplied by ``_factor``
-        self._factor: torch.Tensor | None = None  # [B], that of the backward which all these pieces come from
+        self._factor: torch.Tensor | None = None  # [B], of the backward that gave these pieces
 
     def add(self, name: str, piece: GradPiece, factor: torch.Tensor | None) -> None:
         if isinstance(piece, OuterGrad):
@@ -289,7 +288,7 @@ class SiteSquares:
         module: nn.Module,
         value: torch.Tensor,  # [B, ..., D] or [B * T, D]
         gradient: torch.Tensor,  # same shape
-        factor: torch.Tensor | None,  # [B], of the gradient
+        factor: torch.Tensor | None,  # [B], by which each sample's gradient is still to be multiplied
     ) -> None:
         if module not in self._sites:
             return

@@ -38,7 +38,7 @@ from acqcore.gradients.need import GradientNeed, ProbeNeed
 from acqcore.gradients.probe import Probe
 from acqcore.gradients.selection import select_linear, select_parameters, whole_parameters
 from acqcore.head import Head
-from acqcore.literals import Loss, Parameters
+from acqcore.literals import Loss
 from acqcore.students.student import Student
 from acqcore.students.trunk_draws import DropoutSites
 
@@ -171,13 +171,13 @@ class SampleGradients:
         head_pass: HeadPass,
     ) -> dict[GradientNeed, torch.Tensor]:
         """Values of needs of the loss gradient, from one backward."""
-        measured = {key: self._measured(key, head_pass) for key in dict.fromkeys(map(_measure_of, needs))}
+        measured = {key: self._measured(key, head_pass) for key in dict.fromkeys(map(_but_loss, needs))}
         if self._reaches_trunk(needs):
             self._backward(hidden, head_pass.hidden_gradient(hidden, positions), list(measured.values()), ())
         for each in measured.values():
             each.add_head(head_pass)
         counts = torch.tensor(head_pass.counts, device=head_pass.hidden.device)
-        return {need: _finished(need, head_pass.loss, measured[_measure_of(need)].measure, counts) for need in needs}
+        return {need: _finished(need, head_pass.loss, measured[_but_loss(need)].measure, counts) for need in needs}
 
     def _under_probes(
         self,
@@ -253,10 +253,10 @@ class SampleGradients:
     def _reaches_trunk(self, needs: Sequence[GradientNeed]) -> bool:
         return any(self._selections[need.parameters].names for need in needs)
 
-    def _measured(self, key: _Key, head_pass: HeadPass) -> _Measured:
-        parameters, dim, seed = key
-        selection = self._selections[parameters]
-        return _Measured(_measure(head_pass, dim, seed), frozenset(selection.names.values()), selection.head)
+    def _measured(self, need: GradientNeed, head_pass: HeadPass) -> _Measured:
+        selection = self._selections[need.parameters]
+        measure = _measure(head_pass, need.dim, need.seed)
+        return _Measured(measure, frozenset(selection.names.values()), selection.head)
 
     def _weights_measure(self, need: ProbeNeed, head_pass: HeadPass) -> _Measured:
         names = frozenset(self._linear[need.layers].names.values())
@@ -288,12 +288,9 @@ def _but_probes(need: ProbeNeed) -> ProbeNeed:
     return need if need.of == "marginals" else replace(need, probes=1)
 
 
-_Key = tuple[Parameters, int | None, int]
-
-
-def _measure_of(need: GradientNeed) -> _Key:
-    """Key of a need; needs with equal keys share a measure within a backward."""
-    return need.parameters, need.dim, need.seed if need.dim is not None else 0
+def _but_loss(need: GradientNeed) -> GradientNeed:
+    """Key equal for needs that share a measure within a backward."""
+    return replace(need, loss="mean", predicted=False, seed=0 if need.dim is None else need.seed)
 
 
 def _measure(head_pass: HeadPass, dim: int | None, seed: int) -> Measure:
@@ -339,7 +336,7 @@ def _finished(
     measure: Measure,
     counts: torch.Tensor,  # [B]
 ) -> torch.Tensor:
-    """Convert what was measured under ``loss`` to the need's loss (a factor of the token count); ``[B, ...]``."""
+    """Convert a measure under ``loss`` to the need's loss (a factor of the token count); ``[B, ...]``."""
     values = measure.values.clamp_min(0).sqrt() if need.dim is None else measure.values
     if need.loss != loss:
         scale = counts.double() if need.loss == "sum" else counts.double().reciprocal()

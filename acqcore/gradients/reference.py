@@ -1,4 +1,4 @@
-"""The sketched gradient of a reference set, against which influence compares samples.
+"""Sketched gradients of a reference set, against which influence and EPIG compare samples.
 
 To first order, a gradient step on sample i changes the loss of a reference set by ``-lr <g_i, g_ref>``. Sketches
 preserve inner products (:func:`acqcore.grad_sketch`), so the reference set is scored once, and each sample costs one
@@ -10,22 +10,60 @@ Sources: Pruthi et al. 2020 (TracIn, one checkpoint); Xia et al. 2024 (LESS: cos
 
 from __future__ import annotations
 
+import os
+import pickle
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Self
 
 import torch
 
 from acqcore import checks
-from acqcore.gradients.saved import Saved
-from acqcore.gradients.selection import same_student, select_parameters, shapes_of
+from acqcore.gradients.need import ProbeNeed
+from acqcore.gradients.selection import same_student, select_linear, select_parameters, shapes_of
 from acqcore.head import Head
-from acqcore.literals import Loss, Parameters, Similarity
+from acqcore.literals import Layers, Loss, Parameters, Similarity
 from acqcore.students.student import Student
 
 # Added to the root of a coordinate's second moment, relative to the root mean square over all coordinates. A coordinate
 # that a small reference set hardly moves weighs at most ten times the average; with Adam's 1e-8 it would dominate.
 _DAMPING = 0.1
+
+
+class Saved:
+    """Base of dataclasses of tensors and plain values that can be saved.
+
+    Attributes:
+        maker: acqcore function that creates an instance.
+        written_by: writer of its files, for messages.
+    """
+
+    maker: ClassVar[str]
+    written_by: ClassVar[str]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it to a file, for ``acqcore score --acquisition-args``."""
+        torch.save({field.name: getattr(self, field.name) for field in fields(self)}, path)  # type: ignore[arg-type]
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read a file written by :meth:`save`.
+
+        Raises:
+            OSError: the file cannot be read. ValueError: the file is not a saved reference.
+        """
+        try:
+            return cls(**torch.load(path, weights_only=True))
+        except (TypeError, EOFError, pickle.UnpicklingError, RuntimeError) as error:
+            raise ValueError(f"reference: expected a file from {cls.written_by}, got {os.fspath(path)}") from error
+
+    @classmethod
+    def given(cls, reference: Any) -> Self:
+        """Return ``reference``, loaded first if it is a path. Raises TypeError for other types."""
+        if isinstance(reference, str | os.PathLike):
+            return cls.load(reference)
+        checks.instance("reference", reference, cls, f"a result of acqcore.{cls.maker}()")
+        return reference
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,3 +133,56 @@ def parameter_shapes(student: Student, head: Head, parameters: Parameters) -> di
     """Name -> shape of the head and of the selected parameters, on which the signs of a sketch depend."""
     head_shape = (head.vocab_size, head.weight.shape[1])
     return {"head": head_shape, **shapes_of(select_parameters(student, head, parameters))}
+
+
+@dataclass(frozen=True, eq=False)
+class EpigReference(Saved):
+    """Sketched gradients of a reference set under random cotangents; made by :func:`epig_reference`.
+
+    Attributes:
+        sketches: ``[2, m, dim]`` float32, two independent sketches of m gradients (one per sample and probe), each
+            gradient divided by the square root of its sample's scored-token count.
+        layers, seed: settings of the gradients.
+        shapes: name -> shape of each differentiated weight.
+    """
+
+    maker: ClassVar[str] = "epig_reference"
+    written_by: ClassVar[str] = "EpigReference.save"
+
+    sketches: torch.Tensor
+    layers: Layers
+    seed: int
+    shapes: Mapping[str, tuple[int, ...]] = field(repr=False)
+
+    @property
+    def dim(self) -> int:
+        """Length of a sketch."""
+        return self.sketches.shape[2]
+
+    def check(self, student: Student) -> None:
+        """Raise ValueError if the reference was made with another student (names the difference)."""
+        same_student(self.shapes, shapes_of(select_linear(student, self.layers)))
+
+    def needs(self, probes: int) -> tuple[ProbeNeed, ProbeNeed]:
+        """Needs for sketches comparable with the reference's, under independent cotangents."""
+        return sketch_needs(self.layers, probes, self.seed + 1, self.dim, self.seed)
+
+    def squares(
+        self,
+        first: torch.Tensor,  # [B, P, dim]
+        second: torch.Tensor,  # [B, P, dim]
+    ) -> torch.Tensor:
+        """Mean squared inner product with the reference set's gradients, ``[B, P]`` float64.
+
+        Unbiased: the two factors of each square come from independent sketches.
+        """
+        inner = torch.einsum("hnpd,hmd->hnpm", torch.stack([first, second]).double(), self.sketches.double())
+        return inner.prod(dim=0).mean(dim=2)
+
+
+def sketch_needs(layers: Layers, probes: int, seed: int, dim: int, sketch_seed: int) -> tuple[ProbeNeed, ProbeNeed]:
+    """Needs for two independent sketches of the same gradients."""
+    first, second = (
+        ProbeNeed("weights", layers, probes, seed, dim=dim, sketch_seed=2 * sketch_seed + i) for i in (0, 1)
+    )
+    return first, second

@@ -167,7 +167,7 @@ class ModuleCall:
             if unit is None:
                 zero = output(0.0)
                 normalised = output(1.0) - zero
-                if bool(normalised.any()):  # zeros tell nothing
+                if bool(normalised.any()):  # zeros fit both
                     if not bool(zero.any()):
                         _UNITS[self.module] = 1.0
                     elif torch.equal(zero, normalised):
@@ -188,7 +188,7 @@ class ModuleCall:
         dtype = compute_dtype(self._input.dtype)
         values = {key: getattr(module, key).detach().to(dtype) for key in self.names}
         arguments: dict[Any, Any] = {**dict(enumerate(self._args)), **self._kwargs}
-        inputs = {key: self._spread(x, dtype) for key, x in arguments.items() if isinstance(x, torch.Tensor)}
+        inputs = {key: _cast(self._by_sample(x), dtype) for key, x in arguments.items() if isinstance(x, torch.Tensor)}
 
         def of_one(one: dict[Any, torch.Tensor], out: torch.Tensor) -> dict[str, torch.Tensor]:
             args = [one[i][None] if i in one else x for i, x in enumerate(self._args)]
@@ -203,11 +203,6 @@ class ModuleCall:
             name = type(module).__name__
             raise self._uncovered(f"{name} could not be differentiated sample by sample: {error}") from error
         return {key: DenseGrad(value.reshape(batch, -1)) for key, value in gradients.items()}
-
-    def _spread(self, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """A tensor argument with samples first, cast to ``dtype`` if it is floating point."""
-        value = self._by_sample(value)
-        return value.to(dtype) if value.is_floating_point() else value
 
     def _tokens(
         self,

@@ -54,7 +54,7 @@ class Runner:
         checks.positive_int("batch_tokens", batch_tokens)
         self.student = student = as_student(student)
         self.head = head = student.head
-        row_stats(head.weight[:0], head, backend=backend)  # on no rows: raises early what a batch would
+        row_stats(head.weight[:0], head, backend=backend)  # without rows, to fail before any forward
         self._needs = needs
         self._batch_tokens = batch_tokens
         self._backend = backend

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from acqcore.kernels import row_stats as kernels
+from acqcore.kernels import product, row_stats as kernels
 from acqcore.kernels.config import Tiles
 from acqcore.row_stats import RowStats
 from acqcore.testing import CASES, Case, assert_close_to_oracle, random_case
@@ -105,26 +105,28 @@ def test_ignored_rows_take_no_part(in_eighths):
 )
 def test_scratch_is_bounded(depth, vocab, itemsize):
     tiles = Tiles(128, 256, 64, 8, 3, 16, 128, descriptors=True, flatten=False)
-    rows = kernels.chunk_rows(100_000, depth, itemsize, tiles.split(vocab)[0], 128)
+    row_bytes = itemsize * (depth + 8) + 32 * tiles.split(vocab)[0]
+    rows = product.chunk_rows(100_000, row_bytes, 128, kernels.SCRATCH_BYTES)
     assert rows % 128 == 0
-    assert rows * (itemsize * (depth + 8) + 32 * tiles.split(vocab)[0]) <= 64 << 20
+    assert rows * row_bytes <= 64 << 20
 
 
 def test_chunks_are_of_nearly_equal_length():
-    rows = [kernels.chunk_rows(n, 4096, 2, 128, 128) for n in (4096, 4200, 8192, 16384)]
+    row_bytes = 2 * (4096 + 8) + 32 * 128
+    rows = [product.chunk_rows(n, row_bytes, 128, kernels.SCRATCH_BYTES) for n in (4096, 4200, 8192, 16384)]
     assert rows == [4096, 4224, 4096, 4096]
 
 
 def test_no_scratch_for_hidden_states_that_need_no_packing(monkeypatch):
     packed = []
-    gather = kernels.gather_scored
+    gather = product.gather_scored
 
     class Recording:
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
             packed.append(grid)
             return gather[grid]
 
-    monkeypatch.setattr(kernels, "gather_scored", Recording())
+    monkeypatch.setattr(product, "gather_scored", Recording())
     _run(random_case(20, 32, 50, targets=False), TILES)
     assert not packed
     _run(random_case(20, 33, 50, targets=False), TILES)
