@@ -133,7 +133,8 @@ def test_blocks_are_bounded(d, mixed):
 
 
 def test_tf32_is_off_inside_and_back_after_an_error(monkeypatch):
-    settings, seen = torch.backends.cuda.matmul, []
+    settings = torch.backends.cuda.matmul
+    before, seen = settings.fp32_precision, []
 
     def failing(*_):
         seen.append(settings.fp32_precision)
@@ -142,10 +143,13 @@ def test_tf32_is_off_inside_and_back_after_an_error(monkeypatch):
     case = random_case(2, 4, 8)
     state, index = torch.empty(7, 2, dtype=torch.float64), torch.empty(2, dtype=torch.int64)
     monkeypatch.setattr(Cuda, "_product", failing)
-    monkeypatch.setattr(settings, "fp32_precision", "tf32")
-    with pytest.raises(ArithmeticError):
-        Cuda().row_stats(HeadRows(case.hidden, case.head, case.targets, 1.0, state, index))
-    assert settings.fp32_precision == "tf32"
+    settings.fp32_precision = "tf32"
+    try:
+        with pytest.raises(ArithmeticError):
+            Cuda().row_stats(HeadRows(case.hidden, case.head, case.targets, 1.0, state, index))
+        assert settings.fp32_precision == "tf32"
+    finally:
+        settings.fp32_precision = before
     assert seen == ["ieee"]
 
 
