@@ -152,6 +152,7 @@ def test_what_libraries_print_goes_to_the_log(fakes, recipe, monkeypatch, capsys
         inner(*arguments, **options)
 
     monkeypatch.setattr(train, "grpo", chatty)
+    transformers.logging.set_verbosity_warning()  # its default, which the demo lowers for the rest of the process
     assert main(["train", str(recipe)]) == 0
     printed = capsys.readouterr()
     assert "loss" not in printed.out

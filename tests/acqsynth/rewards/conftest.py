@@ -10,6 +10,7 @@ from fakes import FakeEngine, PlainDomain
 
 from acqsynth.domains import Sample
 from acqsynth.engines import Completion
+from acqsynth.rewards import SentenceEmbedder
 
 _NUMBER = re.compile(r"-?\d+")
 _SUM = re.compile(r"(\d+) \+ (\d+)")
@@ -59,6 +60,15 @@ class Scripted(FakeEngine):
 
 def _question(prompt):
     return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+
+
+@pytest.fixture(scope="session")
+def minilm():
+    """The sentence embedder; skips the test if its package is not installed."""
+    try:
+        return SentenceEmbedder()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import datasets
 import pytest
 import torch
 import trl
-from fakes import Log, trained
+from fakes import GOOD, LONGER, Log, trained
 from transformers import AutoModelForCausalLM
 from trl.scripts import grpo
 from trl.trainer.utils import get_callable_name, is_async_callable
@@ -21,8 +21,6 @@ from acqsynth import rewards
 from acqsynth.parsing import as_text, parse_chat_sample, parse_sample
 from acqsynth.rewards import AcquisitionReward
 
-GOOD = "<question>What is 6 * 7?</question><answer>It is 42.</answer>"
-LONGER = "<question>Name a prime.</question><reasoning>Seven has no divisor but 1.</reasoning><answer>7</answer>"
 BROKEN = "<question>What is 6 * 7?</question> It is 42."
 COMPLETIONS = [GOOD, BROKEN, LONGER]
 

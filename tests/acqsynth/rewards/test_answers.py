@@ -150,25 +150,14 @@ class TestConfidence:
         return signal([Sample(name, "7") for name in names])
 
     def test_mean_of_one_minus_the_margin(self, domain, scripted):
-        values = self.values(self.signal(domain, scripted), "sharp", "even", "medium", "silent")
-        assert values == [pytest.approx(0.15), pytest.approx(0.95), pytest.approx(0.6), None]
+        values = self.values(self.signal(domain, scripted), *self.MARGINS)
+        assert values == [pytest.approx(value) for value in (0.15, 0.95, 0.6, 0.15)] + [None]
 
-    def test_released_value(self, domain, scripted):
-        signal = self.signal(domain, scripted, paper_compat=True)
-        assert self.values(signal, "sharp", "silent") == [pytest.approx(1 / 0.85), None]
-
-    def test_released_saturates_at_half(self, domain, scripted):
-        names = ("even", "medium")  # margins 0.05 and 0.4
-        assert self.values(self.signal(domain, scripted, paper_compat=True), *names) == [2, 2]
-        even, medium = self.values(self.signal(domain, scripted), *names)
-        assert even > medium + 0.3
-
-    def test_released_is_unbounded_confidence_upside_down(self, domain, scripted):
-        """Released values grow from 1 without bound as the student gets less sure; corrected ones stay in (0, 1)."""
-        released = self.values(self.signal(domain, scripted, paper_compat=True), "sharp", "medium")
-        assert 1 < released[0] < released[1]
-        corrected = self.values(self.signal(domain, scripted), "sharp", "medium")
-        assert 0 < corrected[0] < corrected[1] < 1
+    def test_released_values(self, domain, scripted):
+        """They grow from 1 as the student gets less sure and saturate at a margin of a half. A drawn token counts as
+        the top one, so the margin of an unlucky draw is 0.05 - 0.9 < 0, clipped to 0: below a confident answer."""
+        values = self.values(self.signal(domain, scripted, paper_compat=True), *self.MARGINS)
+        assert values == [pytest.approx(1 / 0.85), 2, 2, 0, None]
 
     def test_released_asks_without_chat_template(self, domain, scripted):
         released, corrected = self.signal(domain, scripted, paper_compat=True), self.signal(domain, scripted)
@@ -178,11 +167,6 @@ class TestConfidence:
         assert prompts == ["sharp"]
         assert sampling.max_tokens == 512
         assert corrected.answers.engine.calls[0][0] == [[{"role": "user", "content": "sharp"}]]
-
-    def test_released_takes_a_drawn_token_for_the_top_one(self, domain, scripted):
-        # computes 0.05 - 0.9 < 0 instead of the margin 0.85: clipped to 0, below a confident answer
-        assert self.values(self.signal(domain, scripted, paper_compat=True), "unlucky") == [0]
-        assert self.values(self.signal(domain, scripted), "unlucky") == [pytest.approx(0.15)]
 
     def test_needs_the_probabilities(self, domain, scripted, answers):
         with pytest.raises(ValueError, match="answers: expected SampledAnswers with top2=True"):

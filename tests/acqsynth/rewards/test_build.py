@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+from fakes import written
 
 import acqcore
 from acqsynth import config as recipes, engines
@@ -149,9 +150,7 @@ def test_a_call_of_the_default_reward_reads_each_sample_as_rarely_as_it_can(doma
     config = RewardConfig(answers={"k": 2, "max_tokens": 4}, scoring={"batch_tokens": 65536})
     seeds = [sample(10 * a + 1, 7) for a in range(1, 9)]
     made = build(config, domain, str(student_path), EngineConfig(), seeds=seeds, evaluation=[])
-    texts = [
-        f"<question>{s.question}</question><answer>{s.answer}</answer>" for s in (sample(a, 100) for a in range(32))
-    ]
+    texts = [written(s.question, s.answer) for s in (sample(a, 100) for a in range(32))]
     made.score(texts, [0] * 32, update=False)  # computes the limits of the seeds and the reference in advance
     counts = Counter()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import logging
 import pickle
@@ -18,11 +19,7 @@ from acqsynth.rewards.fusion import BOUNDED, METHODS, fuse
 from acqsynth.rewards.gates import Check, Labelled, New
 from acqsynth.rewards.reward import DEFAULT_WEIGHTS
 
-
-def text(answer, question="What is it?"):
-    return written(question, answer)
-
-
+text = functools.partial(written, "What is it?")
 TEXTS = [text(i) for i in range(6)]
 GROUPS = ["p", "p", "p", "q", "q", "q"]
 VALUES: dict[str, float | None] = {str(i): v for i, v in enumerate([1.0, 5.0, 2.0, 10.0, 30.0, 20.0])}
@@ -215,7 +212,7 @@ def test_a_signal_of_the_wrong_length_is_a_failure(domain):
 
 
 def lengthy(answer, n):
-    return text(answer, "What is it" + "." * n + "?")
+    return written("What is it" + "." * n + "?", answer)
 
 
 def test_length_is_taken_out_of_the_signals(domain):
@@ -269,7 +266,7 @@ def test_what_is_logged(domain):
 
 def novel(i):
     names = ("Saddle", "Violin", "Kernel", "Copper", "Window", "Garden", "Rocket", "Tunnel")
-    return text(i % 6, f"{names[i % 8]} number {i // 8}, what is it worth?")
+    return written(f"{names[i % 8]} number {i // 8}, what is it worth?", i % 6)
 
 
 def stateful(domain):
@@ -306,7 +303,7 @@ def test_a_probe_leaves_everything_as_it_was(domain):
 
 def test_pickles(domain, student_path, sample, scripted):
     reward = ComposedReward.default(domain, str(student_path), seeds=[sample(3, 4)], reference=[sample(5, 6)])
-    texts = [text(30, sample(10, 20).question), "broken"]
+    texts = [written(sample(10, 20).question, 30), "broken"]
     copy = pickle.loads(pickle.dumps(reward))
     total = reward.score(texts, ["p", "p"]).total
     assert total[0] > total[1] == 0
@@ -336,7 +333,7 @@ class TestDefault:
     def test_one_draw_a_call(self, domain, student_path, sample, scripted):
         engine = scripted(lambda question: ["30", "8"])
         reward = ComposedReward.default(domain, str(student_path), seeds=[sample(3, 4)], engine=engine)
-        rewards = reward.score([text(30, sample(10, 20).question)], ["p"])
+        rewards = reward.score([written(sample(10, 20).question, 30)], ["p"])
         assert rewards.components["learnability"] == [0.25]
         assert len(engine.calls) == 1  # shared by the gate and the signal
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fakes import PlainDomain
+from fakes import PlainDomain, Told
 
 from acqsynth.domains import Sample
 from acqsynth.rewards import AcquisitionReward, ComposedReward, combined
@@ -151,14 +151,8 @@ class TestSeveralRewards:
 
     @pytest.mark.parametrize(("others", "warns"), [([second], True), ([], False)])
     def test_a_mask_beside_other_rewards_is_told_once(self, others, warns, caplog):
-        class Fails:
-            name = "fails"
-
-            def __call__(self, samples):
-                return [None] * len(samples)
-
         warn_of_mask.cache_clear()
-        reward = ComposedReward(WORDS, [Fails()])
+        reward = ComposedReward(WORDS, [Told("fails", {"1": None})])
         trainer = Trainer([reward, *others])
         with caplog.at_level(logging.WARNING):
             assert trainer.rewards(TEXTS) == trainer.rewards(TEXTS) == [None, None]

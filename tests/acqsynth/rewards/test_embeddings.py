@@ -18,14 +18,6 @@ TEXTS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def minilm():
-    try:
-        yield SentenceEmbedder()
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
-
-
 def test_sentences_of_one_meaning_are_near(minilm):
     x = minilm(TEXTS)
     assert x.shape == (4, 384)

@@ -6,7 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from fakes import teach
 
+import acqcore
 from acqsynth.domains import Sample
 from acqsynth.rewards import SampledAnswers
 from acqsynth.rewards.batch import Batch
@@ -26,8 +29,6 @@ from acqsynth.rewards.gates import (
     repetition,
 )
 
-DATA = Path(__file__).parents[4] / "shared" / "data"
-
 
 def passes(gate, question, answer="7", reasoning=""):
     [verdict] = gate([Sample(question, answer, reasoning)])
@@ -42,12 +43,10 @@ def test_sound(domain):
 @pytest.mark.parametrize(
     "make", [New, NotInEvaluation, lambda rows: Fluent(None, rows)], ids=["new", "evaluation", "fluent"]
 )
-@pytest.mark.parametrize("row", [{"question": "a", "answer": "b"}, "a text", None])
-def test_rows_are_samples(make, row):
-    with pytest.raises(
-        TypeError, match=r"(seeds|rows)\[1\]: expected acqsynth.domains.Sample\(question, answer\), got"
-    ):
-        make([Sample("What is 3 + 4?", "7"), row])
+def test_rows_are_samples(make):
+    message = r"(seeds|rows)\[1\]: expected acqsynth.domains.Sample\(question, answer\), got"
+    with pytest.raises(TypeError, match=message):
+        make([Sample("What is 3 + 4?", "7"), {"question": "a", "answer": "b"}])
 
 
 def test_length():
@@ -124,11 +123,9 @@ class TestNoRepetition:
         assert repetition("abcdefgh" * 20) == pytest.approx(1 - 8 / 153)
         assert repetition("a" * 15) == 0
 
-    def test_real_data_passes(self):
-        path = DATA / "math" / "gsm8k_train.jsonl"
-        if not path.is_file():
-            pytest.skip(f"{path} is not here")
-        rows = [json.loads(line) for line in path.read_text().splitlines()[::4]]
+    def test_real_data_passes(self, shared_data):
+        lines = Path(shared_data("math/gsm8k_train.jsonl")).read_text().splitlines()
+        rows = [json.loads(line) for line in lines[::4]]
         assert all(NoRepetition()([Sample(row["question"], row["answer"]) for row in rows]))
 
     def test_wrong_limit(self):
@@ -179,11 +176,8 @@ class TestNoLeak:
         assert not passes(NoLeak(domain), "Vitamin A. The answer is 7. What is 3 + 4?", "7")
         assert not passes(NoLeak(domain), "Vitamin A. It is low iron in blood. What is it?", "low iron in blood")
 
-    def test_real_data_passes(self, domain):
-        path = DATA / "math" / "gsm8k_train.jsonl"
-        if not path.is_file():
-            pytest.skip(f"{path} is not here")
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
+    def test_real_data_passes(self, domain, shared_data):
+        rows = [json.loads(line) for line in Path(shared_data("math/gsm8k_train.jsonl")).read_text().splitlines()]
         samples = [Sample(row["question"], *reversed(row["answer"].split("\n#### "))) for row in rows]
         assert NoLeak(domain)(samples).count(False) <= 3  # of 3,000
 
@@ -248,15 +242,8 @@ class TestFluent:
     @pytest.fixture
     def student(self, model, tokenizer, sample):
         """A student trained for a few steps on similar questions."""
-        import torch
-
-        optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
         rows = [tokenizer(sample(a, 50 - a).question)["input_ids"] for a in range(10, 40)]
-        for step in range(60):
-            batch = torch.tensor(rows[step % 3 :: 3])
-            optimizer.zero_grad()
-            model(input_ids=batch, labels=batch).loss.backward()
-            optimizer.step()
+        teach(model, [torch.tensor(rows[step % 3 :: 3]) for step in range(60)])
         return model
 
     def test_random_tokens_and_salad(self, student, tokenizer, sample):
@@ -270,8 +257,6 @@ class TestFluent:
         assert gate([]) == []
 
     def test_the_limit(self, model, tokenizer, sample):
-        import acqcore
-
         seeds = [sample(3, 4), sample(50, 6, reasoning="Fifty and six are fifty-six, as one counts.")]
         gate = Fluent(model, seeds, tokenizer=tokenizer, deviations=2)
         texts = [seeds[0].question, seeds[1].question]

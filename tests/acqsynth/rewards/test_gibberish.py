@@ -6,11 +6,12 @@ import random
 
 import pytest
 import torch
+from fakes import teach, written
 
 import acqcore
 from acqsynth.domains import Sample
 from acqsynth.rewards import ComposedReward, acquisition_signals
-from acqsynth.rewards.fusion import METHODS
+from acqsynth.rewards.gates import New
 
 RNG = random.Random(0)
 SYMBOLS = "".join(chr(code) for code in range(33, 127) if chr(code) not in "<>")
@@ -59,13 +60,10 @@ GIBBERISH = {
 SEEDS = [right(a, b) for a, b in ((2, 3), (51, 22), (17, 64), (90, 8), (40, 41), (63, 25), (11, 11), (7, 77))]
 
 
-def text(sample):
-    reasoning = f"<reasoning>{sample.reasoning}</reasoning>" if sample.reasoning else ""
-    return f"<question>{sample.question}</question>{reasoning}<answer>{sample.answer}</answer>"
-
-
 TAUGHT = {}
-TEXTS = [text(sample) for sample in VALID] + [text(s) for kind in GIBBERISH.values() for s in kind]
+TEXTS = [
+    written(s.question, s.answer, s.reasoning) for s in [*VALID, *(s for kind in GIBBERISH.values() for s in kind)]
+]
 
 
 def answers(question):
@@ -81,84 +79,60 @@ def answers(question):
 def student(model, tokenizer):
     """A student trained once for all tests, on similar questions and answers, with and without chat format."""
     if not TAUGHT:
-        teach(model, tokenizer)
+        rng = random.Random(1)
+        rows = []
+        for _ in range(120):
+            s = right(rng.randint(10, 99), rng.randint(10, 99))
+            chat = f"<|user|>{s.question}</s><|assistant|>{s.reasoning}\n{s.answer}</s>"
+            rows += [s.question + " " + s.reasoning, chat]
+        teach(model, [torch.tensor([tokenizer(row)["input_ids"]]) for row in rows])
         TAUGHT.update({name: value.clone() for name, value in model.state_dict().items()})
     model.load_state_dict(TAUGHT)
     return model.eval()
 
 
-def teach(model, tokenizer):
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    rng = random.Random(1)
-    for _ in range(120):
-        s = right(rng.randint(10, 99), rng.randint(10, 99))
-        chat = f"<|user|>{s.question}</s><|assistant|>{s.reasoning}\n{s.answer}</s>"
-        for row in (s.question + " " + s.reasoning, chat):
-            ids = torch.tensor([tokenizer(row)["input_ids"]])
-            optimizer.zero_grad()
-            model(input_ids=ids, labels=ids).loss.backward()
-            optimizer.step()
-
-
 @pytest.fixture
-def build(student, tokenizer, domain, scripted):
-    """Builds the default reward, or one with its gates and another signal; the domain cannot verify anything."""
+def default(student, tokenizer, domain, scripted):
+    """The default reward; the domain cannot verify anything."""
     domain.verify = lambda samples: [None] * len(samples)
+    engine, scoring = scripted(answers), {"tokenizer": tokenizer}
+    return ComposedReward.default(domain, student, seeds=SEEDS, reference=SEEDS, engine=engine, scoring=scoring)
 
-    def make(acquisition=None, **options):
-        default = ComposedReward.default(
-            domain,
-            student,
-            seeds=SEEDS,
-            reference=SEEDS,
-            engine=scripted(answers),
-            scoring={"tokenizer": tokenizer},
-            **({} if acquisition else options),
-        )
-        if acquisition is None:
-            return default
-        needed = {
-            "influence": lambda: {"reference": SEEDS},
-            "epig": lambda: {"reference": acqcore.epig_reference(student, ["1 + 1 = 2"], tokenizer=tokenizer)},
-            "archive_novelty": lambda: {"archive": acqcore.Archive(64)},
-        }
-        arguments = {acquisition: needed.get(acquisition, dict)()}
-        signals = acquisition_signals(student, arguments, domain, tokenizer=tokenizer)
+
+def ranked(rewards):
+    """Totals of the valid samples and of the gibberish."""
+    assert None not in rewards.total
+    return rewards.total[: len(VALID)], rewards.total[len(VALID) :]
+
+
+def test_every_acquisition_behind_the_default_gates(default, domain, student, tokenizer):
+    epig = acqcore.epig_reference(student, ["1 + 1 = 2"], tokenizer=tokenizer)
+
+    def scored(acquisition, gates):
+        archive = {"archive": acqcore.Archive(64)}
+        needed = {"influence": {"reference": SEEDS}, "epig": {"reference": epig}, "archive_novelty": archive}
+        signals = acquisition_signals(student, {acquisition: needed.get(acquisition, {})}, domain, tokenizer=tokenizer)
         if acquisition == "archive_novelty":
             signals[0].accept(SEEDS)  # with an empty archive everything is novel
-        return ComposedReward(domain, signals, **({"gates": default.gates} | options))
+        return ranked(ComposedReward(domain, signals, gates=gates).score(TEXTS, ["p"] * len(TEXTS)))
 
-    return make
-
-
-def ranks_above(totals):
-    known = [total for total in totals if total is not None]
-    assert len(known) == len(TEXTS)
-    return known[: len(VALID)], known[len(VALID) :]
-
-
-@pytest.mark.parametrize("fusion", METHODS)
-def test_default_reward(build, fusion):
-    rewards = build(fusion=fusion).score(TEXTS, ["p"] * len(TEXTS))
-    valid, gibberish = ranks_above(rewards.total)
-    assert max(gibberish) < min(valid)
-    assert len(set(valid)) > 1  # valid samples still get different rewards
-
-
-def test_every_acquisition_behind_the_default_gates(build):
     fooled = set()
     for acquisition in acqcore.acquisitions():
-        valid, gibberish = ranks_above(build(acquisition).score(TEXTS, ["p"] * len(TEXTS)).total)
+        gates = [New(SEEDS) if gate.name == "new" else gate for gate in default.gates]  # with an archive of its own
+        valid, gibberish = scored(acquisition, gates)
         assert max(gibberish) < min(valid), acquisition
         assert len(set(valid)) > 1, acquisition
-        valid, gibberish = ranks_above(build(acquisition, gates=[]).score(TEXTS, ["p"] * len(TEXTS)).total)
+        valid, gibberish = scored(acquisition, [])
         if max(gibberish) > max(valid):
             fooled.add(acquisition)
     assert fooled >= {"loss", "perplexity", "entropy", "grad_norm", "el2n", "margin"}  # ungated, the attack works
 
 
-def test_which_gate_stops_what(build):
-    rewards = build().score(TEXTS, ["p"] * len(TEXTS))
+def test_the_default_reward_and_which_gate_stops_what(default):
+    rewards = default.score(TEXTS, ["p"] * len(TEXTS))
+    valid, gibberish = ranked(rewards)
+    assert max(gibberish) < min(valid)
+    assert len(set(valid)) > 1  # valid samples still get different rewards
     stopped = [next((name for name, ok in rewards.gates.items() if not ok[i]), "") for i in range(len(TEXTS))]
     assert stopped[: len(VALID)] == [""] * len(VALID)
     by_kind, begin = {}, len(VALID)

@@ -7,6 +7,7 @@ import statistics
 
 import pytest
 import torch
+from fakes import teach, written
 
 import acqcore
 from acqsynth.rewards import ComposedReward, Gradient, default_gates
@@ -95,20 +96,15 @@ def test_released_rises_with_the_error_of_the_answer(domain, sample, model, toke
     """A student trained on 3 + 4 = 7 has a larger gradient on a wrong answer. The corrected form is protected by gates,
     which reject wrong answers."""
     right, wrong = sample(3, 4), sample(3, 4, answer="9")
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     prompt = tokenizer.apply_chat_template(
         domain.student_prompt(right.question), add_generation_prompt=True, tokenize=False
     )
-    for text in (prompt + "7</s>", right.question + "\n7"):
-        ids = torch.tensor([tokenizer(text)["input_ids"]])
-        for _ in range(40):
-            optimizer.zero_grad()
-            model(input_ids=ids, labels=ids).loss.backward()
-            optimizer.step()
+    chat, plain = (torch.tensor([tokenizer(t)["input_ids"]]) for t in (prompt + "7</s>", right.question + "\n7"))
+    teach(model, [chat] * 40 + [plain] * 40)
     released = Gradient(model, domain, paper_compat=True, tokenizer=tokenizer)
     low, high = released([right, wrong])
     assert high > 2 * low
-    texts = [f"<question>{s.question}</question><answer>{s.answer}</answer>" for s in (right, wrong)]
+    texts = [written(s.question, s.answer) for s in (right, wrong)]
     seeds = [sample(90, 5)]
     signal = Gradient(model, domain, seeds, tokenizer=tokenizer)
     reward = ComposedReward(domain, [signal], gates=default_gates(domain, seeds=seeds))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from acqsynth.domains import Sample
-from acqsynth.rewards import NgramEmbedder, Proximity, SentenceEmbedder
+from acqsynth.rewards import NgramEmbedder, Proximity
 
 APPLES = [f"What is left of {n} apples when {n - 3} are eaten?" for n in range(5, 15)]
 FEVER = [f"Which drug helps a patient of {n} years with a fever?" for n in range(20, 30)]
@@ -45,18 +45,14 @@ def test_the_same_seed_gives_the_same_centres():
     torch.testing.assert_close(one.centres(), other.centres())
 
 
-def test_released_clusters_first_characters():
+def test_released_clusters_first_characters(minilm):
     """The released form embeds only the first character of each seed, W, so apples are hardly closer than Norway."""
-    try:
-        embed = SentenceEmbedder()
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
     near, far = Sample(APPLES[0], "3"), Sample("Name the capital of Norway.", "Oslo")
-    released = Proximity(embed, SEEDS, paper_compat=True)
+    released = Proximity(minilm, SEEDS, paper_compat=True)
     assert released.texts == ["W"] * 20
     assert len(released.centres()) == 1
     values = released([near, far])
-    corrected = Proximity(embed, SEEDS, clusters=2)([near, far])
+    corrected = Proximity(minilm, SEEDS, clusters=2)([near, far])
     assert corrected[0] > 0.8
     assert corrected[1] < 0.3
     assert abs(values[0] - values[1]) < 0.3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import statistics
 
@@ -17,8 +18,7 @@ from acqsynth.rewards.reliability import ENOUGH, Spread
 GROUPS, MEMBERS = 400, 8
 
 
-def text(answer):
-    return written("What is it?", answer)
+text = functools.partial(written, "What is it?")
 
 
 def composed(domain, values, stderr):

@@ -10,7 +10,7 @@ import sys
 
 import httpx
 import pytest
-from fakes import trained
+from fakes import GOOD, LONGER, trained
 from trl.trainer.utils import get_callable_name, is_async_callable
 
 import acqcore
@@ -20,8 +20,6 @@ from acqsynth.serve.app import Service, create_app
 from acqsynth.serve.client import ScorerError
 from acqsynth.serve.students import Students
 
-GOOD = "<question>What is 6 * 7?</question><answer>It is 42.</answer>"
-LONGER = "<question>Name a prime.</question><reasoning>Seven has no divisor but 1.</reasoning><answer>7</answer>"
 COMPLETIONS = [GOOD, "<question>What is 6 * 7?</question> It is 42.", LONGER, [{"role": "assistant", "content": GOOD}]]
 URL = "http://scorer:8000"
 

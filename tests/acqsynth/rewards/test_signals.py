@@ -73,19 +73,6 @@ def test_signals_of_one_student_share_a_pass_within_a_call(domain, samples, mode
     assert len(counted) == 4
 
 
-def test_every_registered_acquisition_is_a_signal(domain, samples, model, tokenizer):
-    needed = {
-        "influence": {"reference": samples[:1]},
-        "epig": {"reference": acqcore.epig_reference(model, ["1 + 1 = 2"], dim=64, tokenizer=tokenizer)},
-        "archive_novelty": {"archive": acqcore.Archive(4)},
-    }
-    names = {name: needed.get(name, {}) for name in acqcore.acquisitions()}
-    for signal in acquisition_signals(model, names, domain, tokenizer=tokenizer):
-        values = signal(samples)
-        assert len(values) == 3
-        assert all(isinstance(value, float) for value in values)
-
-
 def test_influence_of_reference_samples_follows_the_student(domain, samples, model, tokenizer):
     [signal] = acquisition_signals(model, {"influence": {"reference": samples[:1]}}, domain, tokenizer=tokenizer)
     values = signal(samples)

@@ -24,26 +24,34 @@ BEARER = {"Authorization": "Bearer secret"}
 NAMES = ["entropy", "loss"]
 
 
-async def raw(url, head, pieces, *, every=0.0, answer=True):
-    """Sends raw bytes and returns the response status; without ``answer`` it aborts the connection after sending."""
+async def raw(url, head, pieces, *, every=0.0):
+    """Sends raw bytes, the first piece together with the head, and returns the response status."""
     parts = urlsplit(url)
     reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
     try:
-        lines = ["POST /score HTTP/1.1", "Host: scorer", "Content-Type: application/json", head]
-        writer.write("\r\n".join(lines).encode() + b"\r\n\r\n")
-        for piece in pieces:
+        # One write: a server that answers the head alone must not reset the connection before its answer is read.
+        for piece in (request_head(head) + pieces[0], *pieces[1:]):
             with contextlib.suppress(ConnectionError):
                 writer.write(piece)
                 await writer.drain()
             if every:
                 with contextlib.suppress(TimeoutError):
                     return status_of(await asyncio.wait_for(reader.readline(), every))
-        if not answer:
-            writer.transport.abort()
-            return None
-        return status_of(await asyncio.wait_for(reader.readline(), 20))
+        return status_of(await asyncio.wait_for(reader.readline(), 60))
     finally:
         writer.close()
+
+
+def cut_off(url, head, body):
+    """Sends raw bytes and closes the connection at once, before the server can answer."""
+    parts = urlsplit(url)
+    with socket.create_connection((parts.hostname, parts.port)) as connection:
+        connection.sendall(request_head(head) + body)
+
+
+def request_head(line):
+    lines = ["POST /score HTTP/1.1", "Host: scorer", "Content-Type: application/json", line]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n"
 
 
 def status_of(line):
@@ -62,8 +70,9 @@ def metrics_of(text):
 def test_64_clients_of_every_kind_and_a_reload(start, root):
     """Half of the clients behave, and each gets its own values, once, from one student. The others abort the request or
     the body, drip-feed, send too much with or without declaring it, send invalid JSON, or lack a valid token."""
+    # The body timeout also closes idle connections: on a busy machine an honest client may pause for seconds.
     _, url = start(
-        "--student-root", str(root), "--max-body", "4096", "--body-timeout", "1", "--batch-tokens", "512"
+        "--student-root", str(root), "--max-body", "4096", "--body-timeout", "5", "--batch-tokens", "512"
     )  # fmt: skip
     statuses = Counter()
     answers = {}
@@ -82,11 +91,11 @@ def test_64_clients_of_every_kind_and_a_reload(start, root):
         body = body_of([f"bad client {i}", "is it scored?"])
         length = f"{token}\r\nContent-Length: {len(body)}"
         if kind == "cut off":
-            found = await raw(url, length, [body], answer=False)
+            found = cut_off(url, length, body)
         elif kind == "cut off in the body":
-            found = await raw(url, length, [body[:20]], answer=False)
+            found = cut_off(url, length, body[:20])
         elif kind == "drip":
-            found = await raw(url, length, [body[k : k + 1] for k in range(len(body))], every=0.1)
+            found = await raw(url, length, [body[k : k + 1] for k in range(len(body))], every=0.2)
         elif kind == "declared too large":
             found = await raw(url, f"{token}\r\nContent-Length: 4097", [b"{"])
         elif kind == "chunked too large":
@@ -105,7 +114,8 @@ def test_64_clients_of_every_kind_and_a_reload(start, root):
 
     async def reload():
         async with httpx.AsyncClient(base_url=url, timeout=60) as client:
-            await asyncio.sleep(0.1)
+            while not answers:  # the first student has answered
+                await asyncio.sleep(0.01)
             refused = await client.post("/student", json={"path": "two"}, headers=BEARER)
             done = await client.post("/student", json={"path": "two"}, headers={"Authorization": "Bearer admin"})
             return refused.status_code, done.status_code

@@ -1,10 +1,11 @@
-"""Shared by the tests of rewards and trainers: a plain domain, a fake engine, a signal and a trainer's log."""
+"""Shared by tests: a plain domain, a fake engine, a signal, samples as text, errors and a trainer's log."""
 
 from __future__ import annotations
 
 import types
 
 import datasets
+import torch
 import trl
 
 from acqsynth.domains import Domain
@@ -67,10 +68,21 @@ class Told:
         return None if self.errors is None else [self.errors[sample.answer] for sample in samples]
 
 
+GOOD = "<question>What is 6 * 7?</question><answer>It is 42.</answer>"
+LONGER = "<question>Name a prime.</question><reasoning>Seven has no divisor but 1.</reasoning><answer>7</answer>"
+
+
 def written(question, answer, reasoning=""):
     """A sample in the format that generators write."""
     middle = f"<reasoning>{reasoning}</reasoning>" if reasoning else ""
     return f"<question>{question}</question>{middle}<answer>{answer}</answer>"
+
+
+def error_of(response):
+    """Status, type and message of an error that the service returns."""
+    assert set(response.json()) == {"error"}
+    assert set(response.json()["error"]) == {"type", "message"}
+    return response.status_code, response.json()["error"]["type"], response.json()["error"]["message"]
 
 
 class Log:
@@ -92,6 +104,15 @@ class Log:
             log_extra=self.columns.__setitem__,
             log_metric=self.metrics.__setitem__,
         )
+
+
+def teach(model, batches):
+    """Trains a model on batches of token ids, ``[B, T]`` each."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for ids in batches:
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
 
 
 def trained(model, tokenizer, rewards, folder, **options):
