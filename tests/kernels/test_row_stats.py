@@ -69,8 +69,10 @@ def test_bits_do_not_depend_on_how_rows_are_grouped(in_eighths, monkeypatch):
     whole = _run(case, TILES)
     assert torch.equal(_run(case, replace(TILES, group_m=1)).state, whole.state)
     assert torch.equal(_run(case, replace(TILES, group_m=100)).state, whole.state)
-    monkeypatch.setattr(kernels, "SCRATCH_BYTES", 40 * (4 * (48 + 8) + 32 * 3))
-    assert [kernels.chunk_rows(n, 48, 4, 3, 16) for n in (0, 1, 32, 33, 70, 97)] == [16, 16, 32, 32, 32, 32]
+    row_bytes = 4 * (48 + 8) + 32 * 3
+    monkeypatch.setattr(kernels, "SCRATCH_BYTES", 40 * row_bytes)
+    rows = [product.chunk_rows(n, row_bytes, 16, 40 * row_bytes) for n in (0, 1, 32, 33, 70, 97)]
+    assert rows == [16, 16, 32, 32, 32, 32]
     assert torch.equal(_run(case, TILES).state, whole.state)
 
 
