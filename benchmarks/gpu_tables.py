@@ -24,7 +24,7 @@ INTRODUCTION = """\
 # GPU
 
 `make gpu-check` builds the package on a machine with a GPU, holds every operation to float64, times it beside the bare
-product and peers in one process, runs a memory checker, and leaves one file a GPU. `make gpu-static` compiles every
+product and peers in one process, runs a memory checker, and leaves one file per GPU. `make gpu-static` compiles every
 kernel for sm_80, sm_90 and sm_100 without a GPU. `python -m benchmarks.gpu_tables` writes this page from their results.
 
 A product-equivalent is the time of a call over the time of the bare product `hidden @ weight.T` in bfloat16, in the
@@ -170,9 +170,8 @@ def static_report(content: dict[str, Any]) -> str:
     parts = [
         "## Without a GPU",
         f"Compiled by Triton {content['triton']} for sm_90; N={content['rows']}. Product-equivalents count products "
-        "at D=4096; bytes count the arguments of every launch and torch operation once. Memory is beside the result "
-        "and a copy of the hidden states (32 MiB at D=4096), which gradients of the head take on a GPU, where ignored "
-        "rows may hold anything.",
+        "at D=4096; bytes count the arguments of every launch and torch operation once. Memory excludes the "
+        "result.",
     ]
     rows = [
         (
@@ -195,7 +194,7 @@ def static_report(content: dict[str, Any]) -> str:
     ]  # fmt: skip
     kernels = list(dict.fromkeys(kernels))
     names = ("kernel", "dtype", "V", "D", "registers", "stack, bytes", "shared, bytes", "matrix instructions")
-    parts.append(table((*names, "SASS a logit"), kernels))
+    parts.append(table((*names, "SASS per logit"), kernels))
     return "\n\n".join(parts) + "\n"
 
 

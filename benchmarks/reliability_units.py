@@ -41,9 +41,9 @@ class Store:
             lines = [json.dumps(wanted)]
         self.settings, *units = map(json.loads, lines)
         for key in wanted:
-            if self.settings[key] != wanted[key]:
+            if self.settings.get(key) != wanted[key]:
                 raise SystemExit(
-                    f"{folder}: contains a run with {key} {self.settings[key]!r}, expected {wanted[key]!r}; "
+                    f"{folder}: contains a run with {key} {self.settings.get(key)!r}, expected {wanted[key]!r}; "
                     "repeat that run's options or choose another folder (--out)"
                 )
         done = [unit for unit in units if "failed" not in unit]

@@ -109,10 +109,10 @@ def tables(results: Results, choices: dict[str, Any]) -> str:
     for arm in sorted(results.arms, key=lambda arm: -results.mean(arm)):
         units = results.found[arm].values()
         cells = [arm, str(len(units)), f"{results.mean(arm):.1f}"]
-        if arm == AS_IT_IS:
-            cells += ["", "", ""]
-        elif arm == PRIMARY:
+        if arm == PRIMARY:
             cells += [interval(primary), f"{primary.p:.3g} (own)", verdict(primary, primary.p)]
+        elif (arm, AS_IT_IS) not in compared:  # itself, or without a seed in common
+            cells += ["", "", ""]
         else:
             one, p = compared[arm, AS_IT_IS]
             cells += [interval(one), f"{p:.3g}", verdict(one, p)]

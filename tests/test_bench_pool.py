@@ -18,7 +18,7 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import acqcore
-from benchmarks import bench_pool, paired, pool_data, pool_fit, pool_report, pool_signals
+from benchmarks import bench_pool, gsm8k, paired, pool_data, pool_fit, pool_report, pool_signals
 from benchmarks.bench_pool import Bench, Choices, Encoder, Log, Scale
 from benchmarks.pool_data import KINDS, Message, Nearest, Sizes
 from benchmarks.pool_signals import Recipe
@@ -131,7 +131,7 @@ class TestPool:
 
     def test_messages_of_the_files_as_published(self):
         """The published files, if present, have every intent and enough rows to draw 77 x 2 + 96 + 3,000."""
-        source = Path(__file__).parents[1] / "../shared/data/intents"
+        source = gsm8k.FOLDER / "intents"
         if not source.is_dir():
             pytest.skip("the intent files are absent")
         train, test, stray = pool_data.load(source, "clinc150")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +13,8 @@ import acqcore
 from acqcore.acquisitions import REGISTRY, RowNeed
 from acqcore.students.samples import encode
 from acqsynth.models import smollm2_path
+from benchmarks.gsm8k import TEST
 
-DATA = Path(__file__).parents[1] / "../shared/data/math/gsm8k_test.jsonl"
 NAMES = [name for name, entry in REGISTRY.items() if entry.needs == RowNeed()]
 
 pytestmark = [
@@ -60,9 +59,9 @@ def references(
 
 
 def questions(n: int) -> list[dict[str, str]]:
-    if not DATA.exists():
-        pytest.skip(f"{DATA.name} is absent")
-    with DATA.open(encoding="utf-8") as file:
+    if not TEST.exists():
+        pytest.skip(f"{TEST.name} is absent")
+    with TEST.open(encoding="utf-8") as file:
         rows = [json.loads(line) for line in itertools.islice(file, n)]
     return [{"prompt": row["question"], "completion": row["answer"]} for row in rows]
 
