@@ -91,7 +91,8 @@ _LABEL = re.compile(
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _SEVERAL = re.compile(r"\\(?:pm|mp|[lg]eq?|[lg]t|in|cup)(?![A-Za-z])|[<>±]")  # one part here may be several there
 _EQUALS = re.compile(r"(?<![<>!:=\\])=(?!=)")
-_WORDS = re.compile(r"[A-Za-z]{3,}(?:[ -][A-Za-z]+)*")
+# Two letters alone are a product, except "no".
+_WORDS = re.compile(r"(?:[Nn][Oo]|[A-Za-z]{3,}|[A-Za-z]{2}(?=[ -].*[A-Za-z]{3}))(?:[ -][A-Za-z]+)*")
 
 
 class Quantity(NamedTuple):
@@ -321,7 +322,7 @@ def _rational(plain: str) -> Fraction | None:
 
 def _worth_checking(truth: str, given: str) -> bool:
     """Whether different canonical forms may still be equal."""
-    if _WORDS.fullmatch(truth) or (_INTEGER.fullmatch(truth) and _INTEGER.fullmatch(given)):
+    if _WORDS.fullmatch(truth) or given == "no" or (_INTEGER.fullmatch(truth) and _INTEGER.fullmatch(given)):
         return False
     # math-verify adds up "5 5", reads only the box of an answer with a box, and reads 0x1 as 0 times x times 1.
     glued = (re.search(r"[A-Za-z]\d", re.sub(r"\\[A-Za-z]+", " ", form)) for form in (truth, given))
