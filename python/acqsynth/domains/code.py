@@ -71,6 +71,30 @@ def _humaneval(row: Row) -> Sample:
     )
 
 
+#: Passes if the tests pass with each function replaced by a constant, for two different constants.
+_IDLE = """
+def passes(same):
+    scope = {**globals(), **dict.fromkeys(%(names)r, same), **dict.fromkeys(%(called)r, lambda *_, **__: same)}
+    try:
+        exec(%(tests)r, scope)
+    except BaseException:
+        return False
+    return True
+
+def two_pass():
+    first = []
+    for same in (
+        object(), None, True, False, 0, 1, 7, -0.5, 2.5, "", "a", [], [0], (), (0,), set(), {0}, {}, {0: 0},
+    ):
+        if passes(same):
+            if any(same != other for other in first):
+                return True
+            first.append(same)
+    return False
+
+assert two_pass()
+"""
+
 LAYOUTS = (
     Layout(("text", "code", "test_list"), _mbpp, ("test_setup_code",)),
     Layout(("prompt", "canonical_solution", "test", "entry_point"), _humaneval),
@@ -148,13 +172,13 @@ class Code(Domain):
     def verify(self, samples: Sequence[Sample]) -> list[bool | None]:
         """Whether each sample's answer passes its tests, and the tests depend on the answer.
 
-        They do not if they also pass with each function replaced by one that always returns the same object, as
-        ``assert f(1) == f(1)`` does. Tests that fit a wrong answer are not detected.
+        They do not if they also pass with each function replaced by one that always returns the same value, for two
+        different values: ``assert abs(f(1)) == abs(f(1))`` and ``assert isinstance(f(1), int)`` do. Tests that fit a
+        wrong answer are not detected.
         """
         checked = [i for i, sample in enumerate(samples) if sample.extra.get("tests")]
         real = [_job(i, samples[i], _source(samples[i].answer)) for i in checked]
-        same = "def {}(*_, **__): return same"
-        idle = [replace(job, program="\n".join(["same = object()", *map(same.format, job.names)])) for job in real]
+        idle = [replace(job, program="", names=(), tests=_idle(job)) for job in real]
         passed = self._passed([*real, *idle])
         right = {i: passed[k] and not passed[k + len(real)] for k, i in enumerate(checked)}
         return [right.get(i, False) for i in range(len(samples))]
@@ -289,6 +313,14 @@ def _plain(node: ast.AST, names: Iterable[str]) -> bool:
         elif isinstance(part, ast.NamedExpr | ast.Lambda | ast.Await | ast.Yield | ast.YieldFrom):
             return False
     return not bound & {"math", *names, *PLAIN_NAMES}
+
+
+def _idle(job: sandbox.Job) -> str:
+    """The tests of a job as tests of themselves: they pass if they do not depend on the program."""
+    tree = _parsed(job.tests)
+    calls = (node.func for node in ast.walk(tree) if isinstance(node, ast.Call)) if tree else ()
+    called = {function.id for function in calls if isinstance(function, ast.Name)}.intersection(job.names)
+    return _IDLE % {"names": job.names, "called": called or job.names, "tests": job.tests}
 
 
 def _with_tests(sample: Sample) -> str:

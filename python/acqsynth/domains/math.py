@@ -12,6 +12,13 @@ from acqsynth.domains.quantities import UNDERSTOOD, compare, quantity
 
 _HASHES = re.compile(r"^####[ \t]*(\S.*)$", re.MULTILINE)
 _SENTENCE_END = re.compile(r"\.(?=\s|$)|[,;]?\s+(?:because|since|so|which|as)\b")
+#: Not an answer but a comment on it, as in "the answer is right".
+_VERDICT = re.compile(
+    r"(?:(?:not|also|indeed|now|\w+ly) )?(?:right|correct|incorrect|wrong|valid|reasonable|clear|obvious|simple|easy|"
+    r"found|given|obtained|therefore|thus)\b",
+    re.IGNORECASE,
+)
+_WORDY = 4  # maximum words of an answer without a number or a sign; longer ones are prose
 _NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:\s*/\s*\d+)?(?![\w])")
 _CALCULATION = re.compile(r"<<[^<>\n]*>>")  # GSM8K's calculator annotations
 
@@ -75,12 +82,13 @@ class Math(Domain):
 
         ``\boxed{...}``; a line ``#### ...``; "answer is ..." or "answer: ..." up to the end of its sentence; a number.
         That one place is the whole answer: several values there are one answer with several values, and text elsewhere
-        is ignored, so listing candidates gains nothing.
+        is ignored, so listing candidates gains nothing. A number before a statement in prose does not count either.
         """
         stated = _stated(completion)
         if stated is not None:
             return stated
-        numbers = _NUMBER.findall(completion)
+        prose = _statements(completion)
+        numbers = _NUMBER.findall(completion, prose[-1].start(1) if prose else 0)
         return numbers[-1] if numbers else None
 
     def solution(self, sample: Sample) -> str:
@@ -160,8 +168,15 @@ def _stated(completion: str) -> str | None:
         return boxed
     if lines := _HASHES.findall(completion):
         return str(lines[-1]).strip()
-    statements = (_SENTENCE_END.split(rest, maxsplit=1)[0].strip(" *") for rest in STATED.findall(completion))
-    return next((s for s in reversed(list(statements)) if re.search(r"[\d\\$]|^[A-Za-z]$", s)), None)  # not "is right"
+    statements = [_SENTENCE_END.split(match[1], maxsplit=1)[0].strip(" *") for match in _statements(completion)]
+    exact = [s for s in statements if re.search(r"[\d\\$=+*/^<>]|^[A-Za-z]$", s)]
+    short = [s for s in statements if 0 < len(s.split()) <= _WORDY]  # "the answer is positive" may follow the answer
+    return next(reversed(exact or short), None)
+
+
+def _statements(completion: str) -> list[re.Match[str]]:
+    """The occurrences of "answer is ..." and "answer: ..."."""
+    return [match for match in STATED.finditer(completion) if not _VERDICT.match(match[1].lstrip("* "))]
 
 
 def _final(answer: str) -> str:

@@ -15,8 +15,12 @@ from acqsynth.domains.base import STATED, Domain, Layout, Messages, Row, Sample,
 LETTERS = "ABCD"
 DECISIONS = ("yes", "no", "maybe")
 
-_OPTION = re.compile(r"(?:^|(?<=\s))\(?([A-D])[).:]\s+", re.MULTILINE)
-_BOXED = re.compile(r"\\boxed\{(?:\\text\{)?([^{}]*)\}?\}")
+# Marks at line starts, otherwise marks of one kind within lines: texts such as "C. difficile" contain marks too.
+_OPTIONS = [
+    re.compile(rf"{before}\(?([A-D]){after}\s+", re.MULTILINE)
+    for before, after in ((r"^[ \t]*", "[).:]"), (r"(?<!\S)", r"\)"), (r"(?<!\S)", r"\."), (r"(?<!\S)", ":"))
+]
+_BOXED = re.compile(r"\\boxed\{(?:\\text(?:bf)?\{)?([^{}]*)\}?\}")
 # A letter alone or with its mark ("B", "(b)", "B) aspirin"), not the article in "A fever"; or a decision with a mark.
 _LETTER = re.compile(r"\(?([A-Da-d])(?:[).:]|$)")
 _DECISION = re.compile(r"(yes|no|maybe)\b(?!\s+\w)", re.IGNORECASE)
@@ -88,10 +92,9 @@ class Medical(Domain):
         choice by itself. If that place names several choices, none of them counts."""
         for pattern in (_BOXED, STATED):
             if found := pattern.findall(completion):
-                answer = found[-1].strip().strip("*").strip()
-                return answer or None
+                return _without_bold(found[-1]) or None
         lines = completion.strip().splitlines()
-        last = lines[-1].strip().strip("*") if lines else ""
+        last = _without_bold(lines[-1]) if lines else ""
         return last if _choice(last) else None
 
     def solution(self, sample: Sample) -> str:
@@ -100,7 +103,7 @@ class Medical(Domain):
 
     def canonical(self, answer: str) -> str:
         """An option's letter in upper case, a decision in lower case, or the text in lower case without punctuation."""
-        plain = answer.strip().strip("*").strip()
+        plain = _without_bold(answer)
         return _choice(plain) or _words(plain)
 
     def equivalent(self, gold: Sequence[Sample], answers: Sequence[str | None]) -> list[bool]:
@@ -133,21 +136,31 @@ class Medical(Domain):
             return None if "?" in sample.question else "nothing is asked"
         if choice not in options:
             return "the answer is none of the options"
-        if len({self.canonical(option) for option in options.values()}) < len(options):
+        if len({_words(option) for option in options.values()}) < len(options):
             return "two options are the same"
         return None
 
     def _choice_of(self, sample: Sample, answer: str) -> str:
-        """The canonical answer, with an option's text replaced by its letter."""
-        canonical = self.canonical(answer)
-        for letter, option in sample.extra.get("options", {}).items():
-            if canonical == _words(option):
+        """The canonical answer, with an option's text replaced by its letter. Texts come before letters, so that
+        ``C. difficile`` is an option's text; a letter by itself is a letter, even if it is also a text."""
+        words = _words(answer)
+        options = {} if words in ("", *LETTERS.lower()) else sample.extra.get("options", {})
+        for letter, option in options.items():
+            if words == _words(f"{letter} {option}"):
                 return str(letter)
-        return canonical
+        for letter, option in options.items():
+            text = _words(option)
+            if words == text or (_LETTER.match(option) and words.startswith(f"{text} ")):
+                return str(letter)
+        return self.canonical(answer)
+
+
+def _without_bold(answer: str) -> str:
+    return answer.replace("**", "").strip(" \t\n*")
 
 
 def _words(text: str) -> str:
-    """The text in lower case without punctuation."""
+    """A text in lower case without punctuation."""
     return re.sub(r"\W+", " ", text).strip().casefold()
 
 
@@ -162,10 +175,27 @@ def _choice(plain: str) -> str | None:
 
 
 def _options(question: str) -> dict[str, str]:
-    """The options A to D at the end of a question, or none."""
-    marks = list(_OPTION.finditer(question))[-len(LETTERS) :]
-    if "".join(mark[1] for mark in marks) != LETTERS:
-        return {}
-    ends = [*(mark.start() for mark in marks[1:]), len(question)]
-    options = {mark[1]: question[mark.end() : end].strip() for mark, end in zip(marks, ends, strict=True)}
+    """The last options A to D of a question, or none."""
+    for pattern in _OPTIONS:
+        if options := _run(question, list(pattern.finditer(question))):
+            return options
+    return {}
+
+
+def _run(question: str, marks: list[re.Match[str]]) -> dict[str, str]:
+    """The options behind the last marks A to D in this order. Marks between those belong to the texts."""
+    letters = "".join(mark[1] for mark in marks)
+    begin = len(letters)
+    for letter in reversed(LETTERS):
+        begin = letters.rfind(letter, 0, begin)
+        if begin < 0:
+            return {}
+    found = [marks[begin]]
+    for letter in LETTERS[1:]:
+        texts = (m for m in marks if m[1] == letter and question[found[-1].end() : m.start()].strip())
+        if (mark := next(texts, None)) is None:
+            return {}
+        found.append(mark)
+    ends = [*(mark.start() for mark in found[1:]), len(question)]
+    options = {mark[1]: question[mark.end() : end].strip() for mark, end in zip(found, ends, strict=True)}
     return options if all(options.values()) else {}

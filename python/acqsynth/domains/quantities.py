@@ -34,10 +34,11 @@ _TEXT = re.compile(r"\\(?:text|textrm|mathrm|mbox)\{([^{}]*)\}")
 #: Number words that multiply the number before them.
 SCALES = {
     "dozen": 12, "score": 20, "gross": 144,
-    "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12,
+    "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "quadrillion": 10**15,
+    "lakh": 10**5, "crore": 10**7,
 }  # fmt: skip
 
-CURRENCIES = {"€": "euro", "£": "pound", "¥": "yen"}  # anything else is the dollar
+CURRENCIES = {"€": "euro", "£": "gbp", "¥": "yen"}  # anything else is the dollar
 
 #: Unicode signs -> LaTeX.
 SIGNS = str.maketrans({"\u2212": "-", "\u2013": "-", "\u2044": "/", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ",
@@ -47,7 +48,7 @@ SIGNS = str.maketrans({"\u2212": "-", "\u2013": "-", "\u2044": "/", "×": r"\tim
 UNITS = {
     name: unit
     for unit, names in {
-        "dollar": "usd", "euro": "eur", "pound": "lb lbs gbp", "cent": "", "am": "", "pm": "",
+        "dollar": "usd", "euro": "eur", "gbp": "", "pound": "", "lb": "", "cent": "", "am": "", "pm": "",
         "mm": "millimeter millimetre", "cm": "centimeter centimetre", "m": "meter metre", "km": "kilometer kilometre",
         "in": "inch inche", "ft": "foot feet", "yd": "yard", "mi": "mile", "mi per h": "mph", "km per h": "kph kmph",
         "mg": "milligram", "g": "gram", "kg": "kilogram", "oz": "ounce", "ml": "milliliter millilitre",
@@ -66,13 +67,18 @@ CASED = frozenset({"Mg", "Ms", "Mm", "MW", "MV", "MJ", "MN", "MA", "ML", "Gb", "
 NO_UNITS = frozenset(
     {
         *("and", "or", "minus", "plus", "divided", "squared", "cubed", "factorial", "choose", "base", "mod", "modulo"),
-        *("remainder", "negative", "not", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight"),
-        *("nine", "ten", "eleven", "twelve", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty"),
-        *("ninety", "half", "halve", "third", "quarter", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth"),
-        *("tenth", "hundredth", "thousandth", "sqrt", "sin", "cos", "tan", "cot", "csc", "log", "exp", "lim", "max"),
+        *("remainder", "negative", "not", "than", "over", "multiplied", "percent", "percentage", "half", "halve"),
+        *("quarter", "sqrt", "sin", "cos", "tan", "cot", "csc", "log", "exp", "lim", "max"),
         *("gcd", "lcm", "det", "inf", "infty", "infinity", "alpha", "beta", "gamma", "delta", "epsilon", "theta"),
         *("lambda", "rho", "sigma", "tau", "phi", "psi", "omega"),
     }
+)
+
+#: Cardinals and ordinals; ``SCALES`` come first.
+_NUMBER_WORD = re.compile(
+    r"zero|one|two|(?:twen|thir|four|for|fif|six|seven|eigh|nine)(?:ty|teen|tieth|teenth)|\w*illion(?:th)?|"
+    r"three|four(?:th)?|five|fifth|third|six(?:th)?|seven(?:th)?|eighth?|nine|ninth|ten(?:th)?|eleven(?:th)?|twel(?:ve|fth)|"
+    r"(?:hundred|thousand|lakh|crore)(?:th)?"
 )
 
 #: Units that are understood if none is written, and omitted from the canonical form.
@@ -82,8 +88,11 @@ _LABEL = re.compile(
     r"\\(?:text|mathrm)\{[^{}]*\}|[A-Za-z](?:_\{?\w+\}?)?(?:\([A-Za-z0-9, ]*\))?|"
     r"[A-Za-z]{3,}(?: [A-Za-z]+)*|\\angle ?[A-Z]+"
 )
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+_SEVERAL = re.compile(r"\\(?:pm|mp|[lg]eq?|[lg]t|in|cup)(?![A-Za-z])|[<>±]")  # one part here may be several there
 _EQUALS = re.compile(r"(?<![<>!:=\\])=(?!=)")
-_WORDS = re.compile(r"[A-Za-z]{3,}(?:[ -][A-Za-z]+)*")
+# Two letters alone are a product, except "no".
+_WORDS = re.compile(r"(?:[Nn][Oo]|[A-Za-z]{3,}|[A-Za-z]{2}(?=[ -].*[A-Za-z]{3}))(?:[ -][A-Za-z]+)*")
 
 
 class Quantity(NamedTuple):
@@ -132,7 +141,7 @@ def _with_unit(plain: str) -> tuple[str, tuple[str, ...]]:
     spaced = bool(found[1]) or "\\" in found[2]
     names = [_unit_word(word) for word in _TEXT.sub(r" \1 ", found[2]).replace(".", "").replace("/", " per ").split()]
     words = " ".join(names).split()
-    if not words or not all(_is_unit(word, i, spaced) for i, word in enumerate(words)):
+    if not _are_units(words, spaced):
         return plain, before
     if found[3]:
         words[-1] += f"^{found[3]}"
@@ -148,7 +157,7 @@ def _with_unit(plain: str) -> tuple[str, tuple[str, ...]]:
 
 def _unit_word(word: str) -> str:
     """A unit's word in the singular, abbreviated if it has an abbreviation."""
-    if word in ("C", "F") or word in CASED:
+    if (len(word) == 1 and word != "L") or word in CASED:
         return word
     word = word.casefold()
     if word in NO_UNITS:
@@ -158,19 +167,42 @@ def _unit_word(word: str) -> str:
     return UNITS.get(word) or UNITS.get(single) or single
 
 
-def _is_unit(word: str, place: int, spaced: bool) -> bool:
-    if word in NO_UNITS or word.removesuffix("^2") in NO_UNITS:
-        return False
-    if place or word in SCALES:
-        return True
-    known = word in UNITS.values() or word in CASED or word in ("C", "F")
-    return (known or len(word) > 2) if spaced else (known and len(word) > 1)
+def _are_units(words: list[str], spaced: bool) -> bool:
+    """Whether words are units or a plain noun phrase: ``brown eggs``, but not ``times x``."""
+    before = ""
+    for i, word in enumerate(words):
+        if word in SCALES:
+            fits = True
+        elif word in NO_UNITS or word.removesuffix("^2") in NO_UNITS or _NUMBER_WORD.fullmatch(word):
+            fits = False
+        elif not spaced:
+            fits = len(word) > 1 and _known(word)
+        elif len(word) == 1:  # a unit or the article, not a variable
+            measured = not before or before in SCALES or before in ("per", "an", "square", "cubic") or _known(before)
+            fits = (measured and _known(word)) or (word == "a" and 0 < i < len(words) - 1)
+        else:
+            fits = (i > 0 or len(word) > 2 or _known(word)) and (before, word) != ("time", "the")
+        if not fits:
+            return False
+        before = word
+    return bool(words)
+
+
+def _known(word: str) -> bool:
+    """Whether a word is a unit of measure."""
+    return word.partition("^")[0] in {*UNITS.values(), *CASED, "C", "F"}
 
 
 def _agree(a: tuple[str, ...], b: tuple[str, ...]) -> bool:
-    """Whether one unit is missing, or is only more specific than the other: ``egg`` and ``brown egg``."""
-    fewer, more = sorted((set(a), set(b)), key=len)
-    return not fewer or (fewer <= more and "per" not in more - fewer)
+    """Whether one unit is missing, or is only more specific than the other: ``egg`` and ``brown egg``. Words may
+    follow a unit of measure (``hours of work``) but not precede it (``light hours``)."""
+    if "pound" in (*a, *b):  # money or weight
+        a, b = (tuple("pound" if word in ("lb", "gbp") else word for word in unit) for unit in (a, b))
+    fewer, more = sorted((a, b), key=len)
+    if any(map(_known, fewer)):
+        rest = more[len(fewer) :]
+        return more[: len(fewer)] == fewer and not any(word == "per" or _known(word) for word in rest if word != "in")
+    return set(fewer) <= set(more) and (not fewer or "per" not in set(more) - set(fewer))
 
 
 def compare(truth: Quantity, given: Quantity) -> bool | list[tuple[str, str]]:
@@ -189,7 +221,31 @@ def compare(truth: Quantity, given: Quantity) -> bool | list[tuple[str, str]]:
         if pairs[-1][0].form == pairs[-1][1].form:
             return True
     unlike = [(a.plain, b.plain) for a, b in pairs if _worth_checking(a.form, b.form)]
-    return [pair for a, b in unlike for pair in _sides(a, b)]
+    return [pair for a, b in unlike for pair in _sides(a, b) if _of_a_kind(*pair)]
+
+
+def _of_a_kind(truth: str, given: str) -> bool:
+    """Whether two answers have as many parts, in brackets that may mean the same. math-verify takes ``5,5`` for 5, and
+    a set for a pair."""
+    (opens, parts), (others, more) = _parts(truth), _parts(given)
+    if parts > 1 and more > 1:
+        brackets = {opens, others}
+        mixed = "{" in brackets and not brackets.isdisjoint("([")
+        return not mixed and (parts == more or brackets == {"{"})
+    return parts == more or bool(_SEVERAL.search(truth + given))
+
+
+def _parts(plain: str) -> tuple[str, int]:
+    """The opening bracket around an answer, if any, and the number of parts that commas separate."""
+    plain = _THOUSANDS.sub("", re.sub(r"\\([{}])", r"\1", plain)).strip()
+    depth, commas = 0, [0, 0]  # commas by depth
+    whole = plain.startswith(("(", "[", "{"))
+    for i, char in enumerate(plain):
+        depth += (char in "([{") - (char in ")]}")
+        whole = whole and (depth > 0 or i == len(plain) - 1)
+        if char == "," and depth in (0, 1):
+            commas[depth] += 1
+    return (plain[0], commas[1] + 1) if whole else ("", commas[0] + 1)
 
 
 def _hundredth(quantity: Quantity) -> Quantity:
@@ -266,7 +322,7 @@ def _rational(plain: str) -> Fraction | None:
 
 def _worth_checking(truth: str, given: str) -> bool:
     """Whether different canonical forms may still be equal."""
-    if _WORDS.fullmatch(truth) or (_INTEGER.fullmatch(truth) and _INTEGER.fullmatch(given)):
+    if _WORDS.fullmatch(truth) or given == "no" or (_INTEGER.fullmatch(truth) and _INTEGER.fullmatch(given)):
         return False
     # math-verify adds up "5 5", reads only the box of an answer with a box, and reads 0x1 as 0 times x times 1.
     glued = (re.search(r"[A-Za-z]\d", re.sub(r"\\[A-Za-z]+", " ", form)) for form in (truth, given))

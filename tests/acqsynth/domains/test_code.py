@@ -267,7 +267,20 @@ def test_verify():
         "assert add(1, 2) or True": False,
         "assert 1 == 1 or add(1, 2)": False,
         "assert add(1, 2)": False,
-        "assert isinstance(add(1, 2), int)": True,
+        "assert isinstance(add(1, 2), int)": False,  # holds for any integer
+        "assert abs(add(1, 2)) == abs(add(1, 2))": False,
+        "assert int(add(1, 2)) == add(1, 2)": False,
+        "assert add(1, 2) + 0 == add(1, 2)": False,
+        "assert len([add(1, 2)]) == 1": False,
+        "assert add(1, 2) - add(2, 1) == 0": False,
+        "assert sorted([add(1, 2)]) == [add(1, 2)]": False,
+        "assert add('a', 'b').__len__() == 2": False,  # no plain assert
+        "assert len(add('a', 'b')) == 2": True,
+        "assert add([], []) == []": True,
+        "assert add('', '') == ''": True,
+        "assert add(0, 0) == 0": True,
+        "assert add(1, 0) == True": True,
+        "assert add(1, 2) > 2": False,  # holds for 7 and 2.5
         "assert add(1, 2) == 3\nassert add(1, 2) == add(1, 2)": True,
         "assert add('a', 2)": False,
         "assert open('/tmp/x', 'w') and add(1, 2) == 3": False,  # not executed
@@ -275,6 +288,7 @@ def test_verify():
     }
     samples = [generated(fenced(FUNCTION + test)) for test in tests]
     assert dict(zip(tests, code.verify(samples), strict=True)) == tests
+    assert code.verify([generated(fenced("def f(x): return 0\nE = 0\nassert f(1) == E"))]) == [False]
     assert code.verify([Sample("?", "no program")]) == [False]
     assert code.verify([]) == []
 

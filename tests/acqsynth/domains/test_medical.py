@@ -33,6 +33,9 @@ def rows(path, *content):
         ("It thins. The answer is (c) Rest", "(c) Rest", "C"),
         ("Answer: A\nNo. Answer: D) None of these", "D) None of these", "D"),
         ("**Answer:** B", "B", "B"),
+        ("The answer is **A**.", "A.", "A"),
+        ("It is known.\n**B)** Vitamin B", "B) Vitamin B", "B"),
+        ("\\boxed{\\textbf{A}}", "A", "A"),
         ("\\boxed{C} so the answer is D", "C", "C"),
         ("\\boxed{\\text{yes}}", "yes", "yes"),
         ("The answer is yes, because it does.", "yes, because it does.", "yes"),
@@ -66,6 +69,40 @@ def test_no_answer(completion):
 def test_options_are_right_by_letter_or_text(answer, right):
     for gold in ("A", "A) Aspirin", "Aspirin"):
         assert medical.equivalent([Sample(CHOICE, gold, extra={"options": OPTIONS})], [answer]) == [right]
+
+
+GERMS = {"A": "C. difficile", "B": "B. anthracis", "C": "E. coli", "D": "A. fumigatus"}
+
+
+@pytest.mark.parametrize("mark", ["{})", "{}.", "({})", "{}:"])
+@pytest.mark.parametrize("gap", ["\n", " "])
+def test_texts_that_begin_with_a_letter_and_a_mark(mark, gap):
+    options = "".join(f"{gap}{mark.format(letter)} {text}" for letter, text in GERMS.items())
+    question = f"Which one, in a patient with hepatitis A. and B. pertussis, causes colitis?{options}"
+    sample = medical.parse(f"<question>{question}</question><answer>A) C. difficile</answer>")
+    assert sample is not None
+    assert (sample.extra, medical.fault(sample)) == ({"options": GERMS}, None)
+    assert "the letter of the right option" in medical.student_prompt(question)[0]["content"]
+    golds = [Sample(question, f"{letter}) {text}", extra=sample.extra) for letter, text in GERMS.items()]
+    for replies, letter in (
+        (
+            ["C. difficile", "C. difficile because it does", "A. C. difficile", "A", "A, C. difficile", "c. difficile"],
+            "A",
+        ),
+        (["B. anthracis", "B", "B) B. anthracis"], "B"),
+        (["E. coli", "C", "C) E. coli", "C."], "C"),
+        (["D", "A. fumigatus", "D. A. fumigatus"], "D"),
+    ):
+        for reply in replies:
+            assert [medical.equivalent([gold], [reply]) == [True] for gold in golds] == [x == letter for x in GERMS]
+
+
+def test_a_letter_alone_is_the_letter_of_an_option():
+    options = {"A": "B", "B": "A", "C": "AB", "D": "0"}
+    golds = [Sample("Which blood group?", letter, extra={"options": options}) for letter in "ABCD"]
+    assert medical.equivalent(golds, ["A", "b.", "AB", "0"]) == [True] * 4
+    assert medical.equivalent(golds, ["A) B", "B) A", "(C) AB", "D: 0"]) == [True] * 4
+    assert medical.equivalent(golds, ["B", "A", "D", "C"]) == [False] * 4
 
 
 def test_decisions_are_right_by_the_word():
