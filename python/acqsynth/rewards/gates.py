@@ -46,8 +46,8 @@ class Gate(Protocol):
     name: str
 
     def __call__(self, samples: Sequence[Sample]) -> Sequence[Verdict]:
-        """The verdict on each of n samples: True or False; a replacement sample, which passes; or None for undecidable,
-        which masks the sample."""
+        """The verdict on each of n samples: True or False; a replacement sample, which passes if it also passes the
+        earlier gates; or None for undecidable, which masks the sample."""
         ...
 
 
@@ -321,6 +321,11 @@ class Check:
         return [self.function(sample) for sample in samples]
 
 
+def sample_gates(domain: Domain) -> list[Gate]:
+    """The default gates that need nothing but the sample."""
+    return [Sound(domain), Length(), NoRepetition(), NoLeak(domain)]
+
+
 def default_gates(
     domain: Domain,
     *,
@@ -334,7 +339,7 @@ def default_gates(
     """The default gates; ``not_in_evaluation``, ``labelled``, ``fluent`` and ``answerable`` only with ``evaluation``,
     ``label``, ``student`` and ``answers``. Arguments are as in :meth:`acqsynth.rewards.ComposedReward.default`;
     ``options`` are passed to :class:`acqsynth.rewards.scoring.Scorer`."""
-    gates: list[Gate] = [Sound(domain), Length(), NoRepetition(), NoLeak(domain), New(seeds)]
+    gates: list[Gate] = [*sample_gates(domain), New(seeds)]
     if evaluation:
         gates.append(NotInEvaluation(evaluation))
     if label is not None:

@@ -5,7 +5,8 @@
 
 GRPO, best-of-n and DPO share it. A call with n completions takes these steps:
 
-1. Each text is parsed, then passes through the gates, cheap ones first, until one rejects it.
+1. Each text is parsed, then passes through the gates, cheap ones first, until one rejects it. A sample that a gate
+   replaces, such as by a labelled one, passes the earlier gates again.
 2. Signals score the samples that passed. A scorer that fails, on one sample or on all, masks: the sample's total is
    None, and the sample is excluded from all statistics. Failures are counted and logged, and never become a number.
 3. Each signal's value is normalised against samples of similar length (:class:`acqsynth.rewards.fusion.LengthBins`).
@@ -276,8 +277,12 @@ class ComposedReward(TrlReward):
                 "generator for the expected format",
                 self.domain.name,
             )
-        for gate in self.gates:
-            self._gate(gate, [entry for entry in local if entry.valid], batch)
+        for i, gate in enumerate(self.gates):
+            valid = [(entry, entry.sample) for entry in local if entry.valid]
+            self._gate(gate, [entry for entry, _ in valid], batch)
+            replaced = [entry for entry, sample in valid if entry.sample is not sample]
+            for earlier in self.gates[:i]:
+                self._gate(earlier, [entry for entry in replaced if entry.valid], batch)
         ranks, own = self._gathered(local, batch)
         entries = [entry for rank in ranks for entry in rank]
         if by_runs:

@@ -6,6 +6,8 @@ import io
 import logging
 import pickle
 import statistics
+from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,8 +17,9 @@ import acqcore
 from acqsynth.domains import Sample
 from acqsynth.rewards import ComposedReward, Diversity, Learnability, NgramEmbedder, SampledAnswers
 from acqsynth.rewards.fusion import BOUNDED, METHODS, fuse
-from acqsynth.rewards.gates import Check, Labelled, New
+from acqsynth.rewards.gates import Check, Labelled, New, sample_gates
 from acqsynth.rewards.reward import DEFAULT_WEIGHTS
+from acqsynth.write import passing
 
 
 def text(answer, question="What is it?"):
@@ -194,6 +197,22 @@ def test_signals_see_the_label_that_a_sample_goes_on_with(domain):
     assert rewards.components["a"] == [20.0, None, 10.0]
     assert [sample and sample.answer for sample in rewards.samples] == ["5", "1", "3"]
     assert rewards.gates["labelled"] == [True, False, True]
+
+
+@pytest.mark.parametrize("own", ["8", "7"])
+def test_a_label_passes_the_gates_before_it(domain, own):
+    def label(samples):
+        return [replace(sample, answer="8") for sample in samples]
+
+    gates = [*sample_gates(domain), New(), Labelled(label)]
+    leak = "The answer is 8. Ann has 3 + 5 apples; how many?"
+    rewards = ComposedReward(domain, [], gates=gates).score([text(own, leak), text(own, "What is 3 + 5?")], [0, 0])
+    assert rewards.total == [0, 1]
+    assert rewards.rejected_by == ["no_leak", ""]
+    dropped = Counter()
+    samples = [Sample("What is 4 + 4?", own), Sample(leak, own), Sample("What is 5 + 3?", own)]
+    assert [sample.question for sample in passing(gates, samples, dropped)] == ["What is 4 + 4?", "What is 5 + 3?"]
+    assert dropped == {"gate no_leak": 1}
 
 
 def test_an_archive_that_fails_leaves_the_totals(domain):
