@@ -29,6 +29,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from acqsynth.domains import Domain, Sample
+from acqsynth.domains.base import STATED
 from acqsynth.normal_form import normal_form, visible
 from acqsynth.rewards.answers import SampledAnswers
 from acqsynth.rewards.batch import Batch, sample_length
@@ -118,7 +119,8 @@ class NoLeak:
     option in a list of options ("B) ...") is not a leak.
 
     Args:
-        domain: the domain's canonical form of the answer is searched for as well.
+        domain: its canonical form of the answer is searched for as well, and the final part if equivalent: the 5 of
+            ``5 eggs``. So is any short answer, in whatever form, that the question states as "answer is" or "answer:".
     """
 
     name = "no_leak"
@@ -137,13 +139,18 @@ class NoLeak:
         reasoning = words(normal_form(sample.reasoning))
         if len(reasoning) >= _LONG_REASONING and _holds(told, reasoning):
             return True
-        answers = {
-            tuple(words(normal_form(answer))) for answer in (sample.answer, self.domain.canonical(sample.answer))
-        } - {()}
-        return any(
-            _holds(told, answer) if len(answer) >= _LONG_ANSWER else _stated(question, list(answer))
-            for answer in answers
-        )
+
+        def leaks(answer: str) -> bool:
+            part = words(normal_form(answer))
+            return bool(part) and (_holds(told, part) if len(part) >= _LONG_ANSWER else _stated(question, part))
+
+        answers = {sample.answer, self.domain.canonical(sample.answer)}
+        if any(map(leaks, answers)):
+            return True
+        others = {final for answer in answers if (final := self.domain.answer_of(answer)) and leaks(final)}
+        if len(words(sample.answer)) < _LONG_REASONING:
+            others |= {final for found in STATED.finditer(asked) if (final := self.domain.answer_of(found[0]))}
+        return any(self.domain.equivalent([sample] * len(others), sorted(others)))
 
 
 class New:
