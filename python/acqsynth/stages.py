@@ -34,7 +34,7 @@ from acqsynth.evaluate import Evaluation, evaluate, evaluate_by_likelihood
 from acqsynth.label import Labeller
 from acqsynth.preflight import validity_reward
 from acqsynth.report.metrics import IN_DISTRIBUTION
-from acqsynth.rewards.batch import Batch
+from acqsynth.rewards.batch import Batch, numbers
 from acqsynth.rewards.fusion import fuse
 from acqsynth.rewards.gates import sample_gates
 from acqsynth.seeds import load_source
@@ -520,7 +520,7 @@ def _sampling(config: SamplingConfig, n: int, seed: int) -> Sampling:
 def _values(reward: Any, samples: Sequence[Sample]) -> dict[str, list[float | None]]:
     """Each signal's values of the samples; signals share intermediate results."""
     batch = Batch(samples)
-    return {signal.name: list(signal(batch)) for signal in reward.signals}
+    return {signal.name: numbers(signal, batch) for signal in reward.signals}
 
 
 def _fused(columns: Mapping[str, Sequence[float | None]], reward: Any) -> list[float | None]:

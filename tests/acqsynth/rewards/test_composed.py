@@ -9,6 +9,7 @@ import statistics
 from collections import Counter
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from fakes import Log, Told, trained, written
@@ -131,6 +132,12 @@ def test_one_sample_that_a_scorer_raises_for_masks_itself_alone(domain, bad):
     compares.set_level = True
     assert plain(domain, compares).score(TEXTS, GROUPS).total == [None] * 6
     assert len(compares.asked) == 1
+    for set_level, calls in ((True, 1), (False, 7)):
+        errs = Told("a", VALUES, values)
+        errs.set_level = set_level
+        rewards = plain(domain, errs).score(TEXTS, GROUPS)
+        assert None not in rewards.total
+        assert errs.asked_errors == calls
 
 
 class Picture:
@@ -311,6 +318,39 @@ def test_a_run_resumes_where_it_stood(domain):
     assert resumed.state_dict().keys() == straight.state_dict().keys()
     with pytest.raises(ValueError, match=r"state: expected parts \['gate/new', 'signal/diversity'\], got \[\]"):
         resumed.load_state_dict(plain(domain, Told("a", VALUES)).state_dict())
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, torch.tensor, int, bool])
+@pytest.mark.parametrize("whole", [list, np.array, torch.tensor])
+def test_values_of_any_numeric_type_become_floats(domain, kind, whole):
+    class Shown:
+        name = "shown"
+
+        def __call__(self, samples):
+            return whole([kind(float(sample.answer)) for sample in samples])
+
+        stderr = __call__
+
+    reward = ComposedReward(domain, [Shown()])
+    rewards = reward.score([text(0), text(1)], [0, 0])
+    assert {
+        type(value)
+        for column in (rewards.components["shown"], rewards.stderr["shown"], rewards.total)
+        for value in column
+    } == {float}
+    assert rewards.components["shown"] == rewards.stderr["shown"] == [0, 1]
+    saved = io.BytesIO()
+    torch.save(reward.state_dict(), saved)
+    saved.seek(0)
+    assert torch.load(saved, weights_only=True) == reward.state_dict()
+
+
+@pytest.mark.parametrize("bad", ["high", [1.0], object()])
+def test_a_value_that_is_no_number_is_a_failure(domain, bad):
+    reward = plain(domain, Told("a", VALUES | {"1": bad}))
+    rewards = reward.score(TEXTS, GROUPS)
+    assert rewards.components["a"] == [None if i == 1 else VALUES[str(i)] for i in range(6)]
+    assert (reward.masked, reward.failures) == (1, 1)
 
 
 def test_a_probe_leaves_everything_as_it_was(domain):
