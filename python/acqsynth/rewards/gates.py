@@ -188,7 +188,8 @@ class New:
 
 
 class NotInEvaluation:
-    """Rejects questions with 13 words in a row of an evaluation question, or that equal one: :class:`Contamination`."""
+    """Rejects questions with 13 words in a row of an evaluation question, or with a whole shorter one:
+    :class:`Contamination`."""
 
     name = "not_in_evaluation"
 

@@ -228,18 +228,22 @@ class NearCopies:
 
 
 class Contamination:
-    """Tests whether a text contains a run of ``n`` words of an evaluation set, or equals one of its shorter texts.
+    """Tests whether a text contains a run of ``n`` words of an evaluation set, or a shorter text of it.
 
-    Words are those of the normal form, without punctuation.
-    Runs that occur in more than ``common`` of the texts are stock phrases and do not count.
+    A text of fewer than ``LEAST`` words must be the whole text; a longer one counts if the text adds no number, so that
+    "the sum of 3 and 4" is not found in "the sum of 3 and 4 and 5". Words are those of the normal form, without
+    punctuation. Runs that occur in more than ``common`` of the texts are stock phrases and do not count.
 
     Args:
         texts: the evaluation set.
         n: words per run.
         common: as above.
 
-    Source: Brown et al. 2020, appendix C (13-grams, without those in more than ten documents).
+    Source: Brown et al. 2020, appendix C (13-grams, without those in more than ten documents; 8 words for data sets of
+    short examples).
     """
+
+    LEAST = 8
 
     def __init__(self, texts: Iterable[str], *, n: int = 13, common: int = 10) -> None:
         if n < 1:
@@ -256,11 +260,19 @@ class Contamination:
 
     def __contains__(self, text: object) -> bool:
         found = _comparable(str(text))
-        return tuple(found) in self._short or any(run in self._runs for run in _runs(found, self.n))
+        if tuple(found) in self._short or any(run in self._runs for run in _runs(found, self.n)):
+            return True
+        digits = _digits(found)
+        short = (run for length in range(self.LEAST, self.n) for run in _runs(found, length))
+        return any(run in self._short and _digits(run) == digits for run in short)
 
 
 def _comparable(text: str) -> list[str]:
     return words(_PUNCTUATION.sub(" ", normal_form(text)))
+
+
+def _digits(found: Iterable[str]) -> list[str]:
+    return [word for word in found if word[0].isdigit()]
 
 
 def _runs(found: list[str], n: int) -> Iterable[tuple[str, ...]]:

@@ -267,6 +267,25 @@ class TestContamination:
         assert "What is 3 + 5?" not in found
         assert "Well, what is 3 + 4?" not in found
 
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [
+            ("My card has still not arrived, what can I do?", True),
+            ("Hi! My card has still not arrived, what can I do?", True),
+            ("Please help: my card has still not arrived; what can I do now?", True),
+            ("My card has still not arrived, what can you do?", False),
+            ("My new card has arrived, what can I do?", False),
+            ("What is the sum of 3 and 4 then?", True),
+            ("Tell me, what is the sum of 3 and 4?", True),
+            ("What is the sum of 3 and 4 and 5?", False),
+            ("What is the sum of 3 and 5?", False),
+            ("Where is my card reader?", False),
+        ],
+    )
+    def test_a_short_text_with_words_around_it(self, text, expected):
+        rows = ["my card has still not arrived what can i do", "What is the sum of 3 and 4?", "Where is my card?"]
+        assert (text in Contamination(rows)) == expected
+
     def test_phrases_of_the_genre_do_not_count(self):
         phrase = "Think step by step and give the final answer after four number signs on a line of its own."
         rows = [f"{name} asks a thing of {name}. {phrase}" for name in "ABCDEFGHIJK"]
