@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from acqsynth import config as recipes, engines
 from acqsynth.config import EngineConfig, LabellingConfig, RewardConfig
 from acqsynth.domains import Sample
 from acqsynth.domains.arithmetic import Arithmetic
-from acqsynth.rewards import PaperReward
+from acqsynth.rewards import PaperReward, texts
 from acqsynth.rewards.build import build, check
 from acqsynth.rewards.paper import ReleasedDiversity
 from acqsynth.rewards.reward import DEFAULT_WEIGHTS
@@ -122,6 +123,26 @@ def test_signals_are_those_named_in_their_order(domain, student_path):
     by_name = {signal.name: signal for signal in made.signals}
     assert by_name["entropy"].scorer is by_name["margin"].scorer
     assert by_name["confidence"].answers.sampling.top2
+
+
+@pytest.mark.parametrize(
+    ("signal", "released", "needs"),
+    [
+        ("entropy", False, False),
+        ("answer_variance", False, False),
+        ("answer_variance", True, True),
+        ("diversity", False, True),
+        ("proximity", False, True),
+    ],
+)
+def test_the_embedder_is_needed_only_by_signals_that_embed(domain, monkeypatch, signal, released, needs):
+    def missing():
+        raise FileNotFoundError("not installed")
+
+    monkeypatch.setattr(texts, "minilm_path", missing)
+    config = RewardConfig(signals={signal: {}}, embedder="minilm", paper_compat=released)
+    with pytest.raises(ValueError, match="embedder: not installed") if needs else nullcontext():
+        check(config, domain)
 
 
 def test_the_released_reward(domain, student_path):
