@@ -41,11 +41,15 @@ _TAG = re.compile(
     r"</?(?:b|i|u|s|p|a|em|strong|sub|sup|span|br|div|font|mark|code|small|big|tt|del|ins)(?:\s[^<>]*)?/?>"
 )
 _COMMAND = re.compile(
-    r"\\(?:text\w*|math\w+|emph|underline|mbox|displaystyle)(?![a-z])|\\[,;:! ()\[\]]|\\(?=[^\w\s])|[{}$]"
+    r"\\(?:text\w*|math\w+|emph|underline|f?boxed|mbox|displaystyle)(?![a-z])|\\[,;:! ()\[\]]|\\(?=[^\w\s])|[{}$]"
 )
 _MARK = re.compile(r"(\d ?\*+ ?(?=\d))|[*_~`]+")  # a star between two numbers is a multiplication sign
 _LINE = re.compile(r"^[ \t]*(?:#{1,6}|>+|[-+])[ \t]+", re.MULTILINE)
-_NUMBER = re.compile(r"\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|(?<![\w.])\.\d+")
+_NUMBER = re.compile(r"\d{1,3}(?:[, ]\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|(?<![\w.])\.\d+")
+_SCALES = {"k": 10**3, "dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6}
+_SCALED = re.compile(rf"(?<![\d.])(\d++(?:\.\d++)?) ?({'|'.join(_SCALES)})(?![a-z])")
+_POWER = re.compile(r"(?<![\d.])(?:(\d++(?:\.\d++)?)(?: ?[x*] ?10 ?(?:\^|\*\*) ?|e)|10 ?(?:\^|\*\*) ?)(\d\d?)(?!\d)")
+_RAISED = re.compile("[⁰¹²³⁴-⁹]+")
 
 _LABEL = r"(?:(?:question|problem|exercise|task|example|variant|version|part|number|no|nr|q|v)(?![a-z])\.?\s*)"
 _BEFORE = re.compile(rf"^\W*(?:{_LABEL}[#(\[]?\d+[.):\]]*|[#(\[]?\d+(?:[.)\]:]+(?=\s)|\.(?=[a-z])))\s*")
@@ -68,7 +72,7 @@ def visible(text: str) -> str:
 @lru_cache(maxsize=1024)  # every gate reads the same fields of a batch
 def normal_form(text: str) -> str:
     """The text as gates compare it: lower case, single spaces, numbers by value, no markup, no numbering."""
-    plain = visible(html.unescape(text))
+    plain = visible(_RAISED.sub(r"^\g<0>", html.unescape(text)))
     if not plain.isascii():
         plain = _ACCENTS.sub("", plain).translate(_ALIKE)
         plain = unicodedata.normalize("NFC", "".join(map(_digit, plain)))
@@ -90,10 +94,17 @@ def numbers(plain: str) -> Counter[Fraction]:
     return Counter(value(found) for found in _NUMBER.findall(plain))
 
 
+def readings(plain: str) -> set[Fraction]:
+    """The values of numbers that a normal form writes in another way: ``1 2`` for 12, ``2k``, ``3 dozen``, ``10^3``."""
+    found = set(numbers(re.sub(r"(?<=\d) (?=\d)", "", plain)))
+    found |= {value(number) * _SCALES[scale] for number, scale in _SCALED.findall(plain)}
+    return found | {value(number or "1") * 10 ** int(power) for number, power in _POWER.findall(plain)}
+
+
 @lru_cache(maxsize=4096)
 def value(number: str) -> Fraction:
     """The value of a number as :func:`normal_form` finds it."""
-    whole, _, rest = number.replace(",", "").partition(".")
+    whole, _, rest = number.replace(",", "").replace(" ", "").partition(".")
     # Truncated: Python refuses to parse integers of thousands of digits.
     rest = rest[:30]
     return int(whole[-300:] or "0") + Fraction(int(rest or "0"), 10 ** len(rest))

@@ -173,6 +173,7 @@ def _counts(arm: Mapping[str, Any], samples: Mapping[str, Any] | None) -> str:
             ("labels that could be checked", labelled.get("truth_known")),
         ]
         lines += [("of these, right", labelled.get("right"))]
+        lines += [(f"labels rejected: {reason}", n) for reason, n in labelled.get("dropped", {}).items()]
     if samples:
         lines += [(f"in training, rejected by gate `{gate}`", n) for gate, n in samples["gates"].items()]
     rows = [f"| {name} | {n} |" for name, n in lines if n is not None]

@@ -34,8 +34,9 @@ from acqsynth.evaluate import Evaluation, evaluate, evaluate_by_likelihood
 from acqsynth.label import Labeller
 from acqsynth.preflight import validity_reward
 from acqsynth.report.metrics import IN_DISTRIBUTION
-from acqsynth.rewards.batch import Batch
+from acqsynth.rewards.batch import Batch, numbers
 from acqsynth.rewards.fusion import fuse
+from acqsynth.rewards.gates import sample_gates
 from acqsynth.seeds import load_source
 from acqsynth.steps import StepContext, StepError, read_json, read_rows, read_table, write_rows, write_table
 
@@ -305,13 +306,16 @@ def _write_kept(context: StepContext, chunks: Iterable[Mapping[str, Any]], n: in
         dropped.update(chunk["dropped"])
         context.say(f"{len(found)} samples of {n} from {completions} completions")
     if not found:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common())
-        raise StepError(f"none of {completions} completions is a sample ({reasons})")
+        raise StepError(f"none of {completions} completions is a sample ({_reasons(dropped)})")
     rows = list(found.values())
     scores = {name: [row["scores"][name] for row in rows] for name in rows[0]["scores"]}
     write_rows(context.folder / "samples.parquet", [Sample(**row["sample"]) for row in rows], scores)
     counts = {"wanted": n, "kept": len(rows), "completions": completions, "dropped": dict(dropped.most_common())}
     context.write("counts.json", counts)
+
+
+def _reasons(dropped: Counter[str]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in dropped.most_common())
 
 
 # --- label ------------------------------------------------------------------------------------------------------------
@@ -324,12 +328,14 @@ def label_questions(
     engine: EngineConfig,
     labelling: LabellingConfig,
     model: str | Path | None,
+    gates: Sequence[str] | None,
     samples: Path,
     seed: int,
 ) -> None:
-    """Writes ``samples.parquet``, the labelled rows, and ``counts.json``: numbers of labels and of right labels.
+    """Writes ``samples.parquet``, the labelled rows, and ``counts.json``: numbers of labels, of rows that a gate drops
+    because of their label, and of right labels.
 
-    ``model`` answers the questions, for the methods ``majority`` and ``teacher``.
+    ``model`` answers the questions, for the methods ``majority`` and ``teacher``. ``gates`` are those of the reward.
     """
     own, asked = find_domain(domain), read_rows(samples)
     kept: list[Sample] = []
@@ -349,10 +355,18 @@ def label_questions(
             context.say(f"{len(kept)} questions labelled of {len(asked)}")
     if not kept:
         raise StepError(f"the answers agree on none of {len(asked)} questions; lower labelling.threshold or raise k")
+    dropped = Counter[str]()
+    if labelling.method != "own":
+        checks = [gate for gate in sample_gates(own) if gates is None or gate.name in gates]
+        passed = set(map(id, write.passing(checks, kept, dropped)))
+        if not passed:
+            raise StepError(f"none of {len(kept)} labelled questions passes the gates ({_reasons(dropped)})")
+        agreement = [value for sample, value in zip(kept, agreement, strict=True) if id(sample) in passed]
+        kept = [sample for sample in kept if id(sample) in passed]
     known = [verdict for verdict in own.verify(kept) if verdict is not None]
     write_rows(context.folder / "samples.parquet", kept, {"agreement": agreement})
     counts = {"asked": len(asked), "labelled": len(kept), "truth_known": len(known), "right": sum(known)}
-    context.write("counts.json", counts)
+    context.write("counts.json", {**counts, "dropped": dict(dropped.most_common())})
 
 
 # --- fit and evaluate -------------------------------------------------------------------------------------------------
@@ -506,7 +520,7 @@ def _sampling(config: SamplingConfig, n: int, seed: int) -> Sampling:
 def _values(reward: Any, samples: Sequence[Sample]) -> dict[str, list[float | None]]:
     """Each signal's values of the samples; signals share intermediate results."""
     batch = Batch(samples)
-    return {signal.name: list(signal(batch)) for signal in reward.signals}
+    return {signal.name: numbers(signal, batch) for signal in reward.signals}
 
 
 def _fused(columns: Mapping[str, Sequence[float | None]], reward: Any) -> list[float | None]:

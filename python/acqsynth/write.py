@@ -130,15 +130,26 @@ def write(
 
 def passing(gates: Sequence[Any], samples: Sequence[Sample], dropped: Counter[str]) -> list[Sample]:
     """The samples that pass every gate, in order; others are counted under the first gate that rejects them."""
-    left = Batch(samples)
-    for gate in gates:
-        verdicts = gate(left) if left else []
-        for verdict in verdicts:
-            if verdict is None or verdict is False:
-                dropped[f"gate {gate.name}" if verdict is False else f"gate {gate.name} could not tell"] += 1
-        passed = [(s, v) for s, v in zip(left, verdicts, strict=True) if v is True or isinstance(v, Sample)]
-        left = left.part(sample if verdict is True else verdict for sample, verdict in passed)
-    return left
+    return [sample for sample in _judged(gates, Batch(samples), dropped) if sample is not None]
+
+
+def _judged(gates: Sequence[Any], samples: Batch, dropped: Counter[str]) -> list[Sample | None]:
+    """Each sample as the gates leave it, or None; a replacement passes the earlier gates again."""
+    found: list[Sample | None] = list(samples)
+    for i, gate in enumerate(gates):
+        left = {j: sample for j, sample in enumerate(found) if sample is not None}
+        verdicts = gate(samples.part(left.values())) if left else []
+        replaced: dict[int, Sample] = {}
+        for j, verdict in zip(left, verdicts, strict=True):
+            if isinstance(verdict, Sample):
+                replaced[j] = verdict
+            elif not verdict:
+                found[j] = None
+                dropped[f"gate {gate.name}" + (" could not tell" if verdict is None else "")] += 1
+        again = _judged(gates[:i], samples.part(replaced.values()), dropped)
+        for j, sample in zip(replaced, again, strict=True):
+            found[j] = sample
+    return found
 
 
 # --- candidates -------------------------------------------------------------------------------------------------------

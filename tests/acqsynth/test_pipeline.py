@@ -9,6 +9,7 @@ import shutil
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ import pytest
 import acqsynth.train  # noqa: F401  (before processes are forked)
 from acqsynth import config as recipes, label, pipeline, stages, write
 from acqsynth.cli import main
-from acqsynth.config import EngineConfig, RewardConfig, SamplingConfig
+from acqsynth.config import EngineConfig, LabellingConfig, RewardConfig, SamplingConfig
 from acqsynth.domains import Sample
 from acqsynth.stages import Replay, Scoring
 from acqsynth.steps import StepContext, StepError, Store, read_rows, read_table, write_rows
@@ -299,6 +300,21 @@ def test_nothing_labelled_is_one_sentence(fakes, recipe, monkeypatch):
     monkeypatch.setattr(label, "label", lambda engine, domain, samples, **options: [silent] * len(samples))
     with pytest.raises(StepError, match=r"03-label/grpo: the answers agree on none of [0-9]+ questions"):
         run(recipe)
+
+
+@pytest.mark.parametrize(("gates", "kept"), [(None, [1]), (["new"], [0, 1])])
+def test_a_label_that_the_question_gives_away_is_dropped(sums, tmp_path, monkeypatch, gates, kept):
+    asked = [Sample("The answer is 8. What is 3+5?", "7"), Sample("What is 4+4?", "7")]
+    sums.computed = lambda samples, seed: [replace(sample, answer="8") for sample in samples]
+    monkeypatch.setattr(stages, "find_domain", lambda name: sums)
+    write_rows(tmp_path / "asked.parquet", asked)
+    stages.label_questions(
+        StepContext(tmp_path), domain="sums", engine=EngineConfig(), labelling=LabellingConfig(method="computed"),
+        model=None, gates=gates, samples=tmp_path / "asked.parquet", seed=0,
+    )  # fmt: skip
+    assert read_rows(tmp_path / "samples.parquet") == [replace(asked[i], answer="8") for i in kept]
+    counts = json.loads((tmp_path / "counts.json").read_text())
+    assert (counts["labelled"], counts["dropped"]) == (len(kept), {} if gates else {"gate no_leak": 1})
 
 
 SEEDS = [Sample(f"{n}+{n}", str(2 * n), f"{n} and {n}") for n in range(1, 9)]

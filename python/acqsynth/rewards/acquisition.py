@@ -39,12 +39,13 @@ _FAILED = object()  #: replaces the sample if the parser raised
 class AcquisitionReward(TrlReward):
     """TRL 1.16 reward function: the acquisition value of each completion for a student.
 
-    Text that does not parse gets 0.0, or the lowest value if that is negative; samples that cannot be scored are
-    masked. One ``acqcore.score`` call scores all completions of a call. Logged per sample: the value and whether the
-    text parses. Logged per call: shares parsed and masked, mean, correlation with length and, for randomly estimated
-    acquisitions, ``reliability`` as in :meth:`ComposedReward.metrics`. A call raises RuntimeError if the student is to
-    come from ``ACQSYNTH_STUDENT`` and it is not set, or if values have no lower bound on several ranks without
-    ``sync``; otherwise it raises as ``acqcore.score`` does.
+    Text that does not parse gets the lowest possible value: 0.0, or -1.0 for influence by cosine. Influence by dot
+    product has none, so such text gets the lowest value of the call if that is negative. Samples that cannot be scored
+    are masked. One ``acqcore.score`` call scores all completions of a call. Logged per sample: the value and whether
+    the text parses. Logged per call: shares parsed and masked, mean, correlation with length and, for randomly
+    estimated acquisitions, ``reliability`` as in :meth:`ComposedReward.metrics`. A call raises RuntimeError if the
+    student is to come from ``ACQSYNTH_STUDENT`` and it is not set, or if values have no lower bound on several ranks
+    without ``sync``; otherwise it raises as ``acqcore.score`` does.
 
     Args:
         student: a transformers causal LM (even the model in training: it is scored in eval mode and left unchanged), an

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import statistics
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -68,6 +69,13 @@ class Batch(list[Sample]):
     def verified(self, domain: Domain) -> list[bool | None]:
         """``domain.verify`` for each sample, called only once because it may run programs."""
         return self.each((domain, "verified"), self, domain.verify, id)
+
+
+def numbers(function: Callable[[Any], Any], samples: Sequence[Sample]) -> list[float | None]:
+    """A signal's values or standard errors as plain floats; None if there are none, and for NaN and infinity."""
+    found = function(samples)
+    plain = [None if value is None else float(value) for value in ([None] * len(samples) if found is None else found)]
+    return [value if value is not None and math.isfinite(value) else None for value in plain]
 
 
 def sample_length(sample: Sample) -> int:
@@ -175,7 +183,8 @@ class Guard:
         """The function's values for n samples; None for samples it fails on.
 
         A function that fails on a :class:`Batch` is retried one sample at a time, so that a bad sample masks only
-        itself; it gives up if the first ``_TRIES`` samples all fail. ``singly=False`` disables the retry.
+        itself; it gives up if the first ``_TRIES`` samples all fail. ``singly=False`` disables the retry, as for a
+        function that compares the samples.
         """
         if not samples:
             return []
@@ -184,7 +193,7 @@ class Guard:
         except Exception as error:
             logger.exception("%s: %r failed on %d samples", self.name, part, len(samples))
             self.failures += 1
-            singly = singly and not (isinstance(error, _WrongLengthError) or getattr(function, "set_level", False))
+            singly = singly and not isinstance(error, _WrongLengthError)
         found: list[Any] = [None] * len(samples)
         if len(samples) > 1 and isinstance(samples, Batch) and singly:
             failed = 0

@@ -156,14 +156,16 @@ def _signals(
 ) -> list[Signal]:
     """The signals in recipe order; acquisitions share one pass."""
     released: dict[str, Any] = {"paper_compat": True} if config.paper_compat else {}
-    embedded = {**released, "embed": _embedder(config.embedder)} if released else {}
+    embedding = ("proximity", "diversity", *(["answer_variance"] if released else []))
+    embed = _embedder(config.embedder) if any(name in wanted for name in embedding) else None
+    embedded = {**released, "embed": embed} if released else {}
     kinds: dict[str, tuple[Callable[..., Signal], tuple[Any, ...], dict[str, Any]]] = {
         "confidence": (Confidence, (drawn,), released),
         "answer_variance": (AnswerVariance, (drawn,), embedded),
         "semantic_entropy": (SemanticEntropy, (drawn,), {}),
         "learnability": (Learnability, (drawn,), {}),
-        "proximity": (Proximity, (_embedder(config.embedder), seeds), released),
-        "diversity": (Diversity, (_embedder(config.embedder),), released),
+        "proximity": (Proximity, (embed, seeds), released),
+        "diversity": (Diversity, (embed,), released),
         "gradient": (Gradient, (student, domain, seeds), {**released, **scoring}),
     }
     acquisitions: dict[str, dict[str, Any]] = {}

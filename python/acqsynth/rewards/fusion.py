@@ -168,8 +168,9 @@ class LengthBins:
 
     A bin spans half an octave of length; means and variances are interpolated between bin centres. They are shrunk, as
     if by ``prior`` observations, towards the straight line fitted to the means of all bins and towards the variance
-    within bins; a new bin starts there. Each new observation in a bin decays the older ones by ``decay``, because a
-    signal's scale drifts as the student changes. The values of a call are counted before they are normalised.
+    within bins; a new bin starts there. Each new observation in a bin decays those of earlier calls by ``decay``,
+    because a signal's scale drifts as the student changes. The values of a call are counted before they are normalised,
+    in any order.
 
     Args:
         prior: pseudo-observations that a bin starts with.
@@ -194,9 +195,12 @@ class LengthBins:
             update: add these values to the statistics first.
         """
         if update:
+            found: dict[int, list[float]] = {}
             for value, length in zip(values, lengths, strict=True):
                 if value is not None:
-                    self._add(round(_position(length)), value)
+                    found.setdefault(round(_position(length)), []).append(value)
+            for key in sorted(found):
+                self._add(key, found[key])
         return [v if v is None else self._deviation(v, _position(n)) for v, n in zip(values, lengths, strict=True)]
 
     def state_dict(self) -> dict[str, Any]:
@@ -205,13 +209,18 @@ class LengthBins:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._bins = {key: list(moments) for key, moments in state["bins"].items()}
 
-    def _add(self, key: int, value: float) -> None:
+    def _add(self, key: int, values: Sequence[float]) -> None:
+        n = len(values)
         weight, mean, variance = self._bins.get(key, [0.0, 0.0, 0.0])
-        weight = self.decay * weight + 1
-        step = (value - mean) / weight
-        # Welford's update with running means: scale the old variance, add the new deviation.
-        variance = (1 - 1 / weight) * (variance + (value - mean) * step)
-        self._bins[key] = [weight, mean + step, variance]
+        old = self.decay**n * weight
+        # Exact sums, so that the order of the values does not matter.
+        own_mean = math.fsum(values) / n
+        own_variance = math.fsum((value - own_mean) ** 2 for value in values) / n
+        weight = old + n
+        share, step = n / weight, own_mean - mean
+        # Chan's update: the mean of both variances plus the variance between the two means.
+        variance = (1 - share) * (variance + share * step**2) + share * own_variance
+        self._bins[key] = [weight, mean + share * step, variance]
 
     def _deviation(self, value: float, position: float) -> float:
         if not self._bins:
@@ -225,6 +234,8 @@ class LengthBins:
         # Average the bin's deviation with the overall one, so that a constant bin does not divide by zero.
         scale = (math.sqrt(variance / weights) + math.sqrt(spread)) / 2
         deviation = value - mean / weights
+        if abs(deviation) <= 1e-12 * abs(value):  # only rounding error: equal values stay equal
+            return 0.0
         return deviation / scale if scale > 0 else deviation
 
     def _overall(self, position: float) -> tuple[float, float]:

@@ -29,6 +29,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from acqsynth.domains import Domain, Sample
+from acqsynth.domains.base import STATED
 from acqsynth.normal_form import normal_form, visible
 from acqsynth.rewards.answers import SampledAnswers
 from acqsynth.rewards.batch import Batch, sample_length
@@ -46,8 +47,8 @@ class Gate(Protocol):
     name: str
 
     def __call__(self, samples: Sequence[Sample]) -> Sequence[Verdict]:
-        """The verdict on each of n samples: True or False; a replacement sample, which passes; or None for undecidable,
-        which masks the sample."""
+        """The verdict on each of n samples: True or False; a replacement sample, which passes if it also passes the
+        earlier gates; or None for undecidable, which masks the sample."""
         ...
 
 
@@ -118,7 +119,8 @@ class NoLeak:
     option in a list of options ("B) ...") is not a leak.
 
     Args:
-        domain: the domain's canonical form of the answer is searched for as well.
+        domain: its canonical form of the answer is searched for as well, and the final part if equivalent: the 5 of
+            ``5 eggs``. So is any short answer, in whatever form, that the question states as "answer is" or "answer:".
     """
 
     name = "no_leak"
@@ -137,13 +139,18 @@ class NoLeak:
         reasoning = words(normal_form(sample.reasoning))
         if len(reasoning) >= _LONG_REASONING and _holds(told, reasoning):
             return True
-        answers = {
-            tuple(words(normal_form(answer))) for answer in (sample.answer, self.domain.canonical(sample.answer))
-        } - {()}
-        return any(
-            _holds(told, answer) if len(answer) >= _LONG_ANSWER else _stated(question, list(answer))
-            for answer in answers
-        )
+
+        def leaks(answer: str) -> bool:
+            part = words(normal_form(answer))
+            return bool(part) and (_holds(told, part) if len(part) >= _LONG_ANSWER else _stated(question, part))
+
+        answers = {sample.answer, self.domain.canonical(sample.answer)}
+        if any(map(leaks, answers)):
+            return True
+        others = {final for answer in answers if (final := self.domain.answer_of(answer)) and leaks(final)}
+        if len(words(sample.answer)) < _LONG_REASONING:
+            others |= {final for found in STATED.finditer(asked) if (final := self.domain.answer_of(found[0]))}
+        return any(self.domain.equivalent([sample] * len(others), sorted(others)))
 
 
 class New:
@@ -181,7 +188,8 @@ class New:
 
 
 class NotInEvaluation:
-    """Rejects questions with 13 words in a row of an evaluation question, or that equal one: :class:`Contamination`."""
+    """Rejects questions with 13 words in a row of an evaluation question, or with a whole shorter one:
+    :class:`Contamination`."""
 
     name = "not_in_evaluation"
 
@@ -321,6 +329,11 @@ class Check:
         return [self.function(sample) for sample in samples]
 
 
+def sample_gates(domain: Domain) -> list[Gate]:
+    """The default gates that need nothing but the sample."""
+    return [Sound(domain), Length(), NoRepetition(), NoLeak(domain)]
+
+
 def default_gates(
     domain: Domain,
     *,
@@ -334,7 +347,7 @@ def default_gates(
     """The default gates; ``not_in_evaluation``, ``labelled``, ``fluent`` and ``answerable`` only with ``evaluation``,
     ``label``, ``student`` and ``answers``. Arguments are as in :meth:`acqsynth.rewards.ComposedReward.default`;
     ``options`` are passed to :class:`acqsynth.rewards.scoring.Scorer`."""
-    gates: list[Gate] = [Sound(domain), Length(), NoRepetition(), NoLeak(domain), New(seeds)]
+    gates: list[Gate] = [*sample_gates(domain), New(seeds)]
     if evaluation:
         gates.append(NotInEvaluation(evaluation))
     if label is not None:

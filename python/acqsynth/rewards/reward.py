@@ -5,7 +5,8 @@
 
 GRPO, best-of-n and DPO share it. A call with n completions takes these steps:
 
-1. Each text is parsed, then passes through the gates, cheap ones first, until one rejects it.
+1. Each text is parsed, then passes through the gates, cheap ones first, until one rejects it. A sample that a gate
+   replaces, such as by a labelled one, passes the earlier gates again.
 2. Signals score the samples that passed. A scorer that fails, on one sample or on all, masks: the sample's total is
    None, and the sample is excluded from all statistics. Failures are counted and logged, and never become a number.
 3. Each signal's value is normalised against samples of similar length (:class:`acqsynth.rewards.fusion.LengthBins`).
@@ -20,7 +21,7 @@ because a signal can outweigh a bonus, and text that is not a question has the l
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -31,7 +32,7 @@ import acqcore
 from acqsynth.domains import Domain, Sample
 from acqsynth.engines import Engine
 from acqsynth.rewards.answers import Learnability, SampledAnswers
-from acqsynth.rewards.batch import Batch, Entry, Guard, Rewards, set_floor
+from acqsynth.rewards.batch import Batch, Entry, Guard, Rewards, numbers, set_floor
 from acqsynth.rewards.fusion import BOUNDED, HISTORY, METHODS, LengthBins, checked_weights, fuse
 from acqsynth.rewards.gates import Gate, Label, default_gates, require_samples
 from acqsynth.rewards.signals import Diversity, Signal, acquisition_signals
@@ -276,8 +277,12 @@ class ComposedReward(TrlReward):
                 "generator for the expected format",
                 self.domain.name,
             )
-        for gate in self.gates:
-            self._gate(gate, [entry for entry in local if entry.valid], batch)
+        for i, gate in enumerate(self.gates):
+            valid = [(entry, entry.sample) for entry in local if entry.valid]
+            self._gate(gate, [entry for entry, _ in valid], batch)
+            replaced = [entry for entry, sample in valid if entry.sample is not sample]
+            for earlier in self.gates[:i]:
+                self._gate(earlier, [entry for entry in replaced if entry.valid], batch)
         ranks, own = self._gathered(local, batch)
         entries = [entry for rank in ranks for entry in rank]
         if by_runs:
@@ -307,7 +312,7 @@ class ComposedReward(TrlReward):
             entry.sample, entry.masked = parsed, parsed is None
 
     def _gate(self, gate: Gate, asked: Sequence[Entry], batch: Batch) -> None:
-        for entry, verdict in zip(asked, self._guard(gate.name, gate, _samples(asked, batch)), strict=True):
+        for entry, verdict in zip(asked, self._ask(gate, gate, _samples(asked, batch)), strict=True):
             if verdict is None:
                 entry.masked = True
             elif isinstance(verdict, Sample):
@@ -334,15 +339,18 @@ class ComposedReward(TrlReward):
 
     def _value(self, signals: Sequence[Signal], valid: Sequence[Entry], samples: Batch) -> None:
         for signal in signals:
-            values = self._guard(signal.name, signal, samples)
+            values = self._ask(signal, partial(numbers, signal), samples)
             for entry, value in zip(valid, values, strict=True):
-                # NaN and infinity count as failures.
-                entry.values[signal.name] = value if value is not None and abs(value) < float("inf") else None
+                entry.values[signal.name] = value
             if hasattr(signal, "stderr") and any(value is not None for value in values):
-                errors = self._guard(signal.name, partial(_errors, signal), samples)
+                errors = self._ask(signal, partial(numbers, signal.stderr), samples)
                 for entry, error in zip(valid, errors, strict=True):
                     if error is not None:
                         entry.stderr[signal.name] = error
+
+    def _ask(self, part: Any, function: Callable[[Any], Sequence[Any]], samples: Batch) -> Sequence[Any]:
+        # A part that compares the samples cannot be retried on single ones.
+        return self._guard(part.name, function, samples, singly=not getattr(part, "set_level", False))
 
     def _total(self, entries: Sequence[Entry], update: bool) -> None:
         valid = [entry for entry in entries if entry.valid]
@@ -386,12 +394,6 @@ def _check_names(argument: str, parts: Sequence[Any], taken: str) -> None:
         if name in seen:
             raise ValueError(f"{argument}: the name {name!r} is duplicated or reserved, rename one of them")
         seen.add(name)
-
-
-def _errors(signal: Any, samples: Sequence[Sample]) -> Sequence[float | None]:
-    """Standard errors of a signal's values; all None if it has none."""
-    found: Sequence[float | None] | None = signal.stderr(samples)
-    return [None] * len(samples) if found is None else found
 
 
 def _accept(part: Any, samples: Sequence[Sample]) -> Sequence[Sample]:

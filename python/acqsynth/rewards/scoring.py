@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
@@ -259,16 +260,23 @@ class SharedStudent:
     student: acqcore.Student
 
 
-#: (path, device) -> student, kept alive only while a scorer or an engine holds it.
-_students: WeakValueDictionary[tuple[str, str | None], SharedStudent] = WeakValueDictionary()
+#: (path, saved weights, device) -> student, kept alive only while a scorer or an engine holds it.
+_students: WeakValueDictionary[tuple[object, ...], SharedStudent] = WeakValueDictionary()
 
 
 def load_student(path: str, device: str | None) -> SharedStudent:
-    """The student at ``path``, shared by all its current users."""
-    shared = _students.get((path, device))
+    """The student at ``path``, shared by all its current users; loaded again once other weights are saved there."""
+    key = (path, _saved(path), device)
+    shared = _students.get(key)
     if shared is None:
         model = acqcore.load_model(path)
         model = (model if device is None else model.to(device)).eval()
         student = acqcore.Student.from_model(model, tokenizer=load_tokenizer(path))
-        _students[path, device] = shared = SharedStudent(model, student)
+        _students[key] = shared = SharedStudent(model, student)
     return shared
+
+
+def _saved(path: str) -> frozenset[tuple[str, int, int]]:
+    """Name, time and size of the weight files in a folder; empty for a hub id."""
+    files = [(file.name, file.stat()) for kind in ("*.safetensors", "*.bin") for file in Path(path).glob(kind)]
+    return frozenset((name, stat.st_mtime_ns, stat.st_size) for name, stat in files)

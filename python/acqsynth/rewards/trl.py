@@ -165,7 +165,7 @@ def combined(
     """Combines several reward functions into their weighted sum; None if any of them returns None.
 
     TRL itself leaves None out of the sum, so a sample that one reward could not score competes with the sum of the
-    others.
+    others. The function has the ``state_dict`` and ``load_state_dict`` of a reward, for the rewards that have state.
 
     Args:
         rewards: TRL reward functions; coroutine functions are allowed.
@@ -197,4 +197,16 @@ def combined(
     waits = any(inspect.iscoroutinefunction(f) or inspect.iscoroutinefunction(type(f).__call__) for f in rewards)
     function: Callable[..., Any] = awaited if waits else together
     function.__name__ = name
+    stateful: dict[str, Any] = {str(i): reward for i, reward in enumerate(rewards) if hasattr(reward, "state_dict")}
+
+    def save() -> dict[str, Any]:
+        return {key: reward.state_dict() for key, reward in stateful.items()}
+
+    def load(state: Mapping[str, Any]) -> None:
+        if state.keys() != stateful.keys():
+            raise ValueError(f"state: expected that of rewards {list(stateful)}, got {list(state)}")
+        for key, reward in stateful.items():
+            reward.load_state_dict(state[key])
+
+    vars(function).update(state_dict=save, load_state_dict=load)
     return function

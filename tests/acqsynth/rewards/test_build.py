@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from acqsynth import config as recipes, engines
 from acqsynth.config import EngineConfig, LabellingConfig, RewardConfig
 from acqsynth.domains import Sample
 from acqsynth.domains.arithmetic import Arithmetic
-from acqsynth.rewards import PaperReward
+from acqsynth.rewards import PaperReward, texts
 from acqsynth.rewards.build import build, check
 from acqsynth.rewards.paper import ReleasedDiversity
 from acqsynth.rewards.reward import DEFAULT_WEIGHTS
@@ -62,15 +63,21 @@ def test_the_reward_holds_one_copy_of_the_student_and_moves_it(domain, student_p
     assert all(scorer._student() is student for scorer in scorers)
     assert weights(engine) == student.head.weight.data_ptr()
     newer = tmp_path / "newer"
-    with torch.no_grad():
-        engine.model.get_output_embeddings().weight.mul_(2.0)
-    engine.model.save_pretrained(newer)
     engine.tokenizer.save_pretrained(newer)
+    for _ in range(2):  # from another path, then newer weights from the same one
+        with torch.no_grad():
+            engine.model.get_output_embeddings().weight.mul_(2.0)
+        saved = engine.model.get_output_embeddings().weight.clone()
+        engine.model.save_pretrained(newer)
+        made.refresh(str(newer))
+        moved = scorers[0]._student()
+        assert moved is not student
+        assert torch.equal(moved.head.weight, saved)
+        assert all(scorer._student() is moved for scorer in scorers)
+        assert weights(engine) == moved.head.weight.data_ptr()
+        student = moved
     made.refresh(str(newer))
-    moved = scorers[0]._student()
-    assert moved is not student
-    assert all(scorer._student() is moved for scorer in scorers)
-    assert weights(engine) == moved.head.weight.data_ptr()
+    assert scorers[0]._student() is student  # nothing to load
 
 
 def test_an_engine_on_another_device_or_in_another_dtype_loads_its_own(domain, student_path, monkeypatch):
@@ -117,6 +124,26 @@ def test_signals_are_those_named_in_their_order(domain, student_path):
     by_name = {signal.name: signal for signal in made.signals}
     assert by_name["entropy"].scorer is by_name["margin"].scorer
     assert by_name["confidence"].answers.sampling.top2
+
+
+@pytest.mark.parametrize(
+    ("signal", "released", "needs"),
+    [
+        ("entropy", False, False),
+        ("answer_variance", False, False),
+        ("answer_variance", True, True),
+        ("diversity", False, True),
+        ("proximity", False, True),
+    ],
+)
+def test_the_embedder_is_needed_only_by_signals_that_embed(domain, monkeypatch, signal, released, needs):
+    def missing():
+        raise FileNotFoundError("not installed")
+
+    monkeypatch.setattr(texts, "minilm_path", missing)
+    config = RewardConfig(signals={signal: {}}, embedder="minilm", paper_compat=released)
+    with pytest.raises(ValueError, match="embedder: not installed") if needs else nullcontext():
+        check(config, domain)
 
 
 def test_the_released_reward(domain, student_path):

@@ -7,7 +7,10 @@ import io
 import logging
 import pickle
 import statistics
+from collections import Counter
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from fakes import Log, Told, trained, written
@@ -16,8 +19,9 @@ import acqcore
 from acqsynth.domains import Sample
 from acqsynth.rewards import ComposedReward, Diversity, Learnability, NgramEmbedder, SampledAnswers
 from acqsynth.rewards.fusion import BOUNDED, METHODS, fuse
-from acqsynth.rewards.gates import Check, Labelled, New
+from acqsynth.rewards.gates import Check, Labelled, New, sample_gates
 from acqsynth.rewards.reward import DEFAULT_WEIGHTS
+from acqsynth.write import passing
 
 text = functools.partial(written, "What is it?")
 TEXTS = [text(i) for i in range(6)]
@@ -125,6 +129,12 @@ def test_one_sample_that_a_scorer_raises_for_masks_itself_alone(domain, bad):
     compares.set_level = True
     assert plain(domain, compares).score(TEXTS, GROUPS).total == [None] * 6
     assert len(compares.asked) == 1
+    for set_level, calls in ((True, 1), (False, 7)):
+        errs = Told("a", VALUES, values)
+        errs.set_level = set_level
+        rewards = plain(domain, errs).score(TEXTS, GROUPS)
+        assert None not in rewards.total
+        assert errs.asked_errors == calls
 
 
 class Picture:
@@ -191,6 +201,22 @@ def test_signals_see_the_label_that_a_sample_goes_on_with(domain):
     assert rewards.components["a"] == [20.0, None, 10.0]
     assert [sample and sample.answer for sample in rewards.samples] == ["5", "1", "3"]
     assert rewards.gates["labelled"] == [True, False, True]
+
+
+@pytest.mark.parametrize("own", ["8", "7"])
+def test_a_label_passes_the_gates_before_it(domain, own):
+    def label(samples):
+        return [replace(sample, answer="8") for sample in samples]
+
+    gates = [*sample_gates(domain), New(), Labelled(label)]
+    leak = "The answer is 8. Ann has 3 + 5 apples; how many?"
+    rewards = ComposedReward(domain, [], gates=gates).score([text(own, leak), text(own, "What is 3 + 5?")], [0, 0])
+    assert rewards.total == [0, 1]
+    assert rewards.rejected_by == ["no_leak", ""]
+    dropped = Counter()
+    samples = [Sample("What is 4 + 4?", own), Sample(leak, own), Sample("What is 5 + 3?", own)]
+    assert [sample.question for sample in passing(gates, samples, dropped)] == ["What is 4 + 4?", "What is 5 + 3?"]
+    assert dropped == {"gate no_leak": 1}
 
 
 def test_an_archive_that_fails_leaves_the_totals(domain):
@@ -289,6 +315,39 @@ def test_a_run_resumes_where_it_stood(domain):
     assert resumed.state_dict().keys() == straight.state_dict().keys()
     with pytest.raises(ValueError, match=r"state: expected parts \['gate/new', 'signal/diversity'\], got \[\]"):
         resumed.load_state_dict(plain(domain, Told("a", VALUES)).state_dict())
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, torch.tensor, int, bool])
+@pytest.mark.parametrize("whole", [list, np.array, torch.tensor])
+def test_values_of_any_numeric_type_become_floats(domain, kind, whole):
+    class Shown:
+        name = "shown"
+
+        def __call__(self, samples):
+            return whole([kind(float(sample.answer)) for sample in samples])
+
+        stderr = __call__
+
+    reward = ComposedReward(domain, [Shown()])
+    rewards = reward.score([text(0), text(1)], [0, 0])
+    assert {
+        type(value)
+        for column in (rewards.components["shown"], rewards.stderr["shown"], rewards.total)
+        for value in column
+    } == {float}
+    assert rewards.components["shown"] == rewards.stderr["shown"] == [0, 1]
+    saved = io.BytesIO()
+    torch.save(reward.state_dict(), saved)
+    saved.seek(0)
+    assert torch.load(saved, weights_only=True) == reward.state_dict()
+
+
+@pytest.mark.parametrize("bad", ["high", [1.0], object()])
+def test_a_value_that_is_no_number_is_a_failure(domain, bad):
+    reward = plain(domain, Told("a", VALUES | {"1": bad}))
+    rewards = reward.score(TEXTS, GROUPS)
+    assert rewards.components["a"] == [None if i == 1 else VALUES[str(i)] for i in range(6)]
+    assert (reward.masked, reward.failures) == (1, 1)
 
 
 def test_a_probe_leaves_everything_as_it_was(domain):

@@ -149,6 +149,19 @@ class TestSeveralRewards:
         with pytest.raises(ValueError, match="weights: expected 1, one per reward"):
             combined(rewards, weights)
 
+    def test_state_of_the_rewards(self):
+        def made():
+            return combined([first, combined([ComposedReward(WORDS, [], gates=[New()]), second])])
+
+        saved, restored = made(), made()
+        assert saved(prompts=["p"], completions=["a long text"]) == [0.5]
+        assert saved(prompts=["p"], completions=["a long text"]) == [-0.5]  # no longer new
+        restored.load_state_dict(saved.state_dict())
+        assert restored(prompts=["p"], completions=["a long text"]) == [-0.5]
+        assert restored.state_dict() == saved.state_dict()
+        with pytest.raises(ValueError, match=r"state: expected that of rewards \['0'\], got \[\]"):
+            combined([made(), third]).load_state_dict(combined([first, third]).state_dict())
+
     @pytest.mark.parametrize(("others", "warns"), [([second], True), ([], False)])
     def test_a_mask_beside_other_rewards_is_told_once(self, others, warns, caplog):
         warn_of_mask.cache_clear()

@@ -10,7 +10,7 @@ import torch
 from fakes import teach
 
 import acqcore
-from acqsynth.domains import Sample
+from acqsynth.domains import Sample, domain as find_domain
 from acqsynth.rewards import SampledAnswers
 from acqsynth.rewards.batch import Batch
 from acqsynth.rewards.gates import (
@@ -166,6 +166,36 @@ class TestNoLeak:
     )
     def test_honest_questions(self, domain, question, answer):
         assert passes(NoLeak(domain), question, answer)
+
+    @pytest.mark.parametrize(
+        ("stated", "answer"),
+        [
+            ("The answer is 5.", r"\boxed{5}"),
+            ("The answer is 5.", "5 eggs"),
+            ("The answer is 5.", "The answer is 5"),
+            ("The solution = 60.", "5 dozen eggs"),
+            (r"The answer is $\boxed{5}$.", "5"),
+            ("The answer is 0.5.", "1/2"),
+            ("Answer: 12.50 dollars.", "$12.5"),
+            ("The answer is 50%.", "0.5"),
+        ],
+    )
+    def test_the_same_value_in_another_form_leaks(self, stated, answer):
+        assert not passes(NoLeak(find_domain("math")), f"{stated} What is it in the end?", answer)
+
+    @pytest.mark.parametrize(
+        ("stated", "answer"),
+        [
+            ("The answer is 15.", "5 eggs"),
+            ("The result is 10.", "x^2 + 10"),
+            ("The answer is 5.", "(3, 5)"),
+            ("Is the answer 5 or 6?", r"\boxed{5}"),
+            ("There are 5 hens.", "5 eggs"),
+            ("The answer is a whole number.", r"\boxed{5}"),
+        ],
+    )
+    def test_another_value_is_no_leak(self, stated, answer):
+        assert passes(NoLeak(find_domain("math")), f"{stated} What is it in the end?", answer)
 
     def test_the_whole_solution_in_the_question(self, domain):
         reasoning = "Three shells and four shells make seven shells in all."

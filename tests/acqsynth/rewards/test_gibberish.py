@@ -51,7 +51,7 @@ GIBBERISH = {
     ],
     "unsolvable": [
         Sample(f"Ada has some shells and finds {n} more on the beach. How many shells has she now?", str(3 * n))
-        for n in (14, 23, 35, 41)
+        for n in (14, 23, 35, 42)  # no seed's numbers, which would make it a copy
     ],
     "wrong": [Sample(s.question.replace("Ada", "Eva"), str(int(s.answer) + 1), s.reasoning) for s in VALID[:2]],
     "leaked": [Sample(right(a, 9).question + f" The answer is {a + 9}.", str(a + 9)) for a in (14, 21)],

@@ -64,6 +64,24 @@ def test_a_bin_without_variance_is_not_divided_by_zero():
     assert abs(value) < 1
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_the_order_within_a_call_does_not_matter(seed):
+    values, lengths, _ = drawn(50)
+    values[:25] = [0.1, 0.2, 0.7, 0.7, 0.2] * 5
+    order = random.Random(seed).sample(range(50), 50)
+    one, other = LengthBins(), LengthBins()
+    for bins in (one, other):
+        bins(*drawn(40, seed=1)[:2])
+    expected, found = one(values, lengths), other([values[i] for i in order], [lengths[i] for i in order])
+    assert found == [expected[i] for i in order]
+    assert other.state_dict() == one.state_dict()
+
+
+@pytest.mark.parametrize("value", [0.1, -0.3, 1e9, 0.0])
+def test_a_constant_is_constant_at_any_length(value):
+    assert LengthBins()([value] * 7, [10, 17, 33, 70, 150, 400, 401]) == [0.0] * 7
+
+
 def test_none_stays_none_and_is_not_counted():
     one, other = LengthBins(), LengthBins()
     first, second = other([1.0, 2.0], [10, 10])

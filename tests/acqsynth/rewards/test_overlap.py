@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from acqsynth.normal_form import normal_form
+from acqsynth.normal_form import normal_form, readings
 from acqsynth.rewards.texts import Contamination, NearCopies, words
 
 SHELLS = "Ada has 12 shells and finds 30 more on the beach. How many shells does she have now?"
@@ -92,6 +92,47 @@ DISGUISES: dict[str, Callable[[str], str]] = {
 }  # fmt: skip
 
 
+EGGS = (
+    "A farmer collects 1000 eggs from his chickens in the morning and packs them carefully into 12 boxes of equal size "
+    "before the market opens. How many eggs does every single box hold on average?"
+)
+
+
+@pytest.mark.parametrize(
+    ("number", "other"),
+    [
+        *(("12", other) for other in ("twelve", "a dozen", "1 dozen", "XII", "1 2", "12th", "several")),
+        *(("1000", other) for other in ("1 000", "1,000", "1k", "1 thousand", "one thousand", "10^3", "10**3", "10³")),
+        *(("1000", other) for other in ("10 hundred", "1e3", "1 × 10^3", "$10^{3}$", "1000.0")),
+    ],
+)
+def test_a_number_in_another_form_is_no_other_number(number, other):
+    copies = NearCopies()
+    copies.add([EGGS])
+    assert copies.find(EGGS.replace(number, other)) == EGGS
+    copies = NearCopies()
+    copies.add([EGGS.replace(number, other)])
+    assert copies.find(EGGS)
+
+
+@pytest.mark.parametrize(
+    ("number", "other"),
+    [
+        ("12", "13"),
+        ("12", "2 1"),
+        ("12", "13 dozen"),
+        ("1000", "2k"),
+        ("1000", "10^4"),
+        ("1000", "2 000"),
+        ("12", "1.2"),
+    ],
+)
+def test_another_number_in_another_form_is_another_exercise(number, other):
+    copies = NearCopies()
+    copies.add([EGGS])
+    assert copies.find(EGGS.replace(number, other)) is None
+
+
 def every_sixth(text, change):
     return " ".join(change(word) if i % 6 == 0 else word for i, word in enumerate(text.split(" ")))
 
@@ -157,12 +198,14 @@ def test_texts_that_differ_in_a_number_stay_apart(a, b):
         "\\text",
         "&#x41;",
         "1 * ",
+        "1 000 ",
+        "1 x 10^",
         "é",
     ],
 )
 def test_the_normal_form_takes_linear_time(part):
     begin = time.process_time()
-    normal_form(part * (100_000 // len(part)))
+    readings(normal_form(part * (100_000 // len(part))))
     assert time.process_time() - begin < 5
 
 
@@ -223,6 +266,25 @@ class TestContamination:
         assert "what is 3 +  4 ?" in found
         assert "What is 3 + 5?" not in found
         assert "Well, what is 3 + 4?" not in found
+
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [
+            ("My card has still not arrived, what can I do?", True),
+            ("Hi! My card has still not arrived, what can I do?", True),
+            ("Please help: my card has still not arrived; what can I do now?", True),
+            ("My card has still not arrived, what can you do?", False),
+            ("My new card has arrived, what can I do?", False),
+            ("What is the sum of 3 and 4 then?", True),
+            ("Tell me, what is the sum of 3 and 4?", True),
+            ("What is the sum of 3 and 4 and 5?", False),
+            ("What is the sum of 3 and 5?", False),
+            ("Where is my card reader?", False),
+        ],
+    )
+    def test_a_short_text_with_words_around_it(self, text, expected):
+        rows = ["my card has still not arrived what can i do", "What is the sum of 3 and 4?", "Where is my card?"]
+        assert (text in Contamination(rows)) == expected
 
     def test_phrases_of_the_genre_do_not_count(self):
         phrase = "Think step by step and give the final answer after four number signs on a line of its own."
