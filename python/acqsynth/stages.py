@@ -188,16 +188,16 @@ def train_generator(
     else:
         refresh = None
         if scoring.reward.refresh_steps:
-            folder = Path(scoring.reward.refresh_from or output)
 
-            def newer(step: int) -> None:
-                if (path := train.newest_checkpoint(folder, "config.json", before=step)) is not None:
-                    context.say(f"step {step}: the reward scores with {path}")
-                    reward.refresh(str(path))
+            def use(path: Path) -> None:
+                context.say(f"the reward scores with {path.name}")
+                reward.refresh(str(path))
 
             refresh = train.Refresh(
                 scoring.reward.refresh_steps,
-                newer,
+                Path(scoring.reward.refresh_from or output),
+                context.scratch / "students",
+                use,
                 lambda: _fused(_values(reward, seeds[:_PROBE]), reward),
             )
         train.grpo(str(generator), asked, reward, output, options, refresh=refresh, callbacks=callbacks)
