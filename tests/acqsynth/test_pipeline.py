@@ -263,9 +263,16 @@ class Recorded:
 
 
 def test_rows_of_an_evaluation_set_are_left_out(fakes, recipe):
-    _, store, _ = run(recipe, "data.real={source: 'sums:1140', limit: 100}", "evaluation.validity.batches=0")
+    plan = plan_of(
+        recipe, "data.real={source: 'sums:1140', limit: 100}", "data.replay={source: 'sums:3030', limit: 30}"
+    )
+    store = Store(Path(plan.config.output))
+    store.run(plan.of("seeds")[0])
     sizes = json.loads((store.output / "00-seeds/rows/rows.json").read_text())
     assert sizes["real"] == {"rows": 90, "left_out": 10}
+    assert sizes["replay"] == {"rows": 20, "left_out": 10}
+    replay = [row.question for row in read_rows(store.output / "00-seeds/rows/replay.parquet")]
+    assert replay == [f"{n}+1" for n in range(3040, 3060)]
     assert sizes["evaluation-in_distribution"] == {"rows": 150, "left_out": 0}
 
 
@@ -274,6 +281,7 @@ def test_rows_of_an_evaluation_set_are_left_out(fakes, recipe):
     [
         ("data.seeds.source=nowhere.jsonl", "00-seeds/rows: data.seeds: nowhere.jsonl: no such file"),
         ("data.real={source: 'sums:1000', limit: 100}", "data.real: every row is also in an evaluation set"),
+        ("data.replay={source: 'sums:3000', limit: 40}", "data.replay: every row is also in an evaluation set"),
         ("evaluation.others.more.source=gone", "evaluation.others.more: gone: no such file"),
         ("data.seeds={source: 'bundled:mathematics', skip: 50}", "has no rows after the first 50"),
         ("evaluation.validity.rows=500", "05-evaluate/validity: expected 500 real rows of a skill"),
