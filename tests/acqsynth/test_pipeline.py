@@ -283,8 +283,8 @@ def test_rows_of_an_evaluation_set_are_left_out(fakes, recipe):
         ("data.real={source: 'sums:1000', limit: 100}", "data.real: every row is also in an evaluation set"),
         ("data.replay={source: 'sums:3000', limit: 40}", "data.replay: every row is also in an evaluation set"),
         ("evaluation.others.more.source=gone", "evaluation.others.more: gone: no such file"),
-        ("data.seeds={source: 'bundled:mathematics', skip: 50}", "has no rows after the first 50"),
-        ("evaluation.validity.rows=500", "05-evaluate/validity: expected 500 real rows of a skill"),
+        ("data.seeds={source: 'sums:0', skip: 50}", "has no rows after the first 50"),
+        ("evaluation.validity.rows=150", "05-evaluate/validity: expected 150 real rows of a skill"),
     ],
 )
 def test_data_that_can_not_be_used_is_one_sentence(fakes, recipe, override, sentence):
