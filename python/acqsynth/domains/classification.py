@@ -40,7 +40,10 @@ def _label(row: Row, column: str) -> str:
 
 
 def _layout(question: str, label: str) -> Layout:
-    return Layout((question, label), lambda row: _labelled(text(row, question), _label(row, label)))
+    def read(row: Row) -> Sample | None:
+        return None if row[label] is None else _labelled(text(row, question), _label(row, label))
+
+    return Layout((question, label), read)
 
 
 LAYOUTS = (_layout("text", "label"), _layout("text", "intent"), _layout("question", "answer"))
@@ -133,8 +136,8 @@ class Classification(Domain):
         limit: int | None = None,
     ) -> list[Sample]:
         """As :meth:`Domain.load`, with columns ``text`` and ``label`` (or ``intent``), or ``question`` and ``answer``.
-        Class numbers of a hub data set become names. ``intents:banking77_train`` is that file in ``ACQCORE_DATA``, by
-        default ``../shared/data``."""
+        Class numbers of a hub data set become names; rows without a label are left out. ``intents:banking77_train`` is
+        that file in ``ACQCORE_DATA``, by default ``../shared/data``."""
         if source.startswith(INTENTS):
             path = intents_path(source)
             if not path.is_file():
