@@ -19,7 +19,7 @@ from acqsynth import config, pipeline
 from acqsynth.config import ConfigError
 from acqsynth.pipeline import Plan
 from acqsynth.report import render
-from acqsynth.report.metrics import STUDENT, percent, points
+from acqsynth.report.metrics import STUDENT, percent, points, span
 from acqsynth.steps import StepError, Store, read_table, write_table
 
 HUB = "hub:"  #: prefix of repository targets
@@ -192,7 +192,7 @@ def _result(metrics: Mapping[str, Any], main: str) -> list[str]:
     rows = [
         f"| {name} | {percent(metrics['base'][STUDENT][name]['accuracy']['mean'])} | "
         f"{percent(found['accuracy']['mean'])} | {points(found['change']['mean'])} | "
-        f"{points(found['change']['low'])} to {points(found['change']['high'])} |"
+        f"{span(found['change'])} |"
         for name, found in largest["sets"].items()
     ]
     table = [
