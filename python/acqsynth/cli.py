@@ -61,7 +61,8 @@ class _Help(argparse.HelpFormatter):
 
 class _Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
-        super().__init__(**options, formatter_class=_Help)
+        # An abbreviation such as --tok for --token-file could publish or read the wrong thing.
+        super().__init__(**options, formatter_class=_Help, allow_abbrev=False)
 
     def error(self, message: str) -> Any:
         """Prints one sentence, without the usage text."""

@@ -411,11 +411,11 @@ def _override(values: dict[str, Any], text: str) -> None:
         raise ConfigError(f"{text!r}: expected dotted.key=value")
     *sections, last = key.split(".")
     for depth, section in enumerate(sections, 1):
-        if values.get(section) is None:
-            values[section] = {}
+        below = values.get(section)
+        if not isinstance(below, dict | None):
+            raise ConfigError(f"{key}: {'.'.join(sections[:depth])} is {_described(below)}, which has no keys")
+        values[section] = dict(below or {})  # a copy, as a YAML alias may share the section
         values = values[section]
-        if not isinstance(values, dict):
-            raise ConfigError(f"{key}: {'.'.join(sections[:depth])} is {_described(values)}, which has no keys")
     values[last] = _parsed(value, key)
 
 

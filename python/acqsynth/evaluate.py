@@ -37,7 +37,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and its interval."""
+    """A mean and its interval; equal bounds mean that identical values gave none."""
 
     mean: float
     low: float
@@ -45,6 +45,7 @@ class Interval:
 
 
 FEWEST = 3  #: fits needed to call a gain or loss
+_ROUNDING = 1e-12  # smaller differences of accuracies are rounding errors
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,8 @@ def change(
     learnt: bool = True,
     level: float = 0.95,
 ) -> Change:
-    """Accuracy of ``right`` minus that of ``other`` on the same rows.
+    """Accuracy of ``right`` minus that of ``other`` on the same rows. If all rows and fits change alike, t is undefined
+    and p is that of a sign test over the rows.
 
     Args:
         right: ``[S, N]``.
@@ -141,6 +143,8 @@ def change(
     parts = [_over_fits(*side) for side in sides]
     mean = float(values.mean() - others.mean())
     low, high, p = _estimate(mean, [*parts, _variance_of_mean(values.mean(axis=0) - others.mean(axis=0))], level)
+    if low == high and abs(mean) > _ROUNDING:
+        p = min(1.0, 2 * 0.5 ** values.shape[1])
     return Change(mean, low, high, p, min(len(side[0]) for side in sides))
 
 
@@ -254,12 +258,12 @@ def _variance_of_mean(values: npt.NDArray[np.float64]) -> tuple[float, float]:
 
 
 def _estimate(mean: float, parts: Sequence[tuple[float, float]], level: float) -> tuple[float, float, float]:
-    """Interval and two-sided p-value of a mean whose variance is the sum of the parts."""
+    """Interval and two-sided p-value of a mean whose variance is the sum of the parts; if it is 0, the mean and 1."""
     from scipy.stats import t
 
     variance = sum(part for part, _ in parts)
-    if variance == 0:
-        return mean, mean, 0.0 if mean else 1.0
+    if variance < _ROUNDING**2:
+        return mean, mean, 1.0
     freedom = variance**2 / sum(part**2 / df for part, df in parts)
     half = float(t.ppf((1 + level) / 2, freedom)) * variance**0.5
     return mean - half, mean + half, float(2 * t.sf(abs(mean) / variance**0.5, freedom))

@@ -80,11 +80,13 @@ class Labeller:
         engine: creates the engine of the student or the teacher that answers; not called for ``computed``.
 
     Raises:
-        ValueError: an option that :func:`label` does not accept.
+        ValueError: an option that :func:`label` does not accept, or ``computed`` in a domain that computes no answers.
     """
 
     def __init__(self, config: LabellingConfig, domain: Domain, engine: Callable[[], Engine]) -> None:
         self.domain = domain
+        if config.method == "computed" and getattr(domain.computed, "__func__", None) is Domain.computed:
+            raise ValueError(f"method: expected another than computed, as the domain {domain.name} computes no answers")
         for name in config.options:
             if name != "max_tokens":
                 raise ValueError(f"options: unknown {name!r}, expected max_tokens")

@@ -20,7 +20,7 @@ from acqsynth.config import Config, ConfigError, OtherSource, RewardConfig, Sour
 from acqsynth.domains import Domain, domain as find_domain
 from acqsynth.domains.base import is_local
 from acqsynth.report.metrics import IN_DISTRIBUTION, STUDENT
-from acqsynth.seeds import BUNDLED, bundled
+from acqsynth.seeds import BUNDLED, load_source
 
 
 def check(config: Config) -> None:
@@ -55,11 +55,15 @@ def check(config: Config) -> None:
     ):
         if own in others:
             raise ConfigError(f"{key}.{own}: expected another name, as the recipe itself uses this one")
-    for name, other in config.evaluation.others.items():
-        _checked(f"evaluation.others.{name}", find_domain, other.domain or config.domain)
     for key, source in _sources(config):
+        if isinstance(source, OtherSource):
+            _checked(key, _domain_of, config, source)
         if source.source.startswith(BUNDLED):
-            _checked(f"{key}.source", bundled, source.source.removeprefix(BUNDLED))
+            _checked(f"{key}.source", _bundled, _domain_of(config, source), source)
+    validity, key = config.evaluation.validity, "data.real" if config.data.real else "data.seeds"
+    most = _most_rows(domain, config.data.real or config.data.seeds)
+    if validity.batches and most is not None and validity.rows > most:
+        raise ConfigError(f"evaluation.validity.rows: expected at most the {most} rows of {key}, got {validity.rows}")
     limit = config.data.seeds.limit
     if limit is not None and generator.shown > limit:
         raise ConfigError(f"generator.shown: expected at most data.seeds.limit = {limit}, got {generator.shown}")
@@ -79,8 +83,7 @@ def on_this_machine(config: Config) -> None:
     for key, name in _models(config):
         _checked(key, models.find, name)
     for key, source in _sources(config):
-        domain = (source.domain if isinstance(source, OtherSource) else None) or config.domain
-        _checked(key, _first_row, find_domain(domain), source)
+        _checked(key, _first_row, _domain_of(config, source), source)
     folder = Path(config.output).absolute()
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
@@ -95,6 +98,22 @@ def validity_reward(reward: RewardConfig, validity: ValidityConfig) -> RewardCon
         return reward
     signals = {name: (reward.signals or DEFAULT_SIGNALS).get(name, {}) for name in validity.signals}
     return reward.model_copy(update={"signals": signals, "weights": {}, "paper_compat": False})
+
+
+def _domain_of(config: Config, source: Source) -> Domain:
+    return find_domain((source.domain if isinstance(source, OtherSource) else None) or config.domain)
+
+
+def _bundled(domain: Domain, source: Source) -> None:
+    """Checks that the rows of a bundled source exist and are questions of the domain."""
+    faults = [domain.fault(row) for row in load_source(domain, source)]
+    if all(faults):
+        raise ValueError(f"{source.source} has no rows of the domain {domain.name}: {faults[0]}")
+
+
+def _most_rows(domain: Domain, source: Source) -> int | None:
+    """The number of rows of a bundled source, the limit of any other."""
+    return len(load_source(domain, source)) if source.source.startswith(BUNDLED) else source.limit
 
 
 def _first_row(domain: Domain, source: Source) -> None:

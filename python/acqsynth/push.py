@@ -19,7 +19,7 @@ from acqsynth import config, pipeline
 from acqsynth.config import ConfigError
 from acqsynth.pipeline import Plan
 from acqsynth.report import render
-from acqsynth.report.metrics import STUDENT, percent, points
+from acqsynth.report.metrics import STUDENT, percent, points, span
 from acqsynth.steps import StepError, Store, read_table, write_table
 
 HUB = "hub:"  #: prefix of repository targets
@@ -58,36 +58,40 @@ def push(run: Path, to: str, license: str, *, only: str | None = None, public: b
         The folders or addresses written.
 
     Raises:
-        PushError: ``run`` is not a finished run, or the target is not empty or not a repository name.
+        PushError: ``run`` is not a finished run or has changed since its report, or the target is not empty or not a
+            repository name. StepError: another run is using the folder.
     """
     repository = to.removeprefix(HUB) if to.startswith(HUB) else None
     if repository is not None and not _HUB_ID.fullmatch(repository):
         raise PushError(f"--to: expected hub:owner/name or a folder, got {to}")
-    metrics, plan = _finished(run)
-    metrics["recipe"] = _shown(metrics["recipe"])
+    report = run / "06-report" / "report" / "metrics.json"
+    if not report.is_file():
+        raise PushError(f"{run}: no finished run, {report.relative_to(run)} is missing")
     kinds = {"dataset": _write_dataset, "model": _write_model}
-    made = []
     with tempfile.TemporaryDirectory() as temporary:
         targets = {kind: Path(temporary if repository else to).expanduser() / kind for kind in kinds}
         chosen = [only] if only else list(kinds)
         for kind in chosen:
             if targets[kind].exists() and any(targets[kind].iterdir()):
                 raise PushError(f"--to: {targets[kind]} is not empty")
-        for kind in chosen:
-            target = targets[kind]
-            target.mkdir(parents=True, exist_ok=True)
-            kinds[kind](target, run, metrics, plan, license, repository)
-            made.append(_upload(target, repository, kind, public) if repository else str(target))
-    return made
+        with Store(run).locked():
+            metrics, plan = _finished(run, report)
+            for kind in chosen:
+                targets[kind].mkdir(parents=True, exist_ok=True)
+                kinds[kind](targets[kind], run, metrics, plan, license, repository)
+        if repository is None:
+            return [str(targets[kind]) for kind in chosen]
+        return [_upload(targets[kind], repository, kind, public) for kind in chosen]
 
 
-def _finished(run: Path) -> tuple[dict[str, Any], Plan]:
-    """The metrics and the plan of a run."""
-    path = run / "06-report" / "report" / "metrics.json"
-    if not path.is_file():
-        raise PushError(f"{run}: no finished run, {path.relative_to(run)} is missing")
-    metrics = json.loads(path.read_text(encoding="utf-8"))
-    return metrics, pipeline.plan(config.from_mapping({**metrics["recipe"], "output": str(run)}))
+def _finished(run: Path, report: Path) -> tuple[dict[str, Any], Plan]:
+    """The metrics, fit to publish, and the plan of a run."""
+    metrics = json.loads(report.read_text(encoding="utf-8"))
+    plan = pipeline.plan(config.from_mapping({**metrics["recipe"], "output": str(run)}))
+    if (reason := Store(run).reason(plan.report)) is not None:
+        raise PushError(f"{run}: the report is out of date ({reason}): run its recipe again")
+    metrics["recipe"] = _shown(metrics["recipe"])
+    return metrics, plan
 
 
 def _write_dataset(
@@ -140,6 +144,7 @@ def _write_model(
     body = [
         f"# {repository or 'A student fine-tuned under acqcore'}",
         f"`{base}` fine-tuned on {n} rows of the arm `{plan.main}`, seed {seed}.",
+        _counts(metrics["arms"][plan.main], metrics.get("samples")),
         *_result(metrics, plan.main),
         _licence(license, "weights", f"the base model `{base}`, the seeds and the generator"),
         _recipe(metrics),
@@ -188,7 +193,7 @@ def _result(metrics: Mapping[str, Any], main: str) -> list[str]:
     rows = [
         f"| {name} | {percent(metrics['base'][STUDENT][name]['accuracy']['mean'])} | "
         f"{percent(found['accuracy']['mean'])} | {points(found['change']['mean'])} | "
-        f"{points(found['change']['low'])} to {points(found['change']['high'])} |"
+        f"{span(found['change'])} |"
         for name, found in largest["sets"].items()
     ]
     table = [

@@ -107,8 +107,8 @@ def collect_rows(
     context: StepContext, *, domain: str, data: DataConfig, others: Mapping[str, OtherSource], limit: int | None
 ) -> None:
     """Writes ``seeds``, ``held_out``, ``real``, ``evaluation-<set>`` and, if the recipe has them, ``reference`` and
-    ``replay`` as parquet, and ``rows.json`` with their sizes. Rows of an evaluation set are left out of the first three
-    and of ``reference``, from which rows of ``seeds`` are left out too."""
+    ``replay`` as parquet, and ``rows.json`` with their sizes. Rows of an evaluation set are left out of the other
+    sets, rows of ``seeds`` also of ``reference``."""
     own = find_domain(domain)
 
     def load(key: str, source: Source) -> list[Sample]:
@@ -129,6 +129,8 @@ def collect_rows(
     pools = [("seeds", None, known), ("held_out", data.held_out, known), ("real", data.real, known)]
     if data.reference is not None:
         pools.append(("reference", data.reference, known | shown))
+    if data.replay is not None:
+        pools.append(("replay", data.replay, known))
     for name, source, taken in pools:
         loaded = seeds if source is None else load(f"data.{name}", source)
         pool = [sample for sample in loaded if write.plain(sample.question) not in taken]
@@ -139,10 +141,6 @@ def collect_rows(
             context.say(f"data.{name}: {left_out} rows are also in {others_of} and are left out")
         sizes[name] = {"rows": len(pool), "left_out": left_out}
         write_rows(context.folder / f"{name}.parquet", pool)
-    if data.replay is not None:
-        again = load("data.replay", data.replay)
-        sizes["replay"] = {"rows": len(again), "left_out": 0}
-        write_rows(context.folder / "replay.parquet", again)
     context.write("rows.json", sizes)
 
 
@@ -189,16 +187,16 @@ def train_generator(
     else:
         refresh = None
         if scoring.reward.refresh_steps:
-            folder = Path(scoring.reward.refresh_from or output)
 
-            def newer(step: int) -> None:
-                if (path := train.newest_checkpoint(folder, "config.json", before=step)) is not None:
-                    context.say(f"step {step}: the reward scores with {path}")
-                    reward.refresh(str(path))
+            def use(path: Path) -> None:
+                context.say(f"the reward scores with {path.name}")
+                reward.refresh(str(path))
 
             refresh = train.Refresh(
                 scoring.reward.refresh_steps,
-                newer,
+                Path(scoring.reward.refresh_from or output),
+                context.scratch / "students",
+                use,
                 lambda: _fused(_values(reward, seeds[:_PROBE]), reward),
             )
         train.grpo(str(generator), asked, reward, output, options, refresh=refresh, callbacks=callbacks)

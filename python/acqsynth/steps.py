@@ -31,6 +31,7 @@ import acqcore
 from acqsynth import models
 from acqsynth.config import Source
 from acqsynth.domains import Sample
+from acqsynth.domains.classification import INTENTS, intents_path
 
 #: In the order of a run; a stage's folder is numbered by its position.
 STAGES = ("seeds", "train", "generate", "label", "fit", "evaluate", "report")
@@ -305,7 +306,7 @@ class Store:
         return {
             "settings": step.settings(),
             "inputs": {str(artefact): self._digest(artefact) for artefact in step.inputs},
-            "outside": {path: _stamp(Path(path).expanduser()) for path in step.outside},
+            "outside": {name: _stamp(_outside_path(name)) for name in step.outside},
         }
 
     def _digest(self, artefact: Artefact) -> str:
@@ -482,6 +483,10 @@ def _digests(folder: Path) -> dict[str, tuple[int, str]]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _outside_path(name: str) -> Path:
+    return intents_path(name) if name.startswith(INTENTS) else Path(name).expanduser()
 
 
 def _stamp(path: Path) -> Any:

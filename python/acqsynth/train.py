@@ -19,7 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from transformers import PrinterCallback, TrainerCallback
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
 from trl import DPOTrainer, GRPOTrainer, SFTTrainer
 from trl.trainer.utils import get_callable_name, is_async_callable
 
@@ -150,7 +153,8 @@ def grpo(
     )
     # These run first, so that trackers see the entries they add to the log.
     trainer.callback_handler.callbacks[:0] = [clock, *([refresh] if refresh is not None else [])]
-    _run(trainer, output, rewards)
+    # Refreshed first, as a new student may reset the state of a reward.
+    _run(trainer, output, [refresh, *rewards])
     return output
 
 
@@ -313,11 +317,16 @@ class StepClock(TrainerCallback):
 
 
 class Refresh(TrainerCallback):
-    """Refreshes the student behind the reward during training.
+    """Refreshes the student behind the reward during training with a trainer's newest checkpoint.
+
+    The reward scores with a copy, into which LoRA is merged: trainers delete old checkpoints, and a resumed run
+    continues with the student it had.
 
     Args:
         every: steps between refreshes.
-        student: step -> None; makes the reward score with a newer student.
+        checkpoints: folder of the checkpoints.
+        copies: folder for the copies. Those of the current student and of the last checkpoint's are kept.
+        student: path of a model -> None; makes the reward score with that model.
         probe: scores a fixed set of samples with the current reward. The rank correlation of the scores before and
             after a refresh is logged as ``staleness``, that of the first and the latest scores of the run as
             ``staleness_since_start``; 1 means that the order did not change.
@@ -326,28 +335,47 @@ class Refresh(TrainerCallback):
         ValueError: every is below 1.
     """
 
-    def __init__(self, every: int, student: Callable[[int], None], probe: Callable[[], Sequence[float | None]]) -> None:
+    def __init__(
+        self,
+        every: int,
+        checkpoints: Path,
+        copies: Path,
+        student: Callable[[Path], None],
+        probe: Callable[[], Sequence[float | None]],
+    ) -> None:
         if every < 1:
             raise ValueError(f"every: expected at least 1 step, got {every}")
         self.every = every
+        self.checkpoints = checkpoints
+        self.copies = copies
         self.student = student
         self.probe = probe
+        self._current: str | None = None  # name of the student's checkpoint; None for the initial student
+        self._saved: str | None = None  # the same, at the last save
         self._first: Sequence[float | None] = ()
         self._moved: dict[str, float | None] = {}  # for the next log
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        self._first = self.probe()
-        # A resumed run must continue with the student it had.
-        last = state.global_step - state.global_step % self.every
-        if last:
-            self.student(last)
+        if not self._first:
+            self._first = self.probe()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         step = state.global_step
         if step % self.every or step >= state.max_steps:
             return
+        # Another trainer may be writing to the folder, so one process decides.
+        [newest] = broadcast_object_list([newest_checkpoint(self.checkpoints, "trainer_state.json", before=step)])
+        if newest is None or newest.name == self._current:
+            return
         before = self.probe()
-        self.student(step)
+        if state.is_world_process_zero:
+            _copy_model(newest, self.copies / newest.name)
+        PartialState().wait_for_everyone()
+        self._use(newest.name)
+        if state.is_world_process_zero:
+            for folder in self.copies.iterdir():
+                if folder.name not in (self._current, self._saved):
+                    shutil.rmtree(folder)
         after = self.probe()
         self._moved = {
             "staleness": rank_correlation(before, after),
@@ -359,9 +387,40 @@ class Refresh(TrainerCallback):
         logs.update(self._moved)
         self._moved = {}
 
+    def on_save(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        self._saved = self._current
+
+    def state_dict(self) -> dict[str, Any]:
+        """The name of the student's checkpoint and the first scores of the probe."""
+        return {
+            "student": self._current,
+            "first": [None if score is None else float(score) for score in self._first],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Makes the reward score with the student of :meth:`state_dict`.
+
+        Raises:
+            FileNotFoundError: its copy is missing.
+        """
+        self._first = state["first"]
+        self._saved = state["student"]
+        if self._saved is not None:
+            self._use(self._saved)
+
+    def _use(self, name: str) -> None:
+        path = self.copies / name
+        if not path.is_dir():
+            raise FileNotFoundError(
+                f"{path}: the student that the interrupted run scored with is missing; remove the run's checkpoints to "
+                "start again"
+            )
+        self.student(path)
+        self._current = name
+
 
 class RewardStates(TrainerCallback):
-    """Saves the state of the rewards with each checkpoint."""
+    """Saves the state of the rewards, and of a refresh of their student, with each checkpoint."""
 
     def __init__(self, rewards: Sequence[Any]) -> None:
         self.rewards = [reward for reward in rewards if hasattr(reward, "state_dict")]
@@ -394,6 +453,21 @@ def newest_checkpoint(folder: Path, file: str, before: float = math.inf) -> Path
         if step.isdigit() and int(step) < before and (path / file).is_file():
             found[int(step)] = path
     return found[max(found)] if found else None
+
+
+def _copy_model(checkpoint: Path, target: Path) -> None:
+    """Copies the model of a checkpoint, with LoRA merged, completely or not at all."""
+    unfinished = target.with_name(f"{target.name}.part")
+    for folder in (unfinished, target):
+        shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(checkpoint, unfinished, ignore=shutil.ignore_patterns("optimizer*", "global_step*", "adapter_*"))
+    if (checkpoint / "adapter_config.json").is_file():
+        from peft import PeftConfig, PeftModel
+
+        base = PeftConfig.from_pretrained(checkpoint).base_model_name_or_path
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        PeftModel.from_pretrained(model, checkpoint).merge_and_unload().save_pretrained(unfinished)
+    unfinished.rename(target)
 
 
 def _run(trainer: Any, output: Path, rewards: Sequence[Any] = ()) -> None:

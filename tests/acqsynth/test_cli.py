@@ -81,7 +81,20 @@ def test_a_wrong_recipe_exits_with_2(arguments, sentence, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["walk", "math"], ["run"], ["run", "math", "--dry-runn"], ["run", "math", "--dry-run", "seed"]]
+    "arguments",
+    [
+        [],
+        ["walk", "math"],
+        ["run"],
+        ["run", "math", "--dry-runn"],
+        ["run", "math", "--dry-run", "seed"],
+        ["run", "math", "--dry"],
+        ["push", "run", "--to", "there", "--license", "mit", "--pub"],
+        ["push", "run", "--to", "there", "--lic", "mit"],
+        ["serve", "--student", "smollm2", "--tok", "SECRET"],
+        ["serve", "--stud", "smollm2"],
+        ["--vers"],
+    ],
 )
 def test_wrong_usage_exits_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as caught:

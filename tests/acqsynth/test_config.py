@@ -144,6 +144,18 @@ def test_merge_keys_and_anchors_are_read(recipe):
     assert (data.seeds.source, data.seeds.limit) == ("seeds.jsonl", 3)
 
 
+def test_an_override_leaves_other_uses_of_an_anchor_unchanged(recipe):
+    recipe.write_text(
+        LEAST.replace("seeds: {source: seeds.jsonl}", "seeds: &rows {source: seeds.jsonl}\n  real: *rows")
+        .replace("generator: {", "generator: {options: &lora {lora: {r: 2}}, ")
+        .replace("student: {", "student: {options: {<<: *lora, seed: 1}, ")
+    )
+    config = recipes.load(recipe, ["data.seeds.limit=5", "data.seeds.skip=1", "student.options.lora.r=3"])
+    assert (config.data.seeds.limit, config.data.seeds.skip) == (5, 1)
+    assert (config.data.real.source, config.data.real.limit, config.data.real.skip) == ("seeds.jsonl", None, 0)
+    assert (config.generator.options, config.student.options) == ({"lora": {"r": 2}}, {"lora": {"r": 3}, "seed": 1})
+
+
 def test_home_is_expanded(recipe, monkeypatch):
     monkeypatch.setenv("HOME", "/home/ada")
     config = recipes.load(recipe, ["output=~/runs/x", "reward.refresh_from=~/student"])

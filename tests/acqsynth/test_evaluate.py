@@ -110,6 +110,16 @@ def test_no_change_is_exactly_none():
     assert (found.mean, found.low, found.high, found.p) == (0.0, 0.0, 0.0, 1.0)
 
 
+@pytest.mark.parametrize("after", [np.ones((3, 2)), np.eye(3), np.eye(7), np.full((3, 5), 0.1)])
+def test_rows_that_all_change_alike_are_judged_by_their_signs(after):
+    before = np.zeros((1, after.shape[1]))
+    for right, other in ((after, before), (before, after)):
+        found = change(right, other, learnt=False)
+        assert found.low == found.high == found.mean != 0
+        assert found.p == 2 * 0.5 ** after.shape[1]
+    assert change(after, after.mean(axis=0, keepdims=True)).p == 1.0
+
+
 def test_what_is_called_by_chance_is_rare():
     """Of 300 students that differ from the base by noise alone, about one in twenty has p < 0.05."""
     rng = np.random.default_rng(1)

@@ -264,9 +264,16 @@ class Recorded:
 
 
 def test_rows_of_an_evaluation_set_are_left_out(fakes, recipe):
-    _, store, _ = run(recipe, "data.real={source: 'sums:1140', limit: 100}", "evaluation.validity.batches=0")
+    plan = plan_of(
+        recipe, "data.real={source: 'sums:1140', limit: 100}", "data.replay={source: 'sums:3030', limit: 30}"
+    )
+    store = Store(Path(plan.config.output))
+    store.run(plan.of("seeds")[0])
     sizes = json.loads((store.output / "00-seeds/rows/rows.json").read_text())
     assert sizes["real"] == {"rows": 90, "left_out": 10}
+    assert sizes["replay"] == {"rows": 20, "left_out": 10}
+    replay = [row.question for row in read_rows(store.output / "00-seeds/rows/replay.parquet")]
+    assert replay == [f"{n}+1" for n in range(3040, 3060)]
     assert sizes["evaluation-in_distribution"] == {"rows": 150, "left_out": 0}
 
 
@@ -275,9 +282,10 @@ def test_rows_of_an_evaluation_set_are_left_out(fakes, recipe):
     [
         ("data.seeds.source=nowhere.jsonl", "00-seeds/rows: data.seeds: nowhere.jsonl: no such file"),
         ("data.real={source: 'sums:1000', limit: 100}", "data.real: every row is also in an evaluation set"),
+        ("data.replay={source: 'sums:3000', limit: 40}", "data.replay: every row is also in an evaluation set"),
         ("evaluation.others.more.source=gone", "evaluation.others.more: gone: no such file"),
-        ("data.seeds={source: 'bundled:mathematics', skip: 50}", "has no rows after the first 50"),
-        ("evaluation.validity.rows=500", "05-evaluate/validity: expected 500 real rows of a skill"),
+        ("data.seeds={source: 'sums:0', skip: 50}", "has no rows after the first 50"),
+        ("evaluation.validity.rows=150", "05-evaluate/validity: expected 150 real rows of a skill"),
     ],
 )
 def test_data_that_can_not_be_used_is_one_sentence(fakes, recipe, override, sentence):
@@ -345,8 +353,7 @@ def test_a_generator_learns_from_a_student_that_moves(scoring, student_path, tmp
     assert (tmp_path / "model/config.json").is_file()
     assert json.loads((tmp_path / "counts.json").read_text()) == {"completions": 6}
     assert sum("of 3: reward" in line for line in said) == 3
-    moved = f"step 2: the reward scores with {tmp_path / 'model/checkpoint-1'}"
-    assert [line for line in said if "scores with" in line] == [moved]
+    assert [line for line in said if "scores with" in line] == ["the reward scores with checkpoint-1"]
     # DPO draws its candidates first; random bytes never parse.
     with pytest.raises(ValueError, match="expected a prompt whose best candidate passes the gates"):
         stages.train_generator(

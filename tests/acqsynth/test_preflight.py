@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from acqsynth.config import ConfigError, load, recipes
@@ -62,6 +64,10 @@ REFUSED = {
     "evaluation.validity.options.epochs=1": "evaluation.validity.options: SFTConfig has no field 'epochs'",
     "engine.options.batch_token=1": "engine.options: unknown 'batch_token', expected one of device, dtype",
     "labelling={method: majority, options: {kk: 1}}": "labelling.options: unknown 'kk', expected max_tokens",
+    "data.replay={source: world, domain: y}": "data.replay.domain: unknown 'y'",
+    "data.held_out.source=bundled:mathematics": "bundled:mathematics has no rows of the domain arithmetic: no question",
+    "data.real={source: 'bundled:word_problems', skip: 96}": "has no rows after the first 96",
+    "evaluation.validity={batches: 2, rows: 1401}": "validity.rows: expected at most the 1400 rows of data.real, got",
     "reward.signals={entropi: {}}": "reward.signals: unknown 'entropi', expected one of confidence",
     "reward.signals.diversity.ridg=1": "reward.signals.diversity: got an unexpected keyword argument 'ridg'",
     "reward.gates=[sond]": "reward.gates: unknown 'sond', expected one of sound",
@@ -81,6 +87,36 @@ def test_refused_before_anything_runs(override, message):
     assert message in said
     assert said.removeprefix("arithmetic: ").startswith(override.partition("=")[0].partition(".")[0])
     assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["labelling.method=computed"],
+            "labelling.method: expected another than computed, as the domain math computes",
+        ),
+        (["reward.labelling={method: computed}"], "reward.labelling.method: expected another than computed"),
+        (["evaluation.validity={batches: 2, rows: 49}"], "expected at most the 48 rows of data.real, got 49"),
+        (["evaluation.validity={batches: 2, rows: 48}"], None),
+        (["evaluation.validity.rows=1000"], None),  # no batches
+        (["evaluation.validity={batches: 1, rows: 61}", "data.real=null"], "rows of data.seeds, got 61"),
+        (["domain=code"], "data.seeds.source: bundled:mathematics has no rows of the domain code: the answer"),
+        (["evaluation.others={m: {source: 'bundled:word_problems', domain: medical}}"], "evaluation.others.m.source"),
+        (["evaluation.others={m: {source: 'bundled:mathematics'}}"], None),
+    ],
+)
+def test_packaged_rows_and_the_domain_are_known_before_a_run(overrides, message):
+    config = load("smollm2-math", overrides)
+    if message is None:
+        plan(config)
+    else:
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            plan(config)
+
+
+def test_a_domain_that_computes_may_label():
+    plan(load("arithmetic-skewed", ["labelling.method=computed", "reward.labelling={method: computed}"]))
 
 
 @pytest.mark.parametrize("name", recipes())

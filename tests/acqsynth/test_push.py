@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from unittest.mock import create_autospec
 
@@ -16,12 +17,15 @@ from acqsynth.cli import main
 from acqsynth.steps import Store
 
 
+def options(folder):
+    return f"options: {{resume_from_checkpoint: {folder / 'start'}, hub_token: hf_hidden}}"
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """The output folder of a finished run whose recipe has a path and a token among its options."""
     folder = tmp_path_factory.mktemp("published")
-    options = f"options: {{resume_from_checkpoint: {folder / 'start'}, hub_token: hf_hidden}}"
-    recipe = fake_run.RECIPE.replace("questions: 90}", f"questions: 90, {options}}}")
+    recipe = fake_run.RECIPE.replace("questions: 90}", f"questions: 90, {options(folder)}}}")
     (folder / "recipe.yaml").write_text(f"{recipe}output: {folder / 'out'}\n")
     with pytest.MonkeyPatch.context() as patch:
         fake_run.install(patch.setattr)
@@ -48,8 +52,6 @@ def test_rows_student_and_cards_in_a_folder(fakes, run, tmp_path, capsys):
     assert card.data.license == "cc-by-4.0"
     assert card.data.configs[0]["data_files"] == [{"split": "train", "path": "data/train.parquet"}]
     assert f"{rows.num_rows} rows in the domain `sums`" in card.text
-    assert "| rejected: does not parse | 6 |" in card.text
-    assert "| in training, rejected by gate `parses` | 2 |" in card.text
     recipe = yaml.safe_load(card.text.split("```yaml\n")[1].split("```")[0])
     assert recipe["generator"]["options"] == {"resume_from_checkpoint": "start"}
     assert recipe["data"]["real"] == {**recipe["data"]["real"], "source": "sums:200", "limit": 200}
@@ -60,6 +62,8 @@ def test_rows_student_and_cards_in_a_folder(fakes, run, tmp_path, capsys):
     assert "| in_distribution | 40.7 % | " in model.text
     assert "2 students with seeds 0, 1, on rows written with generator seed 0, with 95 % intervals" in model.text
     for text in (card.text, model.text):
+        assert "| rejected: does not parse | 6 |" in text
+        assert "| in training, rejected by gate `parses` | 2 |" in text
         assert "over the base student in distribution: 40.7 %" in text
         assert "torch" in text
     for text in (card.text, model.text, page):
@@ -108,6 +112,36 @@ def test_mistakes_in_one_sentence(fakes, run, tmp_path, monkeypatch, capsys, fol
     assert main(["push", folder or str(run), "--to", to, "--license", "mit"]) == 2
     assert capsys.readouterr().err == f"acqsynth: error: {sentence}\n"
     assert [path.name for path in tmp_path.rglob("*.*")] == ["old.txt"]  # nothing was written
+
+
+@pytest.mark.parametrize(
+    ("overrides", "stage", "reason"),
+    [
+        (["seed=5"], "label", "03-label/grpo, which it reads, has to run"),
+        (["student.options.learning_rate=1.0"], "fit", "04-fit/grpo-student-70-s0, which it reads, has to run"),
+        (["evaluation.level=0.9"], "report", None),
+    ],
+)
+def test_artefacts_of_another_recipe_are_refused(fakes, run, tmp_path, capsys, overrides, stage, reason):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    recipe = fake_run.RECIPE.replace("questions: 90}", f"questions: 90, {options(run.parent)}}}")
+    (tmp_path / "recipe.yaml").write_text(f"{recipe}output: {folder}\n")
+    plan, store = pipeline.plan(recipes.load(tmp_path / "recipe.yaml", overrides)), Store(folder)
+    for step in plan.of(stage):
+        store.run(step)
+    arguments = ["push", str(folder), "--to", str(tmp_path / "to"), "--license", "mit"]
+    assert main(arguments) == (0 if reason is None else 2)
+    if reason is not None:
+        said = f"acqsynth: error: {folder}: the report is out of date ({reason}): run its recipe again\n"
+        assert capsys.readouterr().err == said
+        assert not (tmp_path / "to").exists()
+
+
+def test_a_folder_in_use_is_not_published(fakes, run, tmp_path, capsys):
+    with Store(run).locked():
+        assert main(["push", str(run), "--to", str(tmp_path / "to"), "--license", "mit"]) == 2
+    assert capsys.readouterr().err == f"acqsynth: error: output: another run is using {run}\n"
 
 
 def test_a_licence_has_to_be_named(capsys):

@@ -5,8 +5,10 @@ from collections import Counter
 
 import pytest
 
+from acqsynth.config import Source
+from acqsynth.domains import domain
 from acqsynth.parsing import parse_sample
-from acqsynth.seeds import DOMAINS, KINDS, load_seeds, load_word_problems
+from acqsynth.seeds import DOMAINS, KINDS, load_seeds, load_source, load_word_problems
 
 
 def test_sixty_samples_twenty_a_domain_and_each_kind_in_each():
@@ -56,3 +58,13 @@ def test_selection():
 def test_an_unknown_selection_names_the_argument(arguments, name):
     with pytest.raises(ValueError, match=rf"^{name}: unknown .* expected one of"):
         load_seeds(*arguments)
+
+
+@pytest.mark.parametrize("name", ["arithmetic", "arithmetic-skewed"])
+def test_parts_of_a_generated_world_do_not_overlap(name):
+    parts = [(0, 560), (0, 280), (280, 280)]
+    whole, *halves = (
+        load_source(domain(name), Source(source="world:1", skip=skip, limit=limit)) for skip, limit in parts
+    )
+    assert halves == [whole[:280], whole[280:]]
+    assert len({row.question for row in whole}) == 560

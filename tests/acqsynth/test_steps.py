@@ -143,6 +143,20 @@ def test_outside_files_count_by_content_and_folders_by_their_files(tmp_path):
     assert Store(tmp_path).reason(step) == f"{folder} changed"
 
 
+def test_intents_count_by_the_content_of_their_file(tmp_path, monkeypatch):
+    files = [tmp_path / place / "intents" / "x.jsonl" for place in ("here", "there")]
+    for file in files:
+        file.parent.mkdir(parents=True)
+        file.write_text("1")
+    step = Step("seeds", "a", text, {"value": "x", "rows": Source(source="intents:x")})
+    monkeypatch.setenv("ACQCORE_DATA", str(tmp_path / "here"))
+    Store(tmp_path / "run").run(step)
+    monkeypatch.setenv("ACQCORE_DATA", str(tmp_path / "there"))
+    assert Store(tmp_path / "run").reason(step) is None
+    files[1].write_text("2")
+    assert Store(tmp_path / "run").reason(step) == "intents:x changed"
+
+
 def test_what_a_step_was_never_given_is_missing(tmp_path):
     first, _ = pair("x")
     with pytest.raises(StepError, match=r"00-seeds/a/other\.txt was not written"):

@@ -6,6 +6,7 @@ import asyncio
 import importlib.util
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import pandas
@@ -179,7 +180,7 @@ def test_wrong_arguments(sums, student_path, answer_reward, tmp_path):
     with pytest.raises(ValueError, match="prompts: expected at least one"):
         train.grpo(str(student_path), [], answer_reward, tmp_path)
     with pytest.raises(ValueError, match="every: expected at least 1 step, got 0"):
-        train.Refresh(0, print, list)
+        train.Refresh(0, tmp_path, tmp_path, print, list)
 
 
 # --- GRPO -------------------------------------------------------------------------------------------------------------
@@ -262,19 +263,20 @@ def test_the_student_is_refreshed_and_log_and_trackers_have_its_staleness(studen
         order = {0: [1.0, 2.0, 3.0, 4.0], 1: [2.0, 1.0, 3.0, 4.0], 2: [2.0, 1.0, 4.0, 3.0]}[len(students)]
         return [*order, None]
 
-    refresh = train.Refresh(every=1, student=students.append, probe=probe)
-    boards = ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
-    options = GRPO | {"max_steps": 3, "report_to": boards}
     output = tmp_path / "out"
+    refresh = train.Refresh(1, output, tmp_path / "students", students.append, probe)
+    boards = ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
+    options = GRPO | {"save_steps": 1, "report_to": boards}
     train.grpo(str(student_path), ASK, answer_reward, output, options, refresh=refresh, callbacks=[tracker])
-    assert students == [1, 2]  # no refresh after the last step
+    # No checkpoint precedes the first step, and no refresh follows the last.
+    assert students == [tmp_path / "students/checkpoint-1", tmp_path / "students/checkpoint-2"]
     entries = [row for row in read_log(output) if "student_refreshed" in row]
-    assert [(row["step"], row["staleness"]) for row in entries] == [(1, pytest.approx(0.8)), (2, pytest.approx(0.8))]
+    assert [(row["step"], row["staleness"]) for row in entries] == [(2, pytest.approx(0.8)), (3, pytest.approx(0.8))]
     assert [row["staleness_since_start"] for row in entries] == [pytest.approx(0.8), pytest.approx(0.6)]
     steps = [row for row in tracker.seen if "reward" in row]
     shares = [row["reward_share"] for row in read_log(output) if "reward" in row]
     assert [row["reward_share"] for row in steps] == shares
-    assert [row.get("staleness") for row in steps] == [pytest.approx(0.8), pytest.approx(0.8), None]
+    assert [row.get("staleness") for row in steps] == [None, pytest.approx(0.8), pytest.approx(0.8), None]
     if boards:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -282,21 +284,108 @@ def test_the_student_is_refreshed_and_log_and_trackers_have_its_staleness(studen
         events = EventAccumulator(str(file))
         events.Reload()
         found = events.Scalars("train/reward_share")
-        assert [event.step for event in found] == [1, 2, 3]
+        assert [event.step for event in found] == [1, 2, 3, 4]
         assert [event.value for event in found] == pytest.approx(shares)
         assert all(0 < share < 1 for share in shares)
         assert [event.value for event in events.Scalars("train/staleness")] == [pytest.approx(0.8)] * 2
 
 
-def test_a_run_that_goes_on_begins_with_the_student_it_had(student_path, answer_reward, tmp_path):
-    students = []
-    arguments = (str(student_path), ASK, answer_reward, tmp_path, GRPO | {"save_steps": 3})
-    refresh = train.Refresh(every=2, student=students.append, probe=list)
+@pytest.mark.parametrize("lora", [None, {"r": 2, "target_modules": ["q_proj"]}])
+def test_a_resumed_run_continues_with_its_student_after_the_checkpoint_is_gone(
+    student_path, answer_reward, tmp_path, lora
+):
+    used = []
+    options = GRPO | {"max_steps": 6, "save_steps": 1, "save_total_limit": 1} | ({"lora": lora} if lora else {})
+
+    def student(path):
+        used.append((path.name, weights(path)))
+        AutoTokenizer.from_pretrained(path)
+
+    def arguments():
+        refresh = train.Refresh(3, tmp_path / "out", tmp_path / "students", student, lambda: [3.0, 1.0, None, 2.0])
+        return {"prompts": ASK, "reward": answer_reward, "output": tmp_path / "out", "refresh": refresh}
+
     with pytest.raises(KeyboardInterrupt):
-        train.grpo(*arguments, refresh=refresh, callbacks=[KillAt(4)])
-    assert students == [2]
-    train.grpo(*arguments, refresh=refresh)
-    assert students == [2, 2]
+        train.grpo(str(student_path), options=options, callbacks=[KillAt(5)], **arguments())
+    assert not (tmp_path / "out/checkpoint-2").exists()
+    assert changed(student_path, tmp_path / "students/checkpoint-2")
+    assert not list((tmp_path / "students/checkpoint-2").glob("optimizer*"))
+    train.grpo(str(student_path), options=options, **arguments())
+    assert [name for name, _ in used] == ["checkpoint-2", "checkpoint-2"]
+    assert all(value.equal(used[1][1][name]) for name, value in used[0][1].items())
+    [entry] = [row for row in read_log(tmp_path / "out") if "student_refreshed" in row]
+    assert (entry["step"], entry["staleness_since_start"]) == (3, pytest.approx(1.0))
+
+
+class Refreshed:
+    """Walks through the steps of a run that saves every ten steps and keeps two checkpoints."""
+
+    def __init__(self, folder, every, checkpoints=None):
+        self.used, self.folder, self.log = [], folder / "out", []
+        student = lambda path: self.used.append(path.name)  # noqa: E731
+        self.refresh = train.Refresh(every, checkpoints or self.folder, folder / "students", student, list)
+
+    def steps(self, start, stop):
+        for step in range(start + 1, stop + 1):
+            state = SimpleNamespace(global_step=step, max_steps=1000, log_history=self.log, is_world_process_zero=True)
+            self.refresh.on_step_end(None, state, None)
+            if step % 10 == 0:
+                model_checkpoint(self.folder, step)
+                shutil.rmtree(self.folder / f"checkpoint-{step - 20}", ignore_errors=True)
+                self.refresh.on_save(None, state, None)
+                self.saved = self.refresh.state_dict()
+        return self
+
+
+def model_checkpoint(folder, step):
+    path = folder / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    for name in ("config.json", "trainer_state.json"):
+        (path / name).write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("every", "killed", "student"),
+    [(50, 95, "checkpoint-40"), (50, 45, None), (7, 108, "checkpoint-90"), (50, 115, "checkpoint-90"),
+     (10, 35, "checkpoint-20"), (4, 27, "checkpoint-10"), (7, 200, "checkpoint-190")],
+)  # fmt: skip
+def test_the_student_of_the_last_checkpoint_is_found_again(tmp_path, every, killed, student):
+    first = Refreshed(tmp_path, every).steps(0, killed)
+    assert first.saved["student"] == student
+    assert len(first.log) == len(first.used) == len(set(first.used))  # nothing is logged without a new student
+    assert len(list((tmp_path / "students").glob("*"))) <= 2
+    resumed = Refreshed(tmp_path, every)
+    resumed.refresh.load_state_dict(first.saved)
+    assert resumed.used == ([student] if student else [])
+    resumed.steps(killed - killed % 10, killed)
+    assert resumed.used[1 if student else 0 :] == first.used[len(first.used) - len(resumed.used) + bool(student) :]
+
+
+def test_students_of_another_trainer_are_kept_until_the_next_save(tmp_path):
+    theirs = tmp_path / "theirs"
+    first = Refreshed(tmp_path, 2, theirs)
+    for step in range(0, 20, 2):
+        model_checkpoint(theirs, step)
+        first.steps(step, step + 2)
+    assert (first.saved["student"], first.used[-1]) == ("checkpoint-18", "checkpoint-18")
+    for step in (20, 22, 24):
+        model_checkpoint(theirs, step)
+        first.steps(step, step + 2)
+    assert {path.name for path in (tmp_path / "students").iterdir()} == {"checkpoint-18", "checkpoint-24"}
+
+
+def test_a_missing_student_is_an_error(tmp_path):
+    refresh = train.Refresh(50, tmp_path, tmp_path / "students", print, list)
+    with pytest.raises(FileNotFoundError, match=r"students/checkpoint-40: the student that the interrupted run"):
+        refresh.load_state_dict({"student": "checkpoint-40", "first": [1.0]})
+
+
+def test_a_checkpoint_without_a_model_yet_is_passed_over(tmp_path):
+    (tmp_path / "out/checkpoint-40").mkdir(parents=True)
+    (tmp_path / "out/checkpoint-40/config.json").write_text("{}")
+    run = Refreshed(tmp_path, 50)
+    run.refresh.on_step_end(None, SimpleNamespace(global_step=50, max_steps=99, log_history=run.log), None)
+    assert run.used == run.log == []
 
 
 def test_an_async_reward_is_timed_too(student_path, tmp_path):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -161,7 +162,8 @@ class Arithmetic(Domain):
         return "".join(f"<{tag}>{text}</{tag}>" for tag, text in parts.items() if text)
 
     def rows(self, n: int, seed: int, *, skills: Sequence[str] | None = None, split: str = "train") -> list[Sample]:
-        """``n`` rows with distinct questions, evenly over the skills and shuffled; equal seeds give equal rows.
+        """``n`` rows with distinct questions, evenly over the skills and shuffled; equal seeds give equal rows. Fewer
+        rows are the first of more.
 
         Args:
             skills: names from ``SKILLS``; by default all.
@@ -178,13 +180,17 @@ class Arithmetic(Domain):
         if not names or n < 1:
             raise ValueError(f"n, skills: expected at least one row of one skill, got n={n}, skills={names}")
         rng = random.Random(f"{seed} {split}")
-        found = []
-        for i, name in enumerate(names):
-            share, there = len(range(i, n, len(names))), SKILLS[name].questions[split]
-            if share > len(there):
-                raise ValueError(f"n: expected at most {len(there)} rows of {name} in split {split}, got {share}")
-            found += [self.answered(question, rng) for question in rng.sample(there, share)]
-        rng.shuffle(found)
+        left = {}
+        for name in names:
+            questions = SKILLS[name].questions[split]
+            left[name] = rng.sample(questions, len(questions))
+        found: list[Sample] = []
+        while len(found) < n:
+            for name in rng.sample(names, len(names))[: n - len(found)]:
+                if not left[name]:
+                    there, share = len(SKILLS[name].questions[split]), math.ceil(n / len(names))
+                    raise ValueError(f"n: expected at most {there} rows of {name} in split {split}, got {share}")
+                found.append(self.answered(left[name].pop(), rng))
         return found
 
     def answered(self, question: str, rng: random.Random) -> Sample:

@@ -213,7 +213,7 @@ def rows(source: str, split: str = "train", class_names: bool = False) -> Iterat
 
     Args:
         source, split: as in ``Domain.load``.
-        class_names: return the names of a hub data set's classes instead of their numbers.
+        class_names: return the names of a hub data set's classes instead of their numbers, None for unlabelled rows.
 
     Raises:
         FileNotFoundError: no such local file, or (from ``datasets``) no such data set.
@@ -289,6 +289,8 @@ def _hub(source: str, split: str, class_names: bool) -> Iterator[tuple[int, dict
     features = found.features if class_names else {}
     kinds = {column: kind for column, kind in features.items() if hasattr(kind, "int2str")}
     for number, row in enumerate(found, 1):
-        # -1 marks unlabelled rows of a test set.
-        names = {column: kind.int2str(row[column]) for column, kind in kinds.items() if (row[column] or 0) >= 0}
+        # -1 marks unlabelled rows.
+        names = {
+            column: None if row[column] in (None, -1) else kind.int2str(row[column]) for column, kind in kinds.items()
+        }
         yield number, {**row, **names}

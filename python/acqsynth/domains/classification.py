@@ -40,7 +40,10 @@ def _label(row: Row, column: str) -> str:
 
 
 def _layout(question: str, label: str) -> Layout:
-    return Layout((question, label), lambda row: _labelled(text(row, question), _label(row, label)))
+    def read(row: Row) -> Sample | None:
+        return None if row[label] is None else _labelled(text(row, question), _label(row, label))
+
+    return Layout((question, label), read)
 
 
 LAYOUTS = (_layout("text", "label"), _layout("text", "intent"), _layout("question", "answer"))
@@ -133,10 +136,18 @@ class Classification(Domain):
         limit: int | None = None,
     ) -> list[Sample]:
         """As :meth:`Domain.load`, with columns ``text`` and ``label`` (or ``intent``), or ``question`` and ``answer``.
-        Class numbers of a hub data set become names. ``intents:banking77_train`` is that file in ``ACQCORE_DATA``, by
-        default ``../shared/data``."""
-        place = str(_intents(source)) if source.startswith(INTENTS) else source
-        return super().load(place, split, columns, limit)
+        Class numbers of a hub data set become names; rows without a label are left out. ``intents:banking77_train`` is
+        that file in ``ACQCORE_DATA``, by default ``../shared/data``."""
+        if source.startswith(INTENTS):
+            path = intents_path(source)
+            if not path.is_file():
+                raise FileNotFoundError(
+                    f"{path} does not exist: set ACQCORE_DATA to a folder with intents/{path.name}, or name a file or "
+                    "hub data set with a text and a label, as in source=mteb/banking77 columns={text: text, label: "
+                    "label_text}"
+                )
+            source = str(path)
+        return super().load(source, split, columns, limit)
 
 
 def _asked(task: str, answer: str) -> Messages:
@@ -159,12 +170,7 @@ def _names(question: str, label: str) -> bool:
     return bool(re.search(rf"\b{_MARKER}\b(?:\s+(?:is|of|name)\b)?\s*[:=]?\s*{quoted}|{quoted}\s+{_MARKER}\b", said))
 
 
-def _intents(source: str) -> Path:
-    folder = Path(os.environ.get("ACQCORE_DATA", "../shared/data")) / "intents"
-    path = folder / f"{source.removeprefix(INTENTS)}.jsonl"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} does not exist: set ACQCORE_DATA to a folder with intents/{path.name}, or name a file or hub data "
-            "set with a text and a label, as in source=mteb/banking77 columns={text: text, label: label_text}"
-        )
-    return path
+def intents_path(source: str) -> Path:
+    """The file of a source ``intents:<name>``."""
+    folder = Path(os.environ.get("ACQCORE_DATA", "../shared/data"))
+    return folder / "intents" / f"{source.removeprefix(INTENTS)}.jsonl"

@@ -309,6 +309,12 @@ def points(share: float) -> str:
     return f"{100 * share:+.1f}"
 
 
+def span(interval: Mapping[str, float]) -> str:
+    """Formats the interval of a difference of shares."""
+    low, high = interval["low"], interval["high"]
+    return "no interval" if low == high else f"{points(low)} to {points(high)}"
+
+
 def _accuracy(
     right: npt.NDArray[np.float64], generators: Sequence[int] | None, skills: Sequence[str | None], level: float
 ) -> dict[str, Any]:
@@ -355,6 +361,7 @@ def _judged(difference: Mapping[str, float], what: str, words: Mapping[str, str]
     """Words a comparison; a gain or loss must pass the joint test and have enough fits."""
     few = difference["fits"] < FEWEST
     kind = "none" if few or not sure else "gain" if difference["mean"] > 0 else "loss"
-    span = f"{points(difference['mean'])} points, interval {points(difference['low'])} to {points(difference['high'])}"
+    interval = span(difference) if difference["low"] == difference["high"] else f"interval {span(difference)}"
     why = f"; a gain or a loss needs {FEWEST} fits, but this run has {difference['fits']:.0f}" if few else ""
-    return {"kind": kind, "text": f"{words[kind]}: {what}, {span}{why}."}
+    text = f"{words[kind]}: {what}, {points(difference['mean'])} points, {interval}{why}."
+    return {"kind": kind, "text": text}

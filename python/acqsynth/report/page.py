@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from acqsynth.report.metrics import IN_DISTRIBUTION, KNOWN, STUDENT, percent, points
+from acqsynth.report.metrics import IN_DISTRIBUTION, KNOWN, STUDENT, percent, points, span
 
 INK, QUIET, RULE = "#1d2733", "#5d6b7a", "#d9dfe6"
 MAIN, OTHER, BAD = "#1f5fa8", "#a9b8c7", "#b3382c"
@@ -66,7 +66,7 @@ def render(metrics: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"percent": percent, "points": points, "tint": _tint, "seconds": _seconds}
+    environment.filters |= {"percent": percent, "points": points, "span": span, "tint": _tint, "seconds": _seconds}
     return environment.get_template("page.html.jinja").render(
         metrics=metrics,
         main=metrics["main"],

@@ -85,6 +85,23 @@ def test_rows_are_those_of_their_seed_without_repeats_and_with_equal_shares():
     assert names == {"sort", "code"}
 
 
+@pytest.mark.parametrize("options", [{}, {"split": "test"}, {"skills": ["lucky", "add"]}])
+@pytest.mark.parametrize("n", [1, 8, 9, 10, 280])
+def test_fewer_rows_are_the_first_of_more(n, options):
+    rows = WORLD.rows(560, 1, **options)
+    assert WORLD.rows(n, 1, **options) == rows[:n]
+    assert len({row.question for row in rows}) == 560
+    shares = Counter(row.extra["skill"] for row in rows[:n])
+    assert max(shares.values()) <= -(-n // len(options.get("skills", SKILLS)))
+
+
+def test_all_questions_of_a_skill_are_given():
+    there = SKILLS["add"].questions["test"]
+    assert {row.question for row in WORLD.rows(len(there), 0, skills=["add"], split="test")} == set(there)
+    with pytest.raises(ValueError, match=rf"expected at most {len(there)} rows of add in split test, got"):
+        WORLD.rows(len(there) + 1, 0, skills=["add"], split="test")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

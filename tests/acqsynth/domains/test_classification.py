@@ -182,9 +182,20 @@ def test_rows_that_cannot_be_read(values, message, tmp_path):
 def test_classes_of_a_hub_data_set_have_their_names(monkeypatch):
     datasets = pytest.importorskip("datasets")
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=LABELS)})
-    found = datasets.Dataset.from_dict({"text": ["Where?", "When?"], "label": [0, 2]}, features)
+    texts = ["Who?", "Where?", "Why?", "When?"]
+    found = datasets.Dataset.from_dict({"text": texts, "label": [-1, 0, None, 2]}, features)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: found)
     assert classification.load("some/intents") == [row("Where?", LABELS[0]), row("When?", LABELS[2])]
+    assert classification.load("some/intents", limit=1) == [row("Where?", LABELS[0])]
+    found = found.select([0, 2])
+    with pytest.raises(ValueError, match="none of 2 rows has a final answer"):
+        classification.load("some/intents")
+
+
+def test_rows_without_a_label_are_left_out(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"text": "Good", "label": 1}\n{"text": "Well", "label": null}\n{"text": "Bad", "label": -1}\n')
+    assert classification.load(str(path)) == [row("Good", "1"), row("Bad", "-1")]
 
 
 def test_absent_intents_say_what_to_give(tmp_path, monkeypatch):

@@ -242,9 +242,7 @@ def test_gain_loss_and_neither_are_said_plainly():
     assert said[0]["text"].startswith(
         "Gain: grpo over the base student in distribution: 50.0 % to 87.5 % after 100 rows, +37.5 points, interval +"
     )
-    assert (
-        said[2]["text"] == "No change shown: grpo over the base student on other, +0.0 points, interval +0.0 to +0.0."
-    )
+    assert said[2]["text"] == "No change shown: grpo over the base student on other, +0.0 points, no interval."
     assert said[3]["text"] == "no_rl had 90 of 100 rows, so its fits are not at equal rows."
     assert collected(grpo=(2, 3, 2))["verdict"][0]["text"].startswith("Loss: grpo over the base student")
     assert collected(grpo=(20,) * 3)["verdict"][0]["text"].startswith("No gain shown: grpo over the base student")
@@ -255,6 +253,24 @@ def test_fewer_than_three_fits_call_nothing(fits):
     said = collected(grpo=(39, 40)[:fits], no_rl=(10, 10, 10))["verdict"]
     assert [entry["kind"] for entry in said if entry["kind"] != "note"] == ["none"] * 3
     assert said[0]["text"].endswith(f"; a gain or a loss needs 3 fits, but this run has {fits}.")
+
+
+@pytest.mark.parametrize(("rows", "kind"), [(1, "none"), (2, "none"), (5, "none"), (6, "gain"), (40, "gain")])
+def test_identical_values_give_no_interval(rows, kind):
+    [said] = measures.collect(
+        sets={"in_distribution": "sums"},
+        main="grpo",
+        descriptions={"grpo": "grpo"},
+        base={("student", "in_distribution"): Answers([0.0] * rows, [None] * rows)},
+        answers={
+            ("grpo", "student", 9, 0, seed, "in_distribution"): Answers([1.0] * rows, [None] * rows)
+            for seed in range(3)
+        },
+        learnt={("grpo", "student", 9, 0, seed): 9 for seed in range(3)},
+        level=0.95,
+    )["verdict"]
+    assert said["kind"] == kind
+    assert said["text"].endswith("0.0 % to 100.0 % after 9 rows, +100.0 points, no interval.")
 
 
 def test_comparisons_are_judged_together():
