@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 
 import acqcore
+from acqcore.defaults import standard_defaults
 
 KINDS = ["float64", "bfloat16", "float16", "device"]
 
@@ -92,3 +94,17 @@ def test_functions_of_tensors(how, backend, changed):
         "diversity": lambda: acqcore.gradient_diversity(vectors),
     }
     assert_same(calls[how], changed)
+
+
+def test_calls_of_several_threads_may_overlap():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with ThreadPoolExecutor(1) as pool:  # a call that begins later and ends later
+            call = standard_defaults()
+            with standard_defaults():
+                pool.submit(call.__enter__).result()
+            assert torch.get_default_dtype() == torch.float32
+            pool.submit(call.__exit__, None, None, None).result()
+        assert torch.get_default_dtype() == torch.bfloat16
+    finally:
+        torch.set_default_dtype(torch.float32)

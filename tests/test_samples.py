@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from decimal import Decimal
 from typing import Any, ClassVar
@@ -294,6 +295,52 @@ class TestRowsOfAnySource:
         elif source == "datasets":
             table = pytest.importorskip("datasets").Dataset(table)
         assert_same(encoded(table), encoded([{"messages": turn}, {"messages": other}]))
+
+    @pytest.mark.parametrize("source", ["arrow", "pandas", "polars", "datasets"])
+    def test_keys_that_only_some_rows_have(self, source, encoded, tokenizer, with_template):
+        """A table fills them with nulls, at any depth, which must not reach the chat template."""
+        beside = "{% for x in [tools, loud, messages[1].tool_calls] %}{% if x %}{{ x | tojson }}{% endif %}{% endfor %}"
+        tokenizer = with_template(beside + tokenizer.chat_template)
+
+        def call(**arguments):
+            calls = [{"type": "function", "function": {"name": "f", "arguments": arguments}}]
+            return [USER, YES | {"tool_calls": calls}, USER, YES]
+
+        def tool(*names, **more):
+            properties = {name: {"type": "string"} for name in names}
+            return [{"type": "function", "function": {"name": "f", "parameters": {"properties": properties}, **more}}]
+
+        columns: dict[str, list[Any]] = {
+            "messages": [call(x="a"), call(city="Rome"), [USER, YES, USER, YES]],
+            "tools": [tool("x"), tool("city", strict=True), None],
+            "chat_template_kwargs": [{"loud": {"very": "a"}}, None, {"quiet": "b"}],
+        }
+        rows = [{key: values[i] for key, values in columns.items() if values[i]} for i in range(3)]
+        expected = encoded(rows, tokenizer, limit=None)
+        text = tokenizer.decode(expected[1].ids)
+        assert "strict" in text
+        assert "null" not in text
+        table = pytest.importorskip("pyarrow").table(columns)
+        if source == "pandas":
+            table = table.to_pandas()
+        elif source != "arrow":
+            module = pytest.importorskip(source)
+            table = module.from_arrow(table) if source == "polars" else module.Dataset(table)
+        assert_same(encoded(table, tokenizer, limit=None), expected)
+        as_text = [row | {"tools": json.dumps(row["tools"][:1])} if "tools" in row else row for row in rows]
+        assert_same(encoded(as_text, tokenizer, limit=None), expected)
+
+    def test_a_frame_has_nan_where_a_value_is_missing(self, encoded):
+        pandas = pytest.importorskip("pandas")
+        rows = [
+            {"messages": [USER, YES], "tools": [{"name": "f"}], "chat_template_kwargs": {"a": 1}},
+            {"messages": [USER, YES]},
+        ]
+        frame = pandas.DataFrame(rows)
+        assert_same(encoded(frame), encoded(rows))
+        assert_same(encoded(frame.to_dict("records")), encoded(rows))
+        texts = pandas.DataFrame([{"text": "a fox", "tools": float("nan")}])
+        assert_same(encoded(texts), encoded(["a fox"]))
 
     @pytest.mark.parametrize("kind", ["numpy", "tuple", "pandas", "polars", "pyarrow"])
     def test_a_column_of_strings(self, kind, encoded):

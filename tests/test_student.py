@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -269,6 +270,43 @@ class TestScoringMode:
         assert torch.is_grad_enabled()
         assert [module.training for module in model.modules()] == flags
         assert [parameter.requires_grad for parameter in model.parameters()] == grads
+
+    @pytest.mark.parametrize(
+        ("name", "arguments"),
+        [
+            ("loss", None),
+            ("grad_norm", {"parameters": "trainable"}),
+            ("mutual_information", {"layers": 1, "probes": 1}),
+            ("predictive_entropy", {"layers": 1, "draws": 2}),
+            ("predictive_entropy", "members"),
+        ],
+    )
+    def test_threads_take_turns(self, name, arguments, tiny_model):
+        def calls():
+            models = [tiny_model("GPT2", attn_pdrop=0.5).train(), tiny_model("Llama").train()]
+            members = [models[::-1], models]  # a thread may hold a model that another waits for
+            given = [{"members": m} if arguments == "members" else arguments for m in members]
+            run = lambda i: acqcore.score(  # noqa: E731
+                models[i], {"input_ids": IDS}, name, batch_tokens=11, progress=False,
+                acquisition_args=None if given[i] is None else {name: given[i]},
+            )[name]  # fmt: skip
+            return models, run
+
+        expected = [calls()[1](i) for i in (0, 1)]
+        models, run = calls()
+        flags = [module.training for model in models for module in model.modules()]
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-5)
+        try:
+            with ThreadPoolExecutor(3) as pool:
+                found = [(i, pool.submit(run, i)) for i in (0, 1, 0) * 4]
+                for i, future in found:
+                    torch.testing.assert_close(future.result(timeout=60), expected[i], rtol=1e-4, atol=1e-6)
+        finally:
+            sys.setswitchinterval(interval)
+        assert [module.training for model in models for module in model.modules()] == flags
+        assert not any("forward" in vars(module) for model in models for module in model.modules())
+        assert all(parameter.requires_grad for model in models for parameter in model.parameters())
 
 
 class TestWrappers:

@@ -89,21 +89,22 @@ class Probe:
         self._done = True
         assert student._module is not None
         known = _KNOWN.setdefault(student._module, {})
-        state = (frozenset(capture.names.values()), *map(_state, capture.modules))
-        if state in known:
-            self._restore(known[state])
-            return
-        failed = self._compare(self._tokens)
-        if failed is not None and not capture.used:
-            self._tokens = input_ids.to(student.device)
+        with student.alone():  # so that no hooks of another thread are in the state
+            state = (frozenset(capture.names.values()), *map(_state, capture.modules))
+            if state in known:
+                self._restore(known[state])
+                return
             failed = self._compare(self._tokens)
-        if failed is None or failed:
-            self.take_one_by_one()
-        self._refuse_unseen()
-        if capture.used:  # otherwise later samples may still reach the parameters
-            if len(known) == KEPT_FINDINGS:
-                known.clear()
-            known[state] = self._findings()
+            if failed is not None and not capture.used:
+                self._tokens = input_ids.to(student.device)
+                failed = self._compare(self._tokens)
+            if failed is None or failed:
+                self.take_one_by_one()
+            self._refuse_unseen()
+            if capture.used:  # otherwise later samples may still reach the parameters
+                if len(known) == KEPT_FINDINGS:
+                    known.clear()
+                known[state] = self._findings()
 
     def take_one_by_one(self) -> None:
         """Use batches of one sample from now on, and leave parameters that fit no rule to autograd."""

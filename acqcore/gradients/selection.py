@@ -56,7 +56,8 @@ def select_parameters(student: Student, head: Head, parameters: str | int) -> Se
             if value is not None and _name(value, names) is None:
                 names[value] = name
     if parameters == "trainable":
-        names = {p: name for p, name in names.items() if p.requires_grad}
+        with student.alone():
+            names = {p: name for p, name in names.items() if p.requires_grad}
     if not names:
         raise ValueError(f"parameters: {parameters!r}: no parameter of the student has requires_grad=True")
     checks.differentiable(names)

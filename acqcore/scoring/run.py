@@ -129,12 +129,13 @@ class Runner:
         # The mode is switched per batch, not around the generator: a paused generator would leave its caller without
         # gradients. Autograd cannot run in inference mode.
         results: dict[Need, Any] = {}
-        with torch.inference_mode(False), self.student.scoring():
+        with torch.inference_mode(False), torch.no_grad():
             for options, draws in self._draws.items():
                 if not options.on_hidden:  # first, while no graph is held
                     results[options] = draws.of_forwards(batch)
             if any(not isinstance(need, DrawOptions) or need.on_hidden for need in self._needs):
-                self._without_dropout(batch, results)
+                with self.student.scoring():
+                    self._without_dropout(batch, results)
         return results
 
     def _without_dropout(self, batch: Batch, results: dict[Need, Any]) -> None:

@@ -43,7 +43,7 @@ class CausalLM:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._model = model
-        self._causal = causal = _innermost(model)
+        self._causal = causal = innermost(model)
         self.name = type(causal).__name__
         embeddings = getattr(causal, "get_output_embeddings", None)
         if not hasattr(causal, "config") or embeddings is None or embeddings() is None:
@@ -266,7 +266,7 @@ def _unhooked(layer: torch.nn.Module) -> Iterator[None]:
         layer._forward_hooks = hooks
 
 
-def _innermost(model: Any) -> Any:
+def innermost(model: Any) -> Any:
     """The transformers model inside torch.compile, DataParallel, FSDP1, DeepSpeed and PEFT wrappers."""
     while True:
         model = _runnable(model)
@@ -276,7 +276,7 @@ def _innermost(model: Any) -> Any:
 
 
 def _runnable(model: Any) -> Any:
-    """Like :func:`_innermost`, but keeps PEFT's wrapper, whose forward may switch adapters per token."""
+    """Like :func:`innermost`, but keeps PEFT's wrapper, whose forward may switch adapters per token."""
     while True:
         model = unwrapped(model)
         if hasattr(model, "_orig_mod"):

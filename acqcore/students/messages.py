@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from acqcore import checks
-from acqcore.students.tables import plain
+from acqcore.students.tables import BESIDE, plain
 
 _PROBE = "acqcore"
 
@@ -72,8 +72,6 @@ def sound(index: int, key: str, text: str) -> str:
 def messages_of(index: int, key: str, value: object) -> list[dict[str, Any]]:
     """The value as a list of messages, each with a role and content or tool calls.
 
-    Keys with null values count as absent: a table has nulls where a row lacks a key that other rows have.
-
     Raises:
         TypeError: the value is not such a list.
     """
@@ -82,7 +80,7 @@ def messages_of(index: int, key: str, value: object) -> list[dict[str, Any]]:
         raise TypeError(f"samples[{index}]: {key}: expected a list of messages, got {checks.describe(value)}")
     messages = []
     for message in found:
-        given = {k: v for k, v in message.items() if v is not None} if isinstance(message, Mapping) else {}
+        given = message if isinstance(message, dict) else {}
         if not isinstance(given.get("role"), str) or not ("content" in given or given.get("tool_calls")):
             raise TypeError(
                 f'samples[{index}]: {key}: expected messages with "role" and "content" (or "tool_calls"), '
@@ -177,15 +175,16 @@ def template_options(index: int, sample: Mapping[str, Any]) -> dict[str, Any]:
         TypeError: tools that are neither a list nor its JSON text; template variables that are not a mapping.
         ValueError: template variables that acqcore sets.
     """
-    tools = plain(sample.get("tools"))
+    given = plain({key: sample[key] for key in BESIDE if key in sample})
+    tools = given.get("tools")
     if isinstance(tools, str):
         try:
-            tools = json.loads(tools or "null")
+            tools = plain(json.loads(tools or "null"))
         except ValueError as error:
             raise TypeError(f"samples[{index}]: tools: expected a list of tools or its JSON text: {error}") from None
     if tools is not None and not isinstance(tools, list):
         raise TypeError(f"samples[{index}]: tools: expected a list of tools, got {checks.describe(tools)}")
-    variables = plain(sample.get("chat_template_kwargs")) or {}
+    variables = given.get("chat_template_kwargs") or {}
     if not isinstance(variables, Mapping):
         raise TypeError(
             f"samples[{index}]: chat_template_kwargs: expected a mapping of template variables, "

@@ -192,8 +192,8 @@ def _text(index: int, sample: Any, kind: tuple[str, ...], first: tuple[str, ...]
         names = [" and ".join(keys) or "a string" for keys in (first, kind)]
         raise TypeError(f"samples[{index}]: expected {names[0]} as in the samples before it, got {names[1]}")
     if kind != () and kind != ("messages",) and not isinstance(plain(sample[kind[0]]), list):
-        for key in BESIDE:
-            if sample.get(key):
+        for key, value in plain({key: sample[key] for key in BESIDE if key in sample}).items():
+            if value:
                 raise ValueError(f"samples[{index}]: {key}: only conversations have a chat template that uses it")
     if kind == ():
         return _Text(sound(index, "text", sample), 0, False)

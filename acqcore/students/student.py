@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeAlias
@@ -14,7 +15,7 @@ from acqcore import checks
 from acqcore.defaults import standard_defaults
 from acqcore.head import Head
 from acqcore.students.blocks import Blocks
-from acqcore.students.causal_lm import CausalLM
+from acqcore.students.causal_lm import CausalLM, innermost
 from acqcore.students.loading import check_request, load_model, load_tokenizer
 from acqcore.students.packing import Lengths
 from acqcore.students.sharding import DataParallel, gathered, is_dtensor
@@ -27,6 +28,9 @@ CUT_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, 
 
 # Verdicts of that test, so that a reward called with the model at each step pays for it once.
 _CUTS: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictionary()
+
+# By innermost model, as a model and its wrappers share modules. Not an attribute: a student may be copied.
+_LOCKS: WeakKeyDictionary[torch.nn.Module, threading.RLock] = WeakKeyDictionary()
 
 
 class Student:
@@ -168,7 +172,8 @@ class Student:
     def blocks(self) -> list[torch.nn.Module]:
         """The transformer blocks in execution order; may be empty. They are the list members that take and return the
         residual stream, found by a forward of a few tokens, once per model."""
-        return self._blocks.found(self._few_tokens)
+        with self.alone():
+            return self._blocks.found(self._few_tokens)
 
     @property
     def branches(self) -> list[list[torch.nn.Module]]:
@@ -177,11 +182,13 @@ class Student:
         Raises:
             ValueError: a block adds something to the stream that is not a module's output.
         """
-        return self._blocks.branches(self._few_tokens)
+        with self.alone():
+            return self._blocks.branches(self._few_tokens)
 
     def may_skip(self, count: int, check: Callable[[], bool]) -> bool:
         """Whether the first ``count`` blocks may return a stored output; ``check`` decides, once per model."""
-        return self._blocks.skippable(count, self._few_tokens, check)
+        with self.alone():
+            return self._blocks.skippable(count, self._few_tokens, check)
 
     def _few_tokens(self) -> None:
         """A forward without gradients that visits every block."""
@@ -285,20 +292,30 @@ class Student:
         with self._data_parallel.in_step(idle):
             yield
 
+    def alone(self) -> AbstractContextManager[Any]:
+        """Re-entrant context in which no other thread scores with this model. All changes to a model (modes, hooks,
+        forwards, ``requires_grad``) are made within it, lest threads restore each other's.
+
+        A thread must not wait for a second model within it: another thread may hold that one and wait for this one.
+        """
+        return nullcontext() if self._module is None else _LOCKS.setdefault(innermost(self._module), threading.RLock())
+
     @contextmanager
     def scoring(self) -> Iterator[None]:
-        """Context in evaluation mode without gradients; each module's training flag is restored afterwards."""
-        modules = list(self._module.modules()) if self._module is not None else []
-        flags = [module.training for module in modules]
-        # Set one by one: eval() and train() give every submodule the root's mode, and some classes override them.
-        for module in modules:
-            module.training = False
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            for module, flag in zip(modules, flags, strict=True):
-                module.training = flag
+        """Context in evaluation mode without gradients, :meth:`alone`; each module's training flag is restored
+        afterwards."""
+        with self.alone():
+            modules = list(self._module.modules()) if self._module is not None else []
+            flags = [module.training for module in modules]
+            # Set one by one: eval() and train() give every submodule the root's mode, and some classes override them.
+            for module in modules:
+                module.training = False
+            try:
+                with torch.no_grad():
+                    yield
+            finally:
+                for module, flag in zip(modules, flags, strict=True):
+                    module.training = flag
 
 
 StudentLike: TypeAlias = Student | torch.nn.Module | str | os.PathLike[str]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -52,14 +53,22 @@ def listed(samples: Any) -> list[Any]:
 
 
 def plain(value: Any) -> Any:
-    """The value with NumPy arrays, which pandas reads from nested parquet columns, converted to lists."""
+    """The value with NumPy arrays, which pandas reads from nested parquet columns, converted to lists.
+
+    Keys of mappings without a value are dropped at any depth: a table has a null, or a frame NaN, where a row lacks a
+    key that other rows have.
+    """
     if isinstance(value, Mapping):
-        return {key: plain(part) for key, part in value.items()}
+        return {key: plain(part) for key, part in value.items() if not _missing(part)}
     if isinstance(value, (str, bytes)):
         return value
     if isinstance(value, Sequence) or hasattr(value, "tolist"):
         return [plain(part) for part in value] if hasattr(value, "__len__") else value
     return value
+
+
+def _missing(value: Any) -> bool:
+    return value is None or bool(isinstance(value, numbers.Real) and value != value)
 
 
 def _columns(samples: Any) -> list[Any] | None:
@@ -83,8 +92,4 @@ def _rows(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
     lengths = {name: len(values) for name, values in columns.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"samples: expected columns of one length, got {lengths}")
-    # A data set has null for missing tools if other rows of a batch have them.
-    return [
-        {key: value for key, value in zip(columns, row, strict=True) if value is not None or key not in BESIDE}
-        for row in zip(*columns.values(), strict=True)
-    ]
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

@@ -106,7 +106,8 @@ class TrunkDraws:
         """Final hidden states ``[K, B, T, D]``."""
         input_ids = input_ids.to(self._student.device)
         self._dropped = 0
-        hidden = self._hidden(input_ids, samples)
+        with self._student.scoring():
+            hidden = self._hidden(input_ids, samples)
         if not self._dropped:
             raise ValueError("layers: the student's forward went through none of the modules that dropout acts on")
         return hidden
