@@ -254,7 +254,9 @@ def _pick(options: argparse.Namespace, pool: _Pool) -> list[int]:
         return select(signal, options.n).tolist()
     names = [str(pool.records[i].values[options.label_column]) for i in pool.indices]
     labels = torch.tensor([sorted(set(names)).index(name) for name in names])
-    vectors = prompt_embedding(pool.student, pool.rows, batch_tokens=options.batch_tokens)
+    vectors = prompt_embedding(
+        pool.student, pool.rows, batch_tokens=options.batch_tokens, max_length=options.max_length
+    )
     trust = label_trust(vectors, labels)
     print(f"{int((trust > 0).sum())} of {len(trust)} labels agree with those of similar prompts", file=sys.stderr)
     return select(signal, options.n, labels=labels, trust=trust).tolist()
