@@ -65,6 +65,11 @@ class Row:
     targets: torch.Tensor
     prompt: torch.Tensor | None = None
 
+    @property
+    def scored(self) -> torch.Tensor:
+        """The scored tokens, ``[n_scored]`` int64."""
+        return self.targets[self.targets != checks.IGNORE_INDEX]
+
     @cached_property
     def n_scored(self) -> int:
         return int((self.targets != checks.IGNORE_INDEX).sum())
@@ -124,17 +129,21 @@ def encode(
         rows = encoded if len(encoded) == len(given) else _tokenize(_texts(given, tokenizer, errors), tokenizer, errors)
 
     # Check all rows at once, and one by one only to name a bad one.
-    every = torch.cat([row.ids for row in rows]) if rows else EMPTY.ids
-    known = bool(((every >= 0) & (every < vocab_size)).all())
+    tokens = [ids for row in rows for ids in (row.ids, row.scored)]
+    known = not bool(_outside(torch.cat([EMPTY.ids, *tokens]), vocab_size).any())
 
     def finish(index: int, row: Row) -> Row:
         if not known:
-            bad = (row.ids < 0) | (row.ids >= vocab_size)
-            if bool(bad.any()):
-                raise ValueError(
-                    f"samples[{index}]: token id {int(row.ids[bad][0])} is outside the student's vocabulary of "
-                    f"{vocab_size}; does the tokenizer belong to the student?"
-                )
+            for kind, ids, hint in (
+                ("token id", row.ids, "does the tokenizer belong to the student?"),
+                ("label", row.scored, f"expected {checks.IGNORE_INDEX} where not scored"),
+            ):
+                bad = ids[_outside(ids, vocab_size)]
+                if len(bad):
+                    raise ValueError(
+                        f"samples[{index}]: {kind} {int(bad[0])} is outside the student's vocabulary of {vocab_size}; "
+                        f"{hint}"
+                    )
         if row.n_scored == 0:
             raise ValueError(
                 f"samples[{index}]: nothing to score, expected at least one scored token with a token before it"
@@ -149,6 +158,11 @@ def encode(
 
     done = errors or {}
     return [EMPTY if i in done else _attempt(errors, finish, i, row) or EMPTY for i, row in enumerate(rows)]
+
+
+def _outside(ids: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Where ``ids`` are not in the vocabulary, in their shape."""
+    return (ids < 0) | (ids >= vocab_size)
 
 
 def _attempt(errors: dict[int, str] | None, step: Callable[..., T], index: int, *arguments: Any) -> T | None:
