@@ -70,7 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"acqcore: error: {_of_options(str(error), options)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("acqcore: interrupted; the same command resumes after the last finished batch", file=sys.stderr)
+        resumable = options.command is _score
+        result = "the same command resumes after the last finished batch" if resumable else "nothing was written"
+        print(f"acqcore: interrupted; {result}", file=sys.stderr)
         return 130
 
 
@@ -145,7 +147,7 @@ def _parser() -> argparse.ArgumentParser:
         help="rows per block, the unit of reading, retrying and writing",
     )
     chosen = commands.add_parser("select", help="choose the rows of a data file that a student would learn most from")
-    chosen.set_defaults(command=_usage_errors()(_select))
+    chosen.set_defaults(command=_usage_errors()(choose.run))
     choose.add_options(chosen)
     _add_scoring_options(chosen)
     reference = commands.add_parser("reference", help="compute the reference that influence is measured against")
@@ -215,14 +217,6 @@ def _info(options: argparse.Namespace) -> int:
         ],
     )
     return 0
-
-
-def _select(options: argparse.Namespace) -> int:
-    try:
-        return choose.run(options)
-    except KeyboardInterrupt:
-        print("acqcore: interrupted; nothing was written", file=sys.stderr)
-        return 130
 
 
 def _score(options: argparse.Namespace) -> int:
@@ -340,20 +334,37 @@ def _prepare(options: argparse.Namespace) -> tuple[Job, list[Block], dict[str, A
 
 def _manifest(options: argparse.Namespace, data: Path, columns: dict[str, str]) -> dict[str, Any]:
     """Everything that values and batches depend on, which excludes the engine."""
-    with data.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
     keys = (
         "student", "acquisitions", "acquisition_args", "reduction", "topk", "batch_tokens", "max_length", "dtype",
         "device", "backend", "limit", "block_rows", "keep_tokens",
     )  # fmt: skip
-    files = sorted(Path(options.student).rglob("*")) if os.path.isdir(options.student) else []
     return {
         **{key: getattr(options, key) for key in keys},
         "columns": columns,
-        "data": digest.hexdigest(),
-        "student_files": [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files if f.is_file()],
+        "data": _content(data),
+        "student_files": _content(Path(options.student)),
+        "argument_files": {path: _content(Path(path)) for path in _paths(options.acquisition_args)},
         "version": __version__,
     }
+
+
+def _content(path: Path) -> str | list[list[Any]]:
+    """The digest of a file, or the sizes and times of a folder's files."""
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    files = sorted(path.rglob("*")) if path.is_dir() else []
+    return [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files if f.is_file()]
+
+
+def _paths(value: Any) -> Iterator[str]:
+    """The names of existing files and folders within a JSON value."""
+    if isinstance(value, str):
+        if os.path.exists(value):
+            yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _paths(part)
 
 
 def _collect(

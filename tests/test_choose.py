@@ -212,6 +212,18 @@ def test_rows_without_a_finite_value_are_not_chosen(choose, tmp_path, monkeypatc
     assert "n: expected at most 3 (the number of rows with a finite value), got 4" in capsys.readouterr().err
 
 
+def test_a_row_too_long_for_a_member_is_not_chosen(choose, tiny_model, tokenizer, tmp_path, capsys, read):
+    for folder, n in (("one", 16), ("two", 32)):
+        tiny_model("GPT2", n_positions=n).save_pretrained(tmp_path / folder)
+        tokenizer.save_pretrained(tmp_path / folder)
+    members = [str(tmp_path / "one"), str(tmp_path / "two")]
+    arguments = json.dumps({"predictive_entropy": {"members": members}})
+    rows = [{"text": "a fox"}, {"text": "12345678901234567890"}, {"text": "the dog"}]
+    assert main(choose(rows, n=2, signal="predictive_entropy", acquisition_args=arguments)) == 0
+    assert [row["row"] for row in read(tmp_path / "out.jsonl")] == [0, 2]
+    assert "line 2: 20 tokens, the student takes at most 16" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

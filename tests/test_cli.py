@@ -136,6 +136,28 @@ def test_another_run_may_not_take_over(command, tmp_path, monkeypatch, capsys, r
     assert main(command(rows)) == 0
 
 
+def test_a_run_does_not_resume_with_another_reference(command, student, tmp_path, monkeypatch, refused):
+    def reference(text):
+        data = tmp_path / "validation.jsonl"
+        data.write_text(json.dumps({"text": text}))
+        words = ["--student", str(student), "--data", str(data), "--out", str(tmp_path / "reference.pt"), "--overwrite"]
+        assert main(["reference", *words, "--dim", "64", "--backend", "eager"]) == 0
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    arguments = json.dumps({"influence": {"reference": str(tmp_path / "reference.pt")}})
+    scoring = command([{"text": text} for text in TEXTS], acquisitions="influence", acquisition_args=arguments)
+    reference("a fox")
+    with monkeypatch.context() as patch:
+        patch.setattr("acqcore.scoring.plan.Plan.batches", interrupted)
+        assert main(scoring) == 130
+    reference("the lazy dog")
+    assert "with different argument_files" in refused(scoring)
+    reference("a fox")
+    assert main(scoring) == 0
+
+
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
 def test_blocks_are_joined(suffix, command, tmp_path, read):
     rows: list[Any] = [{"text": text} for text in TEXTS]
@@ -208,6 +230,44 @@ def test_a_reference_set_is_whole(lines, message, student, tmp_path, refused):
     given = ["--student", str(student), "--data", str(data), "--out", str(tmp_path / "reference.pt")]
     assert message in refused(["reference", *given, "--backend", "eager"])
     assert not (tmp_path / "reference.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("validation.jsonl", "is or contains the data, which would be lost"),
+        ("link.pt", "is or contains the data, which would be lost"),
+        ("other.pt", "out: other.pt exists; --overwrite replaces it"),
+        ("folder", "out: expected a file, folder is a folder"),
+        ("none/reference.pt", "out: the folder none does not exist"),
+    ],
+)
+def test_a_reference_replaces_nothing_unasked(out, message, student, tmp_path, monkeypatch, refused):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("acqcore.files.reference.load_student", None)  # refused before any work
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "validation.jsonl").write_text(row := json.dumps({"text": "a fox"}))
+    (tmp_path / "link.pt").symlink_to("validation.jsonl")
+    (tmp_path / "other.pt").write_text("keep")
+    overwrite = [] if out == "other.pt" else ["--overwrite"]
+    words = ["reference", "--student", str(student), "--data", "validation.jsonl", "--out", out, *overwrite]
+    assert message in refused(words)
+    assert (tmp_path / "validation.jsonl").read_text() == row
+    assert (tmp_path / "other.pt").read_text() == "keep"
+
+
+def test_an_interrupted_reference_keeps_the_old_one(student, tmp_path, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("acqcore.files.reference.influence_reference", interrupted)
+    data, out = tmp_path / "validation.jsonl", tmp_path / "reference.pt"
+    data.write_text(json.dumps({"text": "a fox"}))
+    out.write_text("keep")
+    words = ["reference", "--student", str(student), "--data", str(data), "--out", str(out), "--overwrite"]
+    assert main(words) == 130
+    assert capsys.readouterr().err == "acqcore: interrupted; nothing was written\n"
+    assert out.read_text() == "keep"
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])

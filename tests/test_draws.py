@@ -179,6 +179,16 @@ def test_members(tiny_model):
         _assert_draws(scores, i, logits, atol=2e-5)
 
 
+def test_the_shortest_member_limits_the_length(tiny_model):
+    errors: dict[int, str] = {}
+    samples = _padded(_ids(40, 16))
+    short = [tiny_model("GPT2", n_positions=n) for n in (16, 32)]
+    arguments = {"predictive_entropy": {"members": short}}
+    found = acqcore.score(tiny_model("Llama"), samples, "predictive_entropy", acquisition_args=arguments, errors=errors)
+    assert found.valid.tolist() == [False, True]
+    assert errors == {0: "40 tokens, the student takes at most 16; max_length= truncates"}
+
+
 def test_equal_arguments_share_the_draws(tiny_model):
     model = tiny_model("Llama")
     together = _score(model, _ids(5, 8), layers=1)

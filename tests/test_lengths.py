@@ -74,6 +74,19 @@ def test_any_forward_that_depends_on_the_padded_length(threshold):
     assert_as_alone(lambda: acqcore.Student(Relative(threshold), head), (12, 24, 5, 24))
 
 
+def test_a_trunk_of_unknown_length_runs_no_longer_row_than_given():
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens, self.places = nn.Embedding(96, 16), nn.Embedding(24, 16)
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            return self.tokens(input_ids) + self.places(torch.arange(input_ids.shape[1]))
+
+    trunk = Positions()
+    assert_as_alone(lambda: acqcore.Student(trunk, acqcore.Head(torch.ones(96, 16))), (20, 5, 24))
+
+
 def test_others_share_batches(tiny_model):
     student = acqcore.Student.from_model(tiny_model("Llama"))
     assert len(set(student.length_groups([3, 9, 40]))) == 1

@@ -37,6 +37,41 @@ def test_the_completion_is_not_read(model, tokenizer):
     torch.testing.assert_close(found, again, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("prompt", ["", "a", "a fox jumps over the dog"])
+@pytest.mark.parametrize("max_length", [None, 2, 12])
+def test_neither_truncation_nor_a_short_prompt_lets_the_completion_in(prompt, max_length, model, tokenizer):
+    texts = [{"prompt": prompt, "completion": end} for end in (" even", " an odd number, as 1 and 3 are")]
+    first = [len(tokenizer(prompt).input_ids)] * 2
+    ids = [tokenizer(text["prompt"] + text["completion"]).input_ids for text in texts]
+    size = max(map(len, ids))
+    tensors = {
+        "input_ids": torch.tensor([row + [0] * (size - len(row)) for row in ids]),
+        "attention_mask": torch.tensor([[1] * len(row) + [0] * (size - len(row)) for row in ids]),
+    }
+    tensors["labels"] = tensors["input_ids"].masked_fill(torch.arange(size) < torch.tensor(first)[:, None], -100)
+    for samples in (texts, tensors) if prompt else (texts,):
+        found = acqcore.prompt_embedding(model, samples, tokenizer=tokenizer, max_length=max_length)
+        torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5)
+        kept = tokenizer(prompt).input_ids[-(max_length or 99) :]
+        expected = by_hand(model, kept) if kept else torch.zeros(32)
+        torch.testing.assert_close(found[0], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("labels", [None, "input_ids"])
+def test_of_tensors_without_a_prompt_all_tokens_are_read(labels, model):
+    tensors = {"input_ids": torch.tensor([[5, 6, 7, 8]])}
+    if labels:
+        tensors["labels"] = tensors["input_ids"]
+    found = acqcore.prompt_embedding(model, tensors)
+    torch.testing.assert_close(found[0], by_hand(model, [5, 6, 7, 8]), rtol=1e-5, atol=1e-5)
+
+
+def test_of_a_truncated_text_the_beginning_is_read(model, tokenizer):
+    found = acqcore.prompt_embedding(model, ["The quick brown fox"], tokenizer=tokenizer, max_length=3)
+    expected = by_hand(model, tokenizer("The quick brown fox").input_ids[:3])
+    torch.testing.assert_close(found[0], expected, rtol=1e-5, atol=1e-5)
+
+
 def test_of_a_text_all_tokens_are_read(model, tokenizer):
     found = acqcore.prompt_embedding(model, ["The quick brown fox"], tokenizer=tokenizer)
     expected = by_hand(model, tokenizer("The quick brown fox").input_ids)

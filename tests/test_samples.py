@@ -142,6 +142,14 @@ class TestTensors:
                 ValueError,
                 "samples[1]: token id 320 is outside the student's vocabulary of 320",
             ),
+            *(
+                (
+                    {"input_ids": torch.ones(2, 3).long(), "labels": torch.tensor([[1, 1, 1], [1, label, 1]])},
+                    ValueError,
+                    f"samples[1]: label {label} is outside the student's vocabulary of 320; expected -100 where not",
+                )
+                for label in (-1, 320)
+            ),
             (
                 {"input_ids": torch.tensor([[1, 2]]), "labels": torch.tensor([[1, -100]])},
                 ValueError,
@@ -252,6 +260,14 @@ def test_errors_are_collected_where_asked(encoded):
     assert sorted(errors) == [1, 2, 4, 5]
     assert errors[1].startswith("nothing to score")
     assert errors[5].endswith("the student takes at most 64; max_length= truncates")
+
+
+def test_a_label_outside_the_vocabulary_costs_its_sample_only(encoded):
+    errors: dict[int, str] = {}
+    labels = torch.tensor([[5000, 1, 319], [-100, -100, 5000], [0, -100, 2]])  # nothing predicts the first token
+    rows = encoded({"input_ids": torch.ones(3, 3).long(), "labels": labels}, None, errors=errors)
+    assert [row.n_scored for row in rows] == [2, 0, 1]
+    assert list(errors) == [1]
 
 
 class TestRowsOfAnySource:

@@ -44,6 +44,44 @@ def test_trunk_and_head_give_the_models_own_logits(kind, tiny_model):
     assert student.device == torch.device("cpu")
 
 
+DECODER = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "is_decoder": True}
+
+
+@pytest.mark.parametrize(
+    ("kind", "limit", "config"),
+    [
+        ("Roberta", 22, DECODER | {"max_position_embeddings": 24, "pad_token_id": 1}),
+        ("Data2VecText", 19, DECODER | {"max_position_embeddings": 24, "pad_token_id": 4}),
+        ("OPT", 24, {"num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 8, "max_position_embeddings": 24}),
+        ("Bart", 24, {"decoder_layers": 1, "decoder_attention_heads": 2, "max_position_embeddings": 24}),
+        ("Mpt", 24, {"n_layers": 1, "n_heads": 2, "max_seq_len": 24}),
+        ("Whisper", 24, {"decoder_layers": 1, "decoder_attention_heads": 2, "max_target_positions": 24}),
+        ("Bloom", None, {"n_layer": 1, "n_head": 2}),
+    ],
+)
+def test_the_limit_is_the_models_own(kind, limit, config):
+    transformers = pytest.importorskip("transformers")
+    width = {"d_model": 32, "hidden_size": 32, "word_embed_proj_dim": 32}
+    special = {"pad_token_id": 0, "decoder_start_token_id": 1} | config
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}ForCausalLM")(
+        getattr(transformers, f"{kind}Config")(vocab_size=96, **width, **special)
+    )
+    assert acqcore.Student.from_model(model).max_length == limit
+    lengths = torch.tensor([limit or 30, 20, 5])
+    samples = {
+        "input_ids": torch.randint(5, 96, (3, limit or 30)),
+        "attention_mask": (torch.arange(limit or 30) < lengths[:, None]).long(),
+    }
+    assert acqcore.score(model, samples, "loss").valid.all()
+    if limit is not None:
+        samples["input_ids"] = torch.randint(5, 96, (1, limit + 1))
+        del samples["attention_mask"]
+        assert acqcore.score(model, samples, "loss", max_length=limit).valid.all()
+        with pytest.raises(ValueError, match=f"the student takes at most {limit}"):
+            acqcore.score(model, samples, "loss")
+
+
 def test_the_head_is_what_the_configuration_says(tiny_model):
     def head(kind, **config):
         return acqcore.Student.from_model(tiny_model(kind, **config)).head

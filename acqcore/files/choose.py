@@ -25,6 +25,7 @@ from acqcore.scoring.api import score
 from acqcore.scoring.gradients import badge_embedding
 from acqcore.scoring.plan import Plan
 from acqcore.scoring.prompts import prompt_embedding
+from acqcore.scoring.run import Runner
 from acqcore.selection.subsets import select
 from acqcore.selection.trust import label_trust
 from acqcore.students.samples import Row
@@ -202,8 +203,8 @@ def _tokenize(options: argparse.Namespace, pool: _Pool) -> None:
     )
     pool.shown = list(columns)[-1]
     pool.student = load_student(options.student, options.dtype, options.device)
-    vocab_size = pool.student.head.vocab_size
-    rows = encode_records(pool.records, columns, pool.student, vocab_size, options.max_length, pool.errors)
+    runner = Runner(pool.student, (), options.batch_tokens, options.backend)
+    rows = encode_records(pool.records, columns, runner, options.max_length, pool.errors)
     for index, record in enumerate(pool.records):
         if index not in pool.errors and of_label is not None:
             label = record.values.get(of_label)
@@ -220,13 +221,15 @@ def _print_errors(options: argparse.Namespace, pool: _Pool, errors: Mapping[int,
 
 def _score(options: argparse.Namespace, pool: _Pool, names: Sequence[str]) -> None:
     """Compute the signal; rows without a finite value can no longer be chosen."""
+    errors: dict[int, str] = {}
     scores = score(
         pool.student, pool.rows, names,
         acquisition_args=options.acquisition_args or {}, reduction=options.reduction, topk=options.topk,
-        batch_tokens=options.batch_tokens, backend=options.backend,
+        batch_tokens=options.batch_tokens, backend=options.backend, errors=errors,
     )  # fmt: skip
     signal = scores[options.signal]
-    bad = {pool.indices[i]: "a value is not finite" for i in signal.isnan().nonzero()[:, 0].tolist()}
+    nan = signal.isnan().nonzero()[:, 0].tolist()
+    bad = {pool.indices[i]: errors.get(i, "a value is not finite") for i in nan}
     if bad:
         _print_errors(options, pool, bad)
         pool.errors |= bad
@@ -254,7 +257,9 @@ def _pick(options: argparse.Namespace, pool: _Pool) -> list[int]:
         return select(signal, options.n).tolist()
     names = [str(pool.records[i].values[options.label_column]) for i in pool.indices]
     labels = torch.tensor([sorted(set(names)).index(name) for name in names])
-    vectors = prompt_embedding(pool.student, pool.rows, batch_tokens=options.batch_tokens)
+    vectors = prompt_embedding(
+        pool.student, pool.rows, batch_tokens=options.batch_tokens, max_length=options.max_length
+    )
     trust = label_trust(vectors, labels)
     print(f"{int((trust > 0).sum())} of {len(trust)} labels agree with those of similar prompts", file=sys.stderr)
     return select(signal, options.n, labels=labels, trust=trust).tolist()

@@ -195,8 +195,6 @@ def check_output(out: Path, data: Path, overwrite: bool) -> None:
     Raises:
         ValueError: a condition is violated.
     """
-    if not out.absolute().parent.is_dir():
-        raise ValueError(f"out: the folder {out.parent} does not exist")
     if out.suffix and out.suffix not in SUFFIXES:
         raise ValueError(
             f"extension of {out.name}: unknown {out.suffix!r}, expected one of {', '.join(SUFFIXES)}, or "
@@ -206,6 +204,18 @@ def check_output(out: Path, data: Path, overwrite: bool) -> None:
         raise ValueError(f"out: {out} is a folder; for a folder of parquet files, use a name without an extension")
     if not out.suffix and out.is_file():
         raise ValueError(f"out: {out} is a file; a name without an extension means a folder of parquet files")
+    check_replaceable(out, data, overwrite)
+
+
+def check_replaceable(out: Path, data: Path, overwrite: bool) -> None:
+    """Check that writing to ``out`` loses nothing: it is new, empty, of an unfinished run or may be overwritten, and it
+    is not the data.
+
+    Raises:
+        ValueError: a condition is violated.
+    """
+    if not out.absolute().parent.is_dir():
+        raise ValueError(f"out: the folder {out.parent} does not exist")
     if out.exists() and data.exists() and (out.samefile(data) or out.resolve() in data.resolve().parents):
         raise ValueError(f"out: {out} is or contains the data, which would be lost; choose another output")
     if out.is_dir() and not holds_parts_alone(out):

@@ -10,6 +10,8 @@ from typing import get_args
 
 from acqcore import checks
 from acqcore.files import data as data_files
+from acqcore.files.parts import check_replaceable
+from acqcore.files.table import atomically
 from acqcore.files.worker import load_student, record_error, sample_of
 from acqcore.literals import Loss
 from acqcore.scoring.gradients import influence_reference
@@ -22,6 +24,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--student", required=True, metavar="M", help="hub id or local path")
     parser.add_argument("--data", required=True, type=Path, metavar="F", help=".jsonl, .csv or .parquet")
     parser.add_argument("--out", required=True, type=Path, metavar="F", help="file to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing --out")
     parser.add_argument(
         "--parameters",
         type=lambda text: int(text) if text.isdecimal() else text,
@@ -43,8 +46,9 @@ def run(options: argparse.Namespace) -> int:
     """
     if options.limit is not None:
         checks.positive_int("limit", options.limit)
-    if not options.out.absolute().parent.is_dir():
-        raise ValueError(f"out: the folder {options.out.parent} does not exist")
+    if options.out.is_dir():
+        raise ValueError(f"out: expected a file, {options.out} is a folder")
+    check_replaceable(options.out, options.data, options.overwrite)
     if options.data.suffix == ".parquet":
         checks.installed("pyarrow", "parquet", "train")
     _, present = data_files.scan(options.data, _BLOCK_ROWS, options.limit)
@@ -59,7 +63,8 @@ def run(options: argparse.Namespace) -> int:
         parameters=options.parameters, dim=options.dim, seed=options.seed, loss=options.loss,
         batch_tokens=options.batch_tokens, max_length=options.max_length, backend=options.backend,
     )  # fmt: skip
-    reference.save(options.out)
+    with atomically(options.out) as temporary:
+        reference.save(temporary)
     print(
         f"{reference.n} rows, sketched to {reference.dim} numbers, written to {options.out}; score with --acquisitions "
         f"influence --acquisition-args '{json.dumps({'influence': {'reference': str(options.out)}})}'"

@@ -24,8 +24,9 @@ from acqcore.files.data import Block, Reader, Record
 from acqcore.files.parts import Parts
 from acqcore.files.table import write_block
 from acqcore.scoring.plan import Plan
+from acqcore.scoring.run import Runner
 from acqcore.students.loading import DTYPES
-from acqcore.students.samples import EMPTY, Row, encode
+from acqcore.students.samples import EMPTY, Row
 from acqcore.students.student import Student
 from acqcore.students.tables import BESIDE
 
@@ -119,10 +120,10 @@ class BlockScorer:
         self.job = job
         self.parts = Parts(job.out)
         self.student = load_student(job.student, job.dtype, job.device)
-        checks.max_length(job.max_length, self.student.max_length)
         if "messages" in job.columns.values() and not getattr(self.student.tokenizer, "chat_template", None):
             raise ValueError(f"student: the tokenizer of {job.student} has no chat template, which messages require")
         self.runner = job.plan.runner(self.student)
+        checks.max_length(job.max_length, self.runner.limit)
         self.reader = Reader(job.data, job.kept)
 
     def complete(self, block: Block, on_rows: Callable[[int], None] = lambda n: None) -> None:
@@ -155,7 +156,7 @@ class BlockScorer:
         job = self.job
         records = self.reader.read(block)
         errors: dict[int, str] = {}
-        rows = encode_records(records, job.columns, self.student, self.runner.head.vocab_size, job.max_length, errors)
+        rows = encode_records(records, job.columns, self.runner, job.max_length, errors)
         figures = np.full((len(records), len(job.measured)), np.nan, dtype=np.float32)
         tokens: list[list[list[float]]] = [[[] for _ in job.of_tokens] for _ in records]  # row, acquisition, token
         done = self.parts.load(block.index)
@@ -177,7 +178,7 @@ class BlockScorer:
         n_tokens = np.array([row.n_scored for row in rows], dtype=np.int64)
         lists: dict[str, Sequence[Any]] = {}
         if job.keep_tokens:
-            ids = [row.targets[row.targets != checks.IGNORE_INDEX].tolist() for row in rows]
+            ids = [row.scored.tolist() for row in rows]
             of_names = ([row_tokens[a] for row_tokens in tokens] for a in range(len(job.of_tokens)))
             lists = dict(zip(job.token_columns, (ids, *of_names), strict=True))
         write_block(self.parts.path(block.index), _table(job, block, records, figures, lists, n_tokens, errors))
@@ -263,19 +264,15 @@ def record_error(record: Record, columns: Mapping[str, str]) -> str | None:
 def encode_records(
     records: Sequence[Record],
     columns: Mapping[str, str],
-    student: Student,
-    vocab_size: int,
+    runner: Runner,
     max_length: int | None,
     errors: dict[int, str],
 ) -> list[Row]:
-    """Tokenize records for a student; a bad record becomes an empty row and an entry in ``errors``."""
+    """Tokenize records for a runner's student; a bad record becomes an empty row and an entry in ``errors``."""
     errors.update({i: message for i, record in enumerate(records) if (message := record_error(record, columns))})
     good = [i for i in range(len(records)) if i not in errors]
     bad: dict[int, str] = {}
-    encoded = encode(
-        [sample_of(records[i], columns) for i in good], student.tokenizer,
-        vocab_size=vocab_size, limit=student.max_length, max_length=max_length, errors=bad,
-    )  # fmt: skip
+    encoded = runner.encode([sample_of(records[i], columns) for i in good], None, max_length, bad)
     errors.update({good[i]: message.replace("max_length= ", "--max-length ") for i, message in bad.items()})
     rows = [EMPTY] * len(records)
     for i, row in zip(good, encoded, strict=True):

@@ -29,10 +29,11 @@ def prompt_embedding(
     prompt, such as ``{"text": ...}``, all tokens are read.
 
     Args:
-        student, samples, tokenizer, batch_tokens, max_length: as in :func:`acqcore.score`.
+        student, samples, tokenizer, batch_tokens: as in :func:`acqcore.score`.
+        max_length: keep at most this many tokens of a prompt, the last ones, or of a text, the first ones.
 
     Returns:
-        ``[n, D]`` float32 on the CPU, in the order of the samples.
+        ``[n, D]`` float32 on the CPU, in the order of the samples; 0 for a prompt without tokens.
 
     Raises:
         TypeError, ValueError: as :func:`acqcore.score`.
@@ -44,20 +45,24 @@ def prompt_embedding(
         rows = encode(
             samples, tokenizer, vocab_size=student.head.vocab_size, limit=student.max_length, max_length=max_length
         )
-        prompts = [_prompt(row) for row in rows]
-        lengths = [len(ids) for ids in prompts]
+        longest = student.max_length if max_length is None else max_length
+        prompts = [_prompt(row, longest) for row in rows]
+        filled = [i for i, ids in enumerate(prompts) if len(ids)]
+        lengths = [len(prompts[i]) for i in filled]
         vectors = torch.zeros(len(rows), student.head.weight.shape[1])
         overhead = OVERHEAD_TOKENS.get(student.device.type, OVERHEAD_TOKENS["cuda"])
         for picked in partition(lengths, batch_tokens, overhead, student.length_groups(lengths)):
-            input_ids = pad_sequence([prompts[i] for i in picked], batch_first=True).to(student.device)
+            input_ids = pad_sequence([prompts[filled[i]] for i in picked], batch_first=True).to(student.device)
             with student.scoring():
                 hidden = student.hidden(input_ids).float()  # [B, T, D]
             for i, states in zip(picked, hidden, strict=True):
-                vectors[i] = states[: lengths[i]].mean(dim=0).cpu()
+                vectors[filled[i]] = states[: lengths[i]].mean(dim=0).cpu()
     return vectors
 
 
-def _prompt(row: Row) -> torch.Tensor:
-    """Token ids before the first scored token; all token ids if that is the second token."""
-    first = int(row.targets.ne(checks.IGNORE_INDEX).nonzero()[0])
-    return row.ids[:first] if first > 1 else row.ids
+def _prompt(row: Row, longest: int | None) -> torch.Tensor:
+    """Token ids of the prompt, whose length must not depend on the completion. Without one: those before the first
+    scored token, or all of them if that is the second token."""
+    if row.prompt is not None:
+        return row.prompt if longest is None else row.prompt[-longest:]
+    return row.ids[: row.first + 1] if row.first else row.ids

@@ -61,6 +61,9 @@ class Runner:
         self._draws = {
             need: Draws(student, head, need, batch_tokens, backend) for need in needs if isinstance(need, DrawOptions)
         }
+        students = [student, *(member for draws in self._draws.values() for member in draws.members)]
+        #: Maximum tokens per sample that the student and all members of ensembles take; None for no limit.
+        self.limit = min((s.max_length for s in students if s.max_length is not None), default=None)
         gradients = [need for need in needs if isinstance(need, GradientNeed | ProbeNeed)]
         self._gradients = SampleGradients(student, head, gradients) if gradients else None
 
@@ -69,8 +72,9 @@ class Runner:
     ) -> list[Row]:
         """The samples as rows; ``tokenizer`` defaults to the student's. Raises as :func:`encode`."""
         tokenizer = tokenizer if tokenizer is not None else self.student.tokenizer
-        vocab_size, limit = self.head.vocab_size, self.student.max_length
-        return encode(samples, tokenizer, vocab_size=vocab_size, limit=limit, max_length=max_length, errors=errors)
+        return encode(
+            samples, tokenizer, vocab_size=self.head.vocab_size, limit=self.limit, max_length=max_length, errors=errors
+        )
 
     def collect(
         self,

@@ -30,6 +30,9 @@ PROBE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2
 #: Names of the key-value cache in a model's arguments and outputs, across versions of transformers.
 CACHES = ("past_key_values", "cache")
 
+#: Config entries that hold the maximum number of tokens, across models.
+LIMITS = ("max_position_embeddings", "max_target_positions", "max_seq_len")
+
 ADVICE = "use acqcore.Student(trunk, head)"
 
 # Logit maps of models and the models that were verified, so that a reward called with the model at each step pays for
@@ -65,6 +68,16 @@ class CausalLM:
         #: Name of the key-value cache argument, None if there is none.
         self.cache = named[0] if named else None
         self._map = LogitMap()
+
+    @property
+    def max_length(self) -> int | None:
+        """Maximum tokens per sample, None if the model has no limit."""
+        limits = [limit for name in LIMITS if (limit := getattr(self.config, name, None)) is not None][:1]
+        for name, table in self._causal.named_modules():
+            # RoBERTa and its descendants number positions from the padding index on.
+            if name.endswith("position_embeddings") and getattr(table, "padding_idx", None) is not None:
+                limits.append(table.num_embeddings - table.padding_idx - 1)
+        return min(limits, default=None)
 
     def hidden(
         self,

@@ -23,7 +23,7 @@ contains images. Rows from :func:`encode` are samples too.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeAlias, TypeVar
 
@@ -57,10 +57,18 @@ class Row:
         ids: ``[T]`` int64.
         targets: ``[T]`` int64, aligned with ``ids``: the token at this position if it is scored, else -100. The first
             is always -100, as no token predicts it.
+        prompt: ``[P]`` int64, the tokens before the completion, which truncation does not change; None if the sample
+            has no prompt.
     """
 
     ids: torch.Tensor
     targets: torch.Tensor
+    prompt: torch.Tensor | None = None
+
+    @property
+    def scored(self) -> torch.Tensor:
+        """The scored tokens, ``[n_scored]`` int64."""
+        return self.targets[self.targets != checks.IGNORE_INDEX]
 
     @cached_property
     def n_scored(self) -> int:
@@ -77,10 +85,10 @@ EMPTY = Row(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
 
 @dataclass(frozen=True)
 class _Text:
-    """A sample as text, whose first ``boundary`` characters are context."""
+    """A sample as text, whose first ``boundary`` characters are the prompt; None for a text without one."""
 
     text: str
-    boundary: int
+    boundary: int | None
     has_special_tokens: bool  # written by a chat template
     generated: list[int] | None = None  # per token, 1 if the template marks it as the assistant's
 
@@ -121,17 +129,21 @@ def encode(
         rows = encoded if len(encoded) == len(given) else _tokenize(_texts(given, tokenizer, errors), tokenizer, errors)
 
     # Check all rows at once, and one by one only to name a bad one.
-    every = torch.cat([row.ids for row in rows]) if rows else EMPTY.ids
-    known = bool(((every >= 0) & (every < vocab_size)).all())
+    tokens = [ids for row in rows for ids in (row.ids, row.scored)]
+    known = not bool(_outside(torch.cat([EMPTY.ids, *tokens]), vocab_size).any())
 
     def finish(index: int, row: Row) -> Row:
         if not known:
-            bad = (row.ids < 0) | (row.ids >= vocab_size)
-            if bool(bad.any()):
-                raise ValueError(
-                    f"samples[{index}]: token id {int(row.ids[bad][0])} is outside the student's vocabulary of "
-                    f"{vocab_size}; does the tokenizer belong to the student?"
-                )
+            for kind, ids, hint in (
+                ("token id", row.ids, "does the tokenizer belong to the student?"),
+                ("label", row.scored, f"expected {checks.IGNORE_INDEX} where not scored"),
+            ):
+                bad = ids[_outside(ids, vocab_size)]
+                if len(bad):
+                    raise ValueError(
+                        f"samples[{index}]: {kind} {int(bad[0])} is outside the student's vocabulary of {vocab_size}; "
+                        f"{hint}"
+                    )
         if row.n_scored == 0:
             raise ValueError(
                 f"samples[{index}]: nothing to score, expected at least one scored token with a token before it"
@@ -146,6 +158,11 @@ def encode(
 
     done = errors or {}
     return [EMPTY if i in done else _attempt(errors, finish, i, row) or EMPTY for i, row in enumerate(rows)]
+
+
+def _outside(ids: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Where ``ids`` are not in the vocabulary, in their shape."""
+    return (ids < 0) | (ids >= vocab_size)
 
 
 def _attempt(errors: dict[int, str] | None, step: Callable[..., T], index: int, *arguments: Any) -> T | None:
@@ -183,7 +200,7 @@ def _texts(samples: list[Sample], tokenizer: Any, errors: dict[int, str] | None)
     texts = []
     for i, (sample, kind) in enumerate(zip(samples, kinds, strict=True)):
         text = None if kind is None else _attempt(errors, _text, i, sample, kind, first, tokenizer)
-        texts.append(text or _Text("", 0, False))
+        texts.append(text or _Text("", None, False))
     return texts
 
 
@@ -196,10 +213,10 @@ def _text(index: int, sample: Any, kind: tuple[str, ...], first: tuple[str, ...]
             if value:
                 raise ValueError(f"samples[{index}]: {key}: only conversations have a chat template that uses it")
     if kind == ():
-        return _Text(sound(index, "text", sample), 0, False)
+        return _Text(sound(index, "text", sample), None, False)
     values = [plain(sample[key]) for key in kind]
     if kind == ("text",):
-        return _Text(text_of(index, "text", values[0]), 0, False)
+        return _Text(text_of(index, "text", values[0]), None, False)
     if kind == ("messages",):
         messages = messages_of(index, "messages", values[0])
         if not messages or messages[-1]["role"] != "assistant":
@@ -268,7 +285,7 @@ def _tokenized(texts: Sequence[_Text], tokenizer: Any) -> list[Row]:
     whole = [text.text for text in texts]
     if getattr(tokenizer, "is_fast", False):
         batch = tokenizer(whole, return_offsets_mapping=True, **options)
-        contexts = [text.boundary for text in texts]
+        contexts = [text.boundary or 0 for text in texts]
         # The first token whose span ends after the context; for plain text, the first.
         starts: Iterable[int] = (
             next((i for i, (_, end) in enumerate(offsets) if end > context), len(offsets))
@@ -277,13 +294,13 @@ def _tokenized(texts: Sequence[_Text], tokenizer: Any) -> list[Row]:
     else:
         batch = tokenizer(whole, **options)
         # Without offsets: the completion starts after the ids that the whole text shares with its context.
-        alone = tokenizer([text.text[: text.boundary] for text in texts], **options)["input_ids"]
+        alone = tokenizer([text.text[: text.boundary or 0] for text in texts], **options)["input_ids"]
         starts = map(common_length, batch["input_ids"], alone)
     rows = []
-    for ids, start in zip(map(torch.tensor, batch["input_ids"]), starts, strict=True):
+    for text, ids, start in zip(texts, map(torch.tensor, batch["input_ids"]), starts, strict=True):
         targets = ids.clone()
         targets[: max(start, 1)] = checks.IGNORE_INDEX  # no token predicts the first one
-        rows.append(Row(ids, targets))
+        rows.append(Row(ids, targets, None if text.boundary is None else ids[:start]))
     if any(len(ids) > 1 and (ids[0] == ids[1] or ids[-1] == ids[-2]) for ids in batch["input_ids"]):
         added = tokenizer([""], **options)["input_ids"][0]
         rows = [_once(row, added, tokenizer) for row in rows]
@@ -305,7 +322,7 @@ def _once(row: Row, added: Sequence[int], tokenizer: Any) -> Row:
         return row
     targets = row.targets[first : len(ids) - last].clone()
     targets[0] = checks.IGNORE_INDEX
-    return Row(ids[first : len(ids) - last], targets)
+    return Row(ids[first : len(ids) - last], targets, None if row.prompt is None else row.prompt[first:])
 
 
 def _marked(row: Row, text: _Text) -> Row:
@@ -313,7 +330,7 @@ def _marked(row: Row, text: _Text) -> Row:
     if text.generated is None or len(text.generated) != len(row.ids):
         return row
     marks = torch.tensor(text.generated, dtype=torch.bool)
-    return Row(row.ids, row.targets.masked_fill(~marks, checks.IGNORE_INDEX))
+    return replace(row, targets=row.targets.masked_fill(~marks, checks.IGNORE_INDEX))
 
 
 def _truncate(row: Row, max_length: int) -> Row:
@@ -321,7 +338,8 @@ def _truncate(row: Row, max_length: int) -> Row:
     if excess <= 0:
         return row
     drop = min(excess, row.first)
-    return Row(row.ids[drop : drop + max_length], row.targets[drop : drop + max_length])
+    kept = slice(drop, drop + max_length)
+    return replace(row, ids=row.ids[kept], targets=row.targets[kept])
 
 
 def _tensor_rows(samples: Mapping[str, Any]) -> list[Row]:
@@ -352,7 +370,8 @@ def _tensor_rows(samples: Mapping[str, Any]) -> list[Row]:
     targets = input_ids if labels is None else labels.cpu().long()
     rows = []
     for ids, target, kept in zip(input_ids, targets, keep, strict=True):
-        target = target[kept].clone()
+        ids, target = ids[kept], target[kept].clone()
+        before = int((target != checks.IGNORE_INDEX).int().cumsum(0).eq(0).sum())
         target[:1] = checks.IGNORE_INDEX
-        rows.append(Row(ids[kept], target))
+        rows.append(Row(ids, target, ids[:before] if before else None))
     return rows

@@ -101,7 +101,7 @@ class Student:
         student = cls.__new__(cls)
         student.trunk = causal.trunk
         student.tokenizer = tokenizer
-        student.max_length = getattr(causal.config, "max_position_embeddings", None)
+        student.max_length = causal.max_length
         student._module = model
         student._data_parallel = causal.data_parallel
         student._forward = causal.hidden
@@ -269,9 +269,9 @@ class Student:
     def length_groups(self, lengths: Sequence[int]) -> list[int]:
         """Group of each length; samples of equal groups may share a batch. Runs a short row if that is unknown."""
         if len(set(lengths)) > 1:
-            longest = 1 << (max(lengths) - 1).bit_length()  # a power of two, so that few lengths are ever checked
-            if self.max_length is not None:
-                longest = min(longest, max(self.max_length, max(lengths)))
+            longest = max(lengths)
+            if self.max_length is not None:  # a power of two if the student takes it, so that few lengths are checked
+                longest = max(longest, min(1 << (longest - 1).bit_length(), self.max_length))
             with self.scoring(), torch.inference_mode(False):
                 self._lengths.check(longest, lambda input_ids: self.hidden(input_ids.to(self.device)))
         return [self._lengths.group(length) for length in lengths]
