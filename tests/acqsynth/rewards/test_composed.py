@@ -210,7 +210,8 @@ def test_a_label_passes_the_gates_before_it(domain, own):
 
     gates = [*sample_gates(domain), New(), Labelled(label)]
     leak = "The answer is 8. Ann has 3 + 5 apples; how many?"
-    rewards = ComposedReward(domain, [], gates=gates).score([text(own, leak), text(own, "What is 3 + 5?")], [0, 0])
+    texts = [written(leak, own), written("What is 3 + 5?", own)]
+    rewards = ComposedReward(domain, [], gates=gates).score(texts, [0, 0])
     assert rewards.total == [0, 1]
     assert rewards.rejected_by == ["no_leak", ""]
     dropped = Counter()
