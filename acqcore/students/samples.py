@@ -22,9 +22,10 @@ contains images. Rows from :func:`encode` are samples too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -41,7 +42,7 @@ from acqcore.students.messages import (
     template_options,
     text_of,
 )  # fmt: skip
-from acqcore.students.tables import BESIDE, EXPECTED, kind_of, listed, plain
+from acqcore.students.tables import BESIDE, EXPECTED, columns_of, kind_of, listed, plain
 
 T = TypeVar("T")
 Message: TypeAlias = Mapping[str, Any]
@@ -111,14 +112,14 @@ def encode(
         ValueError: a sample with nothing to score, or too long for the student; the message names its index.
     """
     checks.max_length(max_length, limit)
-    if isinstance(samples, Mapping) and (
-        kind_of(samples) is None or isinstance(samples.get("input_ids"), torch.Tensor)
-    ):
+    check_errors(errors)
+    found: dict[int, str] | None = None if errors is None else {}
+    if _of_tensors(samples):
         rows = _tensor_rows(samples)
     else:
         given = listed(samples)
         encoded = [sample for sample in given if isinstance(sample, Row)]
-        rows = encoded if len(encoded) == len(given) else _tokenize(_texts(given, tokenizer, errors), tokenizer, errors)
+        rows = encoded if len(encoded) == len(given) else _tokenize(_texts(given, tokenizer, found), tokenizer, found)
 
     # Check all rows at once, and one by one only to name a bad one.
     every = torch.cat([row.ids for row in rows]) if rows else EMPTY.ids
@@ -144,8 +145,39 @@ def encode(
             )
         return row
 
-    done = errors or {}
-    return [EMPTY if i in done else _attempt(errors, finish, i, row) or EMPTY for i, row in enumerate(rows)]
+    done = found or {}
+    rows = [EMPTY if i in done else _attempt(found, finish, i, row) or EMPTY for i, row in enumerate(rows)]
+    if errors is not None:
+        errors.update(found or {})
+    return rows
+
+
+def check_errors(errors: object) -> None:
+    if errors is not None:
+        checks.instance("errors", errors, MutableMapping, "a dict or None")
+
+
+def in_chunks(samples: Any, size: int) -> Iterator[list[Any]]:
+    """Lists of ``size`` samples, read one at a time; tables and tensors are cut by rows.
+
+    Raises:
+        TypeError: neither iterable nor a table.
+    """
+    if isinstance(samples, Mapping):
+        samples = _tensor_rows(samples) if _of_tensors(samples) else listed(samples)
+    elif columns_of(samples) is not None:
+        rows = getattr(samples, "iloc", samples)
+        return (listed(rows[begin : begin + size]) for begin in range(0, len(samples), size))
+    if isinstance(samples, (str, bytes)) or not any(hasattr(samples, name) for name in ("__iter__", "__getitem__")):
+        raise TypeError(f"samples: expected an iterable of {EXPECTED}, got {checks.describe(samples)}")
+    left = iter(samples)
+    return iter(lambda: list(islice(left, size)), [])
+
+
+def _of_tensors(samples: Any) -> bool:
+    return isinstance(samples, Mapping) and (
+        kind_of(samples) is None or isinstance(samples.get("input_ids"), torch.Tensor)
+    )
 
 
 def _attempt(errors: dict[int, str] | None, step: Callable[..., T], index: int, *arguments: Any) -> T | None:
