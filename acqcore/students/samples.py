@@ -35,6 +35,7 @@ from acqcore.defaults import standard_defaults
 from acqcore.students.messages import (
     common_length,
     generated,
+    joined,
     messages_of,
     rendered,
     reply_start,
@@ -265,9 +266,11 @@ def _conversation(
     if not any(message.get("content") or message.get("tool_calls") for message in reply):
         raise ValueError(f"samples[{index}]: the completion is empty, there is nothing to score")
 
-    text = sound(index, "messages", rendered(index, tokenizer, [*context, *reply], False, **options))
+    messages = joined(index, tokenizer, [*context, *reply])
+    context, reply = messages[: len(context)], messages[len(context) :]
+    text = sound(index, "messages", rendered(index, tokenizer, messages, False, **options))
     start = reply_start(index, tokenizer, text, context, reply, options)
-    return _Text(text, start, True, generated(index, tokenizer, [*context, *reply], options))
+    return _Text(text, start, True, generated(index, tokenizer, messages, options))
 
 
 def _tokenize(texts: Sequence[_Text], tokenizer: Any, errors: dict[int, str] | None) -> list[Row]:
@@ -282,7 +285,7 @@ def _tokenize(texts: Sequence[_Text], tokenizer: Any, errors: dict[int, str] | N
         except Exception:
             found = [_attempt(errors, _alone, i, texts[i], tokenizer) or EMPTY for i in picked]
         for i, row in zip(picked, found, strict=True):
-            rows[i] = row
+            rows[i] = _attempt(errors, _marked, i, row, texts[i]) or EMPTY
     return rows
 
 
@@ -319,7 +322,7 @@ def _tokenized(texts: Sequence[_Text], tokenizer: Any) -> list[Row]:
     if any(len(ids) > 1 and (ids[0] == ids[1] or ids[-1] == ids[-2]) for ids in batch["input_ids"]):
         added = tokenizer([""], **options)["input_ids"][0]
         rows = [_once(row, added, tokenizer) for row in rows]
-    return [_marked(row, text) for row, text in zip(rows, texts, strict=True)]
+    return rows
 
 
 def _once(row: Row, added: Sequence[int], tokenizer: Any) -> Row:
@@ -340,10 +343,15 @@ def _once(row: Row, added: Sequence[int], tokenizer: Any) -> Row:
     return Row(ids[first : len(ids) - last], targets)
 
 
-def _marked(row: Row, text: _Text) -> Row:
+def _marked(index: int, row: Row, text: _Text) -> Row:
     """The row with only those tokens scored that the template marks."""
-    if text.generated is None or len(text.generated) != len(row.ids):
+    if text.generated is None or row is EMPTY:  # as the tokenizer rejected it
         return row
+    if len(text.generated) != len(row.ids):
+        raise ValueError(
+            f"samples[{index}]: the chat template marks generated text in {len(text.generated)} tokens, but the "
+            f"conversation has {len(row.ids)}"
+        )
     marks = torch.tensor(text.generated, dtype=torch.bool)
     return Row(row.ids, row.targets.masked_fill(~marks, checks.IGNORE_INDEX))
 
