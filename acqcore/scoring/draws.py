@@ -72,14 +72,14 @@ class Draws:
         self._options = options
         self._batch_tokens = batch_tokens
         self._backend = backend
-        self._members = [as_student(member) for member in options.members]
-        for i, member in enumerate(self._members):
+        self.members = [as_student(member) for member in options.members]
+        for i, member in enumerate(self.members):
             if member.forwards_are_collective:  # only the student's forwards are in step across ranks
                 raise ValueError(
                     f"members: expected models that each rank runs independently, got one under FSDP or ZeRO-3 at {i}"
                 )
         self._trunk: TrunkDraws | None = None
-        if not self._members and not options.on_hidden:
+        if not self.members and not options.on_hidden:
             assert options.layers is not None
             assert options.dropout is not None
             self._trunk = TrunkDraws(student, options.layers, options.draws, options.dropout, options.seed, backend)
@@ -101,7 +101,7 @@ class Draws:
     def of_forwards(self, batch: Batch) -> BayesStats:
         """Statistics under dropout inside the trunk, or of an ensemble, from additional forwards."""
         count, length = batch.input_ids.shape
-        at_once = 1 if self._members else self._options.draws
+        at_once = 1 if self.members else self._options.draws
         size = max(1, self._batch_tokens // (length * at_once))  # samples whose draws share a forward
         parts = [self._part(batch, begin, min(begin + size, count)) for begin in range(0, count, size)]
         return BayesStats(
@@ -120,8 +120,8 @@ class Draws:
         device = self._head.weight.device
         heads: Head | list[Head] = self._head
         if self._trunk is None:
-            hidden = member_hidden(self._members, input_ids, device)
-            heads = [member.head for member in self._members]
+            hidden = member_hidden(self.members, input_ids, device)
+            heads = [member.head for member in self.members]
         else:
             hidden = self._trunk.hidden(input_ids, batch.mask_keys[begin:end])
         picked = hidden.flatten(1, 2).index_select(1, places.to(hidden.device))  # [K, n, D]
