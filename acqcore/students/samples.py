@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMappin
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeGuard, TypeVar
 
 import torch
 
@@ -175,7 +175,7 @@ def in_chunks(samples: Any, size: int) -> Iterator[list[Any]]:
     return iter(lambda: list(islice(left, size)), [])
 
 
-def _of_tensors(samples: Any) -> bool:
+def _of_tensors(samples: Any) -> TypeGuard[Mapping[str, Any]]:
     return isinstance(samples, Mapping) and (
         kind_of(samples) is None or isinstance(samples.get("input_ids"), torch.Tensor)
     )
