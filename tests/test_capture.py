@@ -72,6 +72,28 @@ class TestHooksOfOthers:
         model.gradient_checkpointing_enable()
         assert_norms(model, model, rows(9, 6), "trainable", trainable(model), exact)
 
+    @pytest.mark.parametrize("how", ["hook", "backward hook", "forward"])
+    def test_changes_between_two_calls(self, how, tiny_model, exact):
+        """Each exchanges something of the same kind that had no effect."""
+        model, samples = tiny_model("Llama"), rows(9, 6)
+        layer = model.model.layers[0].mlp.up_proj
+
+        def change(factor):
+            if how == "hook":
+                return layer.register_forward_hook(lambda *args: args[-1] * factor).remove
+            if how == "backward hook":
+                return layer.register_full_backward_hook(lambda *args: tuple(g * factor for g in args[1])).remove
+            layer.forward = lambda x: factor * torch.nn.functional.linear(x, layer.weight)
+            return None
+
+        undo = change(1)
+        grad_norm(model, samples, "all", backend="eager")
+        if undo is not None:
+            undo()
+        change(3)
+        expected = exact(model, samples, list(model.parameters())).norm(dim=1)
+        torch.testing.assert_close(grad_norm(model, samples, "all").double(), expected, rtol=1e-4, atol=0)
+
     def test_a_hook_that_adds_a_parameter_of_its_own(self, tiny_model, exact):
         model, foreign = tiny_model("Llama"), torch.zeros(32, requires_grad=True)
         model.model.layers[0].register_forward_hook(lambda *args: args[-1] + foreign)

@@ -171,6 +171,22 @@ def test_marks_of_what_the_assistant_generates(encoded, with_template):
     (row,) = encoded([{"messages": [*history, {"role": "assistant", "content": "Nîmes"}]}], tokenizer, limit=None)
     assert tokenizer.decode(scored_ids(row)) == "Nîmes<|im_end|>"
 
+    (row,) = encoded([CONVERSATION], tokenizer, limit=None)
+    turns = CONVERSATION["messages"]
+    in_parts = [turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
+    for write in ("m['content']", "'' + m['content']"):  # the second one rejects lists
+        tokenizer = with_template(template.replace("m['content']", write))
+        for messages in (in_parts, [*in_parts[:-1], turns[-1]]):
+            (same,) = encoded([{"messages": messages}], tokenizer, limit=None)
+            assert same.targets.tolist() == row.targets.tolist()
+
+    apply = tokenizer.apply_chat_template
+    tokenizer.apply_chat_template = lambda messages, tokenize, **options: apply(
+        [*messages, REPLY] if tokenize else messages, tokenize=tokenize, **options
+    )
+    with pytest.raises(ValueError, match=r"samples\[0\]: the chat template marks generated text in \d+ tokens"):
+        encoded([CONVERSATION], tokenizer, limit=None)
+
 
 TOOLS = "{% if tools is defined and tools %}{{ tools | tojson }}\n{% endif %}{% if loud %}LOUD {% endif %}"
 

@@ -52,6 +52,21 @@ def test_rope_that_goes_by_the_longest_sequence(kind, small_model):
     assert (grouped[2] == grouped[3]) == (kind == "longrope")
 
 
+def test_members_of_an_ensemble_go_by_their_own_lengths(small_model):
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    config = {"max_position_embeddings": 16, "rope_parameters": rope}
+    members = [small_model("llama", **config), small_model("llama", **config)]
+    with torch.no_grad():
+        members[1].lm_head.weight.mul_(2)
+    members = [acqcore.Student.from_model(member) for member in members]
+    student, given = small_model("llama", max_position_embeddings=64), samples(24, 60)
+    score = lambda rows: acqcore.score(  # noqa: E731
+        student, rows, "predictive_entropy", acquisition_args={"predictive_entropy": {"members": members}}
+    )["predictive_entropy"]
+    alone = [score({"input_ids": given["input_ids"][i : i + 1, :length]}) for i, length in enumerate((24, 60))]
+    torch.testing.assert_close(score(given), torch.cat(alone), rtol=1e-5, atol=1e-6)
+
+
 class Relative(nn.Module):
     """Adds positions relative to the padded length, but none up to a length of ``threshold``."""
 

@@ -118,6 +118,21 @@ def test_unbiased_over_the_positions_of_completions(tiny_model):
     _assert_unbiased(_score(model, samples, positions="completion", probes=2500), expected)
 
 
+@pytest.mark.parametrize("cuts", [True, False])
+def test_completions_where_dropout_acts_on_attention_weights(cuts, small_model, monkeypatch):
+    """Their tokens come after the heads; a sample alone has the value that it has in a batch."""
+    if not cuts:
+        monkeypatch.setattr(acqcore.Student, "cuts_prompts", False)
+    model = small_model("bloom", attention_dropout=0.1, hidden_dropout=0.0)
+    samples, options = _samples(14, 14, context=4), {"layers": "own", "positions": "completion", "probes": 2}
+    samples["labels"][0, :8] = -100
+    found = _score(model, samples, **options)["mutual_information"]
+    alone = [_score(model, _pick(samples, [i]), **options)["mutual_information"] for i in (0, 1)]
+    torch.testing.assert_close(found, torch.cat(alone), rtol=1e-4, atol=0)
+    monkeypatch.setattr(acqcore.Student, "cuts_prompts", not cuts)
+    torch.testing.assert_close(found, _score(model, samples, **options)["mutual_information"], rtol=1e-3, atol=0)
+
+
 def test_a_student_too_short_for_the_comparison_keeps_the_whole_graph(tiny_model):
     model, samples = tiny_model("GPT2", n_positions=4), _samples(4)
     assert not acqcore.Student.from_model(model).cuts_prompts

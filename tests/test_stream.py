@@ -54,3 +54,49 @@ def test_what_is_wrong_is_told_at_once_or_with_its_chunk(student):
     next(stream)
     with pytest.raises(ValueError, match=r"^chunk from sample 4: samples\[1\]: "):
         next(stream)
+
+
+@pytest.mark.parametrize("source", ["columns", "pandas", "polars", "pyarrow", "datasets"])
+def test_tables_are_cut_by_rows(source, student):
+    columns = {"prompt": TEXTS, "completion": [f" {i}" for i in range(10)], "id": list(range(10))}
+    make = {"pandas": "DataFrame", "polars": "DataFrame", "pyarrow": "table"}
+    if source == "datasets":
+        table: Any = pytest.importorskip(source).Dataset.from_dict(columns)
+    else:
+        table = columns if source == "columns" else getattr(pytest.importorskip(source), make[source])(columns)
+    chunks = list(acqcore.score_stream(student, table, "loss", chunk=4))
+    expected = acqcore.score(student, table, "loss")["loss"]
+    assert [len(scores.n_tokens) for scores in chunks] == [4, 4, 2]
+    torch.testing.assert_close(torch.cat([scores["loss"] for scores in chunks]), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_tensors_are_cut_by_rows(student):
+    samples = {"input_ids": torch.arange(40).view(5, 8) + 3, "attention_mask": torch.ones(5, 8)}
+    samples["attention_mask"][1, :3] = 0
+    chunks = list(acqcore.score_stream(student, samples, "loss", chunk=2))
+    expected = acqcore.score(student, samples, "loss")["loss"]
+    torch.testing.assert_close(torch.cat([scores["loss"] for scores in chunks]), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_errors_have_indices_into_all_samples(student):
+    errors: dict[int, str] = {7: "of another call"}
+    samples = ["", *TEXTS[:4], "", TEXTS[5]]
+    found = torch.cat(
+        [scores["loss"] for scores in acqcore.score_stream(student, samples, "loss", chunk=2, errors=errors)]
+    )
+    assert found.isnan().nonzero()[:, 0].tolist() == [0, 5]
+    assert list(errors) == [7, 0, 5]
+    assert acqcore.score(student, TEXTS, "loss", errors=errors).valid.all()
+
+
+@pytest.mark.parametrize("samples", ["a fox", b"a fox", None, 3])
+def test_samples_must_be_iterable(samples, student):
+    with pytest.raises(TypeError, match="samples: expected an iterable of"):
+        acqcore.score_stream(student, samples)
+
+
+@pytest.mark.parametrize("errors", [[], (), "x"])
+def test_errors_must_be_a_dict(errors, student):
+    for call in (acqcore.score, acqcore.score_stream):
+        with pytest.raises(TypeError, match="errors: expected a dict or None, got"):
+            call(student, TEXTS, errors=errors)

@@ -156,6 +156,21 @@ def test_wrong_arguments_of_loading(call, error, message, tmp_path):
 
 
 class TestVerification:
+    def test_changes_between_two_calls(self, tiny_model):
+        model = tiny_model("Gemma2")
+        assert_own_logits(model)
+        for cap in (None, 1.0, 2.0):
+            model.config.final_logit_softcapping = cap
+            assert_own_logits(model)
+            assert acqcore.Student.from_model(model).head.softcap == cap
+        model.resize_token_embeddings(300)
+        assert acqcore.Student.from_model(model).head.vocab_size == 300
+        hook = _on_logits(lambda z: z.cumsum(1))(model)
+        with pytest.raises(ValueError, match="changes the logits"):
+            acqcore.Student.from_model(model)
+        hook.remove()
+        assert acqcore.Student.from_model(model).head.softcap == 2.0
+
     @pytest.mark.parametrize("name", REFUSED)
     def test_what_trunk_and_head_would_not_reproduce_is_refused(self, name, tiny_model):
         model, (change, message) = tiny_model("Llama"), REFUSED[name]

@@ -20,6 +20,7 @@ from typing import TypeAlias
 import torch
 from torch import nn
 
+from acqcore import checks
 from acqcore.backends.precision import float32_products
 from acqcore.backends.scatter import add_at
 from acqcore.gradients.head_pass import HeadPass
@@ -274,11 +275,14 @@ class SiteSquares:
         head: HeadPass,
         sites: Mapping[nn.Module, float],
         first: torch.Tensor | None = None,  # [B] int64
+        length: int | None = None,
     ) -> None:
-        """``first``: index of each sample's first token that counts, among the tokens that have a gradient."""
+        """``first``: index of each sample's first token that counts, among the ``length`` tokens that have a
+        gradient."""
         self._head = head
         self._sites = sites
         self._first = first
+        self._length = length
         self._norms: dict[float, list[torch.Tensor]] = {}  # p -> norms of o g per site, [B, T]
         self._factor: torch.Tensor | None = None  # [B]
         self._of_rows = torch.zeros(len(head.bounds), dtype=torch.float64, device=head.hidden.device)
@@ -286,7 +290,7 @@ class SiteSquares:
     def add_site(
         self,
         module: nn.Module,
-        value: torch.Tensor,  # [B, ..., D] or [B * T, D]
+        value: torch.Tensor,  # [B, ..., T, D] (attention weights: heads before tokens), [B, T, ...] or [B * T, D]
         gradient: torch.Tensor,  # same shape
         factor: torch.Tensor | None,  # [B], by which each sample's gradient is still to be multiplied
     ) -> None:
@@ -294,10 +298,23 @@ class SiteSquares:
             return
         # In bfloat16 the products of SmolLM2's few massive activations moved a sample's value by 5e-4.
         value = value.to(compute_dtype(value.dtype))
-        terms = (value * gradient).reshape(len(self._of_rows), -1, value.shape[-1])  # [B, T, D]
-        norms = torch.linalg.vector_norm(terms, dim=2)
+        terms, batch = value * gradient, len(self._of_rows)
+        if terms.dim() == 2:
+            terms = terms.reshape(batch, -1, terms.shape[1])
+        if self._first is not None:
+            terms = terms.movedim(self._token_dim(terms), 1)
+        norms = torch.linalg.vector_norm(terms.flatten(2), dim=2)  # [B, T]
         self._norms.setdefault(self._sites[module], []).append(norms.to(self._of_rows.device))
         self._factor = factor
+
+    def _token_dim(self, terms: torch.Tensor) -> int:
+        for dim in (terms.dim() - 2, 1):
+            if terms.shape[dim] == self._length:
+                return dim
+        raise ValueError(
+            f"positions: 'completion' needs dropout on [B, T, D] or [B, H, T, T] with T = {self._length}, "
+            f"got {checks.describe(terms)}"
+        )
 
     @property
     def values(self) -> torch.Tensor:

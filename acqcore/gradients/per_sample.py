@@ -77,6 +77,7 @@ class SampleGradients:
         self._probe = Probe(self._capture, student, tied)
         self._left = 0  # backwards left for the current batch
         self._first = torch.zeros(0, dtype=torch.int64)  # [B], first position that predicts a scored token
+        self._length = 0  # tokens that have a gradient
         of_trunk = [need for need in self._probed if need.layers != 0]
         #: Whether gradients are confined to completions.
         self._of_completions = not names and all(need.positions == "completion" for need in of_trunk)
@@ -140,7 +141,7 @@ class SampleGradients:
             yield self._student.hidden(input_ids)
             return
         start = int(first.min()) if self.backwards_of_completions else 0
-        self._first = first - start
+        self._first, self._length = first - start, input_ids.shape[1] - start
         with self._capture.attached():
             yield self._capture.forward(input_ids, start)
 
@@ -202,7 +203,9 @@ class SampleGradients:
             of_weights = {need: self._weights_measure(need, head_pass) for need in asked if need.of == "weights"}
             sites = {need: self._sites.get(need, {}) for need in asked if need.of == "sites"}
             of_sites = {
-                need: SiteSquares(head_pass, modules, self._first if need.positions == "completion" else None)
+                need: SiteSquares(
+                    head_pass, modules, self._first if need.positions == "completion" else None, self._length
+                )
                 for need, modules in sites.items()
             }
             if any(need.layers != 0 for need in asked):

@@ -21,6 +21,7 @@ from acqcore.gradients.capture import Capture
 from acqcore.gradients.measures import GradPiece, SquaredNorm
 from acqcore.gradients.rules import is_embedding, is_linear
 from acqcore.head import compute_dtype
+from acqcore.students.sharding import alterations
 from acqcore.students.student import Student
 
 #: Shape of the token ids for comparing pieces with autograd.
@@ -236,9 +237,9 @@ class _Norms:
 
 
 def _state(module: nn.Module) -> tuple[Any, ...]:
-    """State that may change how a module's parameters are used: its hooks and PEFT adapters."""
+    """State that may change how a module's parameters are used: its hooks, its own forward and PEFT adapters."""
     adapters = [getattr(module, name, None) for name in ("merged_adapters", "_disable_adapters", "_active_adapter")]
-    return id(module), len(module._forward_hooks), len(module._forward_pre_hooks), str(adapters)
+    return *alterations(module), str(adapters)
 
 
 def _reached(output: torch.Tensor, parameters: Mapping[torch.Tensor, str]) -> list[str]:

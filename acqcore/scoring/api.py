@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from acqcore.literals import Reduction
 from acqcore.progress import Progress
 from acqcore.scores import Scores
 from acqcore.scoring.plan import AcquisitionArgs, Plan
-from acqcore.students.samples import Sample, Samples
+from acqcore.students.samples import Sample, Samples, check_errors, in_chunks
 from acqcore.students.student import StudentLike, as_student
 
 
@@ -150,10 +149,11 @@ def check_request(
 
 def score_stream(
     student: StudentLike,
-    samples: Iterable[Sample],
+    samples: Iterable[Sample] | Samples,
     acquisitions: str | Sequence[str] = ("entropy",),
     *,
     chunk: int = 4096,
+    errors: dict[int, str] | None = None,
     **options: Any,
 ) -> Iterator[Scores]:
     """Acquisition values of any number of samples, holding one chunk in memory at a time.
@@ -161,29 +161,35 @@ def score_stream(
     Args:
         student: as in :func:`acqcore.score`; loaded once.
         samples: strings or mappings as in :func:`acqcore.score`, from any iterable such as a generator or a
-            ``datasets.IterableDataset``; read one chunk at a time.
+            ``datasets.IterableDataset``; read one chunk at a time. Also a table or tensors.
         acquisitions: names from ``acqcore.acquisitions()``, except those that compare the samples of a call.
         chunk: samples per chunk.
+        errors: as in :func:`acqcore.score`, with indices into all samples.
         options: the other arguments of :func:`acqcore.score`.
 
     Returns:
         An iterator of Scores in input order, for ``chunk`` samples each; the last may cover fewer.
 
     Raises:
-        TypeError, ValueError: immediately for student, chunk and acquisitions; for invalid samples when their chunk is
-            read, with the index of its first sample prefixed to the message.
+        TypeError, ValueError: immediately for student, chunk, acquisitions and errors; for invalid samples when their
+            chunk is read, with the index of its first sample prefixed to the message.
     """
     checks.positive_int("chunk", chunk)
     Plan.of(acquisitions, options.get("acquisition_args")).sample_by_sample("use acqcore.score")
-    loaded, left = as_student(student), iter(samples)
+    check_errors(errors)
+    lists = in_chunks(samples, chunk)
+    loaded = as_student(student)
 
     def chunks() -> Iterator[Scores]:
         start = 0
-        while held := list(islice(left, chunk)):
+        for held in lists:
+            found: dict[int, str] | None = None if errors is None else {}
             try:
-                scores = score(loaded, held, acquisitions, **options)
+                scores = score(loaded, held, acquisitions, errors=found, **options)
             except (ValueError, TypeError) as error:
                 raise type(error)(f"chunk from sample {start}: {error}") from error
+            if errors is not None:
+                errors.update({start + i: message for i, message in (found or {}).items()})
             start += len(held)
             yield scores
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -15,6 +15,7 @@ from acqcore.head import Head
 from acqcore.students.heads import KNOWN_LOGITS, MAP_TOLERANCE, LogitMap, placed_projection
 from acqcore.students.sharding import (
     DataParallel,
+    alterations,
     data_parallel,
     gathered,
     is_dtensor,
@@ -35,10 +36,13 @@ LIMITS = ("max_position_embeddings", "max_target_positions", "max_seq_len")
 
 ADVICE = "use acqcore.Student(trunk, head)"
 
-# Logit maps of models and the models that were verified, so that a reward called with the model at each step pays for
-# both once.
-_MAPS: WeakKeyDictionary[torch.nn.Module, LogitMap] = WeakKeyDictionary()
-_VERIFIED: WeakSet[torch.nn.Module] = WeakSet()
+#: Most states of a model whose logit map is kept.
+KEPT_STATES = 16
+
+# Model -> its state -> logit map, and the states that were verified, so that a reward called with the model at each
+# step pays for both once.
+_MAPS: WeakKeyDictionary[torch.nn.Module, dict[tuple[Any, ...], LogitMap]] = WeakKeyDictionary()
+_VERIFIED: WeakKeyDictionary[torch.nn.Module, set[tuple[Any, ...]]] = WeakKeyDictionary()
 
 
 class CausalLM:
@@ -113,7 +117,7 @@ class CausalLM:
         return Head(**placed, softcap=self._map.softcap, scale=self._map.scale)
 
     def read_logit_map(self) -> None:
-        """Determine the scale and softcap of the model's logits, once per model object.
+        """Determine the scale and softcap of the model's logits, once per state of a model.
 
         Raises:
             ValueError: the model changes its logits in any other way.
@@ -127,9 +131,13 @@ class CausalLM:
         self.token_ids = min(self.vocab_size, rows)
         if weight.device.type == "meta":  # no values to probe
             return
-        if self._model not in _MAPS:
-            _MAPS[self._model] = self._logit_map(Head(**placed))
-        self._map = _MAPS[self._model]
+        known, state = _MAPS.setdefault(self._model, {}), self._state()
+        if state not in known:
+            found = self._logit_map(Head(**placed))
+            if len(known) == KEPT_STATES:
+                known.clear()
+            known[state] = found
+        self._map = known[state]
         self.vocab_size = self._map.columns or self.vocab_size
 
     def _logit_map(self, head: Head) -> LogitMap:
@@ -168,12 +176,13 @@ class CausalLM:
         return found if count == self.vocab_size else replace(found, columns=count)
 
     def verify(self) -> None:
-        """Compare trunk and head with the model's own logits, and check causality, once per model object.
+        """Compare trunk and head with the model's own logits, and check causality, once per state of a model.
 
         Raises:
             ValueError: the logits differ, or a token sees later tokens.
         """
-        if self._model in _VERIFIED:
+        known, state = _VERIFIED.setdefault(self._model, set()), self._state()
+        if state in known:
             return
         head = self.head()
         ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]]) * max(1, self.token_ids // 7) % self.token_ids
@@ -202,7 +211,18 @@ class CausalLM:
         before = hidden[:, :-1].double()
         if not float((before[0] - before[1]).abs().max()) <= tolerance * float(before.abs().max()):
             raise ValueError(f"model: expected a causal language model, in {self.name} a token sees later tokens")
-        _VERIFIED.add(self._model)
+        if len(known) == KEPT_STATES:
+            known.clear()
+        known.add(state)
+
+    def _state(self) -> tuple[Any, ...]:
+        """State that may change how the logits follow from the hidden states: numbers of the configuration and the
+        model, and alterations of the modules outside the trunk."""
+        pruned = set() if self.trunk is self._causal else {self.trunk}
+        outside = [alterations(module) for _, module in self._model.named_modules(memo=pruned)]
+        owners = (self.config, self._causal)
+        numbers = [(k, v) for owner in owners for k, v in vars(owner).items() if isinstance(v, int | float | None)]
+        return (self.vocab_size, *outside, *numbers)
 
     def _check_product(
         self,

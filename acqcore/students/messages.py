@@ -92,20 +92,27 @@ def messages_of(index: int, key: str, value: object) -> list[dict[str, Any]]:
     return messages
 
 
+def joined(index: int, tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The messages, with content that is a list of texts joined for a template that accepts only strings.
+
+    Raises:
+        ValueError: images, video or audio; parts without text for such a template.
+    """
+    for message in messages:
+        _text_alone(index, message.get("content"))
+    if any(isinstance(message.get("content"), list) for message in messages) and not _takes_lists(tokenizer):
+        return [_joined(index, message) for message in messages]
+    return list(messages)
+
+
 def rendered(
     index: int, tokenizer: Any, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, **options: Any
 ) -> str:
     """Render the conversation with the tokenizer's chat template.
 
-    Content that is a list of texts is joined for a template that accepts only strings.
-
     Raises:
-        ValueError: the template rejects the conversation or writes content as a Python repr; images, video or audio.
+        ValueError: the template rejects the conversation or writes content as a Python repr.
     """
-    for message in messages:
-        _text_alone(index, message.get("content"))
-    if any(isinstance(message.get("content"), list) for message in messages) and not _takes_lists(tokenizer):
-        messages = [_joined(index, message) for message in messages]
     try:
         text = tokenizer.apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **options

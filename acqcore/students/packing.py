@@ -7,7 +7,7 @@ must not depend on its batch, so such lengths are batched separately.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -41,7 +41,7 @@ def partition(
     lengths: Sequence[int],  # [n], each >= 1
     batch_tokens: int,
     overhead: int,
-    groups: Sequence[int] | None = None,  # [n]
+    groups: Sequence[Hashable] | None = None,  # [n]
     starts: Sequence[int] | None = None,  # [n], each below the length
     repeats: int = 0,
 ) -> list[list[int]]:
@@ -55,7 +55,7 @@ def partition(
     cost. Samples are then sorted by start first, latest first, so a short prompt does not lengthen others' repeats.
     """
     if groups is not None and len(set(groups)) > 1:
-        members: dict[int, list[int]] = {}
+        members: dict[Hashable, list[int]] = {}
         for i, group in enumerate(groups):
             members.setdefault(group, []).append(i)
         batches = []

@@ -22,10 +22,11 @@ contains images. Rows from :func:`encode` are samples too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, TypeAlias, TypeVar
+from itertools import islice
+from typing import Any, TypeAlias, TypeGuard, TypeVar
 
 import torch
 
@@ -34,6 +35,7 @@ from acqcore.defaults import standard_defaults
 from acqcore.students.messages import (
     common_length,
     generated,
+    joined,
     messages_of,
     rendered,
     reply_start,
@@ -41,7 +43,7 @@ from acqcore.students.messages import (
     template_options,
     text_of,
 )  # fmt: skip
-from acqcore.students.tables import BESIDE, EXPECTED, kind_of, listed, plain
+from acqcore.students.tables import BESIDE, EXPECTED, columns_of, kind_of, listed, plain
 
 T = TypeVar("T")
 Message: TypeAlias = Mapping[str, Any]
@@ -119,14 +121,14 @@ def encode(
         ValueError: a sample with nothing to score, or too long for the student; the message names its index.
     """
     checks.max_length(max_length, limit)
-    if isinstance(samples, Mapping) and (
-        kind_of(samples) is None or isinstance(samples.get("input_ids"), torch.Tensor)
-    ):
+    check_errors(errors)
+    found: dict[int, str] | None = None if errors is None else {}
+    if _of_tensors(samples):
         rows = _tensor_rows(samples)
     else:
         given = listed(samples)
         encoded = [sample for sample in given if isinstance(sample, Row)]
-        rows = encoded if len(encoded) == len(given) else _tokenize(_texts(given, tokenizer, errors), tokenizer, errors)
+        rows = encoded if len(encoded) == len(given) else _tokenize(_texts(given, tokenizer, found), tokenizer, found)
 
     # Check all rows at once, and one by one only to name a bad one.
     tokens = [ids for row in rows for ids in (row.ids, row.scored)]
@@ -156,8 +158,39 @@ def encode(
             )
         return row
 
-    done = errors or {}
-    return [EMPTY if i in done else _attempt(errors, finish, i, row) or EMPTY for i, row in enumerate(rows)]
+    done = found or {}
+    rows = [EMPTY if i in done else _attempt(found, finish, i, row) or EMPTY for i, row in enumerate(rows)]
+    if errors is not None:
+        errors.update(found or {})
+    return rows
+
+
+def check_errors(errors: object) -> None:
+    if errors is not None:
+        checks.instance("errors", errors, MutableMapping, "a dict or None")
+
+
+def in_chunks(samples: Any, size: int) -> Iterator[list[Any]]:
+    """Lists of ``size`` samples, read one at a time; tables and tensors are cut by rows.
+
+    Raises:
+        TypeError: neither iterable nor a table.
+    """
+    if isinstance(samples, Mapping):
+        samples = _tensor_rows(samples) if _of_tensors(samples) else listed(samples)
+    elif columns_of(samples) is not None:
+        rows = getattr(samples, "iloc", samples)
+        return (listed(rows[begin : begin + size]) for begin in range(0, len(samples), size))
+    if isinstance(samples, (str, bytes)) or not any(hasattr(samples, name) for name in ("__iter__", "__getitem__")):
+        raise TypeError(f"samples: expected an iterable of {EXPECTED}, got {checks.describe(samples)}")
+    left = iter(samples)
+    return iter(lambda: list(islice(left, size)), [])
+
+
+def _of_tensors(samples: Any) -> TypeGuard[Mapping[str, Any]]:
+    return isinstance(samples, Mapping) and (
+        kind_of(samples) is None or isinstance(samples.get("input_ids"), torch.Tensor)
+    )
 
 
 def _outside(ids: torch.Tensor, vocab_size: int) -> torch.Tensor:
@@ -250,9 +283,11 @@ def _conversation(
     if not any(message.get("content") or message.get("tool_calls") for message in reply):
         raise ValueError(f"samples[{index}]: the completion is empty, there is nothing to score")
 
-    text = sound(index, "messages", rendered(index, tokenizer, [*context, *reply], False, **options))
+    messages = joined(index, tokenizer, [*context, *reply])
+    context, reply = messages[: len(context)], messages[len(context) :]
+    text = sound(index, "messages", rendered(index, tokenizer, messages, False, **options))
     start = reply_start(index, tokenizer, text, context, reply, options)
-    return _Text(text, start, True, generated(index, tokenizer, [*context, *reply], options))
+    return _Text(text, start, True, generated(index, tokenizer, messages, options))
 
 
 def _tokenize(texts: Sequence[_Text], tokenizer: Any, errors: dict[int, str] | None) -> list[Row]:
@@ -267,7 +302,7 @@ def _tokenize(texts: Sequence[_Text], tokenizer: Any, errors: dict[int, str] | N
         except Exception:
             found = [_attempt(errors, _alone, i, texts[i], tokenizer) or EMPTY for i in picked]
         for i, row in zip(picked, found, strict=True):
-            rows[i] = row
+            rows[i] = _attempt(errors, _marked, i, row, texts[i]) or EMPTY
     return rows
 
 
@@ -304,7 +339,7 @@ def _tokenized(texts: Sequence[_Text], tokenizer: Any) -> list[Row]:
     if any(len(ids) > 1 and (ids[0] == ids[1] or ids[-1] == ids[-2]) for ids in batch["input_ids"]):
         added = tokenizer([""], **options)["input_ids"][0]
         rows = [_once(row, added, tokenizer) for row in rows]
-    return [_marked(row, text) for row, text in zip(rows, texts, strict=True)]
+    return rows
 
 
 def _once(row: Row, added: Sequence[int], tokenizer: Any) -> Row:
@@ -325,10 +360,15 @@ def _once(row: Row, added: Sequence[int], tokenizer: Any) -> Row:
     return Row(ids[first : len(ids) - last], targets, None if row.prompt is None else row.prompt[first:])
 
 
-def _marked(row: Row, text: _Text) -> Row:
+def _marked(index: int, row: Row, text: _Text) -> Row:
     """The row with only those tokens scored that the template marks."""
-    if text.generated is None or len(text.generated) != len(row.ids):
+    if text.generated is None or row is EMPTY:  # as the tokenizer rejected it
         return row
+    if len(text.generated) != len(row.ids):
+        raise ValueError(
+            f"samples[{index}]: the chat template marks generated text in {len(text.generated)} tokens, but the "
+            f"conversation has {len(row.ids)}"
+        )
     marks = torch.tensor(text.generated, dtype=torch.bool)
     return replace(row, targets=row.targets.masked_fill(~marks, checks.IGNORE_INDEX))
 

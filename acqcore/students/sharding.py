@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -207,6 +208,14 @@ def matrix_owners(model: nn.Module) -> set[nn.Module]:
                 if len(shape) >= 2:
                     owners.add(info.module)
     return owners
+
+
+def alterations(module: nn.Module) -> tuple[Any, ...]:
+    """What others changed about a module's call: the ids of its hooks, which are never reused, and a forward of its
+    own. Holds no strong reference to the module."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    own = module.__dict__.get("forward")
+    return id(module), *map(tuple, hooks), own if own is None else weakref.ref(own)
 
 
 @contextmanager

@@ -32,7 +32,7 @@ def listed(samples: Any) -> list[Any]:
         TypeError: neither a list nor a table, or a table without such columns.
         ValueError: columns of different lengths.
     """
-    columns = _columns(samples)
+    columns = columns_of(samples)
     if columns is not None:
         kind = kind_of(columns)
         if kind is None:
@@ -71,7 +71,7 @@ def _missing(value: Any) -> bool:
     return value is None or bool(isinstance(value, numbers.Real) and value != value)
 
 
-def _columns(samples: Any) -> list[Any] | None:
+def columns_of(samples: Any) -> list[Any] | None:
     """Names of a table's columns; None for anything else."""
     if isinstance(samples, Mapping):
         return list(samples)
