@@ -303,7 +303,10 @@ def _csv_records(lines: Iterator[str], header: Sequence[str], first: int) -> Ite
         except csv.Error as error:
             yield Record(number, {}, f"not csv: {error}")
             continue
-        values.pop(None, None)  # cells without a header
+        beyond = values.pop(None, None)  # cells without a header; an unquoted comma would cut the text
+        if beyond is not None:
+            yield Record(number, {}, f"expected {len(header)} cells as in the header, got {len(header) + len(beyond)}")
+            continue
         yield Record(number, values)
 
 
