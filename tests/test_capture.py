@@ -404,3 +404,57 @@ def test_a_norm_is_differentiated_by_two_calls(kind, monkeypatch):
         expected = torch.autograd.grad(module(value[i : i + 1]), list(module.parameters()), gradient[i : i + 1])
         for key, one in zip(names, expected, strict=True):
             torch.testing.assert_close(pieces[key].values[i], one, rtol=1e-5, atol=1e-5)
+
+
+class Late(nn.Module):
+    """Uses its weight outside the layer, and only in long samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 16, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.layer.weight) if x.shape[1] > 8 else x
+
+
+class Routed(nn.Module):
+    """Sends each token through the weight of one of many experts, whose layers it may call."""
+
+    def __init__(self, called: bool) -> None:
+        super().__init__()
+        self.router, self.called = nn.Linear(16, 64, bias=False), called
+        self.experts = nn.ModuleList(nn.Linear(16, 16, bias=False) for _ in range(64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight, chosen = self.router(x).softmax(-1).max(-1)
+        y = torch.zeros_like(x)
+        for e in chosen.unique().tolist():
+            layer = self.experts[e]
+            mine = x[chosen == e]
+            y[chosen == e] = layer(mine) if self.called else nn.functional.linear(mine, layer.weight)
+        return y * weight[..., None]
+
+
+@pytest.mark.parametrize("make", [Late, lambda: Routed(False), lambda: Routed(True)])
+def test_parameters_that_the_probe_does_not_reach(make):
+    torch.manual_seed(0)
+    trunk, weight = nn.Sequential(nn.Embedding(96, 16), make(), nn.LayerNorm(16)), torch.randn(96, 16)
+    student = acqcore.Student(trunk, acqcore.Head(weight))
+    lengths = (40, 33, 6)
+    ids = torch.randint(0, 96, (3, 40))
+    mask = (torch.arange(40) < torch.tensor(lengths)[:, None]).long()
+    found = acqcore.grad_norm(student, {"input_ids": ids, "attention_mask": mask}, "all")
+    for i, length in enumerate(lengths):
+        own = weight.clone().requires_grad_()
+        logits = trunk(ids[i : i + 1, : length - 1])[0] @ own.T
+        loss = nn.functional.cross_entropy(logits, ids[i, 1:length])
+        gradients = torch.autograd.grad(loss, [*trunk.parameters(), own], allow_unused=True)
+        expected = sum(float(g.double().square().sum()) for g in gradients if g is not None) ** 0.5
+        assert float(found[i]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_laplace_posterior_names_a_layer_without_a_rule(tiny_model):
+    model = tiny_model("Llama")
+    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda module, args, output: output * 2)
+    with pytest.raises(ValueError, match=r"layers: a Laplace posterior requires .*layers\.0\.mlp\.up_proj\.weight is"):
+        acqcore.laplace_posterior(model, {"input_ids": torch.randint(5, 300, (3, 10))})

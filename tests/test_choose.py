@@ -92,6 +92,21 @@ def test_labels_that_others_predict_take_turns(choose, student, tmp_path, capsys
     assert "intent: expected a string or an int, got None" in err
 
 
+def test_labels_of_equal_prompts(choose, tmp_path, capsys, read):
+    rows = [{"prompt": "classify:", "completion": f" a{i}", "intent": "xy"[i % 2]} for i in range(6)]
+    assert main(choose(rows, n=2, label_column="intent")) == 0
+    assert "0 of 6 labels agree" in capsys.readouterr().err
+    assert len(read(tmp_path / "out.jsonl")) == 2
+
+
+def test_tools_of_some_rows_only(choose, tmp_path, capsys):
+    turns = [{"role": "user", "content": "a fox?"}, {"role": "assistant", "content": "a dog."}]
+    rows: list[dict[str, Any]] = [{"messages": turns} for _ in range(3)]
+    rows[1] |= {"tools": [], "chat_template_kwargs": {}}
+    assert main(choose(rows)) == 0
+    assert "a dog." in capsys.readouterr().out
+
+
 def test_diversity_alone_chooses_among_all_rows(choose, student, tmp_path, read):
     copies = [{"text": TEXTS[0]}] * 5 + [{"text": TEXTS[1]}, {"text": TEXTS[3]}]
     assert main(choose(copies, method="facility_location", signal=None)) == 0
@@ -239,6 +254,8 @@ def test_a_row_too_long_for_a_member_is_not_chosen(choose, tiny_model, tokenizer
         ({"label_column": "intent"}, "label-column: no column 'intent' in the data, only text"),
         ({"label_column": "text", "method": "badge"}, "--label-column: requires --student and --method top_k"),
         ({"label_column": "text", "student": None}, "--label-column: requires --student and --method top_k"),
+        ({"seed": -1, "method": "badge"}, "seed: expected "),
+        ({"seed": 2**70, "method": "badge"}, "seed: expected "),
         ({"among": 5}, "--among: requires --signal and a diverse --method"),
         ({"method": "badge", "among": 2}, "--among: expected at least --n = 3, got 2"),
         ({"acquisition_args": '{"loss": {}}'}, "--acquisition-args: 'loss' is not among the acquisitions asked for"),

@@ -285,6 +285,41 @@ def test_the_highest_rows(suffix, command, tmp_path, capsys, read):
     assert list(read(top)[0]) == list(expected[0])
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_the_highest_of_rows_with_long_cells(suffix, command, tmp_path):
+    rows = [{"text": f"a fox {i}", "note": "x, " * 50_000} for i in range(3)]
+    assert main(command(rows, out=tmp_path / f"out.{suffix}", top_k=2)) == 0
+    assert (tmp_path / f"out.{suffix}").read_text().count("x, " * 50_000) == 2
+
+
+@pytest.mark.parametrize("options", [{}, {"block_rows": 1}, {"top_k": 2}])
+def test_parquet_types_are_kept(options, command, tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pytest.importorskip("pandas")  # without it pyarrow cannot read nanoseconds
+    columns = {
+        "ns": pyarrow.array([1, 1_700_000_000_123_456_789], pyarrow.timestamp("ns")),
+        "span": pyarrow.array([None, 3_000_000_001], pyarrow.duration("ns")),
+        "unsigned": pyarrow.array([2**64 - 1, None], pyarrow.uint64()),
+        "map": pyarrow.array([[("a", 1)], None], pyarrow.map_(pyarrow.string(), pyarrow.int64())),
+        "small": pyarrow.array([1, 2], pyarrow.int8()),
+        "category": pyarrow.array(["a", None]).dictionary_encode(),
+        "entropy": pyarrow.array([None, None], pyarrow.float16()),
+        "list": pyarrow.array([[1, 2], None], pyarrow.list_(pyarrow.int32(), 2)),
+    }
+    given = pyarrow.table({"text": ["a fox", "the dog"], **columns})
+    parquet.write_table(given, tmp_path / "in.parquet")
+    arguments = command([], data=tmp_path / "in.parquet", out=tmp_path / "out.parquet", acquisitions="entropy")
+    assert (
+        main([*arguments, *(word for key, n in options.items() for word in (f"--{key.replace('_', '-')}", str(n)))])
+        == 0
+    )
+    found = parquet.read_table(tmp_path / "out.parquet")
+    for name in given.column_names:
+        column = found.column("data_entropy" if name == "entropy" else name)
+        assert column.type == given.column(name).type
+        assert column.to_pylist() == given.column(name).to_pylist()
+
+
 def test_a_data_set_by_name(command, tmp_path, monkeypatch, refused, read):
     pytest.importorskip("datasets")
     monkeypatch.chdir(tmp_path)

@@ -64,11 +64,14 @@ def test_bad_lines_are_records_with_an_error(tmp_path):
         assert errors[3] == "not UTF-8: invalid start byte (byte 11)"
 
 
-def test_cells_beyond_the_header_are_left_out(tmp_path):
+def test_cells_beyond_the_header_are_an_error(tmp_path):
     path = tmp_path / "data.csv"
-    path.write_text("text,n\na,1,2\n\nb\n")
+    path.write_text("text,n\na, b,1\n\nb\n")
     assert scan(path, 1, None)[1] == ["text", "n"]
-    assert [record.values for record in read_all(path, 1)] == [{"text": "a", "n": "1"}, {"text": "b", "n": None}]
+    found = read_all(path, 1)
+    assert [record.error for record in found] == ["expected 2 cells as in the header, got 3", None]
+    assert [record.line for record in found] == [1, 2]
+    assert found[1].values == {"text": "b", "n": None}
 
 
 @pytest.mark.parametrize("block_rows", [1, 2, 10])

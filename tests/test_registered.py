@@ -106,3 +106,14 @@ def test_as_a_reward(register, loaded, tokenizer, monkeypatch, student):
     monkeypatch.setenv("ACQSYNTH_STUDENT", str(student))
     assert NAME in dir(rewards)
     assert getattr(rewards, NAME).__name__ == f"acquisition_{NAME}"
+
+
+@pytest.mark.parametrize("needs", ["x", None, (acqcore.acquisitions.RowNeed(), "x")])
+def test_needs_that_are_no_needs(needs):
+    with pytest.raises(TypeError, match="needs: expected needs"):
+        acqcore.register("wrong", needs=needs)
+
+
+def test_an_unknown_over():
+    with pytest.raises(ValueError, match="over: unknown 'tokens'"):
+        acqcore.register("wrong", over="tokens")

@@ -142,6 +142,11 @@ class TestTensors:
                 ValueError,
                 "samples[1]: token id 320 is outside the student's vocabulary of 320",
             ),
+            (
+                {"input_ids": torch.ones(1, 2).long(), "attention_mask": torch.tensor([[0.0, -1e9]])},
+                ValueError,
+                'samples["attention_mask"]: expected 1 for real tokens and 0 for padding, got an additive mask',
+            ),
             *(
                 (
                     {"input_ids": torch.ones(2, 3).long(), "labels": torch.tensor([[1, 1, 1], [1, label, 1]])},

@@ -220,10 +220,32 @@ def test_log_det_does_not_depend_on_the_scale():
     assert acqcore.select(x * 2.0**20, 10, "log_det").tolist() == expected
 
 
+@pytest.mark.parametrize("method", VECTOR_METHODS)
+@pytest.mark.parametrize("scale", [2.0**-100, 2.0**-43, 2.0**66, 2.0**124])
+def test_lengths_far_from_one(method, scale):
+    x = vectors(30, 6) / 8
+    assert acqcore.select(x * scale, 8, method).tolist() == acqcore.select(x, 8, method).tolist()
+
+
+@pytest.mark.parametrize("scale", [1e-13, 1e-25])
+def test_facility_location_compares_directions_alone(scale):
+    x = vectors(30, 6)
+    lengths = torch.where(torch.arange(30) < 15, 1.0, scale)
+    assert acqcore.select(x * lengths[:, None], 8, "facility_location").tolist() == naive_greedy(
+        lambda chosen: coverage(x.double(), chosen), 30, 8
+    )
+
+
 def test_badge_is_seeded():
     x = vectors(50, 4)
     assert acqcore.select(x, 8, "badge", seed=3).tolist() == acqcore.select(x, 8, "badge", seed=3).tolist()
     assert len({tuple(acqcore.select(x, 8, "badge", seed=s).tolist()) for s in range(5)}) > 1
+
+
+@pytest.mark.parametrize("seed", [-1, 2**70])
+def test_bad_seeds(seed):
+    with pytest.raises(ValueError, match="seed: expected "):
+        acqcore.select(vectors(9, 4), 2, "badge", seed=seed)
 
 
 def test_badge_draws_by_squared_distance():

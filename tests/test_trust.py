@@ -33,6 +33,24 @@ def left_out(x: torch.Tensor, y: torch.Tensor, ridge: float) -> torch.Tensor:
     return torch.stack(predictions)
 
 
+@pytest.mark.parametrize("vectors", [torch.full((5, 3), 0.1), torch.zeros(5, 1), torch.full((5, 3), 0.1).double()])
+def test_of_identical_vectors_the_other_labels_decide(vectors):
+    found = acqcore.label_trust(vectors, torch.tensor([0, 1, 0, 1, 0]))
+    torch.testing.assert_close(found, torch.tensor([0.0, -0.5, 0.0, -0.5, 0.0]))
+
+
+def test_the_scale_and_the_default_dtype_do_not_matter():
+    vectors, labels = data()
+    expected = acqcore.label_trust(vectors, labels)
+    torch.set_default_dtype(torch.float64)
+    try:
+        for found in (acqcore.label_trust(vectors * scale, labels) for scale in (1.0, 1e-20, 1e20)):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        assert acqcore.label_trust(vectors, torch.zeros_like(labels)).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize("ridge", trust.RIDGES)
 def test_is_the_margin_of_regressions_without_the_row(ridge, monkeypatch):
     monkeypatch.setattr(trust, "RIDGES", (ridge,))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 import torch
 
+from acqcore import checks
 from acqcore.acquisitions.needs import Need, Options, RowNeed
 
 Over: TypeAlias = Literal["token", "average", "sample", "set"]
@@ -101,8 +102,13 @@ def register(
     ...     return (1 - 2 * stats.top1_prob) ** options.power
 
     Raises:
-        ValueError: the function has no docstring.
+        ValueError: the function has no docstring, or an unknown ``over``. TypeError: ``needs`` that are not needs.
     """
+    if not callable(over):
+        checks.literal("over", over, Over)
+    for need in needs if isinstance(needs, tuple) else (needs,):
+        if not callable(needs) and not isinstance(need, get_args(Need)):
+            raise TypeError(f"needs: expected needs, such as RowNeed(), or a function, got {checks.describe(need)}")
 
     def decorate(function: Function) -> Function:
         description = (function.__doc__ or "").strip().split("\n")[0]

@@ -18,7 +18,7 @@ from acqcore.files import data as data_files
 from acqcore.files.data import Record, located
 from acqcore.files.parts import check_output
 from acqcore.files.table import write_rows
-from acqcore.files.worker import TOP_ROWS, encode_records, load_student, record_error, shorten
+from acqcore.files.worker import TOP_ROWS, encode_records, load_student, record_error, shorten, shown_column
 from acqcore.literals import Method
 from acqcore.progress import print_table
 from acqcore.scoring.api import score
@@ -124,6 +124,7 @@ def _check(options: argparse.Namespace) -> tuple[str, ...]:
     """Check what does not depend on the data; returns the acquisitions to compute, one or none."""
     checks.positive_int("n", options.n)
     checks.literal("method", options.method, Method)
+    checks.seed(options.seed)
     diverse = options.method != "top_k"
     if options.student is None and (diverse or options.signal is None):
         raise ValueError("--student: expected a model, or --signal with a column of the data and --method top_k")
@@ -201,7 +202,7 @@ def _tokenize(options: argparse.Namespace, pool: _Pool) -> None:
     columns = data_files.choose_columns(
         pool.columns, options.prompt_column, options.completion_column, options.text_column
     )
-    pool.shown = list(columns)[-1]
+    pool.shown = shown_column(columns)
     pool.student = load_student(options.student, options.dtype, options.device)
     runner = Runner(pool.student, (), options.batch_tokens, options.backend)
     rows = encode_records(pool.records, columns, runner, options.max_length, pool.errors)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from acqcore import checks
-from acqcore.files.table import atomically
+from acqcore.files.table import atomically, distinct, long_cells
 from acqcore.students.tables import BESIDE, KINDS, kind_of
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")
@@ -118,7 +118,7 @@ def _scan_parquet(path: Path, block_rows: int, limit: int | None) -> tuple[list[
 
     with _named(path), pyarrow.parquet.ParquetFile(path) as file:
         n_rows = file.metadata.num_rows if limit is None else min(limit, file.metadata.num_rows)
-        columns = _distinct(file.schema_arrow.names)
+        columns = distinct(file.schema_arrow.names)
     starts = range(0, n_rows, block_rows)
     return [Block(i, start, min(block_rows, n_rows - start), start + 1, 0) for i, start in enumerate(starts)], columns
 
@@ -214,7 +214,7 @@ def _parquet_batches(path: Path, columns: list[str]) -> Iterator[Any]:
 
     # Without both settings a row group's whole column is kept: 98 MiB instead of 4 for a million 100-byte texts.
     with _named(path), pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=_READ_BYTES) as file:
-        names = _distinct(file.schema_arrow.names)
+        names = distinct(file.schema_arrow.names)
         if names == file.schema_arrow.names:
             yield from file.iter_batches(_READ_ROWS, columns=columns)
             return
@@ -231,21 +231,12 @@ def _open(path: Path, line: int = 1, offset: int | None = None) -> Iterator[tupl
             yield _jsonl_records(file, line), file.tell
         return
     # Bytes that are not UTF-8 become lone surrogates; a row is rejected only if its scored text has one.
-    with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as text, _long_cells():
+    with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as text, long_cells(_CELL):
         lines = iter(text.readline, "")  # iterating the file itself would disable tell()
-        header = _distinct(next(csv.reader(lines), []))
+        header = distinct(next(csv.reader(lines), []))
         if offset is not None:
             text.seek(offset)
         yield _csv_records(lines, header, line), text.tell
-
-
-@contextmanager
-def _long_cells() -> Iterator[None]:
-    before = csv.field_size_limit(_CELL)
-    try:
-        yield
-    finally:
-        csv.field_size_limit(before)
 
 
 def _json_object(line: bytes) -> dict[str, Any]:
@@ -312,19 +303,11 @@ def _csv_records(lines: Iterator[str], header: Sequence[str], first: int) -> Ite
         except csv.Error as error:
             yield Record(number, {}, f"not csv: {error}")
             continue
-        values.pop(None, None)  # cells without a header
+        beyond = values.pop(None, None)  # cells without a header; an unquoted comma would cut the text
+        if beyond is not None:
+            yield Record(number, {}, f"expected {len(header)} cells as in the header, got {len(header) + len(beyond)}")
+            continue
         yield Record(number, values)
-
-
-def _distinct(names: Sequence[str]) -> list[str]:
-    """Column names made unique: a second ``name`` becomes ``name.1``, as in pandas."""
-    found: dict[str, None] = {}
-    for name in names:
-        other, n = name, 0
-        while other in found:
-            other, n = f"{name}.{n + 1}", n + 1
-        found[other] = None
-    return list(found)
 
 
 def choose_columns(

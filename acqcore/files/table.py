@@ -36,16 +36,38 @@ def atomically(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_block(path: Path, table: Mapping[str, Sequence[Any]]) -> None:
+@contextmanager
+def long_cells(most: int = 2**31 - 1) -> Iterator[None]:
+    """Context in which csv cells of up to ``most`` characters can be read."""
+    before = csv.field_size_limit(most)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
+def distinct(names: Sequence[str]) -> list[str]:
+    """Column names made unique: a second ``name`` becomes ``name.1``, as in pandas."""
+    found: dict[str, None] = {}
+    for name in names:
+        other, n = name, 0
+        while other in found:
+            other, n = f"{name}.{n + 1}", n + 1
+        found[other] = None
+    return list(found)
+
+
+def write_block(path: Path, table: Mapping[str, Sequence[Any]], types: Mapping[str, Any] | None = None) -> None:
     """Write rows atomically as one part of a file: parquet, jsonl (NaN as null), or csv without a header (NaN as an
-    empty cell).
+    empty cell). ``types`` are those of parquet columns, see :func:`column_types`; the others are inferred.
 
     Raises:
         ModuleNotFoundError: parquet without pyarrow.
     """
     with atomically(path) as temporary:
         if path.suffix == ".parquet":
-            _write_parquet(temporary, {name: _arrow(values) for name, values in table.items()})
+            kinds = types or {}
+            _write_parquet(temporary, {name: _arrow(values, kinds.get(name)) for name, values in table.items()})
             return
         with temporary.open("w", newline="", encoding="utf-8") as file:
             for cells in zip(*table.values(), strict=True):
@@ -60,7 +82,7 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[
     """
     with atomically(path) as temporary:
         if path.suffix == ".parquet":
-            types = _types(source)
+            types = column_types(source)
             cells = {name: [row.get(name) for row in rows] for name in columns}
             _write_parquet(temporary, {name: _arrow(values, types.get(name)) for name, values in cells.items()})
             return
@@ -78,14 +100,14 @@ def _write_parquet(path: Path, columns: Mapping[str, Any]) -> None:
     pyarrow.parquet.write_table(pyarrow.table({_text(name): column for name, column in columns.items()}), path)
 
 
-def _types(source: Path) -> dict[str, Any]:
+def column_types(source: Path) -> dict[str, Any]:
     """Column types of a parquet file; empty for other formats, whose types are inferred from the values."""
     if source.suffix != ".parquet":
         return {}
     import pyarrow.parquet
 
     schema = pyarrow.parquet.read_schema(source)
-    return dict(zip(schema.names, schema.types, strict=True))
+    return dict(zip(distinct(schema.names), schema.types, strict=True))
 
 
 def _write_line(file: TextIO, suffix: str, row: Mapping[str, Any]) -> None:
@@ -138,16 +160,17 @@ def _text(value: Any) -> str | None:
 
 
 def _arrow(values: Sequence[Any], kind: Any = None) -> Any:
-    """The values as an Arrow array of type ``kind`` (None infers it), or as text if that type cannot hold them all."""
+    """The values as an Arrow array of type ``kind``, else of the type that Arrow infers, else as text."""
     import pyarrow
 
     values = values if hasattr(values, "dtype") else list(values)
-    try:
-        column = pyarrow.array(values, kind)
-        if _storable(column.type):
-            return column
-    except (ValueError, TypeError, OverflowError):  # includes pyarrow's errors
-        pass
+    for wanted in (kind, None):
+        try:
+            column = pyarrow.array(values, wanted)
+            if _storable(column.type):
+                return column
+        except (ValueError, TypeError, OverflowError):  # includes pyarrow's errors
+            pass
     return pyarrow.array([_text(_plain(value)) for value in values], pyarrow.string())
 
 
@@ -275,11 +298,12 @@ def keep_top(blocks: Sequence[Path], k: int, name: str, columns: Sequence[str], 
                     yield value, -b, -r
 
     kept: dict[int, list[int]] = {}
-    for _, b, r in heapq.nlargest(k, values()):
-        kept.setdefault(-b, []).append(-r)
-    if not kept:
-        kept = {0: []}  # an output without rows still has columns
-    return [_write_rows_of(blocks[b], sorted(rows), folder / blocks[b].name) for b, rows in sorted(kept.items())]
+    with long_cells():
+        for _, b, r in heapq.nlargest(k, values()):
+            kept.setdefault(-b, []).append(-r)
+        if not kept:
+            kept = {0: []}  # an output without rows still has columns
+        return [_write_rows_of(blocks[b], sorted(rows), folder / blocks[b].name) for b, rows in sorted(kept.items())]
 
 
 def _numbers(block: Path, name: str, columns: Sequence[str]) -> Iterator[float]:

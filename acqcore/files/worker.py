@@ -22,7 +22,7 @@ import torch
 from acqcore import checks
 from acqcore.files.data import Block, Reader, Record
 from acqcore.files.parts import Parts
-from acqcore.files.table import write_block
+from acqcore.files.table import column_types, write_block
 from acqcore.scoring.plan import Plan
 from acqcore.scoring.run import Runner
 from acqcore.students.loading import DTYPES
@@ -68,10 +68,16 @@ class Job:
             found[column] = name
         return found
 
+    @cached_property
+    def types(self) -> dict[str, Any]:
+        """Output column -> type of the data's column, if both files are parquet."""
+        if (self.out.suffix or ".parquet") != ".parquet":
+            return {}
+        return {self.names[column]: kind for column, kind in column_types(self.data).items() if column in self.names}
+
     @property
     def shown(self) -> str:
-        """The column of the scored text, shown next to the highest rows."""
-        return [column for column, key in self.columns.items() if key not in BESIDE][-1]
+        return shown_column(self.columns)
 
     @property
     def output_columns(self) -> list[str]:
@@ -181,7 +187,8 @@ class BlockScorer:
             ids = [row.scored.tolist() for row in rows]
             of_names = ([row_tokens[a] for row_tokens in tokens] for a in range(len(job.of_tokens)))
             lists = dict(zip(job.token_columns, (ids, *of_names), strict=True))
-        write_block(self.parts.path(block.index), _table(job, block, records, figures, lists, n_tokens, errors))
+        table = _table(job, block, records, figures, lists, n_tokens, errors)
+        write_block(self.parts.path(block.index), table, job.types)
         values = figures[:, : len(job.plan.names)]
         valid = np.flatnonzero(np.isfinite(values).all(axis=1))
         top = valid[np.argsort(-values[valid, 0], kind="stable")][:TOP_ROWS]
@@ -231,7 +238,8 @@ def write_failed(job: Job, block: Block, reason: str) -> None:
     errors = dict.fromkeys(range(block.rows), f"its block failed: {reason}")
     n_tokens = np.zeros(block.rows, dtype=np.int64)
     lists: dict[str, Sequence[Any]] = {name: [[]] * block.rows for name in job.token_columns}
-    write_block(Parts(job.out).path(block.index), _table(job, block, records, figures, lists, n_tokens, errors))
+    table = _table(job, block, records, figures, lists, n_tokens, errors)
+    write_block(Parts(job.out).path(block.index), table, job.types)
 
 
 def _table(
@@ -291,6 +299,11 @@ def sample_of(record: Record, columns: Mapping[str, str]) -> dict[str, Any]:
             with contextlib.suppress(ValueError):
                 sample[key] = json.loads(value)
     return sample
+
+
+def shown_column(columns: Mapping[str, str]) -> str:
+    """The column of the scored text, shown next to the highest rows."""
+    return [column for column, key in columns.items() if key not in BESIDE][-1]
 
 
 def shorten(value: Any) -> str:

@@ -75,6 +75,8 @@ class Capture:
         self.used: set[str] = set()  # names of parameters whose gradient exceeds rounding
         #: Parameter -> name, for gradients left to autograd; batches then hold one sample.
         self.by_autograd: dict[torch.Tensor, str] = {}
+        #: Parameter -> name, for those that got no gradient in the probe, so that no rule was tested on them.
+        self.unseen: dict[torch.Tensor, str] = {}
         self.forms: dict[nn.Module, set[tuple[str, str]]] = {}  # of modules' inputs and outputs
         self._failed: set[str] | None = None  # during the probe: names that fit no rule
         # State of a forward.
@@ -106,11 +108,11 @@ class Capture:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Context with hooks installed and ``requires_grad`` set only on parameters left to autograd."""
+        """Context with hooks installed and ``requires_grad`` set only on parameters left to autograd or unseen."""
         parameters = {p: p.requires_grad for m in self.modules for p in m._parameters.values() if p is not None}
         with ExitStack() as stack:
             for parameter, required in parameters.items():
-                wanted = parameter in self.by_autograd
+                wanted = parameter in self.by_autograd or parameter in self.unseen
                 if required != wanted:
                     parameter.requires_grad_(wanted)
                     stack.callback(parameter.requires_grad_, required)
@@ -169,7 +171,8 @@ class Capture:
             ValueError: a parameter took part in the forward but got no gradient, or autograd failed.
         """
         self._of_sites = of_sites
-        self.run_backward(hidden, gradient, of_parameters, last, self.by_autograd, self._after_autograd)
+        uncalled = {parameter: name for parameter, name in self.unseen.items() if not self._uses[name]}
+        self.run_backward(hidden, gradient, of_parameters, last, self.by_autograd | uncalled, self._after_autograd)
         silent = [n for n in self.used if self._uses[n] and n not in self._arrived and self._taken(n)]
         if silent:
             raise ValueError(
@@ -297,7 +300,9 @@ class Capture:
                 self._finish(name)
 
     def _after_autograd(self, parameter: torch.Tensor, gradient: torch.Tensor) -> None:
-        name = self.by_autograd[parameter]
+        name = self.names[parameter]
+        if self._shape[0] > 1:
+            raise OneByOne
         gradient = gradient.to(compute_dtype(gradient.dtype))
         piece: GradPiece = DenseGrad(gradient.reshape(1, -1))
         if name in self._tied:

@@ -143,7 +143,7 @@ class WeightedNorm(SquaredNorm):
         self._variances = factors
 
     def add(self, name: str, piece: GradPiece, factor: torch.Tensor | None) -> None:
-        assert isinstance(piece, OuterGrad)
+        piece = _factored(name, piece)
         dtype = compute_dtype(piece.left.dtype)
         rows, columns = (f.to(piece.left.device, dtype).sqrt() for f in self._variances[name])
         super().add(name, OuterGrad(piece.left * rows, piece.right * columns), factor)
@@ -166,7 +166,7 @@ class Marginals:
     def add(self, name: str, piece: GradPiece, factor: torch.Tensor | None) -> None:
         if name not in self._names:
             return
-        assert isinstance(piece, OuterGrad)
+        piece = _factored(name, piece)
         left, right = piece.left.to(compute_dtype(piece.left.dtype)), piece.right.to(compute_dtype(piece.right.dtype))
         inverse = self._tokens.to(left.device).reciprocal()
         if factor is not None:
@@ -352,6 +352,16 @@ def _stream(name: str) -> int:
     """The first of a parameter's four hash streams; the head uses 0 and 1."""
     digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 3 | 1) * 4
+
+
+def _factored(name: str, piece: GradPiece) -> OuterGrad:
+    """The piece, with output gradients and inputs; raises ValueError for a weight whose layer fits no rule."""
+    if isinstance(piece, OuterGrad):
+        return piece
+    raise ValueError(
+        f"layers: a Laplace posterior requires linear layers that are called as modules and return their own product; "
+        f"{name} is used in another way"
+    )
 
 
 def _outer_squared(piece: OuterGrad) -> torch.Tensor:

@@ -47,6 +47,7 @@ class _Findings:
     one_by_one: bool
     by_autograd: frozenset[str]
     used: frozenset[str]
+    touched: frozenset[str]
     forms: dict[int, frozenset[tuple[str, str]]]  # by the module's index
 
 
@@ -102,6 +103,7 @@ class Probe:
             if failed is None or failed:
                 self.take_one_by_one()
             self._refuse_unseen()
+            self._leave_unseen()
             if capture.used:  # otherwise later samples may still reach the parameters
                 if len(known) == KEPT_FINDINGS:
                     known.clear()
@@ -112,21 +114,35 @@ class Probe:
         capture = self._capture
         self.one_by_one = True
         capture.forms.clear()
+        self._touched.clear()
         failed = self._compare(self._tokens[:1])
         if failed is None:
             failed = capture.used = self._touched = set(capture.names.values())
             self._require_graph()
         ruled = {name for m, own in capture.owners.items() if is_linear(m) or is_embedding(m) for name in own.values()}
         capture.by_autograd = {p: name for p, name in capture.names.items() if name in failed or name not in ruled}
+        self._leave_unseen()
+
+    def _leave_unseen(self) -> None:
+        """Let autograd find uses, outside their modules, of parameters that the probe did not reach."""
+        capture = self._capture
+        capture.unseen = {p: name for p, name in capture.names.items() if name not in self._touched}
 
     def _findings(self) -> _Findings:
         capture = self._capture
         forms = {i: frozenset(capture.forms[m]) for i, m in enumerate(capture.modules) if m in capture.forms}
-        return _Findings(self.one_by_one, frozenset(capture.by_autograd.values()), frozenset(capture.used), forms)
+        return _Findings(
+            self.one_by_one,
+            frozenset(capture.by_autograd.values()),
+            frozenset(capture.used),
+            frozenset(self._touched),
+            forms,
+        )
 
     def _restore(self, found: _Findings) -> None:
         capture = self._capture
-        self.one_by_one, capture.used = found.one_by_one, set(found.used)
+        self.one_by_one, capture.used, self._touched = found.one_by_one, set(found.used), set(found.touched)
+        self._leave_unseen()
         capture.by_autograd = {p: name for p, name in capture.names.items() if name in found.by_autograd}
         capture.forms = {capture.modules[i]: set(forms) for i, forms in found.forms.items()}
 

@@ -24,7 +24,7 @@ import torch
 
 from acqcore import checks
 from acqcore.defaults import standard_defaults
-from acqcore.selection.subsets import pivoted_cholesky
+from acqcore.selection.subsets import directions, pivoted_cholesky
 
 
 @standard_defaults()
@@ -50,7 +50,7 @@ def gradient_diversity(vectors: torch.Tensor, *, ridge: float = 0.01, ordered: b
     """
     checks.vectors("vectors", vectors)
     checks.ridge(ridge)
-    x = _directions(vectors)
+    x = directions(vectors)
     if ordered:
         factor = torch.linalg.cholesky(_ridged(x @ x.T, ridge))
         return _gain(factor.diagonal().square() - ridge, vectors)
@@ -87,7 +87,7 @@ def vendi_score(vectors: torch.Tensor) -> torch.Tensor:
     zero = ~vectors.any(dim=1)
     if bool(zero.any()):
         raise ValueError(f"vectors: row {int(zero.nonzero()[0])} is zero, expected vectors with a direction")
-    x = _directions(vectors)
+    x = directions(vectors)
     small = x @ x.T if len(x) <= x.shape[1] else x.T @ x  # the same nonzero eigenvalues
     eigenvalues = torch.linalg.eigvalsh(small / len(x)).clamp_min(0)
     return torch.special.entr(eigenvalues).sum().exp().to(_result_dtype(vectors))
@@ -139,7 +139,7 @@ class Archive:
             ValueError: not ``[n, d]`` with the archive's d, not finite, or on another device.
         """
         checks.vectors("vectors", vectors, self._held, "the archive")
-        x = _directions(vectors)
+        x = directions(vectors)
         variance = x.square().sum(dim=1)
         if self._held is not None:
             held = self._held.double()
@@ -153,7 +153,7 @@ class Archive:
     def add(self, vectors: torch.Tensor) -> None:
         """Add vectors ``[n, d]``; raises as :meth:`novelty`."""
         checks.vectors("vectors", vectors, self._held, "the archive")
-        pool = _directions(vectors).float()
+        pool = directions(vectors).float()
         if self._held is not None:
             pool = torch.cat([self._held, pool])
         kernel = (pool @ pool.T).double()
@@ -185,14 +185,6 @@ class Archive:
             checks.at_most("state: vectors", len(state["vectors"]), state["capacity"], "the capacity")
         self.capacity, self.ridge, self._factor = state["capacity"], state["ridge"], None
         self._held = None if state["vectors"] is None else state["vectors"].float()
-
-
-def _directions(
-    vectors: torch.Tensor,  # [n, d]
-) -> torch.Tensor:
-    """Unit rows ``[n, d]`` float64; a zero row stays zero."""
-    x = vectors.double()
-    return torch.nn.functional.normalize(x, dim=1, eps=torch.finfo(torch.float64).tiny)
 
 
 def _ridged(

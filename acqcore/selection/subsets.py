@@ -76,9 +76,9 @@ def select(
     Raises:
         TypeError: candidates or trust are not a floating-point tensor (or Scores for ``top_k``), labels are not a
             tensor, k is not an int.
-        ValueError: an unknown method, k out of range, a wrong shape, a vector that is not finite, Scores of several
-            acquisitions without a name, ridge below 1e-9; labels or trust of the wrong shape or dtype, with NaN, or
-            for a method other than ``top_k``.
+        ValueError: an unknown method, k or seed out of range, a wrong shape, a vector that is not finite, Scores of
+            several acquisitions without a name, ridge below 1e-9; labels or trust of the wrong shape or dtype, with
+            NaN, or for a method other than ``top_k``.
     """
     checks.literal("method", method, Method)
     checks.positive_int("k", k)
@@ -99,11 +99,14 @@ def select(
     assert isinstance(candidates, torch.Tensor)
     checks.at_most("k", k, len(candidates), "the number of candidates")
     vectors = candidates if candidates.dtype == torch.float64 else candidates.float()
-    if method == "k_center":
-        return _k_center(vectors, k)
     if method == "facility_location":
         return _facility_location(vectors, k)
+    if vectors.numel():
+        vectors = _scaled(vectors)
+    if method == "k_center":
+        return _k_center(vectors, k)
     if method == "badge":
+        checks.seed(seed)
         return _badge(vectors, k, seed)
     checks.ridge(ridge)
     return _log_det(vectors, k, ridge)
@@ -187,6 +190,22 @@ def _badge(
     return chosen.to(vectors.device)
 
 
+def directions(
+    vectors: torch.Tensor,  # [n, d]
+) -> torch.Tensor:
+    """Unit rows ``[n, d]`` float64; a zero row stays zero."""
+    x = vectors.double()
+    return torch.nn.functional.normalize(x, dim=1, eps=torch.finfo(torch.float64).tiny)
+
+
+def _scaled(
+    vectors: torch.Tensor,  # [n, d]
+) -> torch.Tensor:
+    """The vectors times a power of two, which is exact, so that their squares neither overflow nor vanish."""
+    exponent = torch.frexp(vectors.abs().max()).exponent.clamp(-100, 100)
+    return vectors * vectors.new_tensor(2.0).pow(-exponent)
+
+
 def distances(
     vectors: torch.Tensor,  # [n, d]
     point: torch.Tensor,  # [d]
@@ -200,7 +219,7 @@ def _facility_location(
     k: int,
 ) -> torch.Tensor:
     n = len(vectors)
-    unit = torch.nn.functional.normalize(vectors, dim=1)
+    unit = directions(vectors).to(vectors.dtype)
     covered = torch.zeros_like(unit[:, 0])  # [n] similarity to the nearest chosen vector
 
     kept = unit @ unit.T if n * n <= _KEPT_ELEMENTS else None

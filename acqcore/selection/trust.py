@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 
 from acqcore import checks
+from acqcore.defaults import standard_defaults
 
 #: Candidate ridge strengths, relative to the mean eigenvalue of the centred Gram matrix.
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
 
+@standard_defaults()
 @torch.no_grad()
 def label_trust(
     vectors: torch.Tensor,  # [n, d]
@@ -40,8 +42,10 @@ def label_trust(
     checks.vectors("vectors", vectors)
     checks.labels(labels, len(vectors))
     x = vectors.double()
-    x = x - x.mean(dim=0)
-    x = x / x.square().mean(dim=0).sqrt().clamp_min(1e-12)
+    mean = x.mean(dim=0)
+    x = x - mean
+    spread = x.square().mean(dim=0).sqrt()
+    x = x / spread.where(spread > 1e-12 * mean.abs(), torch.inf)  # 0 for a column that is constant up to rounding
     classes, index = labels.to(vectors.device).unique(return_inverse=True)
     if len(classes) < 2:
         return torch.zeros(len(vectors), device=vectors.device)
@@ -52,7 +56,7 @@ def label_trust(
     best: torch.Tensor | None = None
     least = float("inf")
     for ridge in RIDGES:
-        shrunk = eigen / (eigen + ridge * eigen.mean())
+        shrunk = eigen / (eigen + ridge * eigen.mean()).clamp_min(torch.finfo(eigen.dtype).tiny)  # 0 without variance
         fitted = y.mean(dim=0) + left @ (shrunk[:, None] * inner)
         hat = 1 / len(y) + left.square() @ shrunk  # the mean is fitted too
         without = y - (y - fitted) / (1 - hat).clamp_min(1e-9)[:, None]

@@ -397,6 +397,8 @@ def _tensor_rows(samples: Mapping[str, Any]) -> list[Row]:
         name = f'samples["{key}"]'
         if not isinstance(value, torch.Tensor) or (value.is_floating_point() and key != "attention_mask"):
             raise TypeError(f"{name}: expected an integer tensor [B, T], got {checks.describe(value)}")
+        if value.is_floating_point() and not bool(((value == 0) | (value == 1)).all()):
+            raise ValueError(f"{name}: expected 1 for real tokens and 0 for padding, got an additive mask")
         if value.dim() != 2:
             raise ValueError(f"{name}: expected shape [B, T], got {checks.describe(value)}")
         if value.shape != samples["input_ids"].shape:
