@@ -245,7 +245,8 @@ class Product:
 
     def dtype(self, hidden: torch.Tensor) -> torch.dtype:
         """The dtype in which hidden states are packed."""
-        return torch.promote_types(hidden.dtype, self.weight.dtype)
+        own = self.weight.dtype  # promote_types is dispatched like an operation, so it is called only if needed
+        return own if hidden.dtype == own else torch.promote_types(hidden.dtype, own)
 
     def operands(self, hidden: torch.Tensor) -> tuple[Any, Any]:
         """``hidden [n, D]`` and the weight, as tensor descriptors if the copy engine can load both."""
