@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import wraps
+from typing import Concatenate, ParamSpec
 
 import torch
 from torch import nn
@@ -12,6 +14,8 @@ from acqcore import checks
 from acqcore.gradients.rules import is_linear
 from acqcore.head import Head
 from acqcore.students.student import Student
+
+P = ParamSpec("P")
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,6 +26,18 @@ class Selection:
     head: str | None  # name of the head's weight if head and bias are selected, else None
 
 
+def _alone(select: Callable[Concatenate[Student, P], Selection]) -> Callable[Concatenate[Student, P], Selection]:
+    """``select``, while no other thread scores with the student: a backward replaces the parameters of norms."""
+
+    @wraps(select)
+    def alone(student: Student, *args: P.args, **kwargs: P.kwargs) -> Selection:
+        with student.alone():
+            return select(student, *args, **kwargs)
+
+    return alone
+
+
+@_alone
 def select_parameters(student: Student, head: Head, parameters: str | int) -> Selection:
     """The parameters specified by ``parameters``; see :func:`acqcore.grad_norm`.
 
@@ -56,8 +72,7 @@ def select_parameters(student: Student, head: Head, parameters: str | int) -> Se
             if value is not None and _name(value, names) is None:
                 names[value] = name
     if parameters == "trainable":
-        with student.alone():
-            names = {p: name for p, name in names.items() if p.requires_grad}
+        names = {p: name for p, name in names.items() if p.requires_grad}
     if not names:
         raise ValueError(f"parameters: {parameters!r}: no parameter of the student has requires_grad=True")
     checks.differentiable(names)
@@ -71,6 +86,7 @@ def select_parameters(student: Student, head: Head, parameters: str | int) -> Se
     return Selection(names, weight)
 
 
+@_alone
 def select_linear(student: Student, layers: int | str) -> Selection:
     """The weights of the linear layers in the last ``layers`` blocks, or in every block (``"all"``).
 
