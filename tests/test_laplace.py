@@ -10,6 +10,7 @@ import torch
 import acqcore
 from acqcore.acquisitions import LinearOptions
 from acqcore.gradients.laplace import LaplacePosterior
+from acqcore.gradients.probe import Probe
 from acqcore.gradients.rules import is_linear
 
 
@@ -65,6 +66,53 @@ def test_against_brute_force(kind, tiny_model):
         )
         assert float(error[i]) < 0.02 * total / 2
         assert abs(float(value[i]) - total / 2) < 3 * float(error[i])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["Llama", "GPT2"])
+def test_weights_left_to_autograd_have_the_same_values(kind, dtype, tiny_model, monkeypatch):
+    """Posteriors, squared norms under them, and sketches; sketches also project their columns (144 > 8)."""
+    monkeypatch.setattr("acqcore.gradients.measures.WIDTH", 8)
+    samples = {"input_ids": torch.randint(3, 320, (2, 7), generator=torch.Generator().manual_seed(0))}
+    compare, found = Probe._compare, []
+    for by_autograd in (False, True):
+        if by_autograd:
+            monkeypatch.setattr(
+                Probe, "_compare", lambda self, ids: compare(self, ids) | {*self._capture.names.values()}
+            )
+        model = tiny_model(kind).to(dtype)
+        posterior = acqcore.laplace_posterior(model, samples)
+        options = {"mutual_information": {"posterior": "laplace", "reference": posterior}}
+        scores = acqcore.score(model, samples, "mutual_information", acquisition_args=options)
+        sketches = acqcore.epig_reference(model, samples, dim=64).sketches
+        found.append((posterior.factors, scores["mutual_information"], sketches))
+    tolerance = {"rtol": 1e-3, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 5e-2, "atol": 2e-2}
+    torch.testing.assert_close(found[1], found[0], **tolerance)
+
+
+class Direct(torch.nn.Module):
+    """Its weight is used directly and by a call, so no rule covers it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(16, 24, bias=False)
+        self.back = torch.nn.Linear(24, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.back(torch.nn.functional.linear(x, self.layer.weight).tanh() + self.layer(x))
+
+
+def test_a_weight_that_no_rule_covers():
+    torch.manual_seed(0)
+    trunk = torch.nn.Sequential(torch.nn.Embedding(48, 16), torch.nn.ModuleList([Direct(), Direct()]))
+    trunk.forward = lambda ids: trunk[1][1](trunk[1][0](trunk[0](ids)))
+    student = acqcore.Student(trunk, acqcore.Head(torch.randn(48, 16)))
+    posterior = acqcore.laplace_posterior(student, _samples(3, 0))
+    rows, columns = posterior.factors["1.0.layer.weight"]
+    assert (len(rows), len(columns)) == (24, 16)
+    options = {"mutual_information": {"posterior": "laplace", "reference": posterior}}
+    values = acqcore.score(student, _samples(3, 1), "mutual_information", acquisition_args=options)
+    assert bool((values["mutual_information"] > 0).all())
 
 
 def test_isotropic_is_the_same_with_equal_variances(tiny_model):

@@ -70,10 +70,16 @@ class Capture:
             own = {key: names[p] for key, p in module._parameters.items() if p is not None and p in names}
             if own:
                 self.owners[module] = own
+        #: Weight of a linear layer -> whether its rows are outputs.
+        self._linear = {
+            m._parameters["weight"]: isinstance(m, nn.Linear)
+            for m, own in self.owners.items()
+            if "weight" in own and is_linear(m)
+        }
         parameters = [p for module in self.modules for p in module._parameters.values() if p is not None]
         self.half = any(p.dtype in (torch.float16, torch.bfloat16) for p in parameters)
         self.used: set[str] = set()  # names of parameters whose gradient exceeds rounding
-        #: Parameter -> name, for gradients left to autograd; batches then hold one sample.
+        #: Parameter -> name, for gradients left to autograd; a batch that reaches one must hold one sample.
         self.by_autograd: dict[torch.Tensor, str] = {}
         #: Parameter -> name, for those that got no gradient in the probe, so that no rule was tested on them.
         self.unseen: dict[torch.Tensor, str] = {}
@@ -215,7 +221,7 @@ class Capture:
                 except Exception as error:  # raised by the student's backward
                     name = next(iter(self.names.values()))
                     raise ValueError(
-                        f"parameters: cannot compute the gradient of {name} and others: {error}"
+                        f"parameters: cannot compute the gradient of {name} and others: {str(error) or repr(error)}"
                     ) from error
                 finally:
                     self._recomputing = False
@@ -300,11 +306,14 @@ class Capture:
                 self._finish(name)
 
     def _after_autograd(self, parameter: torch.Tensor, gradient: torch.Tensor) -> None:
-        name = self.names[parameter]
         if self._shape[0] > 1:
             raise OneByOne
+        name = self.names[parameter]
         gradient = gradient.to(compute_dtype(gradient.dtype))
-        piece: GradPiece = DenseGrad(gradient.reshape(1, -1))
+        if parameter in self._linear:
+            piece: GradPiece = DenseGrad((gradient if self._linear[parameter] else gradient.T)[None])
+        else:
+            piece = DenseGrad(gradient.reshape(1, -1))
         if name in self._tied:
             rows = torch.arange(len(gradient), device=gradient.device)[None]
             piece = RowGrad(rows, gradient[None], len(gradient))

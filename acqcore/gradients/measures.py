@@ -4,7 +4,7 @@ A backward pass yields the gradient of one parameter at a time, in its cheapest 
 
     OuterGrad  ``G = sum_t left_t right_t^T``        linear layers: output gradients and inputs
     RowGrad    ``G = sum_t e_{ids_t} values_t^T``    embeddings
-    DenseGrad  the gradient itself                   biases, normalisation layers, anything small
+    DenseGrad  the gradient itself                   biases, normalisation layers, anything small or left to autograd
 
 The head's gradient comes as a :class:`HeadPass`, which never forms it either.
 """
@@ -59,7 +59,7 @@ class RowGrad:
 
 @dataclass(frozen=True, eq=False)
 class DenseGrad:
-    values: torch.Tensor  # [B, P]
+    values: torch.Tensor  # [B, P]; [B, P, Q] of a linear layer's weight, by outputs and inputs
 
 
 GradPiece: TypeAlias = OuterGrad | RowGrad | DenseGrad
@@ -90,7 +90,7 @@ def scaled(
         return piece
     if isinstance(piece, RowGrad):
         return RowGrad(piece.ids, piece.values * factor.to(piece.values)[:, None, None], piece.size)
-    return DenseGrad(piece.values * factor.to(piece.values)[:, None])
+    return DenseGrad(piece.values * factor.to(piece.values).view(-1, *[1] * (piece.values.dim() - 1)))
 
 
 class SquaredNorm:
@@ -112,7 +112,7 @@ class SquaredNorm:
             squared = torch.zeros(len(piece.ids), dtype=torch.float64, device=sums.device)
             add_at(squared, 0, keys // piece.size, sums.double().square().sum(1))
         else:
-            squared = piece.values.double().square().sum(1)
+            squared = piece.values.flatten(1).double().square().sum(1)
         (self._squares if factor is None else self._scaled).append(squared.to(self._squares[0].device))
         self._factor = self._factor if factor is None else factor
 
@@ -143,10 +143,14 @@ class WeightedNorm(SquaredNorm):
         self._variances = factors
 
     def add(self, name: str, piece: GradPiece, factor: torch.Tensor | None) -> None:
-        piece = _factored(name, piece)
-        dtype = compute_dtype(piece.left.dtype)
-        rows, columns = (f.to(piece.left.device, dtype).sqrt() for f in self._variances[name])
-        super().add(name, OuterGrad(piece.left * rows, piece.right * columns), factor)
+        assert not isinstance(piece, RowGrad)
+        given = piece.left if isinstance(piece, OuterGrad) else piece.values
+        rows, columns = (f.to(given.device, compute_dtype(given.dtype)).sqrt() for f in self._variances[name])
+        if isinstance(piece, OuterGrad):
+            piece = OuterGrad(piece.left * rows, piece.right * columns)
+        else:
+            piece = DenseGrad(piece.values * rows[:, None] * columns)
+        super().add(name, piece, factor)
 
 
 class Marginals:
@@ -166,14 +170,18 @@ class Marginals:
     def add(self, name: str, piece: GradPiece, factor: torch.Tensor | None) -> None:
         if name not in self._names:
             return
-        piece = _factored(name, piece)
-        left, right = piece.left.to(compute_dtype(piece.left.dtype)), piece.right.to(compute_dtype(piece.right.dtype))
-        inverse = self._tokens.to(left.device).reciprocal()
+        assert not isinstance(piece, RowGrad)
+        if isinstance(piece, OuterGrad):
+            left, right = (x.to(compute_dtype(x.dtype)) for x in (piece.left, piece.right))
+            # Row i of G = left^T right has the squared norm (left^T (right right^T) left)_ii, so G need not be formed.
+            of_rows = (right @ right.mT @ left * left).sum(dim=1).double()
+            of_columns = (left @ left.mT @ right * right).sum(dim=1).double()
+        else:
+            squares = piece.values.double().square()
+            of_rows, of_columns = squares.sum(dim=2), squares.sum(dim=1)
+        inverse = self._tokens.to(of_rows.device).reciprocal()
         if factor is not None:
             inverse = inverse * factor.to(inverse).square()
-        # Row i of G = left^T right has the squared norm (left^T (right right^T) left)_ii, so G need not be formed.
-        of_rows = (right @ right.mT @ left * left).sum(dim=1).double()
-        of_columns = (left @ left.mT @ right * right).sum(dim=1).double()
         sums = tuple((inverse @ values).cpu() for values in (of_rows, of_columns))
         before = self.found.get(name)
         self.found[name] = (sums[0], sums[1]) if before is None else (before[0] + sums[0], before[1] + sums[1])
@@ -207,6 +215,9 @@ class Sketch:
             device, width = piece.ids.device, piece.values.shape[2]
             of_rows = _row_places(piece.size, self.dim, self.seed, stream, device)
             self._add_rows(piece, of_rows, column_hash(width, self.dim, self.seed, stream + 1, device))
+        elif piece.values.dim() == 3:  # the same sketch as of its outer products
+            of_columns = self._projected(piece.values, stream + 1)  # [B, P, b]
+            self._add_entries(self._projected(of_columns.mT, stream).mT.flatten(1), stream + 2)
         else:
             self._add_entries(piece.values, stream + 2)
 
@@ -352,16 +363,6 @@ def _stream(name: str) -> int:
     """The first of a parameter's four hash streams; the head uses 0 and 1."""
     digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 3 | 1) * 4
-
-
-def _factored(name: str, piece: GradPiece) -> OuterGrad:
-    """The piece, with output gradients and inputs; raises ValueError for a weight whose layer fits no rule."""
-    if isinstance(piece, OuterGrad):
-        return piece
-    raise ValueError(
-        f"layers: a Laplace posterior requires linear layers that are called as modules and return their own product; "
-        f"{name} is used in another way"
-    )
 
 
 def _outer_squared(piece: OuterGrad) -> torch.Tensor:
