@@ -71,7 +71,7 @@ class Capture:
             if own:
                 self.owners[module] = own
         #: Weight of a linear layer -> whether its rows are outputs.
-        self._linear = {
+        self._linear: dict[torch.Tensor | None, bool] = {
             m._parameters["weight"]: isinstance(m, nn.Linear)
             for m, own in self.owners.items()
             if "weight" in own and is_linear(m)
