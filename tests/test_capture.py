@@ -407,14 +407,16 @@ def test_a_norm_is_differentiated_by_two_calls(kind, monkeypatch):
 
 
 class Late(nn.Module):
-    """Uses its weight outside the layer, and only in long samples."""
+    """Uses its weight outside the layer, and only in long samples, which may also call the layer."""
 
-    def __init__(self) -> None:
+    def __init__(self, called: bool) -> None:
         super().__init__()
-        self.layer = nn.Linear(16, 16, bias=False)
+        self.layer, self.called = nn.Linear(16, 16, bias=False), called
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(x, self.layer.weight) if x.shape[1] > 8 else x
+        if x.shape[1] <= 8:
+            return x
+        return nn.functional.linear(x, self.layer.weight) + (self.layer(x.tanh()) if self.called else x)
 
 
 class Routed(nn.Module):
@@ -435,7 +437,7 @@ class Routed(nn.Module):
         return y * weight[..., None]
 
 
-@pytest.mark.parametrize("make", [Late, lambda: Routed(False), lambda: Routed(True)])
+@pytest.mark.parametrize("make", [lambda: Late(False), lambda: Late(True), lambda: Routed(False), lambda: Routed(True)])
 def test_parameters_that_the_probe_does_not_reach(make):
     torch.manual_seed(0)
     trunk, weight = nn.Sequential(nn.Embedding(96, 16), make(), nn.LayerNorm(16)), torch.randn(96, 16)

@@ -186,6 +186,28 @@ def test_own_dropout_layers(tiny_model):
     _assert_unbiased(_score(model, samples, layers="own", probes=2500), expected)
 
 
+class Dropped(torch.nn.Module):
+    """Dropout on an MLP's output, as it is or with tokens folded into the batch."""
+
+    def __init__(self, inner, folded):
+        super().__init__()
+        self.inner, self.folded, self.dropout = inner, folded, torch.nn.Dropout(0.1)
+
+    def forward(self, x):
+        y = self.inner(x)
+        return self.dropout(y.reshape(-1, 2, y.shape[-1] // 2) if self.folded else y).reshape(y.shape)
+
+
+@pytest.mark.parametrize("positions", ["all", "completion"])
+def test_dropout_may_act_on_tokens_folded_into_the_batch(positions, tiny_model):
+    values = []
+    for folded in (False, True):
+        model = tiny_model("Llama", **SMALL).eval()
+        model.model.layers[0].mlp = Dropped(model.model.layers[0].mlp, folded)
+        values.append(_score(model, _samples(9, 5, 9), layers="own", positions=positions)["mutual_information"])
+    torch.testing.assert_close(values[1], values[0], rtol=1e-5, atol=1e-7)
+
+
 def test_small_noise_is_what_draws_measure(tiny_model):
     """The linear form is the limit of mutual information under dropout of a small probability, over many draws."""
     model = tiny_model("Llama", initializer_range=0.1, **SMALL)

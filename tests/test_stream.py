@@ -70,6 +70,13 @@ def test_tables_are_cut_by_rows(source, student):
     torch.testing.assert_close(torch.cat([scores["loss"] for scores in chunks]), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_a_stream_of_a_data_set_with_known_columns(student):
+    table = pytest.importorskip("datasets").Dataset.from_dict({"text": TEXTS})
+    chunks = list(acqcore.score_stream(student, table.to_iterable_dataset(), "loss", chunk=4))
+    expected = acqcore.score(student, TEXTS, "loss")["loss"]
+    torch.testing.assert_close(torch.cat([scores["loss"] for scores in chunks]), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_tensors_are_cut_by_rows(student):
     samples = {"input_ids": torch.arange(40).view(5, 8) + 3, "attention_mask": torch.ones(5, 8)}
     samples["attention_mask"][1, :3] = 0

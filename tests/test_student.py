@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -155,6 +156,26 @@ def test_wrong_arguments_of_loading(call, error, message, tmp_path):
         call(tmp_path)
 
 
+class Slots:
+    """A callable without weak references."""
+
+    __slots__ = ("function",)
+
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self, *args):
+        return self.function(*args)
+
+
+@dataclass
+class Unhashable:
+    function: Callable[..., Any]
+
+    def __call__(self, *args):
+        return self.function(*args)
+
+
 class TestVerification:
     def test_changes_between_two_calls(self, tiny_model):
         model = tiny_model("Gemma2")
@@ -170,6 +191,16 @@ class TestVerification:
             acqcore.Student.from_model(model)
         hook.remove()
         assert acqcore.Student.from_model(model).head.softcap == 2.0
+
+    @pytest.mark.parametrize("kind", ["slots", "unhashable"])
+    def test_any_callable_may_replace_a_forward(self, kind, tiny_model):
+        model = tiny_model("Llama")
+        ids = torch.arange(5, 17)[None]
+        expected = acqcore.score(model, {"input_ids": ids}, "loss")["loss"]
+        for layer in (model.lm_head, model.model.layers[0].mlp.down_proj):
+            layer.forward = (Slots if kind == "slots" else Unhashable)(layer.forward)
+        assert torch.equal(acqcore.score(model, {"input_ids": ids}, "loss")["loss"], expected)
+        assert acqcore.grad_norm(model, {"input_ids": ids}, "all").isfinite().all()
 
     @pytest.mark.parametrize("name", REFUSED)
     def test_what_trunk_and_head_would_not_reproduce_is_refused(self, name, tiny_model):

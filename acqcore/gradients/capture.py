@@ -177,8 +177,8 @@ class Capture:
             ValueError: a parameter took part in the forward but got no gradient, or autograd failed.
         """
         self._of_sites = of_sites
-        uncalled = {parameter: name for parameter, name in self.unseen.items() if not self._uses[name]}
-        self.run_backward(hidden, gradient, of_parameters, last, self.by_autograd | uncalled, self._after_autograd)
+        whole = self.by_autograd | self.unseen
+        self.run_backward(hidden, gradient, of_parameters, last, whole, self._after_autograd)
         silent = [n for n in self.used if self._uses[n] and n not in self._arrived and self._taken(n)]
         if silent:
             raise ValueError(
@@ -232,7 +232,7 @@ class Capture:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> torch.Tensor | None:
         probing = self._failed is not None
-        left_out = () if probing else self.by_autograd.values()
+        left_out = set() if probing else {*self.by_autograd.values(), *self.unseen.values()}
         names = {key: name for key, name in self.owners[module].items() if name not in left_out}
         if not names:
             return None

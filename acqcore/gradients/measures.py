@@ -301,7 +301,7 @@ class SiteSquares:
     def add_site(
         self,
         module: nn.Module,
-        value: torch.Tensor,  # [B, ..., T, D] (attention weights: heads before tokens), [B, T, ...] or [B * T, D]
+        value: torch.Tensor,  # [B, ..., T, D] (attention weights: heads before tokens), [B, T, ...] or [B * T, ...]
         gradient: torch.Tensor,  # same shape
         factor: torch.Tensor | None,  # [B], by which each sample's gradient is still to be multiplied
     ) -> None:
@@ -310,8 +310,8 @@ class SiteSquares:
         # In bfloat16 the products of SmolLM2's few massive activations moved a sample's value by 5e-4.
         value = value.to(compute_dtype(value.dtype))
         terms, batch = value * gradient, len(self._of_rows)
-        if terms.dim() == 2:
-            terms = terms.reshape(batch, -1, terms.shape[1])
+        if terms.dim() == 2 or terms.shape[0] != batch:  # [B * T, ...]
+            terms = terms.reshape(batch, -1, *terms.shape[1:])
         if self._first is not None:
             terms = terms.movedim(self._token_dim(terms), 1)
         norms = torch.linalg.vector_norm(terms.flatten(2), dim=2)  # [B, T]

@@ -43,7 +43,8 @@ class Saved:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it to a file, for ``acqcore score --acquisition-args``."""
-        torch.save({field.name: getattr(self, field.name) for field in fields(self)}, path)  # type: ignore[arg-type]
+        with open(path, "wb") as file:  # given a path, torch would put its name into the file
+            torch.save({field.name: getattr(self, field.name) for field in fields(self)}, file)  # type: ignore[arg-type]
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:

@@ -215,7 +215,12 @@ def alterations(module: nn.Module) -> tuple[Any, ...]:
     own. Holds no strong reference to the module."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     own = module.__dict__.get("forward")
-    return id(module), *map(tuple, hooks), own if own is None else weakref.ref(own)
+    try:
+        key = own if own is None else weakref.ref(own)
+        hash(key)
+    except TypeError:  # a callable that cannot be hashed or referenced weakly
+        key = id(own)
+    return id(module), *map(tuple, hooks), key
 
 
 @contextmanager

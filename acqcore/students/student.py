@@ -296,7 +296,8 @@ class Student:
         """Re-entrant context in which no other thread scores with this model. All changes to a model (modes, hooks,
         forwards, ``requires_grad``) are made within it, lest threads restore each other's.
 
-        A thread must not wait for a second model within it: another thread may hold that one and wait for this one.
+        A thread must not wait for a second model within it: another thread may hold that one and wait for this one. A
+        student made from a part of another's model has a lock of its own.
         """
         return nullcontext() if self._module is None else _LOCKS.setdefault(innermost(self._module), threading.RLock())
 

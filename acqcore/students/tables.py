@@ -78,7 +78,7 @@ def columns_of(samples: Any) -> list[Any] | None:
     names = getattr(samples, "column_names", None)  # datasets, Arrow
     if names is None and (hasattr(samples, "iloc") or hasattr(samples, "to_dicts")):  # pandas, polars
         names = getattr(samples, "columns", None)
-    return None if names is None or not hasattr(samples, "__getitem__") else list(names)
+    return None if names is None or not hasattr(samples, "__len__") else list(names)  # an IterableDataset has none
 
 
 def _list(values: Any) -> list[Any] | None:
