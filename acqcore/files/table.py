@@ -107,7 +107,9 @@ def column_types(source: Path) -> dict[str, Any]:
     import pyarrow.parquet
 
     schema = pyarrow.parquet.read_schema(source)
-    return dict(zip(distinct(schema.names), schema.types, strict=True))
+    # Arrow cannot select rows of views.
+    plain = {pyarrow.string_view(): pyarrow.string(), pyarrow.binary_view(): pyarrow.binary()}
+    return {name: plain.get(kind, kind) for name, kind in zip(distinct(schema.names), schema.types, strict=True)}
 
 
 def _write_line(file: TextIO, suffix: str, row: Mapping[str, Any]) -> None:

@@ -215,6 +215,7 @@ def alterations(module: nn.Module) -> tuple[Any, ...]:
     own. Holds no strong reference to the module."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     own = module.__dict__.get("forward")
+    key: Any
     try:
         key = own if own is None else weakref.ref(own)
         hash(key)
