@@ -128,12 +128,12 @@ class _Held:
     form: str
     shingles: frozenset[str]
     numbers: Counter[Fraction]
-    readings: set[Fraction]
+    readings: Counter[Fraction]
 
     def differs(self, other: _Held) -> bool:
         """Whether the other text has other numbers in place of some of these."""
-        missing = (self.numbers - other.numbers).keys() - other.readings
-        return bool(missing and (other.numbers - self.numbers).keys() - self.readings)
+        missing = self.numbers - other.numbers - (other.readings - self.readings)
+        return bool(missing and other.numbers - self.numbers - (self.readings - other.readings))
 
 
 class NearCopies:
