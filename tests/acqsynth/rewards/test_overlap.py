@@ -318,6 +318,37 @@ class TestContamination:
         rows = ["my card has still not arrived what can i do", "What is the sum of 3 and 4?", "Where is my card?"]
         assert (text in Contamination(rows)) == expected
 
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [
+            ("What is the derivative of the function sin x cos x?", False),
+            ("What is the derivative of the function sin x, cubed?", False),
+            ("Well: what is the derivative of the function sin x?", True),
+            ("What is the derivative of the function sin x, please?", True),
+            ("What is the derivative of the function sin x? Give a formula.", True),
+            ("Hello! What is the derivative of the function sin x. Thanks", True),
+            ("If x = 3.5, what is the derivative of the function sin x?", False),
+            ("What is the sum of the first three primes that end in seven?", False),
+            ("Tell me, what is the sum of the first three primes?", True),
+            ("What is the sum of the first three primes and twenty-two?", False),
+            ("Tom earns ten dollars. How much money does Tom have after he buys a book for four dollars?", False),
+            ("Tom earns ten dollars. How much money does Tom have after he buys a book?", False),
+            ("I have one question: how much money does Tom have after he buys a book?", True),
+            ("How much money does Tom have after he buys a book? He earns a dozen dollars.", False),
+            ("Is 2.5 + 0.5 equal to 3, or is it 4.5?", False),
+            ("So is 2.5 + 0.5 equal to 3 or not?", True),
+        ],
+    )
+    def test_a_short_text_ends_with_a_sentence(self, text, expected):
+        rows = [
+            "What is the derivative of the function sin x",
+            "What is the sum of the first three primes",
+            "How much money does Tom have after he buys a book",
+            "Is 2.5 + 0.5 equal to 3 or not?",
+        ]
+        assert (text in Contamination(rows)) == expected
+        assert all(row in Contamination(rows) for row in rows)
+
     def test_phrases_of_the_genre_do_not_count(self):
         phrase = "Think step by step and give the final answer after four number signs on a line of its own."
         rows = [f"{name} asks a thing of {name}. {phrase}" for name in "ABCDEFGHIJK"]
