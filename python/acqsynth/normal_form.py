@@ -94,11 +94,12 @@ def numbers(plain: str) -> Counter[Fraction]:
     return Counter(value(found) for found in _NUMBER.findall(plain))
 
 
-def readings(plain: str) -> set[Fraction]:
+def readings(plain: str) -> Counter[Fraction]:
     """The values of numbers that a normal form writes in another way: ``1 2`` for 12, ``2k``, ``3 dozen``, ``10^3``."""
-    found = set(numbers(re.sub(r"(?<=\d) (?=\d)", "", plain)))
-    found |= {value(number) * _SCALES[scale] for number, scale in _SCALED.findall(plain)}
-    return found | {value(number or "1") * 10 ** int(power) for number, power in _POWER.findall(plain)}
+    found = numbers(re.sub(r"(?<=\d) (?=\d)", "", plain)) - numbers(plain)
+    found.update(value(number) * _SCALES[scale] for number, scale in _SCALED.findall(plain))
+    found.update(value(number or "1") * 10 ** int(power) for number, power in _POWER.findall(plain))
+    return found
 
 
 @lru_cache(maxsize=4096)

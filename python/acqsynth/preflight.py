@@ -34,7 +34,13 @@ def check(config: Config) -> None:
     domain = _checked("domain", find_domain, config.domain)
     generator, student, reward = config.generator, config.student, config.reward
     if generator.method in ("grpo", "dpo"):
-        _checked("generator", train_options.configuration, generator.method, generator.options, "unused")
+        made, _ = _checked("generator", train_options.configuration, generator.method, generator.options, "unused")
+        reads_own = generator.method == "grpo" and reward.refresh_steps and reward.refresh_from is None
+        if reads_own and made.save_strategy == "no":
+            raise ConfigError(
+                "reward.refresh_steps: expected 0 or generator.options.save_strategy other than no, as refreshes read "
+                f"the generator's checkpoints, got {reward.refresh_steps}"
+            )
     if len(generator.options.get("reward_weights") or [1]) != 1:
         raise ConfigError("generator.options: reward_weights: expected one weight, that of the composed reward")
     if generator.candidates < 2 and (generator.method in ("best_of_n", "dpo") or "best_of_n" in config.baselines):
@@ -125,15 +131,19 @@ def _first_row(domain: Domain, source: Source) -> None:
 
 def _models(config: Config) -> Iterator[tuple[str, str]]:
     """Key and name of each model."""
+    from acqsynth.rewards.build import embeds
+
     yield "student.model", config.student.model
     yield "generator.model", config.generator.model
     yield from ((f"student.others.{name}", model) for name, model in config.student.others.items())
     reward = config.reward
+    validity = config.evaluation.validity
+    embedded = embeds(reward) or (validity.batches and embeds(validity_reward(reward, validity)))
     given = {
         "reward.student": reward.student,
         "labelling.teacher": config.labelling.teacher,
         "reward.labelling.teacher": reward.labelling.teacher if reward.labelling else None,
-        "reward.embedder": None if reward.embedder in ("ngram", "minilm") else reward.embedder,
+        "reward.embedder": reward.embedder if embedded and reward.embedder not in ("ngram", "minilm") else None,
     }
     yield from ((key, name) for key, name in given.items() if name is not None)
 

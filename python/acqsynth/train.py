@@ -426,8 +426,18 @@ class RewardStates(TrainerCallback):
         self.rewards = [reward for reward in rewards if hasattr(reward, "state_dict")]
 
     def restore(self, checkpoint: Path) -> None:
-        """Restores the rewards to their state at the checkpoint."""
-        for reward, state in zip(self.rewards, load_state(checkpoint / REWARD_STATE), strict=True):
+        """Restores the rewards to their state at the checkpoint.
+
+        Raises:
+            ValueError: it holds the states of other rewards.
+        """
+        states = load_state(checkpoint / REWARD_STATE)
+        if len(states) != len(self.rewards):
+            raise ValueError(
+                f"{checkpoint}: expected the state of {len(self.rewards)} rewards and refreshes, got {len(states)}, "
+                "from an older version or another reward; remove the run's checkpoints to start again"
+            )
+        for reward, state in zip(self.rewards, states, strict=True):
             reward.load_state_dict(state)
 
     def on_save(self, args: Any, state: Any, control: Any, **rest: Any) -> None:

@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from acqsynth import models, preflight
 from acqsynth.config import ConfigError, load, recipes
 from acqsynth.pipeline import plan
 
@@ -50,6 +51,10 @@ REFUSED = {
     "student.options.max_length=0": "student.options: max_length: expected an integer at least 1, got 0",
     "evaluation.validity.options={learning_rate: x}": "evaluation.validity.options: learning_rate: expected a number",
     "labelling={method: majority, options: {max_tokens: 0}}": "labelling.max_tokens: expected at least 1, got 0",
+    "labelling={method: majority, options: {max_tokens: x}}": "labelling.max_tokens: expected an integer, got 'x'",
+    "reward.labelling={method: majority, options: {max_tokens: 1.5}}": "max_tokens: expected an integer, got 1.5",
+    "reward.answers={k: x}": "reward.answers: k: expected at least 1 answer, got 'x'",
+    "reward.answers={max_tokens: x}": "reward.answers: max_tokens: expected an integer, got 'x'",
     "reward.labelling={method: majority, options: {foo: 1}}": "reward.labelling.options: unknown 'foo'",
     "data.seeds.source=bundled:poems": "data.seeds.source",
     "generator.seeds=[0, 0]": "generator.seeds: expected distinct entries, got 0, 0",
@@ -113,6 +118,37 @@ def test_packaged_rows_and_the_domain_are_known_before_a_run(overrides, message)
     else:
         with pytest.raises(ConfigError, match=re.escape(message)):
             plan(config)
+
+
+SAVES_NOTHING = ["reward.refresh_steps=10", "generator.options.save_strategy='no'"]
+
+
+def test_a_refresh_needs_checkpoints(tmp_path):
+    with pytest.raises(ConfigError, match=r"reward\.refresh_steps: expected 0 or generator\.options\.save_strategy"):
+        plan(load("arithmetic", SAVES_NOTHING))
+    plan(load("arithmetic", SAVES_NOTHING[:1]))
+    plan(load("arithmetic", SAVES_NOTHING[1:]))
+    plan(load("arithmetic", [*SAVES_NOTHING, f"reward.refresh_from={tmp_path}"]))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "needed"),
+    [
+        (["reward.signals={diversity: {}}"], True),
+        (["reward.signals={proximity: {}}"], True),
+        (["reward.signals=null"], True),
+        (["reward.signals={entropy: {}}"], False),
+        (["reward.signals={entropy: {}}", "evaluation.validity={batches: 2, signals: [diversity]}"], True),
+        (["reward.signals={entropy: {}}", "evaluation.validity={batches: 0, signals: [diversity]}"], False),
+        (["reward.signals={answer_variance: {}}"], False),
+        (["reward.signals={answer_variance: {}}", "reward.paper_compat=true"], True),
+    ],
+)
+def test_a_sentence_model_is_looked_for_only_if_a_signal_uses_it(overrides, needed, monkeypatch):
+    asked = []
+    monkeypatch.setattr(models, "find", asked.append)
+    preflight.on_this_machine(load("arithmetic", ["reward.embedder=./sentences", "reward.weights={}", *overrides]))
+    assert ("./sentences" in asked) == needed
 
 
 def test_a_domain_that_computes_may_label():

@@ -529,3 +529,6 @@ def test_rewards_with_a_state_are_restored(tmp_path, answer_reward):
     fresh = type(answer_reward)()
     RewardStates([print, fresh]).restore(folder)
     assert fresh.calls == 7
+    told = "expected the state of 2 rewards and refreshes, got 1, from an older version or another reward; remove"
+    with pytest.raises(ValueError, match=told):
+        RewardStates([fresh, fresh]).restore(folder)

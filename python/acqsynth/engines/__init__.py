@@ -6,6 +6,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, ClassVar
 
 import torch
@@ -29,6 +30,7 @@ class Sampling:
         top2: keep the log-probabilities of the two most likely tokens and of the drawn token at each position.
 
     Raises:
+        TypeError: not a number, or not an integer where one is needed.
         ValueError: a number is out of range.
     """
 
@@ -40,6 +42,10 @@ class Sampling:
     top2: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("n", "temperature", "top_p", "max_tokens", "seed"):
+            given, whole = getattr(self, name), name not in ("temperature", "top_p")
+            if isinstance(given, bool) or not isinstance(given, Integral if whole else Real):
+                raise TypeError(f"{name}: expected {'an integer' if whole else 'a number'}, got {given!r}")
         ranges = (
             ("n", self.n >= 1, "at least 1"),
             ("temperature", self.temperature >= 0, "at least 0"),

@@ -63,8 +63,8 @@ class SampledAnswers:
         top2: bool = False,
         seed: int = 0,
     ) -> None:
-        if k < 1:
-            raise ValueError(f"k: expected at least 1 answer, got {k}")
+        if not isinstance(k, int) or k < 1:
+            raise ValueError(f"k: expected at least 1 answer, got {k!r}")
         self.engine = engine
         self.domain = domain
         self.k = k

@@ -92,6 +92,12 @@ def check(config: RewardConfig, domain: Domain) -> None:
     build(config, domain, "student", None, seeds=row, evaluation=row)
 
 
+def embeds(config: RewardConfig) -> bool:
+    """Whether a signal uses the embedder."""
+    wanted = DEFAULT_SIGNALS if config.signals is None else config.signals
+    return bool({"proximity", "diversity", *(["answer_variance"] if config.paper_compat else [])} & wanted.keys())
+
+
 class StudentEngine(TransformersEngine):
     """Generates with the copy of the student that the reward uses for scoring."""
 
@@ -156,8 +162,7 @@ def _signals(
 ) -> list[Signal]:
     """The signals in recipe order; acquisitions share one pass."""
     released: dict[str, Any] = {"paper_compat": True} if config.paper_compat else {}
-    embedding = ("proximity", "diversity", *(["answer_variance"] if released else []))
-    embed = _embedder(config.embedder) if any(name in wanted for name in embedding) else None
+    embed = _embedder(config.embedder) if embeds(config) else None
     embedded = {**released, "embed": embed} if released else {}
     kinds: dict[str, tuple[Callable[..., Signal], tuple[Any, ...], dict[str, Any]]] = {
         "confidence": (Confidence, (drawn,), released),

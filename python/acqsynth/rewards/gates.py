@@ -23,6 +23,7 @@ normal form (:mod:`acqsynth.normal_form`), so disguised copies still count as co
 
 from __future__ import annotations
 
+import itertools
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -116,7 +117,7 @@ class NoLeak:
     An answer of at least four words (counting signs), or reasoning of at least eight, leaks if the question contains
     all of it. Shorter answers occur in many honest questions, so they leak only if the question calls them the answer:
     "answer", "solution" or "result", at most three of "is", ":", "=" and the like, then the answer. The text of an
-    option in a list of options ("B) ...") is not a leak.
+    option in a list of options ("B) ...") is not a leak, nor is "answer:" before the list.
 
     Args:
         domain: its canonical form of the answer is searched for as well, and the final part if equivalent: the 5 of
@@ -133,9 +134,13 @@ class NoLeak:
 
     def _leaks(self, sample: Sample) -> bool:
         asked = visible(sample.question)
+        options = list(_OPTION.finditer(asked))
+        told = words(normal_form(_OPTION.sub(" ", asked) if len(options) > 1 else asked))
+        # "The answer is:" before a list states none of its options, but "The answer is B." before or after it does.
+        for option, later in reversed(list(itertools.pairwise(options))):
+            if ord(_mark(later)) == ord(_mark(option)) + 1:
+                asked = f"{asked[: option.start()]}\n|\n{asked[option.start() :]}"
         question = words(normal_form(asked))
-        options = len(_OPTION.findall(asked)) > 1
-        told = words(normal_form(_OPTION.sub(" ", asked))) if options else question
         reasoning = words(normal_form(sample.reasoning))
         if len(reasoning) >= _LONG_REASONING and _holds(told, reasoning):
             return True
@@ -385,8 +390,14 @@ _PROSE = 32  # characters from which a solution's loss is comparable to that of 
 _MARKERS = frozenset({"answer", "answers", "solution", "result", "ans"})
 _FILLERS = frozenset({"is", "are", "be", "was", "equals", "should", "must", "will", "the", "a", "an", ":", "=", "("})
 _GOES_ON = frozenset({"or", "and", ",", "/", "+", "-", "*", "^", "%"})
-# An option in a list: "B) ...", "(c) ...", "D. ..." up to the end of the line or the next label.
-_OPTION = re.compile(r"(?:^|\s)(?:[A-H][).:]|\([A-Ha-h]\))\s.*?(?=$|\n|\s(?:[B-H][).:]|\([B-Hb-h]\))\s)", re.MULTILINE)
+# An option in a list: "B) ...", "(c) ...", "D. ..." or a line "a) ...", up to the end of the line or the next label.
+_OPTION = re.compile(
+    r"(?:(?:^|\s)(?:[A-H][).:]|\([A-Ha-h]\))|^[a-h]\))\s.*?(?=$|\n|\s(?:[B-H][).:]|\([B-Hb-h]\))\s)", re.MULTILINE
+)
+
+
+def _mark(option: re.Match[str]) -> str:
+    return option[0].strip("( \n")[0]
 
 
 def _prose(sample: Sample) -> list[tuple[str, str]]:

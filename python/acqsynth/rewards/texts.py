@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 import os
 import re
 from collections import Counter, deque
@@ -23,6 +24,13 @@ from acqsynth.models import load_tokenizer
 from acqsynth.normal_form import normal_form, numbers, readings
 
 _WORD = re.compile(r"\w+|[^\w\s]")
+# A sentence's end, with a word that changes no question.
+_END = re.compile(r"(?:,? (?:now|then|please|thanks))?(?:[?!]|\.(?!\d)|$)")
+# A number, without "one", which is mostly a pronoun.
+_COUNT = re.compile(
+    r"\d.*|zero|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|(?:thir|four|fif|six|seven|eigh|nine)teen|"
+    r"(?:twen|thir|for|fif|six|seven|eigh|nine)ty|hundred|thousand|million|billion|dozen|half|twice"
+)
 _PUNCTUATION = re.compile(r"(?<!\d)[.,]|[.,](?!\d)|[;:!?'\"]")
 
 #: n texts -> ``[n, d]`` float32 unit rows on the CPU.
@@ -128,12 +136,12 @@ class _Held:
     form: str
     shingles: frozenset[str]
     numbers: Counter[Fraction]
-    readings: set[Fraction]
+    readings: Counter[Fraction]
 
     def differs(self, other: _Held) -> bool:
         """Whether the other text has other numbers in place of some of these."""
-        missing = (self.numbers - other.numbers).keys() - other.readings
-        return bool(missing and (other.numbers - self.numbers).keys() - self.readings)
+        missing = self.numbers - other.numbers - (other.readings - self.readings)
+        return bool(missing and other.numbers - self.numbers - (self.readings - other.readings))
 
 
 class NearCopies:
@@ -230,9 +238,10 @@ class NearCopies:
 class Contamination:
     """Tests whether a text contains a run of ``n`` words of an evaluation set, or a shorter text of it.
 
-    A text of fewer than ``LEAST`` words must be the whole text; a longer one counts if the text adds no number, so that
-    "the sum of 3 and 4" is not found in "the sum of 3 and 4 and 5". Words are those of the normal form, without
-    punctuation. Runs that occur in more than ``common`` of the texts are stock phrases and do not count.
+    A text of fewer than ``LEAST`` words must be the whole text; a longer one counts if it ends with a sentence of the
+    text, which adds no number in digits or words: "the sum of 3 and 4" is not found in "the sum of 3 and 4 squared".
+    Words are those of the normal form, without punctuation and without "now", "then", "please" or "thanks" at the end
+    of a sentence. Runs that occur in more than ``common`` of the texts are stock phrases and do not count.
 
     Args:
         texts: the evaluation set.
@@ -252,27 +261,34 @@ class Contamination:
         counts: Counter[tuple[str, ...]] = Counter()
         self._short: set[tuple[str, ...]] = set()
         for text in texts:
-            found = _comparable(text)
+            found = _joined(_sentences(text))
             if len(found) < n:
                 self._short.add(tuple(found))
             counts.update(set(_runs(found, n)))
         self._runs = {run for run, count in counts.items() if count <= common}
 
     def __contains__(self, text: object) -> bool:
-        found = _comparable(str(text))
+        sentences = _sentences(str(text))
+        found = _joined(sentences)
         if tuple(found) in self._short or any(run in self._runs for run in _runs(found, self.n)):
             return True
-        digits = _digits(found)
-        short = (run for length in range(self.LEAST, self.n) for run in _runs(found, length))
-        return any(run in self._short and _digits(run) == digits for run in short)
+        ends = set(itertools.accumulate(map(len, sentences)))
+        short = (tuple(found[max(end - length, 0) : end]) for end in ends for length in range(self.LEAST, self.n))
+        return any(run in self._short and _counts(run) == _counts(found) for run in short if len(run) >= self.LEAST)
 
 
-def _comparable(text: str) -> list[str]:
-    return words(_PUNCTUATION.sub(" ", normal_form(text)))
+def _sentences(text: str) -> list[list[str]]:
+    """The words of each sentence, without punctuation."""
+    return [words(_PUNCTUATION.sub(" ", sentence)) for sentence in _END.split(normal_form(text))]
 
 
-def _digits(found: Iterable[str]) -> list[str]:
-    return [word for word in found if word[0].isdigit()]
+def _joined(sentences: Iterable[list[str]]) -> list[str]:
+    return list(itertools.chain.from_iterable(sentences))
+
+
+def _counts(found: Iterable[str]) -> list[str]:
+    """The numbers among the words, in digits or in words."""
+    return [word for word in found if _COUNT.fullmatch(word)]
 
 
 def _runs(found: list[str], n: int) -> Iterable[tuple[str, ...]]:

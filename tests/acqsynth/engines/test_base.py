@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
@@ -21,6 +22,26 @@ from acqsynth.engines import Sampling, completion, encode, eos_ids
 def test_sampling_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
         Sampling(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_tokens": "x"}, "max_tokens: expected an integer, got 'x'"),
+        ({"max_tokens": 2.5}, r"max_tokens: expected an integer, got 2\.5"),
+        ({"n": None}, "n: expected an integer, got None"),
+        ({"seed": True}, "seed: expected an integer, got True"),
+        ({"temperature": "warm"}, "temperature: expected a number, got 'warm'"),
+        ({"top_p": [1]}, r"top_p: expected a number, got \[1\]"),
+    ],
+)
+def test_sampling_of_another_type(options, message):
+    with pytest.raises(TypeError, match=message):
+        Sampling(**options)
+
+
+def test_sampling_takes_numbers_of_any_type():
+    Sampling(n=np.int64(2), temperature=np.float32(0.5), top_p=1, seed=np.int32(3))
 
 
 def test_load_by_name(model, tokenizer):

@@ -197,6 +197,40 @@ class TestNoLeak:
     def test_another_value_is_no_leak(self, stated, answer):
         assert passes(NoLeak(find_domain("math")), f"{stated} What is it in the end?", answer)
 
+    @pytest.mark.parametrize("name", ["medical", "math"])
+    @pytest.mark.parametrize(
+        "options",
+        [
+            "\nA) 7\nB) 8",
+            "\n\nA. 7\nB. 8\nC. 9",
+            "\n(a) 7\n(b) 8",
+            "\na) 7\nb) 8",
+            " A) 7 B) 8",
+            " (A) 7 (B) 8",
+            "\nA: 7\nB: 8",
+        ],
+    )
+    def test_the_answer_before_a_list_of_options_is_none(self, name, options):
+        gate = NoLeak(find_domain(name))
+        for before in ("Choose the best answer:", "The most likely answer is:", "The result is", "Answer:"):
+            question = f"What is 3 + 4? {before}{options}"
+            for answer in ("A", "7", "B", "8"):
+                assert passes(gate, question, answer)
+            assert not passes(gate, f"{question}\nThe answer is B.", "B")
+            assert not passes(gate, f"{question}\nThe answer is:\nA", "A")
+            assert not passes(gate, f"The answer is A. {question}", "A")
+
+    @pytest.mark.parametrize(
+        ("question", "answer"),
+        [
+            ("What is 3 + 4?\nA) 7\nB) 8\nAnswer: A) 7", "A"),
+            ("What is 3 + 4? A) 7 B) 8. Answer: B) 8", "B"),
+            ("Choose the best answer:\nA) iron\nB) zinc\nThe answer is iron.", "iron"),
+        ],
+    )
+    def test_an_option_named_after_the_list_leaks(self, question, answer):
+        assert not passes(NoLeak(find_domain("medical")), question, answer)
+
     def test_the_whole_solution_in_the_question(self, domain):
         reasoning = "Three shells and four shells make seven shells in all."
         assert not passes(NoLeak(domain), f"What is 3 + 4? {reasoning}", "7", reasoning)

@@ -133,6 +133,38 @@ def test_another_number_in_another_form_is_another_exercise(number, other):
     assert copies.find(EGGS.replace(number, other)) is None
 
 
+BAKER = "A baker sells {} loaves of bread and {} cakes in the morning. How many things does he sell in all before noon?"
+TRAIN = "A train goes {} miles in 2 hours and then {} miles in 3 hours. What is its average speed on the whole way?"
+DOZEN = "Ada buys {} eggs and {} boxes on the market in the morning. How many things does she carry home in the end?"
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers", "others"),
+    [
+        (BAKER, (3, 3), (3, 5)),
+        (BAKER, (3, 3), (4, 5)),
+        (TRAIN, (60, 60), (60, 90)),
+        (TRAIN, (2, 60), (3, 60)),
+        (DOZEN, ("3 dozen", 36), ("3 dozen", 40)),
+        (DOZEN, ("3 dozen", 36), ("4 dozen", 36)),
+        (DOZEN, ("2k", 2000), ("2k", 2001)),
+    ],
+)
+def test_a_changed_number_that_also_occurs_elsewhere(text, numbers, others):
+    for one, other in ((numbers, others), (others, numbers)):
+        copies = NearCopies(0.7)
+        copies.add([text.format(*one)])
+        assert copies.find(text.format(*other)) is None
+
+
+@pytest.mark.parametrize("other", ["1 dozen", "a dozen", "twelve", "1 2", "12.0"])
+def test_only_one_of_two_equal_numbers_in_another_form(other):
+    for one, two in (((12, 12), (other, 12)), ((other, 12), (12, 12))):
+        copies = NearCopies()
+        copies.add([DOZEN.format(*one)])
+        assert copies.find(DOZEN.format(*two))
+
+
 def every_sixth(text, change):
     return " ".join(change(word) if i % 6 == 0 else word for i, word in enumerate(text.split(" ")))
 
@@ -285,6 +317,37 @@ class TestContamination:
     def test_a_short_text_with_words_around_it(self, text, expected):
         rows = ["my card has still not arrived what can i do", "What is the sum of 3 and 4?", "Where is my card?"]
         assert (text in Contamination(rows)) == expected
+
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [
+            ("What is the derivative of the function sin x cos x?", False),
+            ("What is the derivative of the function sin x, cubed?", False),
+            ("Well: what is the derivative of the function sin x?", True),
+            ("What is the derivative of the function sin x, please?", True),
+            ("What is the derivative of the function sin x? Give a formula.", True),
+            ("Hello! What is the derivative of the function sin x. Thanks", True),
+            ("If x = 3.5, what is the derivative of the function sin x?", False),
+            ("What is the sum of the first three primes that end in seven?", False),
+            ("Tell me, what is the sum of the first three primes?", True),
+            ("What is the sum of the first three primes and twenty-two?", False),
+            ("Tom earns ten dollars. How much money does Tom have after he buys a book for four dollars?", False),
+            ("Tom earns ten dollars. How much money does Tom have after he buys a book?", False),
+            ("I have one question: how much money does Tom have after he buys a book?", True),
+            ("How much money does Tom have after he buys a book? He earns a dozen dollars.", False),
+            ("Is 2.5 + 0.5 equal to 3, or is it 4.5?", False),
+            ("So is 2.5 + 0.5 equal to 3 or not?", True),
+        ],
+    )
+    def test_a_short_text_ends_with_a_sentence(self, text, expected):
+        rows = [
+            "What is the derivative of the function sin x",
+            "What is the sum of the first three primes",
+            "How much money does Tom have after he buys a book",
+            "Is 2.5 + 0.5 equal to 3 or not?",
+        ]
+        assert (text in Contamination(rows)) == expected
+        assert all(row in Contamination(rows) for row in rows)
 
     def test_phrases_of_the_genre_do_not_count(self):
         phrase = "Think step by step and give the final answer after four number signs on a line of its own."
