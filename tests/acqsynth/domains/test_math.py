@@ -38,7 +38,21 @@ def math():
         ("**Answer:** No", "No"),
         ("There are 7 of them, but more exist. The answer is undefined.", "undefined"),
         ("The coefficient of x is 2. The answer is x + y.", "x + y"),
-        ("There are 7. The answer is that there is no such number.", None),
+        ("The coefficient is 2. The answer is cos x - sin x.", "cos x - sin x"),
+        ("2 a, then b. The answer is (a, b).", "(a, b)"),
+        ("There are 7. The answer is that there is no such number.", "that there is no such number"),
+        ("There are 7. **The answer is no real solution** because -1 < 0.", "no real solution"),
+        ("100 mod 7 is 2. The answer is Tuesday.", "Tuesday"),
+        ("The answer is positive.", "positive"),
+        ("6 * 3 = 18 dollars. The answer is consistent with the problem.", "18"),
+        ("18. The answer is **consistent** with the problem.", "18"),
+        ("So 18. This answer is verified.", "18"),
+        ("The total is 18. The answer is positive, so it is valid.", "18"),
+        ("First find what the answer is in hours. 3+4 = 7", "7"),
+        ("First find what the answer is in km/h. 3+4 = 7", "7"),
+        ("3+4 = 7 and so that's what the answer is.", "7"),
+        ("2+2=4. Therefore the answer is four.", "4"),
+        ("The answer is 2**3.", "2**3"),
         ("The answer is the sum of these two numbers. So 7.", "7"),
         ("2 points/answer = 6 points, so 7", "7"),
         ("First 3, then 10/4", "10/4"),
@@ -310,8 +324,29 @@ def test_verify_knows_a_contradiction_and_no_more(math):
         Sample("?", "0.5", "It is \\boxed{\\frac{1}{2}}."),
         Sample("?", "12", "5 + 7 = 13"),
         Sample("?", "12"),
+        Sample("?", "yes", "1 < 2. The answer is no."),
+        Sample("?", "Yes", "1 < 2. The answer is yes."),
     ]
-    assert math.verify(samples) == [None, False, None, None, None]
+    assert math.verify(samples) == [None, False, None, None, None, False, None]
+
+
+@pytest.mark.parametrize(
+    ("reasoning", "answer"),
+    [
+        ("Since x>0, the answer is positive. x = 10/2 = 5.", "5"),
+        ("First find what the answer is in minutes. 60*2 = 120.", "120"),
+        ("First find what the answer is in km/h. 60*2 = 120.", "120"),
+        ("The answer is the sum of both. 3+4=7.", "7"),
+        ("3+4=7. So the answer is seven.", "7"),
+        ("The answer is twelve dollars", "$12"),
+        ("3+4=7. The answer is consistent with this.", "7"),
+        ("The answer is a prime. 7 is prime.", "7"),
+        ("Is 7 odd? The answer is yes.", "7"),
+        ("The answer is a day. Monday is over.", "Tuesday"),
+    ],
+)
+def test_words_on_an_answer_do_not_contradict_it(math, reasoning, answer):
+    assert math.verify([Sample("?", answer, reasoning)]) == [None]
 
 
 @pytest.mark.parametrize(
