@@ -12,13 +12,17 @@ from acqsynth.domains.quantities import UNDERSTOOD, compare, quantity
 
 _HASHES = re.compile(r"^####[ \t]*(\S.*)$", re.MULTILINE)
 _SENTENCE_END = re.compile(r"\.(?=\s|$)|[,;]?\s+(?:because|since|so|which|as)\b")
-#: Not an answer but a comment on it, as in "the answer is right".
-_VERDICT = re.compile(
-    r"(?:(?:not|also|indeed|now|\w+ly) )?(?:right|correct|incorrect|wrong|valid|reasonable|clear|obvious|simple|easy|"
-    r"found|given|obtained|therefore|thus)\b",
-    re.IGNORECASE,
+# Statements that are answers wherever they stand; "the answer is in km/h" and "the answer is positive" may be comments.
+_EXACT = re.compile(
+    r"(?=.*[\d\\$]).*|[A-Za-z]|(?!in\b)(?=.*[-=+*/^<>(])(?:(?:[A-Za-z]{1,2}|sin|cos|tan|log|exp|sqrt)\b|[^A-Za-z])+"
 )
-_WORDY = 4  # maximum words of an answer without a number or a sign; longer ones are prose
+_WORDED = re.compile(
+    r"(?i:yes|no|true|false|none|undefined|indeterminate|im?possible|infinit[ey]|infinity|dne|"
+    r"(?:it |the limit )?does not exist|not (?:defined|possible)|(?:that )?(?:there (?:is|are) )?"
+    r"no (?:\w+ ){0,2}(?:solution|root|number|value|limit|answer)s?(?: exists?)?)|[A-Z][a-z]+"
+)
+_BOLD = re.compile(r"(?<!\w)\*\*|\*\*(?!\w)")
+_WORDY = 4  # maximum words of an answer in words; longer ones are prose
 _NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:\s*/\s*\d+)?(?![\w])")
 _CALCULATION = re.compile(r"<<[^<>\n]*>>")  # GSM8K's calculator annotations
 
@@ -82,14 +86,14 @@ class Math(Domain):
 
         ``\boxed{...}``; a line ``#### ...``; "answer is ..." or "answer: ..." up to the end of its sentence; a number.
         That one place is the whole answer: several values there are one answer with several values, and text elsewhere
-        is ignored, so listing candidates gains nothing. A number before a statement in prose does not count either.
+        is ignored, so listing candidates gains nothing. Words count if they are a value, such as "undefined", or if
+        there is no number: "the answer is positive" may be a comment.
         """
         stated = _stated(completion)
         if stated is not None:
             return stated
-        prose = _statements(completion)
-        numbers = _NUMBER.findall(completion, prose[-1].start(1) if prose else 0)
-        return numbers[-1] if numbers else None
+        short = [words for words in _statements(completion) if 0 < len(words.split()) <= _WORDY]
+        return next(reversed(_NUMBER.findall(completion) or short), None)
 
     def solution(self, sample: Sample) -> str:
         final = _final(sample.answer)
@@ -131,8 +135,13 @@ class Math(Domain):
 
     def verify(self, samples: Sequence[Sample]) -> list[bool | None]:
         """False if the reasoning states a different final answer than the sample's; otherwise None, as this domain
-        cannot prove an answer right."""
-        agree = self.equivalent(samples, [_stated(sample.reasoning) or _final(sample.answer) for sample in samples])
+        cannot prove an answer right. Words in the reasoning contradict only an answer in words."""
+        finals = [_final(sample.answer) for sample in samples]
+        stated = [
+            _stated(sample.reasoning, words=bool(_WORDED.fullmatch(final)))
+            for sample, final in zip(samples, finals, strict=True)
+        ]
+        agree = self.equivalent(samples, [one or final for one, final in zip(stated, finals, strict=True)])
         return [None if agrees else False for agrees in agree]
 
     def fault(self, sample: Sample) -> str | None:
@@ -161,22 +170,23 @@ def _boxed(completion: str) -> str | None:
     return found
 
 
-def _stated(completion: str) -> str | None:
+def _stated(completion: str, words: bool = True) -> str | None:
     """The answer that a completion marks as final, or None."""
     boxed = _boxed(completion)
     if boxed is not None:
         return boxed
     if lines := _HASHES.findall(completion):
         return str(lines[-1]).strip()
-    statements = [_SENTENCE_END.split(match[1], maxsplit=1)[0].strip(" *") for match in _statements(completion)]
-    exact = [s for s in statements if re.search(r"[\d\\$=+*/^<>]|^[A-Za-z]$", s)]
-    short = [s for s in statements if 0 < len(s.split()) <= _WORDY]  # "the answer is positive" may follow the answer
-    return next(reversed(exact or short), None)
+    statements = _statements(completion)
+    exact = [statement for statement in statements if _EXACT.fullmatch(statement)]
+    worded = [statement for statement in statements if words and _WORDED.fullmatch(statement)]
+    return next(reversed(exact or worded), None)
 
 
-def _statements(completion: str) -> list[re.Match[str]]:
-    """The occurrences of "answer is ..." and "answer: ..."."""
-    return [match for match in STATED.finditer(completion) if not _VERDICT.match(match[1].lstrip("* "))]
+def _statements(completion: str) -> list[str]:
+    """What follows "answer is" and "answer:", up to the end of the sentence."""
+    rests = (_BOLD.sub("", rest) for rest in STATED.findall(completion))
+    return [_SENTENCE_END.split(rest, maxsplit=1)[0].strip(" *") for rest in rests]
 
 
 def _final(answer: str) -> str:

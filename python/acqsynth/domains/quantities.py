@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from fractions import Fraction
+from itertools import pairwise
 from typing import NamedTuple
 
 from acqsynth.domains.math_check import LONGEST
@@ -30,6 +31,7 @@ _UNIT = re.compile(
     r"(?<=[\d})])(\s*+)((?=[A-Za-z\\])(?:\\(?:text|textrm|mathrm|mbox)\{[A-Za-z .,/-]++\}|[A-Za-z ./-])++)"
     r"(?:\^\{?([23])\}?)?$"
 )
+_SEPARATOR = re.compile(r"\s*+,?\s*+\\(?:text|textrm|mathrm|mbox)\{,?\s*+(?:and|or)\s*+\}")
 _TEXT = re.compile(r"\\(?:text|textrm|mathrm|mbox)\{([^{}]*)\}")
 #: Number words that multiply the number before them.
 SCALES = {
@@ -48,7 +50,7 @@ SIGNS = str.maketrans({"\u2212": "-", "\u2013": "-", "\u2044": "/", "×": r"\tim
 UNITS = {
     name: unit
     for unit, names in {
-        "dollar": "usd", "euro": "eur", "gbp": "", "pound": "", "lb": "", "cent": "", "am": "", "pm": "",
+        "dollar": "usd", "euro": "eur", "gbp": "", "pound": "", "lb": "", "cent": "", "yen": "", "am": "", "pm": "",
         "mm": "millimeter millimetre", "cm": "centimeter centimetre", "m": "meter metre", "km": "kilometer kilometre",
         "in": "inch inche", "ft": "foot feet", "yd": "yard", "mi": "mile", "mi per h": "mph", "km per h": "kph kmph",
         "mg": "milligram", "g": "gram", "kg": "kilogram", "oz": "ounce", "ml": "milliliter millilitre",
@@ -126,7 +128,7 @@ def _with_unit(plain: str) -> tuple[str, tuple[str, ...]]:
     before: tuple[str, ...] = ()
     if currency := _CURRENCY.match(plain):
         before = (CURRENCIES.get(currency[2], "dollar"),)
-        plain = currency[1] + plain[currency.end() :]
+        plain = currency[1] + re.sub(r"/(?=[A-Za-z]{2})", " per ", plain[currency.end() :])
     if percent := re.search(r"(?<!\s)\s*+(?:%|\\text\{\s*percent\}|\bpercent)$", plain):
         return plain[: percent.start()].strip(), ("%",)
     if currency := _CURRENCY_LAST.search(plain):
@@ -139,10 +141,10 @@ def _with_unit(plain: str) -> tuple[str, tuple[str, ...]]:
     if found is None:
         return plain, before
     spaced = bool(found[1]) or "\\" in found[2]
-    names = [_unit_word(word) for word in _TEXT.sub(r" \1 ", found[2]).replace(".", "").replace("/", " per ").split()]
-    words = " ".join(names).split()
-    if not _are_units(words, spaced):
+    written = _TEXT.sub(r" \1 ", found[2]).replace(".", "").replace("/", " per ").split()
+    if not written or not _are_units([*before, *written], spaced):
         return plain, before
+    words = " ".join(map(_unit_word, written)).split()
     if found[3]:
         words[-1] += f"^{found[3]}"
     for name, power in (("square", "^2"), ("cubic", "^3")):
@@ -150,9 +152,9 @@ def _with_unit(plain: str) -> tuple[str, tuple[str, ...]]:
             words = [words[1] + power, *words[2:]]
     if words[0] in ("degree", "C", "F") and len(words) <= 2:
         words = [{"C": "celsius", "F": "fahrenheit"}.get(words[-1], words[-1])]
-    scales = [word for word in words if word in SCALES]
-    rest = [word for word in words if word not in SCALES]
-    return plain[: found.start()].strip(), (*scales, *(rest or before))
+    scales = tuple(word for word in words if word in SCALES)
+    rest = tuple(word for word in words if word not in SCALES)
+    return plain[: found.start()].strip(), scales + (rest if rest[:1] == before else before + rest)
 
 
 def _unit_word(word: str) -> str:
@@ -167,25 +169,25 @@ def _unit_word(word: str) -> str:
     return UNITS.get(word) or UNITS.get(single) or single
 
 
-def _are_units(words: list[str], spaced: bool) -> bool:
+def _are_units(written: list[str], spaced: bool) -> bool:
     """Whether words are units or a plain noun phrase: ``brown eggs``, but not ``times x``."""
     before = ""
-    for i, word in enumerate(words):
+    for i, (letters, word) in enumerate(zip(written, map(_unit_word, written), strict=True)):
         if word in SCALES:
             fits = True
         elif word in NO_UNITS or word.removesuffix("^2") in NO_UNITS or _NUMBER_WORD.fullmatch(word):
             fits = False
         elif not spaced:
             fits = len(word) > 1 and _known(word)
-        elif len(word) == 1:  # a unit or the article, not a variable
+        elif len(letters) == 1:  # a unit or the article, not a variable
             measured = not before or before in SCALES or before in ("per", "an", "square", "cubic") or _known(before)
-            fits = (measured and _known(word)) or (word == "a" and 0 < i < len(words) - 1)
+            fits = (measured and _known(word)) or (word == "a" and 0 < i < len(written) - 1)
         else:
-            fits = (i > 0 or len(word) > 2 or _known(word)) and (before, word) != ("time", "the")
+            fits = (i > 0 or len(letters) > 2 or _known(word)) and (before, word) != ("time", "the")
         if not fits:
             return False
         before = word
-    return bool(words)
+    return True
 
 
 def _known(word: str) -> bool:
@@ -194,15 +196,19 @@ def _known(word: str) -> bool:
 
 
 def _agree(a: tuple[str, ...], b: tuple[str, ...]) -> bool:
-    """Whether one unit is missing, or is only more specific than the other: ``egg`` and ``brown egg``. Words may
-    follow a unit of measure (``hours of work``) but not precede it (``light hours``)."""
+    """Whether one unit is missing, or is only more specific than the other: ``egg`` and ``brown egg``, not ``mile`` and
+    ``nautical mile``, ``mile per hour`` or another product."""
     if "pound" in (*a, *b):  # money or weight
         a, b = (tuple("pound" if word in ("lb", "gbp") else word for word in unit) for unit in (a, b))
-    fewer, more = sorted((a, b), key=len)
-    if any(map(_known, fewer)):
-        rest = more[len(fewer) :]
-        return more[: len(fewer)] == fewer and not any(word == "per" or _known(word) for word in rest if word != "in")
-    return set(fewer) <= set(more) and (not fewer or "per" not in set(more) - set(fewer))
+    fewer, more = sorted((a, b), key=lambda unit: len(set(unit)))
+    rest = set(more) - set(fewer)
+    products = (
+        {word, after} & rest
+        for word, after in pairwise(more)
+        if _known(after) and after != "in" and word not in ("in", "man")
+        if _known(word) or word in ("nautical", "light")
+    )
+    return not fewer or (set(fewer) <= set(more) and "per" not in rest and not any(products))
 
 
 def compare(truth: Quantity, given: Quantity) -> bool | list[tuple[str, str]]:
@@ -225,27 +231,28 @@ def compare(truth: Quantity, given: Quantity) -> bool | list[tuple[str, str]]:
 
 
 def _of_a_kind(truth: str, given: str) -> bool:
-    """Whether two answers have as many parts, in brackets that may mean the same. math-verify takes ``5,5`` for 5, and
-    a set for a pair."""
+    """Whether two answers may have as many parts, in brackets that may mean the same. math-verify takes ``5,5`` for 5,
+    and a set for a pair."""
     (opens, parts), (others, more) = _parts(truth), _parts(given)
-    if parts > 1 and more > 1:
-        brackets = {opens, others}
-        mixed = "{" in brackets and not brackets.isdisjoint("([")
-        return not mixed and (parts == more or brackets == {"{"})
-    return parts == more or bool(_SEVERAL.search(truth + given))
+    brackets = {opens, others}
+    if brackets == {"{"}:
+        return True  # {1,1} is {1}
+    mixed = "{" in brackets and not brackets.isdisjoint("([")
+    return not (mixed and max(parts) > 1) and bool(parts & more or _SEVERAL.search(truth + given))
 
 
-def _parts(plain: str) -> tuple[str, int]:
-    """The opening bracket around an answer, if any, and the number of parts that commas separate."""
-    plain = _THOUSANDS.sub("", re.sub(r"\\([{}])", r"\1", plain)).strip()
-    depth, commas = 0, [0, 0]  # commas by depth
+def _parts(plain: str) -> tuple[str, set[int]]:
+    """The opening bracket around an answer, if any, and the possible numbers of parts: ``2,100`` is one or two."""
+    plain = re.sub(r"\\([{}])", r"\1", plain).strip()
+    depth, commas, certain = 0, [1, 1], [1, 1]  # parts by depth
     whole = plain.startswith(("(", "[", "{"))
     for i, char in enumerate(plain):
         depth += (char in "([{") - (char in ")]}")
         whole = whole and (depth > 0 or i == len(plain) - 1)
         if char == "," and depth in (0, 1):
             commas[depth] += 1
-    return (plain[0], commas[1] + 1) if whole else ("", commas[0] + 1)
+            certain[depth] += not _THOUSANDS.match(plain, i)
+    return plain[0] if whole else "", {commas[whole], certain[whole]}
 
 
 def _hundredth(quantity: Quantity) -> Quantity:
@@ -284,6 +291,7 @@ def _plain(answer: str) -> str:
             plain = plain[len(opens) : -len(closes)].strip()
     plain = re.sub(r"^\$([^$]+)\$(?=\s*[A-Za-z])", r"\1 ", plain)  # "$18$ eggs"
     plain = _LAYOUT.sub("", plain.replace(r"\%", "%").replace("{,}", ",").replace("\\ ", " "))
+    plain = _SEPARATOR.sub(", ", plain)
     plain = _FIRST_ARGUMENT.sub(r"\\\1{\2\3}", _FRAC.sub(r"\\frac", plain))
     plain = _SECOND_ARGUMENT.sub(r"\\frac\1{\2}", plain)
     if whole := re.fullmatch(r"\\(?:text|mathrm|textbf)\{([^{}]*)\}", plain):

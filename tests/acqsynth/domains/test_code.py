@@ -294,6 +294,21 @@ def test_verify():
 
 
 @needs_sandbox
+def test_slow_tests_prove_no_more_than_fast_ones():
+    tests = {
+        "time.sleep(0.1)\nassert f(1) == 13": True,
+        "time.sleep(1.1)\nassert f(1) == f(1)": False,
+        "time.sleep(1.1)\nassert isinstance(f(1), int)": False,  # exceeds even the limit of the tests with constants
+    }
+    samples = [
+        Sample("?", fenced("def f(x): return 13"), extra={"tests": test, "names": ["f"], "preamble": "import time"})
+        for test in tests
+    ]
+    brief = Code(limits=sandbox.Limits(seconds=1.5), workers=2)
+    assert dict(zip(tests, brief.verify(samples), strict=True)) == tests
+
+
+@needs_sandbox
 def test_a_program_does_not_decide_on_its_own_tests():
     """Redefining other names that the asserts use, such as ``math`` or ``abs``, has no effect on the tests."""
     fake = "class math:\n    isclose = staticmethod(lambda *_: True)\n"
