@@ -151,9 +151,13 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, help="JSON to write, instead of results/row_stats.json and .png")
+    parser.add_argument(
+        "--instruction-sets", action="store_true", help="only compare the CPU's instruction sets: row_stats_isa.json"
+    )
     arguments = parser.parse_args()
+    measured = on_gpu if arguments.device == "cuda" else instruction_sets if arguments.instruction_sets else on_cpu
     with torch.no_grad():
-        (on_gpu if arguments.device == "cuda" else on_cpu)(arguments.turns, arguments.out)
+        measured(arguments.turns, arguments.out)
 
 
 def on_gpu(turns: int, out: Path | None) -> None:
@@ -208,8 +212,6 @@ def on_cpu(turns: int, out: Path | None) -> None:
         rows += harness.measure(
             case, peers, baseline=baseline, work=work, turns=turns if with_peers else 3, ceiling=PEAK
         )
-    for dtype in (torch.float32, torch.bfloat16):
-        rows += by_instruction_set(dtype, turns)
     notes: dict[str, object] = {
         "ratio_to": BASELINE,
         "not_measured": absent,
@@ -218,25 +220,26 @@ def on_cpu(turns: int, out: Path | None) -> None:
     harness.report("row_stats", rows, unit="GFLOP/s", notes=notes, out=out)
 
 
-def by_instruction_set(dtype: torch.dtype, turns: int) -> list[harness.Row]:
+def instruction_sets(turns: int, out: Path | None) -> None:
     """All statistics under each instruction set of this processor, compared with its peak."""
     n, d, v = 1024, 576, 49152
-    inputs = make_inputs(n, d, v, dtype)
     work = 2.0 * n * d * v
     rows = []
-    for instruction_set in instruction_sets():
-        name = f"acqcore cpu, {instruction_set}"
-        peers: dict[str, Callable[[], object]] = {
-            name: partial(ours_with, instruction_set, *inputs),
-            PEAK: peak.multiply_adds(work, instruction_set, dtype),
-        }
-        case = f"N={n} D={d} V={v} {harness.name(dtype)}, {instruction_set}"
-        print(f"measuring {case} ...", flush=True)
-        rows += harness.measure(case, peers, baseline=name, work=work, turns=turns, memory=False, ceiling=PEAK)
-    return rows
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = make_inputs(n, d, v, dtype)
+        for instruction_set in usable_instruction_sets():
+            name = f"acqcore cpu, {instruction_set}"
+            peers: dict[str, Callable[[], object]] = {
+                name: partial(ours_with, instruction_set, *inputs),
+                PEAK: peak.multiply_adds(work, instruction_set, dtype),
+            }
+            case = f"N={n} D={d} V={v} {harness.name(dtype)}, {instruction_set}"
+            print(f"measuring {case} ...", flush=True)
+            rows += harness.measure(case, peers, baseline=name, work=work, turns=turns, memory=False, ceiling=PEAK)
+    harness.report("row_stats_isa", rows, unit="GFLOP/s", out=out or harness.RESULTS / "row_stats_isa.json")
 
 
-def instruction_sets() -> list[str]:
+def usable_instruction_sets() -> list[str]:
     """The cpu backend's instruction sets that this processor supports and ``peak.py`` has a loop for."""
     from acqcore import _core
 
