@@ -211,8 +211,8 @@ def matrix_owners(model: nn.Module) -> set[nn.Module]:
 
 
 def alterations(module: nn.Module) -> tuple[Any, ...]:
-    """What others changed about a module's call: the ids of its hooks, which are never reused, and a forward of its
-    own. Holds no strong reference to the module."""
+    """What others changed about a module's call: the ids of its hooks, which are never reused, and a forward set on the
+    instance. Holds no strong reference to the module."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     own = module.__dict__.get("forward")
     key: Any
