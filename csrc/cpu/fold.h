@@ -41,16 +41,12 @@ inline void clear(LaneState& s) {
 
 inline void clear(RowState& s) { s = {0, 0, 0, 0, -1, -INFINITY, -INFINITY, -INFINITY}; }
 
-// Adds the terms of z[0, n), relative to `max`. With kSkip, z[skip] is the maximum itself and is left out. With kKeep,
-// `terms` receives exp(z - max) 2^40, and 0 for the maximum.
-template <bool kSkip, bool kKeep>
+// Adds the terms of z[0, n), relative to `max`, except that of z[skip], the maximum itself, unless `skip` is negative.
+// With kKeep, `terms` receives exp(z - max) 2^40, and 0 for the maximum.
+template <bool kKeep>
 inline void add_terms(const float* z, int n, float max, int skip, LaneState& s, float* terms /* [n] */) {
   Vec r{}, s1{}, s2{}, s11{};  // summed separately and added once, so that small terms are not lost in large sums
-  for (int i = 0; i < n; i += kLanes) {
-    Vec x = load(z + i) - max;
-    if constexpr (kSkip) {
-      if (skip >= i && skip < i + kLanes) x[skip - i] = -INFINITY;
-    }
+  const auto add = [&](Vec x, int i) {
     const Vec e = exp_above<kShift>(x, kLowest);
     if constexpr (kKeep) store(terms + i, e);
     const Vec ex = e * x;
@@ -58,7 +54,14 @@ inline void add_terms(const float* z, int n, float max, int skip, LaneState& s, 
     s1 += ex;
     s2 += e * e;
     s11 += ex * x;
+  };
+  int i = 0;
+  if (skip >= 0) {
+    for (; i + kLanes <= skip; i += kLanes) add(load(z + i) - max, i);
+    add(without(load(z + i) - max, skip - i), i);
+    i += kLanes;
   }
+  for (; i < n; i += kLanes) add(load(z + i) - max, i);
   s.r += r + s1 * 0.0f;  // exp_above may lose a NaN; s1 = e x propagates it
   s.s1 += s1;
   s.s2 += s2;
@@ -101,19 +104,17 @@ inline void fold(const float* z, int n, int64_t base, LaneState& s, float* terms
       return;
     }
     s.second = maximum(top, s.second);
-    add_terms<false, kKeep>(z, n, s.max, 0, s, terms);
+    add_terms<kKeep>(z, n, s.max, -1, s, terms);
     return;
   }
-  int a = 0;
-  while (z[a] != max) ++a;
+  const int a = first_equal(z, max);
   rescale(s, max);
   s.index = base + a;
-  for (int i = 0; i < n; i += kLanes) {
-    Vec others = load(z + i);
-    if (a >= i && a < i + kLanes) others[a - i] = -INFINITY;
-    s.second = maximum(others, s.second);
-  }
-  add_terms<true, kKeep>(z, n, max, a, s, terms);
+  int i = 0;
+  for (; i + kLanes <= a; i += kLanes) s.second = maximum(load(z + i), s.second);
+  s.second = maximum(without(load(z + i), a - i), s.second);
+  for (i += kLanes; i < n; i += kLanes) s.second = maximum(load(z + i), s.second);
+  add_terms<kKeep>(z, n, max, a, s, terms);
   if constexpr (kKeep) terms[a] = kTerm;
 }
 

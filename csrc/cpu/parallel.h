@@ -2,6 +2,9 @@
 #pragma once
 #include <stdint.h>
 #include <stdlib.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
@@ -16,10 +19,21 @@ inline int thread_number() {
 #endif
 }
 
-// 64-byte aligned, uninitialized memory, freed at the end of its scope.
+// Uninitialized memory, 64-byte aligned, freed at the end of its scope. Linux backs large pieces with pages of 2 MiB: with
+// pages of 4 KiB the product spends 10 % of its time on page tables (Xeon, virtual machine; N = 4096, D = 576).
 class Scratch {
  public:
-  explicit Scratch(int64_t bytes) : data_(aligned_alloc(64, (bytes + 127) / 64 * 64)) {}
+  explicit Scratch(int64_t bytes) : bytes_((bytes + 127) / 64 * 64) {
+#if defined(__linux__)
+    if (bytes_ >= kLargePage / 2) {
+      bytes_ = (bytes_ + kLargePage - 1) / kLargePage * kLargePage;
+      data_ = aligned_alloc(kLargePage, bytes_);
+      if (data_) madvise(data_, bytes_, MADV_HUGEPAGE);
+      return;
+    }
+#endif
+    data_ = aligned_alloc(64, bytes_);
+  }
   ~Scratch() { free(data_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
@@ -31,6 +45,8 @@ class Scratch {
   }
 
  private:
+  static constexpr int64_t kLargePage = 2 << 20;
+  int64_t bytes_;
   void* data_;
 };
 

@@ -88,13 +88,15 @@ struct ByColumns {
   static constexpr int kRowStride = 1, kStepStride = kStride, kSteps = 1;
 };
 
-// out [kVectorRows, kPanelColumns] (row stride `stride`) = a b, or += a b if `accumulate`.
+// out [kVectorRows, kPanelColumns] (row stride `stride`) = a b, or += a b if `accumulate`. Meanwhile fetches
+// [kVectorRows / 8, k] floats at `next`.
 template <bool kPairs, typename Left>
 inline void vector_product(const float* a /* [kVectorRows, k], layout Left */, const float* b /* [k, kPanelColumns] */,
-                           int64_t k, bool accumulate, float* out, int64_t stride) {
+                           int64_t k, bool accumulate, float* out, int64_t stride, const float* next) {
   int64_t step = 0;
   do {
     const int64_t end = step + kChain < k ? step + kChain : k;
+    for (int64_t i = step; next && i < end; i += 16) fetch(next + i * kVectorRows / 8);
     Vec c[kVectorRows][kPanelVectors] = {};
     for (; step < end; step += Left::kSteps) {
       const float* run = a + step * (Left::kSteps == 1 ? Left::kStepStride : kPanelRows);
@@ -122,15 +124,26 @@ inline void vector_product(const float* a /* [kVectorRows, k], layout Left */, c
   } while (step < k);
 }
 
-// out [kPanelRows, kPanelColumns] (row stride `stride`) = a b, or += a b if `accumulate`.
+// out [kPanelRows, kPanelColumns] (row stride `stride`) = a b, or += a b if `accumulate`. Meanwhile fetches
+// [kPanelRows / 8, k] floats at `next`.
 template <bool kPairs, typename Left = Packed>
 inline void panel_product(const float* a /* [kPanelRows, k], layout Left */, const float* b /* [k, kPanelColumns] */,
-                          int64_t k, bool accumulate, float* out, int64_t stride) {
+                          int64_t k, bool accumulate, float* out, int64_t stride, const float* next = nullptr) {
   if constexpr (kHasTiles && kPairs) {
-    tile_product(a, b, k, accumulate, out, stride);
+    for (int64_t k0 = 0; k0 < k || k0 == 0; k0 += kTileChain) {
+      const int64_t n = k - k0 < kTileChain ? k - k0 : kTileChain;
+      if (accumulate || k0 > 0) {
+        alignas(64) float part[kPanelRows * kPanelColumns];
+        tile_product(a + k0 * kPanelRows, b + k0 * kPanelColumns, n, part, kPanelColumns, next);
+        add_part(part, out, stride);
+      } else {
+        tile_product(a, b, n, out, stride, next);
+      }
+    }
   } else {
     for (int i = 0; i < kPanelRows; i += kVectorRows) {
-      vector_product<kPairs, Left>(a + i * Left::kRowStride, b, k, accumulate, out + i * stride, stride);
+      vector_product<kPairs, Left>(a + i * Left::kRowStride, b, k, accumulate, out + i * stride, stride,
+                                        next + i / 8 * k);
     }
   }
 }

@@ -59,10 +59,24 @@ inline void store(float* p, Vec v) { memcpy(p, &v, sizeof v); }
 
 inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
 
-inline float horizontal_max(Vec v) {
-  float m = v[0];
-  for (int i = 1; i < kLanes; ++i) m = v[i] > m ? v[i] : m;
-  return m;
+// v with lane i replaced by -inf.
+inline Vec without(Vec v, int i) {
+  v[i] = -__builtin_inff();
+  return v;
+}
+
+// Index of the first element equal to x; there is one.
+inline int first_equal(const float* z, float x) {
+  int i = 0;
+#if defined(__AVX512F__)
+  for (;; i += kLanes) {
+    const unsigned equal = _mm512_cmpeq_ps_mask((__m512)load(z + i), _mm512_set1_ps(x));
+    if (equal) return i + __builtin_ctz(equal);
+  }
+#else
+  while (z[i] != x) ++i;
+  return i;
+#endif
 }
 
 inline double horizontal_sum(Vec v) {
@@ -80,6 +94,21 @@ inline Vec shuffle(Vec a, Vec b, IntVec from) {
 #else
   return __builtin_shuffle(a, b, from);
 #endif
+}
+
+// Lane i is lane i ^ kDistance of v.
+template <int kDistance>
+inline Vec exchanged(Vec v) {
+  IntVec from;
+  for (int i = 0; i < kLanes; ++i) from[i] = i ^ kDistance;
+  return shuffle(v, v, from);
+}
+
+inline float horizontal_max(Vec v) {
+  if constexpr (kLanes > 8) v = maximum(v, exchanged<8>(v));
+  if constexpr (kLanes > 4) v = maximum(v, exchanged<4>(v));
+  v = maximum(v, exchanged<2>(v));
+  return maximum(v, exchanged<1>(v))[0];
 }
 
 // In each group of 2 kHalf lanes: the sum of a's lower and upper half, then the sum of b's.

@@ -40,15 +40,16 @@ inline void pack_weights(const Matrix& weight, const Inner& inner, int64_t tile,
   }
 }
 
-// A panel of rows times a packed tile: out [kPanelRows, kTile] = or +=.
+// A panel of rows times a packed tile: out [kPanelRows, kTile] = or +=. Meanwhile fetches the next panel of rows.
 inline void multiply_panel(const Inner& inner, const float* a /* [k, kPanelRows] */, const float* weights, int width,
                            int64_t k, bool accumulate, float* out) {
   for (int j = 0; j < width; j += kPanelColumns) {
     const float* b = weights + j * inner.depth;
+    const float* next = a + kPanelRows * (inner.units + k * j / kTile);
     if (inner.pairs) {
-      panel_product<kHasBf16Product>(a, b, k, accumulate, out + j, kTile);
+      panel_product<kHasBf16Product>(a, b, k, accumulate, out + j, kTile, next);
     } else {
-      panel_product<false>(a, b, k, accumulate, out + j, kTile);
+      panel_product<false>(a, b, k, accumulate, out + j, kTile, next);
     }
   }
 }

@@ -101,6 +101,7 @@ inline void add_values(const Matrix& values, const float* factors /* [rows, kTil
   const float* low = packed + columns * (kTile / 2);
   const int n = static_cast<int>(ceil_div(width, kLanes) * kLanes);
   const int64_t units = ceil_div(n, 2 * kTileUnits) * kTileUnits;
+  alignas(64) float sum[kPanelRows * kPanelColumns];
   for (int64_t row = 0; row < rows; row += kPanelRows) {
     const float* of_rows = factors + row * kTile;
     float* out = sums + row * columns;
@@ -119,10 +120,11 @@ inline void add_values(const Matrix& values, const float* factors /* [rows, kTil
       const float* panel = packed + j * (kTile / 2);
       const float* rest = is_bfloat16(values) ? nullptr : low + j * (kTile / 2);
       if (rounded) {
-        tile_product(split, panel, units, true, out + j, columns, 0, rest);
+        tile_product(split, panel, units, sum, kPanelColumns, nullptr, 0, rest);
       } else {
-        tile_product<2>(split, panel, units, true, out + j, columns, kPart, rest);
+        tile_product<2>(split, panel, units, sum, kPanelColumns, nullptr, kPart, rest);
       }
+      add_part(sum, out + j, columns);
     }
   }
 }
