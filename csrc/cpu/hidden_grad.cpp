@@ -11,7 +11,7 @@ namespace acqcore::ACQCORE_ISA {
 namespace {
 
 constexpr int64_t kMaxSplits = 32;               // as in row_stats.cpp: float32 suffices for a split
-constexpr int64_t kBlockRows = 64 * kVectorRows;  // maximum; a tile's weights are packed once per block
+constexpr int64_t kBlockRows = (kHasTiles ? 128 : 64) * kVectorRows;  // at most; a tile is packed once per block
 
 // Per-thread scratch.
 struct Workspace {

@@ -70,8 +70,8 @@ inline void pack_values(const Matrix& values, int64_t tile, int width, float* ou
   if (kHasTiles) {
     const int64_t units = ceil_div(width, 2 * kTileUnits) * kTileUnits, last = tile + width;
     float* low = out + columns * (kTile / 2);
-    for (int64_t j = 0; j < columns; j += kPanelColumns) {
-      for (int64_t u = 0; u < units; ++u) {
+    for (int64_t u = 0; u < units; ++u) {  // reads along the rows
+      for (int64_t j = 0; j < columns; j += kPanelColumns) {
         const int64_t place = j * (kTile / 2) + u * kPanelColumns;
         if (is_bfloat16(values)) {
           pack_pair(values, tile + 2 * u, last, j, out + place);
