@@ -33,9 +33,16 @@ def check(config: Config) -> None:
 
     domain = _checked("domain", find_domain, config.domain)
     generator, student, reward = config.generator, config.student, config.reward
+    if reward.refresh_steps and generator.method != "grpo":
+        raise ConfigError(
+            "reward.refresh_steps: expected 0, as only generator.method grpo scores while it trains, "
+            f"got {reward.refresh_steps} with {generator.method}"
+        )
+    if reward.refresh_from and not reward.refresh_steps:
+        raise ConfigError("reward.refresh_from: expected reward.refresh_steps of at least 1 with it, got 0")
     if generator.method in ("grpo", "dpo"):
         made, _ = _checked("generator", train_options.configuration, generator.method, generator.options, "unused")
-        reads_own = generator.method == "grpo" and reward.refresh_steps and reward.refresh_from is None
+        reads_own = reward.refresh_steps and reward.refresh_from is None
         if reads_own and made.save_strategy == "no":
             raise ConfigError(
                 "reward.refresh_steps: expected 0 or generator.options.save_strategy other than no, as refreshes read "

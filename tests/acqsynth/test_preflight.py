@@ -131,6 +131,18 @@ def test_a_refresh_needs_checkpoints(tmp_path):
     plan(load("arithmetic", [*SAVES_NOTHING, f"reward.refresh_from={tmp_path}"]))
 
 
+@pytest.mark.parametrize("method", ["dpo", "best_of_n", "none"])
+def test_only_grpo_refreshes_the_student(method):
+    overrides = [f"generator.method={method}", "reward.refresh_steps=10"]
+    with pytest.raises(ConfigError, match=rf"reward\.refresh_steps: expected 0, as only .* got 10 with {method}"):
+        plan(load("arithmetic", overrides))
+
+
+def test_a_folder_to_refresh_from_needs_a_number_of_steps(tmp_path):
+    with pytest.raises(ConfigError, match=r"reward\.refresh_from: expected reward\.refresh_steps of at least 1"):
+        plan(load("arithmetic", [f"reward.refresh_from={tmp_path}"]))
+
+
 @pytest.mark.parametrize(
     ("overrides", "needed"),
     [
