@@ -91,6 +91,23 @@ def test_any_forward_that_depends_on_the_padded_length(threshold):
     assert_as_alone(lambda: acqcore.Student(Relative(threshold), head), (12, 24, 5, 24))
 
 
+@pytest.mark.parametrize("alter", ["hook", "forward"])
+def test_a_model_altered_after_its_first_score(alter, tiny_model):
+    model = tiny_model("Llama")
+    acqcore.score(acqcore.Student.from_model(model), samples(12, 24), "loss")
+    norm = model.model.norm
+    whole = norm.forward
+
+    def relative(hidden: torch.Tensor) -> torch.Tensor:
+        return hidden + torch.arange(hidden.shape[1])[:, None] / hidden.shape[1]
+
+    if alter == "hook":
+        norm.register_forward_hook(lambda module, args, hidden: relative(hidden))
+    else:
+        norm.forward = lambda hidden: relative(whole(hidden))
+    assert_as_alone(lambda: acqcore.Student.from_model(model), (12, 24, 5))
+
+
 def test_a_trunk_of_unknown_length_runs_no_longer_row_than_given():
     class Positions(nn.Module):
         def __init__(self) -> None:

@@ -139,6 +139,17 @@ def test_a_student_too_short_for_the_comparison_keeps_the_whole_graph(tiny_model
     assert _score(model, samples, positions="completion")["mutual_information"].isfinite().all()
 
 
+def test_a_hook_that_needs_the_whole_prompt_keeps_the_graph(tiny_model):
+    """It may be registered after the first score, and removed."""
+    model = tiny_model("Llama", **SMALL)
+    student = acqcore.Student.from_model(model)
+    assert student.cuts_prompts
+    hook = model.model.norm.register_forward_hook(lambda module, args, hidden: hidden * hidden.shape[1])
+    assert not student.cuts_prompts
+    hook.remove()
+    assert student.cuts_prompts
+
+
 @pytest.mark.parametrize("kind", ["Llama", "Gemma2", "GPT2"])
 def test_prompts_without_a_graph_change_no_value(kind, tiny_model, monkeypatch):
     """Values match those of the whole graph, which is kept for a student whose forward cannot be cut."""

@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from acqcore import checks
 from acqcore.students.samples import Row
+from acqcore.students.sharding import altered
 
 # Fixed cost of a batch in tokens: avoiding a batch is worth this much padding. cuda: an unmeasured guess for the kernel
 # launches of a few dozen layers.
@@ -32,9 +33,9 @@ SHORT = 6
 #: Largest allowed difference between the two runs, relative to the largest hidden state.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 
-# Module -> padded length, a power of two, up to which hidden states were found to be independent of padding. A student
-# without a module is entered by its own Lengths.
-_CHECKED: WeakKeyDictionary[object, int] = WeakKeyDictionary()
+# Module -> its alterations, and the padded length, a power of two, up to which its hidden states were found to be
+# independent of padding. A student without a module is entered by its own Lengths.
+_CHECKED: WeakKeyDictionary[object, tuple[tuple[Any, ...], int]] = WeakKeyDictionary()
 
 
 def partition(
@@ -141,7 +142,11 @@ class Lengths:
     def check(self, longest: int, hidden: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Run a short row alone and padded to ``longest`` tokens. If its hidden states differ for an unknown reason,
         only samples of the same length share a batch."""
-        if self._breaks or self._exact or longest <= max(_CHECKED.get(self._key, 0), SHORT):
+        if self._breaks or self._exact or longest <= SHORT:
+            return
+        state = altered(self._key) if isinstance(self._key, nn.Module) else ()
+        known, checked = _CHECKED.get(self._key, (state, 0))
+        if known == state and longest <= checked:
             return
         row = torch.arange(1, SHORT + 1)[None] % 4
         alone = hidden(row)[0].double()
@@ -149,7 +154,7 @@ class Lengths:
         error = (padded[0, :SHORT].double() - alone).abs().max()
         self._exact = not bool(error <= TOLERANCE.get(padded.dtype, 0.1) * alone.abs().max())
         if not self._exact:
-            _CHECKED[self._key] = longest
+            _CHECKED[self._key] = state, longest
 
 
 def _breaks(config: Any) -> Iterator[tuple[int, bool]]:

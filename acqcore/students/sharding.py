@@ -224,6 +224,13 @@ def alterations(module: nn.Module) -> tuple[Any, ...]:
     return id(module), *map(tuple, hooks), key
 
 
+def altered(module: nn.Module) -> tuple[Any, ...]:
+    """Alterations of the modules below that change their forward; what was found out about it holds while they do not
+    change."""
+    found = (m for m in module.modules() if m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__)
+    return tuple(map(alterations, found))
+
+
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Context that replaces a module's forward; its hooks still run."""

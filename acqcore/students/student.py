@@ -18,7 +18,7 @@ from acqcore.students.blocks import Blocks
 from acqcore.students.causal_lm import CausalLM, innermost
 from acqcore.students.loading import check_request, load_model, load_tokenizer
 from acqcore.students.packing import Lengths
-from acqcore.students.sharding import DataParallel, gathered, is_dtensor
+from acqcore.students.sharding import DataParallel, altered, gathered, is_dtensor
 
 #: Length of the test row that decides whether prompts may run separately, and the position of its cut.
 CUT_LENGTH, CUT = 8, 3
@@ -27,7 +27,7 @@ CUT_LENGTH, CUT = 8, 3
 CUT_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 
 # Verdicts of that test, so that a reward called with the model at each step pays for it once.
-_CUTS: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictionary()
+_CUTS: WeakKeyDictionary[torch.nn.Module, tuple[tuple[Any, ...], bool]] = WeakKeyDictionary()
 
 # By innermost model, as a model and its wrappers share modules. Not an attribute: a student may be copied.
 _LOCKS: WeakKeyDictionary[torch.nn.Module, threading.RLock] = WeakKeyDictionary()
@@ -243,16 +243,19 @@ class Student:
 
     @property
     def cuts_prompts(self) -> bool:
-        """Whether :meth:`hidden_after` gives the same values as :meth:`hidden`, tested on a few tokens once per model.
-        False for a trunk without a cache, and if hidden states depend on the length of a forward."""
+        """Whether :meth:`hidden_after` gives the same values as :meth:`hidden`, tested on a few tokens until the model
+        is altered. False for a trunk without a cache, and if hidden states depend on the length of a forward."""
         if self._continued is None or self._module is None or not self._lengths.plain:
             return False
         if self.max_length is not None and self.max_length < CUT_LENGTH:
             return False
-        if self._module not in _CUTS:
+        state = altered(self._module)
+        known, agrees = _CUTS.get(self._module, (None, False))
+        if known != state:
             with self.scoring(), torch.inference_mode(False):
-                _CUTS[self._module] = self._cut_agrees()
-        return _CUTS[self._module]
+                agrees = self._cut_agrees()
+            _CUTS[self._module] = state, agrees
+        return agrees
 
     def _cut_agrees(self) -> bool:
         ids = torch.arange(CUT_LENGTH, device=self.device)[None] % self._vocab_size
