@@ -221,7 +221,8 @@ def test_a_reference_file(command, student, tmp_path, read):
     [
         (['{"text": "a fox"}', '{"text'], "validation.jsonl: line 2: not JSON"),
         (['{"text": "a fox"}', '{"body": "a"}'], "validation.jsonl: line 2: no column 'text'"),
-        (['{"text": ""}'], "samples[0]: nothing to score"),
+        (['{"text": "a fox"}', "", '{"text": ""}'], "validation.jsonl: line 3: nothing to score"),
+        (['{"prompt": "a", "completion": ""}'], "validation.jsonl: line 1: the completion is empty"),
     ],
 )
 def test_a_reference_set_is_whole(lines, message, student, tmp_path, refused):
@@ -507,6 +508,22 @@ def test_conversations_in_a_csv(command, student, tmp_path, read):
     data, out = tmp_path / "first.csv", tmp_path / "reference.pt"
     options = ["--student", str(student), "--data", str(data), "--out", str(out)]
     assert main(["reference", *options, "--parameters", "1", "--dim", "64"]) == 0
+
+
+def test_prompts_and_completions_that_are_conversations_in_a_csv(command, tmp_path, read):
+    turns = [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}]
+    rows = [
+        {"prompt": turns[0], "completion": turns[1]},
+        {"prompt": "[1, 2]", "completion": "[]"},
+        {"prompt": '[{"a": 1}]', "completion": "[x"},
+    ]
+    for i, row in enumerate(rows):
+        first, again = tmp_path / f"{i}.csv", tmp_path / f"{i}.jsonl"
+        assert main(command([row], out=first)) == 0
+        assert main(command([], data=first, out=again)) == 0
+        [[once], [twice]] = read(first), read(again)
+        assert float(once["entropy"]) == pytest.approx(twice["entropy"], rel=1e-5)
+        assert int(once["n_tokens"]) == twice["n_tokens"]
 
 
 class TestOutput:

@@ -110,6 +110,7 @@ def test_whatever_a_line_holds(line, n, error, block_rows, tmp_path):
         (b'\xef\xbb\xbf"text","id"\n"a",1\n"b\nb",2\nc,3\n', ["a", "b\nb", "c"]),
         (b"text,id\na,1\ncaf\xe9,2\nc,3\n", ["a", "caf\udce9", "c"]),
         ("text,id\na,1\n日本,2\nc,3\n".encode(), ["a", "日本", "c"]),
+        (b"\n\r\ntext,id\na,1\n\nb,2\nc,3\n", ["a", "b", "c"]),
     ],
 )
 def test_whatever_a_csv_holds(content, texts, block_rows, tmp_path):
@@ -395,6 +396,7 @@ def test_columns(present, options, chosen):
         ({}, "data: expected columns prompt and completion, or messages, or question and answer, or text, got x, y"),
         ({"prompt": "x"}, "--prompt-column and --completion-column: expected both or neither"),
         ({"prompt": "x", "completion": "y", "text": "x"}, "--text-column: cannot be combined with"),
+        ({"prompt": "x", "completion": "x"}, "--completion-column: expected another column than --prompt-column"),
         ({"text": "z"}, "data: no column 'z', expected one of x, y"),
     ],
 )

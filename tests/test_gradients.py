@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -138,6 +139,46 @@ def test_trainable_adapters(kind, targets, save, tiny_model, exact):
     gradients = exact(model, samples, trainable)
     model.train()  # adapters have dropout: scoring turns it off
     assert_norms(grad_norm(model, samples, "trainable", backend="eager"), gradients)
+
+
+class Factors(torch.nn.Module):
+    """A product of two matrices, whose modules are not called."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.down, self.up = torch.nn.Linear(size, 4, bias=False), torch.nn.Linear(4, size, bias=False)
+        torch.nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(torch.nn.functional.linear(x, self.down.weight), self.up.weight)
+
+
+def experts_with_adapters(small_model):
+    peft = pytest.importorskip("peft")
+    model = small_model("mixtral", vocab_size=320, num_local_experts=4, num_experts_per_tok=2)
+    named = ["experts.gate_up_proj", "experts.down_proj"]
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], target_parameters=named)
+    return peft.get_peft_model(model, config).eval()
+
+
+def uncalled_factors(small_model):
+    model = small_model("llama", vocab_size=320)
+    model.model.norm.factors = Factors(model.config.hidden_size)
+    model.model.norm.register_forward_hook(lambda module, args, out: out + module.factors(out))
+    return model
+
+
+@pytest.mark.parametrize("make", [experts_with_adapters, uncalled_factors])
+def test_a_gradient_that_was_zero_in_an_earlier_call(make, small_model):
+    """A factor's gradient is zero as long as its partner is, as in LoRA before training."""
+    model, samples = make(small_model), make_samples()
+    grad_norm(model, samples, "trainable", backend="eager")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name or "factors" in name:
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * 0.1)
+    later = grad_norm(model, samples, "trainable", backend="eager")
+    torch.testing.assert_close(later, grad_norm(copy.deepcopy(model), samples, "trainable", backend="eager"))
 
 
 def test_frozen_parameters_count_among_all_and_trainable_ones_alone_do_not(tiny_model, exact):

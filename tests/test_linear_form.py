@@ -293,6 +293,14 @@ def test_one_probe_has_no_standard_error(tiny_model):
     assert not acqcore.score(model, samples, "mutual_information", acquisition_args=drawn).stderr
 
 
+def test_standard_errors_have_a_column_even_if_no_sample_is_scored(tiny_model, tokenizer):
+    student = acqcore.Student.from_model(tiny_model("Llama"), tokenizer=tokenizer)
+    errors: dict[int, str] = {}
+    scores = acqcore.score(student, [""], "mutual_information", errors=errors)
+    assert list(errors) == [0]
+    assert scores.stderr["mutual_information"].isnan().tolist() == [True]
+
+
 def test_it_is_the_default(tiny_model):
     model, samples = tiny_model("Llama"), _samples(9, 7)
     named = _score(model, samples, probes=4)

@@ -233,7 +233,7 @@ def _open(path: Path, line: int = 1, offset: int | None = None) -> Iterator[tupl
     # Bytes that are not UTF-8 become lone surrogates; a row is rejected only if its scored text has one.
     with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as text, long_cells(_CELL):
         lines = iter(text.readline, "")  # iterating the file itself would disable tell()
-        header = distinct(next(csv.reader(lines), []))
+        header = distinct(next(filter(None, csv.reader(lines)), []))  # after blank lines
         if offset is not None:
             text.seek(offset)
         yield _csv_records(lines, header, line), text.tell
@@ -317,13 +317,15 @@ def choose_columns(
     that a chat template also reads.
 
     Raises:
-        ValueError: only one of prompt and completion, text combined with them, a named column that no row has, no known
-            columns.
+        ValueError: only one of prompt and completion, one column for both, text combined with them, a named column that
+            no row has, no known columns.
     """
     if (prompt is None) != (completion is None):
         raise ValueError("--prompt-column and --completion-column: expected both or neither")
     if text is not None and prompt is not None:
         raise ValueError("--text-column: cannot be combined with --prompt-column and --completion-column")
+    if prompt is not None and prompt == completion:
+        raise ValueError(f"--completion-column: expected another column than --prompt-column, got {prompt!r} for both")
     if prompt is not None and completion is not None:
         chosen = {prompt: "prompt", completion: "completion"}
     elif text is not None:

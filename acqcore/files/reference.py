@@ -12,9 +12,10 @@ from acqcore import checks
 from acqcore.files import data as data_files
 from acqcore.files.parts import check_replaceable
 from acqcore.files.table import atomically
-from acqcore.files.worker import load_student, record_error, sample_of
+from acqcore.files.worker import encode_records, load_student, record_error, sample_of
 from acqcore.literals import Loss
 from acqcore.scoring.gradients import influence_reference
+from acqcore.scoring.plan import Plan
 
 _BLOCK_ROWS = 4096
 
@@ -53,13 +54,17 @@ def run(options: argparse.Namespace) -> int:
         checks.installed("pyarrow", "parquet", "train")
     _, present = data_files.scan(options.data, _BLOCK_ROWS, options.limit)
     columns = data_files.choose_columns(present, options.prompt_column, options.completion_column, options.text_column)
-    samples = []
-    for record in islice(data_files.records(options.data), options.limit):
+    records = list(islice(data_files.records(options.data), options.limit))
+    for record in records:
         if message := record_error(record, columns):
             raise ValueError(data_files.located(options.data, record.line, message))
-        samples.append(sample_of(record, columns))
+    student = load_student(options.student, options.dtype, options.device)
+    errors: dict[int, str] = {}
+    encode_records(records, columns, Plan.of("loss").runner(student), options.max_length, errors)
+    for i, message in errors.items():
+        raise ValueError(data_files.located(options.data, records[i].line, message))
     reference = influence_reference(
-        load_student(options.student, options.dtype, options.device), samples,
+        student, [sample_of(record, columns) for record in records],
         parameters=options.parameters, dim=options.dim, seed=options.seed, loss=options.loss,
         batch_tokens=options.batch_tokens, max_length=options.max_length, backend=options.backend,
     )  # fmt: skip

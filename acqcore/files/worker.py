@@ -289,7 +289,7 @@ def encode_records(
 
 
 def sample_of(record: Record, columns: Mapping[str, str]) -> dict[str, Any]:
-    """The record as a sample; messages stored as JSON text, as in csv files, are parsed."""
+    """The record as a sample; conversations stored as JSON text, as in csv files, are parsed."""
     sample = {key: record.values.get(column) for column, key in columns.items()}
     for key in ("messages", *BESIDE):
         value = sample.get(key)
@@ -298,7 +298,22 @@ def sample_of(record: Record, columns: Mapping[str, str]) -> dict[str, Any]:
         elif isinstance(value, str):
             with contextlib.suppress(ValueError):
                 sample[key] = json.loads(value)
+    for key in ("prompt", "completion"):
+        if (turns := _conversation(sample.get(key))) is not None:
+            sample[key] = turns
     return sample
+
+
+def _conversation(text: Any) -> list[Any] | None:
+    """The messages of a JSON text; None if it is anything else, such as a text to score."""
+    if not isinstance(text, str) or not text.startswith("["):
+        return None
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return None
+    is_one = found and all(isinstance(turn, dict) and isinstance(turn.get("role"), str) for turn in found)
+    return list(found) if is_one else None
 
 
 def shown_column(columns: Mapping[str, str]) -> str:

@@ -103,14 +103,14 @@ def score(
         values = torch.full((len(plan.names), len(rows)), torch.nan)
         tokens: dict[str, list[torch.Tensor]] = {name: [torch.empty(0)] * len(rows) for name in plan.of_tokens}
         sketches = {need: torch.zeros(len(rows), *need.shape) for need in plan.set_needs}
-        stderr: dict[str, torch.Tensor] = {}
+        stderr = {name: torch.full((len(rows),), torch.nan) for name in plan.estimated}
         with Progress(sum(len(row.ids) for row in rows), progress) as bar:
             for batch in plan.batches(runner, rows):
                 values[:, batch.indices] = batch.values
                 for need, of_samples in batch.sketches.items():
                     sketches[need][batch.indices] = of_samples
                 for name, of_batch in batch.stderr.items():
-                    stderr.setdefault(name, torch.full((len(rows),), torch.nan))[batch.indices] = of_batch
+                    stderr[name][batch.indices] = of_batch
                 if keep_tokens:
                     for i, sample in zip(batch.indices, batch.tokens, strict=True):
                         for name, column in sample.items():

@@ -219,6 +219,8 @@ class RewardConfig(Section):
                 raise ValueError(f"weights.{name}: no such signal, expected one of {', '.join(self.signals)}")
         if self.paper_compat and (self.signals is None or len(self.signals) != 1):
             raise ValueError("paper_compat needs exactly one signal, as in the released code")
+        if self.paper_compat and (self.weights or self.gates is not None or self.fusion != "z" or self.labelling):
+            raise ValueError("paper_compat has no weights, gates, fusion or labelling, as in the released code")
         return self
 
 

@@ -24,6 +24,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from acqsynth import preflight
@@ -99,13 +100,17 @@ def plan(config: Config) -> Plan:
     questions = config.generator.questions or n
     own_student = Model(config.student.model)
 
+    teacher = config.reward.labelling.teacher if config.reward.labelling else None
+    embedder = config.reward.embedder if Path(config.reward.embedder).is_dir() else None
+
     def scoring(student: Any = None) -> Scoring:
         scorer = student or Model(config.reward.student or config.student.model)
         evaluation = rows / f"evaluation-{IN_DISTRIBUTION}.parquet"
         reference = rows / ("reference.parquet" if config.data.reference else "seeds.parquet")
         return Scoring(
-            config.reward, config.domain, config.engine, scorer, rows / "seeds.parquet", evaluation, reference
-        )
+            config.reward, config.domain, config.engine, scorer, rows / "seeds.parquet", evaluation, reference,
+            [Model(name) for name in (teacher, embedder) if name],
+        )  # fmt: skip
 
     # Omitted when off, so that earlier runs without the option stay valid.
     likelihood: dict[str, Any] = {"likelihood": True} if config.evaluation.likelihood else {}

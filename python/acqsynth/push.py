@@ -143,7 +143,7 @@ def _write_model(
     )
     body = [
         f"# {repository or 'A student fine-tuned under acqcore'}",
-        f"`{base}` fine-tuned on {n} rows of the arm `{plan.main}`, seed {seed}.",
+        f"`{base}` fine-tuned on {_learnt(metrics, plan.main)} rows of the arm `{plan.main}`, seed {seed}.",
         _counts(metrics["arms"][plan.main], metrics.get("samples")),
         *_result(metrics, plan.main),
         _licence(license, "weights", f"the base model `{base}`, the seeds and the generator"),
@@ -185,10 +185,21 @@ def _counts(arm: Mapping[str, Any], samples: Mapping[str, Any] | None) -> str:
     return "\n".join(["## Counts", "", "| | |", "|---|---|", *rows]) if rows else ""
 
 
+def _learnt(metrics: Mapping[str, Any], main: str) -> int:
+    """Rows that the main arm's student learnt, at most those wanted."""
+    return int(_largest(metrics, main)["rows"])
+
+
+def _largest(metrics: Mapping[str, Any], main: str) -> Mapping[str, Any]:
+    """The result of the main arm's student after the most rows."""
+    results = [each for each in metrics["arms"][main]["results"] if each["student"] == STUDENT]
+    found: Mapping[str, Any] = max(results, key=lambda each: each["rows_wanted"])
+    return found
+
+
 def _result(metrics: Mapping[str, Any], main: str) -> list[str]:
     """The report's verdict and the accuracies of the main arm's student."""
-    results = [each for each in metrics["arms"][main]["results"] if each["student"] == STUDENT]
-    largest = max(results, key=lambda each: each["rows_wanted"])
+    largest = _largest(metrics, main)
     level = f"{100 * metrics['level']:g} %" if "level" in metrics else "the report's"
     rows = [
         f"| {name} | {percent(metrics['base'][STUDENT][name]['accuracy']['mean'])} | "

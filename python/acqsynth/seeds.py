@@ -69,6 +69,8 @@ def load_source(domain: Domain, source: Source) -> list[Sample]:
     """
     limit = None if source.limit is None or source.per_label else source.skip + source.limit
     if source.source.startswith(BUNDLED):
+        if source.columns or source.split != type(source).model_fields["split"].default:
+            raise ValueError(f"columns, split: expected none for {source.source}, whose rows come with the package")
         found = bundled(source.source.removeprefix(BUNDLED))[:limit]
     else:
         found = domain.load(source.source, source.split, source.columns, limit)

@@ -58,6 +58,7 @@ class Scoring:
     seeds: Any  #: rows shown to the generator
     evaluation: Any  #: rows that no sample may repeat
     reference: Any  #: rows whose loss should fall, for influence
+    models: Sequence[Any] = ()  #: the other models that it loads, so that a change of their files is noticed
 
     def find_domain(self) -> Domain:
         """The domain, completed by the seeds."""

@@ -91,6 +91,10 @@ def test_what_only_looks_like_an_exponent_is_text(recipe, text):
         ("reward.signals.entropy=3", "reward.signals.entropy: expected a mapping, got 3"),
         ("reward.signals={}", "reward.signals: expected at least one entry"),
         ("reward.paper_compat=true", "reward: paper_compat needs exactly one signal"),
+        (
+            "reward={signals: {entropy: {}}, paper_compat: true, fusion: rank}",
+            "reward: paper_compat has no weights, gates",
+        ),
         ("baselines=[none]", "baselines[0]: expected 'no_rl', 'random_real'"),
         ("baselines=[no_rl, no_rl]", "baselines: expected distinct entries, got no_rl, no_rl"),
         ("rounds=0", "rounds: expected at least 1, got 0"),

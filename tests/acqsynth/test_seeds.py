@@ -60,6 +60,12 @@ def test_an_unknown_selection_names_the_argument(arguments, name):
         load_seeds(*arguments)
 
 
+@pytest.mark.parametrize("options", [{"columns": {"question": "q"}}, {"split": "test"}])
+def test_packaged_rows_have_neither_columns_nor_splits(options):
+    with pytest.raises(ValueError, match=r"^columns, split: expected none for bundled:mathematics"):
+        load_source(domain("math"), Source(source="bundled:mathematics", **options))
+
+
 @pytest.mark.parametrize("name", ["arithmetic", "arithmetic-skewed"])
 def test_parts_of_a_generated_world_do_not_overlap(name):
     parts = [(0, 560), (0, 280), (280, 280)]

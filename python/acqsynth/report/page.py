@@ -80,6 +80,7 @@ def render(metrics: Mapping[str, Any]) -> str:
         in_distribution=IN_DISTRIBUTION,
         student=STUDENT,
         known_from=KNOWN,
+        one_generator=_one_generator(metrics),
     )
 
 
@@ -90,6 +91,12 @@ def _largest(metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
         own = [result for result in entry["results"] if result["student"] == STUDENT]
         found[arm] = max(own, key=lambda result: result["rows_wanted"])
     return found
+
+
+def _one_generator(metrics: Mapping[str, Any]) -> bool:
+    """Whether no arm's fits learn from rows of several generators."""
+    results = [result for entry in metrics["arms"].values() for result in entry["results"]]
+    return all(len(set(result.get("generators") or [0])) == 1 for result in results)
 
 
 def _table(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:

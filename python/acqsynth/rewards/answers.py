@@ -15,6 +15,7 @@ Answers are distinct if :func:`acqsynth.label.cluster` separates them: ``18`` an
 
 from __future__ import annotations
 
+import json
 import math
 import zlib
 from collections.abc import Sequence
@@ -119,7 +120,7 @@ class SampledAnswers:
             answers = [[d.answer for d in drawn] for drawn in self.draw(batch.part(new))]
             return cluster(self.domain, new, answers)
 
-        return batch.each((self, "clusters"), batch, compute, lambda sample: sample.question)
+        return batch.each((self, "clusters"), batch, compute, lambda sample: (sample.question, _extra(sample)))
 
     def refresh(self, student: Any) -> None:
         """Switches to another student, see :meth:`acqsynth.engines.Engine.reload`."""
@@ -132,8 +133,13 @@ class SampledAnswers:
         return [[Drawn(draw, self.domain.answer_of(draw.text)) for draw in group] for group in groups]
 
 
-def _answered(sample: Sample) -> tuple[str, str]:
-    return sample.question, sample.answer
+def _answered(sample: Sample) -> tuple[str, str, str]:
+    return sample.question, sample.answer, _extra(sample)
+
+
+def _extra(sample: Sample) -> str:
+    """A domain may compare answers by what else a sample holds, such as the tests of a program."""
+    return json.dumps(sample.extra, sort_keys=True, default=str)
 
 
 class Confidence(Published):

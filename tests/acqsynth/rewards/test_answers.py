@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from acqsynth import domains
 from acqsynth.domains import Sample
 from acqsynth.domains.math import Math
 from acqsynth.rewards import AnswerVariance, Confidence, Learnability, SampledAnswers, SemanticEntropy
@@ -102,6 +103,25 @@ def test_one_draw_serves_every_signal_of_a_call(domain, scripted, samples):
     [(prompts, sampling)] = engine.calls
     assert prompts == [[{"role": "user", "content": q}] for q in ("sure", "torn", "lost")]  # each question once
     assert (sampling.n, sampling.temperature, sampling.max_tokens, sampling.top2) == (4, 0.7, 9, True)
+
+
+def test_samples_that_differ_only_in_their_tests_have_values_of_their_own(scripted):
+    """The other program passes the weak tests alone."""
+    code, question = (
+        domains.domain("code"),
+        "Write a function last that returns the last item, or None if there is none.",
+    )
+    right, half = ("def last(xs):\n    return xs[-1]" + more for more in (" if xs else None", ""))
+    tests = {"weak": "assert last([1]) == 1", "strict": "assert last([]) is None"}
+    weak, strict = (
+        Sample(question, f"```python\n{right}\n```", "", {"tests": each, "names": ["last"]}) for each in tests.values()
+    )
+    engine = scripted(lambda prompt: [f"```python\n{text}\n```" for text in (right, half)])
+    signal = Learnability(SampledAnswers(engine, code, k=2), verified=False)
+    alone = [signal([sample])[0] for sample in (weak, strict)]
+    assert alone == [0.0, 0.25]
+    assert signal([weak, strict]) == alone
+    assert signal([strict, weak]) == alone[::-1]
 
 
 def test_other_questions_draw_otherwise(domain, scripted, samples):
