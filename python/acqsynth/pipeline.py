@@ -142,7 +142,7 @@ def plan(config: Config) -> Plan:
         return step(
             "label", name, label_questions,
             domain=config.domain, engine=config.engine, labelling=config.labelling, model=answering,
-            gates=config.reward.gates, samples=written / "samples.parquet", seed=seed,
+            gates=config.reward.gates, seeds=rows / "seeds.parquet", samples=written / "samples.parquet", seed=seed,
         )  # fmt: skip
 
     def train(name: str, seed: int, model: Any, student: Any) -> Step:

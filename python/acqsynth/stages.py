@@ -327,6 +327,7 @@ def label_questions(
     labelling: LabellingConfig,
     model: str | Path | None,
     gates: Sequence[str] | None,
+    seeds: Path,
     samples: Path,
     seed: int,
 ) -> None:
@@ -334,8 +335,9 @@ def label_questions(
     because of their label, and of right labels.
 
     ``model`` answers the questions, for the methods ``majority`` and ``teacher``. ``gates`` are those of the reward.
+    ``seeds`` complete the domain, so a gate drops labels that no seed has.
     """
-    own, asked = find_domain(domain), read_rows(samples)
+    own, asked = find_domain(domain).with_seeds(read_rows(seeds)), read_rows(samples)
     kept: list[Sample] = []
     agreement: list[float | None] = []
     if labelling.method == "own":

@@ -316,13 +316,36 @@ def test_a_label_that_the_question_gives_away_is_dropped(sums, tmp_path, monkeyp
     sums.computed = lambda samples, seed: [replace(sample, answer="8") for sample in samples]
     monkeypatch.setattr(stages, "find_domain", lambda name: sums)
     write_rows(tmp_path / "asked.parquet", asked)
+    write_rows(tmp_path / "seeds.parquet", SEEDS)
     stages.label_questions(
         StepContext(tmp_path), domain="sums", engine=EngineConfig(), labelling=LabellingConfig(method="computed"),
-        model=None, gates=gates, samples=tmp_path / "asked.parquet", seed=0,
+        model=None, gates=gates, seeds=tmp_path / "seeds.parquet", samples=tmp_path / "asked.parquet", seed=0,
     )  # fmt: skip
     assert read_rows(tmp_path / "samples.parquet") == [replace(asked[i], answer="8") for i in kept]
     counts = json.loads((tmp_path / "counts.json").read_text())
     assert (counts["labelled"], counts["dropped"]) == (len(kept), {} if gates else {"gate no_leak": 1})
+
+
+def test_a_label_that_no_seed_has_is_dropped(tmp_path, monkeypatch, scripted):
+    """Known labels are written as the seeds spell them, and the skill goes with the label."""
+    says = {"gone": "Sure! It is about a delivery.", "late": "card arrival", "stolen": "Lost  Phone\nas it was stolen"}
+    engine = scripted(lambda prompt, i, seed: says[prompt[0]["content"].split()[0]])
+    monkeypatch.setattr(stages, "_engine", lambda *arguments: engine)
+    labelled = [Sample("my parcel is due", "card_arrival"), Sample("my phone was taken", "Lost_phone")]
+    write_rows(tmp_path / "seeds.parquet", labelled)
+    questions = ("gone with the wind", "late is my envelope", "stolen on the train")
+    write_rows(tmp_path / "asked.parquet", [Sample(each, "lost", "", {"skill": "lost"}) for each in questions])
+    stages.label_questions(
+        StepContext(tmp_path), domain="classification", engine=EngineConfig(), labelling=LabellingConfig(k=2),
+        model="student", gates=None, seeds=tmp_path / "seeds.parquet", samples=tmp_path / "asked.parquet", seed=0,
+    )  # fmt: skip
+    found = read_rows(tmp_path / "samples.parquet")
+    assert [(sample.question, sample.answer, sample.extra) for sample in found] == [
+        ("late is my envelope", "card_arrival", {"skill": "card_arrival"}),
+        ("stolen on the train", "Lost_phone", {"skill": "Lost_phone"}),
+    ]
+    counts = json.loads((tmp_path / "counts.json").read_text())
+    assert (counts["labelled"], counts["dropped"]) == (2, {"gate sound": 1})
 
 
 SEEDS = [Sample(f"{n}+{n}", str(2 * n), f"{n} and {n}") for n in range(1, 9)]
