@@ -55,7 +55,7 @@ class Scoring:
     domain: str
     engine: EngineConfig
     student: Any  #: the model that scores
-    seeds: Any  #: rows shown to the generator
+    seeds: Any  #: rows shown to the generator in training
     evaluation: Any  #: rows that no sample may repeat
     reference: Any  #: rows whose loss should fall, for influence
 
@@ -63,7 +63,8 @@ class Scoring:
         """The domain, completed by the seeds."""
         return find_domain(self.domain).with_seeds(read_rows(self.seeds))
 
-    def build(self) -> Any:
+    def build(self, shown: Sequence[Sample] = ()) -> Any:
+        """The reward; ``shown`` are rows besides the seeds that prompts show."""
         from acqsynth.rewards.build import build
 
         return build(
@@ -74,6 +75,7 @@ class Scoring:
             seeds=read_rows(self.seeds),
             evaluation=read_rows(self.evaluation),
             reference=read_rows(self.reference),
+            shown=shown,
         )
 
 
@@ -214,9 +216,9 @@ def write_questions(context: StepContext, *, writing: Writing, mistakes: Path | 
     ``mistakes``: a student's answers to the held-out rows. Only rows it got wrong are shown, weak skills more often.
     """
     pool = read_rows(writing.held_out)
+    domain, reward = writing.scoring.find_domain(), writing.scoring.build(pool)
     if mistakes is not None:
         pool = sample_mistakes(pool, read_table(mistakes)["right"], max(writing.n, writing.shown), writing.seed)
-    domain, reward = writing.scoring.find_domain(), writing.scoring.build()
     engine = _engine(writing.scoring.engine, writing.generator)
 
     def chunk(start: int, some: Sequence[Any]) -> dict[str, Any]:
@@ -237,7 +239,8 @@ def select_questions(context: StepContext, *, writing: Writing, candidates: int,
     """
     if spent is not None:
         candidates = max(2, math.ceil((read_json(spent)["completions"] + writing.n) / writing.n))
-    reward, engine = writing.scoring.build(), _engine(writing.scoring.engine, writing.generator)
+    pool = read_rows(writing.held_out)
+    reward, engine = writing.scoring.build(pool), _engine(writing.scoring.engine, writing.generator)
 
     def chunk(start: int, some: Sequence[Any]) -> dict[str, Any]:
         sampling = _sampling(writing.sampling, candidates, writing.seed + start)
@@ -249,7 +252,7 @@ def select_questions(context: StepContext, *, writing: Writing, candidates: int,
             rows.append({"sample": asdict(best.sample), "scores": {"reward": best.total, **parts}})
         return {"rows": rows, "completions": made.completions, "dropped": made.dropped}
 
-    chunks = context.chunks("samples", _asked(writing, read_rows(writing.held_out)), CHUNK, chunk, reward)
+    chunks = context.chunks("samples", _asked(writing, pool), CHUNK, chunk, reward)
     _write_kept(context, chunks, writing.n)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -15,13 +16,14 @@ from types import SimpleNamespace
 
 import fake_run
 import pytest
+from fakes import written
 
 import acqsynth.train  # noqa: F401  (before processes are forked)
 from acqsynth import config as recipes, label, pipeline, stages, write
 from acqsynth.cli import main
 from acqsynth.config import EngineConfig, LabellingConfig, RewardConfig, SamplingConfig
 from acqsynth.domains import Sample
-from acqsynth.stages import Replay, Scoring
+from acqsynth.stages import Replay, Scoring, Writing
 from acqsynth.steps import StepContext, StepError, Store, read_rows, read_table, write_rows
 
 
@@ -383,6 +385,34 @@ def test_a_generator_learns_from_a_student_that_moves(scoring, student_path, tmp
             StepContext(tmp_path / "dpo"), scoring=scoring, method="dpo", options=TRAINER,
             candidates=(SamplingConfig(max_tokens=4), 2), **arguments,
         )  # fmt: skip
+
+
+@pytest.fixture
+def writing(sums, tmp_path, monkeypatch):
+    """Writing with a reward that knows how new a question is, and prompts that show held-out rows."""
+    monkeypatch.setattr(stages, "find_domain", lambda name: sums)
+    write_rows(tmp_path / "seeds.parquet", SEEDS)
+    write_rows(tmp_path / "held_out.parquet", [Sample(f"{n}+9", str(n + 9)) for n in range(20, 24)])
+    reward = RewardConfig(signals={"diversity": {}}, embedder="ngram", gates=["sound", "new"])
+    scoring = Scoring(reward, "sums", EngineConfig(), "student", *[tmp_path / "seeds.parquet"] * 3)
+    return Writing(scoring, "generator", SamplingConfig(), 1, False, 8, 0, tmp_path / "held_out.parquet")
+
+
+@pytest.mark.parametrize("selected", [False, True])
+def test_rows_that_prompts_show_are_not_written(writing, tmp_path, monkeypatch, scripted, selected):
+    """Neither copies of seeds nor of held-out rows, as they were or disguised, but other questions are."""
+    copies = itertools.cycle(["20+9", "1+1", "Question 3: 22+9", "2\u200b1+9"])
+    drawn = itertools.count(50)
+    engine = scripted(lambda prompt, i, seed: written(f"{n}+9" if (n := next(drawn)) % 2 else next(copies), 1))
+    monkeypatch.setattr(stages, "_engine", lambda *arguments: engine)
+    if selected:
+        stages.select_questions(StepContext(tmp_path), writing=writing, candidates=2, spent=None)
+    else:
+        stages.write_questions(StepContext(tmp_path), writing=writing)
+    found = {sample.question for sample in read_rows(tmp_path / "samples.parquet")}
+    assert found == {f"{n}+9" for n in range(51, 67, 2)}
+    counts = json.loads((tmp_path / "counts.json").read_text())
+    assert counts["dropped"]["gate new"] == counts["completions"] // 2
 
 
 def test_answers_by_likelihood(student_path, tmp_path):
