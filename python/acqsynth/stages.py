@@ -298,17 +298,16 @@ def sample_mistakes(pool: Sequence[Sample], right: Sequence[bool], n: int, seed:
 
 def _write_kept(context: StepContext, chunks: Iterable[Mapping[str, Any]], n: int) -> None:
     """Writes the samples of all chunks, each question once, and the counts of kept and dropped completions."""
-    found: dict[str, Mapping[str, Any]] = {}
+    rows: list[Mapping[str, Any]] = []
+    asked = write.questions()
     completions, dropped = 0, Counter[str]()
     for chunk in chunks:
-        for row in chunk["rows"]:
-            found.setdefault(row["sample"]["question"], row)
+        rows += [row for row in chunk["rows"] if write.is_new(Sample(**row["sample"]), asked, dropped)]
         completions += chunk["completions"]
         dropped.update(chunk["dropped"])
-        context.say(f"{len(found)} samples of {n} from {completions} completions")
-    if not found:
+        context.say(f"{len(rows)} samples of {n} from {completions} completions")
+    if not rows:
         raise StepError(f"none of {completions} completions is a sample ({_reasons(dropped)})")
-    rows = list(found.values())
     scores = {name: [row["scores"][name] for row in rows] for name in rows[0]["scores"]}
     write_rows(context.folder / "samples.parquet", [Sample(**row["sample"]) for row in rows], scores)
     counts = {"wanted": n, "kept": len(rows), "completions": completions, "dropped": dict(dropped.most_common())}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import random
+import sys
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from acqsynth.domains import Domain, Messages, Sample
 from acqsynth.engines import Engine, Sampling
 from acqsynth.rewards.batch import Batch
+from acqsynth.rewards.texts import NearCopies
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +96,7 @@ def write(
     gates: Sequence[Any] = (),
     rounds: int = 8,
 ) -> WriteResult[Sample]:
-    """Samples that parse, have no fault, pass the gates and ask a new question.
+    """Samples that parse, have no fault, pass the gates and ask a new question, not a near copy of an earlier one.
 
     Args:
         engine: engine of the generator.
@@ -109,7 +111,7 @@ def write(
     Raises:
         ValueError: rows, rounds or the number of prompts is below 1.
     """
-    asked: set[str] = set()
+    asked = questions()
 
     def keep(picked: Sequence[Messages], sampling: Sampling, dropped: Counter[str]) -> list[Sample]:
         samples = []
@@ -119,7 +121,7 @@ def write(
                 dropped[str(fault)] += 1
             else:
                 samples.append(sample)
-        kept = [sample for sample in passing(gates, samples, dropped) if _is_new(sample, asked, dropped)]
+        kept = [sample for sample in passing(gates, samples, dropped) if is_new(sample, asked, dropped)]
         for gate in gates:
             if hasattr(gate, "accept"):
                 gate.accept(kept)
@@ -223,12 +225,12 @@ def best(
         sampling: its ``n`` is the number of candidates per prompt.
 
     Returns:
-        Candidates with a sample and a total, with distinct questions.
+        Candidates with a sample and a total, whose questions are no near copies of each other.
 
     Raises:
         ValueError: rows, rounds or the number of prompts is below 1.
     """
-    asked: set[str] = set()
+    asked = questions()
 
     def keep(picked: Sequence[Messages], sampling: Sampling, dropped: Counter[str]) -> list[Candidate]:
         kept = []
@@ -238,7 +240,7 @@ def best(
             dropped["not the best of its prompt"] += len(valid[1:])
             for candidate in valid[:1]:
                 assert candidate.sample is not None
-                if _is_new(candidate.sample, asked, dropped):
+                if is_new(candidate.sample, asked, dropped):
                     kept.append(candidate)
         return kept
 
@@ -246,7 +248,7 @@ def best(
 
 
 def plain(question: str) -> str:
-    """The form in which repeated questions are equal."""
+    """The form in which the questions of two sources are equal."""
     return " ".join(question.lower().split())
 
 
@@ -254,13 +256,18 @@ def _total(candidate: Candidate) -> float:
     return -math.inf if candidate.total is None else candidate.total
 
 
-def _is_new(sample: Sample, asked: set[str], dropped: Counter[str]) -> bool:
-    """Whether the question is new; records it."""
-    question = plain(sample.question)
-    new = question not in asked
-    asked.add(question)
-    dropped["repeats a question"] += not new
-    return new
+def questions() -> NearCopies:
+    """An empty set of questions that drops none, however many are added."""
+    return NearCopies(capacity=sys.maxsize)
+
+
+def is_new(sample: Sample, asked: NearCopies, dropped: Counter[str]) -> bool:
+    """Whether the question is no near copy of one asked before; adds it if so, and counts it as dropped if not."""
+    if asked.find(sample.question) is not None:
+        dropped["repeats a question"] += 1
+        return False
+    asked.add([sample.question])
+    return True
 
 
 def _draw_until(

@@ -415,6 +415,19 @@ def test_rows_that_prompts_show_are_not_written(writing, tmp_path, monkeypatch, 
     assert counts["dropped"]["gate new"] == counts["completions"] // 2
 
 
+def test_a_question_is_kept_once_whatever_its_chunk(tmp_path):
+    def row(question):
+        return {"sample": {"question": question, "answer": "1", "reasoning": "", "extra": {}}, "scores": {}}
+
+    chunks = [["1+1", "How much is 20+30?"], ["1+1", "**How much is 20+30?**", "How much is 20+31?"]]
+    made = [{"rows": [row(each) for each in some], "completions": 4, "dropped": {}} for some in chunks]
+    stages._write_kept(StepContext(tmp_path), made, 8)
+    found = [sample.question for sample in read_rows(tmp_path / "samples.parquet")]
+    assert found == ["1+1", "How much is 20+30?", "How much is 20+31?"]
+    counts = json.loads((tmp_path / "counts.json").read_text())
+    assert counts == {"wanted": 8, "kept": 3, "completions": 8, "dropped": {"repeats a question": 2}}
+
+
 def test_answers_by_likelihood(student_path, tmp_path):
     """The likeliest label is always in the set, even if the untrained student writes no label."""
     rows = [Sample(f"text {i}", label) for i in range(3) for label in ("card", "card_arrival", "a, b")]
