@@ -91,6 +91,7 @@ class Writing:
     n: int
     seed: int
     held_out: Any  #: rows to show
+    earlier: Sequence[Any] = ()  #: samples of earlier rounds, whose questions are not asked again
 
 
 @dataclass(frozen=True)
@@ -220,10 +221,11 @@ def write_questions(context: StepContext, *, writing: Writing, mistakes: Path | 
     if mistakes is not None:
         pool = sample_mistakes(pool, read_table(mistakes)["right"], max(writing.n, writing.shown), writing.seed)
     engine = _engine(writing.scoring.engine, writing.generator)
+    earlier = [sample for path in writing.earlier for sample in read_rows(path)]
 
     def chunk(start: int, some: Sequence[Any]) -> dict[str, Any]:
         sampling = _sampling(writing.sampling, 1, writing.seed + start)
-        made = write.write(engine, domain, some, sampling, rows=len(some), gates=reward.gates)
+        made = write.write(engine, domain, some, sampling, rows=len(some), gates=reward.gates, earlier=earlier)
         rows = [{"sample": asdict(sample), "scores": {}} for sample in made.rows]
         return {"rows": rows, "completions": made.completions, "dropped": made.dropped}
 

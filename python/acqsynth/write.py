@@ -94,6 +94,7 @@ def write(
     *,
     rows: int,
     gates: Sequence[Any] = (),
+    earlier: Sequence[Sample] = (),
     rounds: int = 8,
 ) -> WriteResult[Sample]:
     """Samples that parse, have no fault, pass the gates and ask a new question, not a near copy of an earlier one.
@@ -105,6 +106,7 @@ def write(
         sampling: how completions are drawn; its seed is that of the first round.
         rows: number of rows wanted.
         gates: as in :mod:`acqsynth.rewards.gates`, in order; those with an archive add the rows kept.
+        earlier: samples whose questions count as asked.
         rounds: maximum number of rounds; after that the result is returned incomplete, with a warning. A round uses as
             many prompts as are likely to suffice, each at most once.
 
@@ -112,6 +114,7 @@ def write(
         ValueError: rows, rounds or the number of prompts is below 1.
     """
     asked = questions()
+    asked.add(sample.question for sample in earlier)
 
     def keep(picked: Sequence[Messages], sampling: Sampling, dropped: Counter[str]) -> list[Sample]:
         samples = []

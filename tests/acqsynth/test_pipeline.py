@@ -188,6 +188,9 @@ def test_rounds_alternate(fakes, recipe):
     assert [len(fit.arguments["samples"]) for fit in (*fits, arm.fits["student", 70, 0, 0])] == [1, 2, 3]
     assert arm.labelled[1].arguments["model"].step is fits[0]
     assert [step.arguments["writing"].n for step in arm.written] == [30, 30, 30]
+    earlier = [list(map(str, step.arguments["writing"].earlier)) for step in arm.written]
+    written = [f"02-generate/grpo-round-{i}/samples.parquet" for i in (1, 2)]
+    assert earlier == [[], written[:1], written]
     # The fake trainer adds 5, and 1 more if the scoring student has been fitted.
     strengths = [json.loads((store.path(u / "model") / "config.json").read_text())["strength"] for u in arm.trained]
     assert strengths == [45, 51, 57]
@@ -413,6 +416,22 @@ def test_rows_that_prompts_show_are_not_written(writing, tmp_path, monkeypatch, 
     assert found == {f"{n}+9" for n in range(51, 67, 2)}
     counts = json.loads((tmp_path / "counts.json").read_text())
     assert counts["dropped"]["gate new"] == counts["completions"] // 2
+
+
+def test_a_round_asks_no_question_of_an_earlier_one(writing, tmp_path, monkeypatch, scripted):
+    """The engine repeats what it wrote in the first round before it goes on."""
+
+    def asked(name, writing):
+        (tmp_path / name).mkdir()
+        drawn = itertools.count(50)
+        engine = scripted(lambda prompt, i, seed: written(f"{next(drawn)}+9", 1))
+        monkeypatch.setattr(stages, "_engine", lambda *arguments: engine)
+        stages.write_questions(StepContext(tmp_path / name), writing=writing)
+        return [sample.question for sample in read_rows(tmp_path / name / "samples.parquet")]
+
+    assert asked("one", writing) == [f"{n}+9" for n in range(50, 58)]
+    later = replace(writing, earlier=[tmp_path / "one/samples.parquet"])
+    assert asked("two", later) == [f"{n}+9" for n in range(58, 66)]
 
 
 def test_a_question_is_kept_once_whatever_its_chunk(tmp_path):

@@ -127,6 +127,14 @@ def test_near_copies_of_one_round_are_dropped(sums, scripted):
     assert found.dropped == {"repeats a question": 5}
 
 
+def test_earlier_questions_are_not_asked_again(sums, scripted):
+    texts = iter([written(question, 31) for question in (COPIES[0], *OTHERS, "1+1")])
+    engine = scripted(lambda prompt, i, seed: next(texts))
+    found = write(engine, sums, ASK, Sampling(), rows=4, rounds=1, earlier=[Sample(BAKER, "31"), Sample("1+1", "3")])
+    assert [sample.question for sample in found.rows] == OTHERS
+    assert found.dropped == {"repeats a question": 2}
+
+
 def test_rounds_go_on_with_new_seeds_until_there_are_enough(sums, scripted):
     def says(prompt, i, seed):
         return written(f"{seed}+{prompt[0]['content'][-1]}", seed) if i == 0 else "no sample"
