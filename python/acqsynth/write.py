@@ -31,7 +31,8 @@ def prompts(
 
     Seeds are dealt like cards: all of them, shuffled, before any is reused, so that the usage counts of two seeds
     differ by at most one. If the domain groups them (``Domain.hands``), groups are dealt in the same way, and a group
-    with fewer than ``shown`` seeds is shown whole.
+    with fewer than ``shown`` seeds is shown whole. A seed that occurs several times is dealt more often, but no prompt
+    shows a question twice.
 
     With ``turns`` each seed is shown as an earlier answer to the same request instead of within it.
 
@@ -52,15 +53,7 @@ def prompts(
             order = list(range(len(groups)))
             shuffle(order)
         group = order.pop()
-        pool, deck = groups[group], decks[group]
-        hand: list[int] = []
-        while len(hand) < min(shown, len(pool)):
-            if not deck:
-                deck += range(len(pool))
-                shuffle(deck)
-            # A fresh deck may start with a card already in the hand, which then waits for the next prompt.
-            hand.append(deck.pop(next(i for i, card in enumerate(deck) if card not in hand)))
-        examples = [pool[card] for card in hand]
+        examples = _deal(groups[group], decks[group], shown, shuffle)
         if turns and examples:
             request = domain.request(examples)
             earlier = [[*request, {"role": "assistant", "content": domain.tagged(sample)}] for sample in examples]
@@ -68,6 +61,23 @@ def prompts(
         else:
             asked.append(domain.generator_prompt(examples))
     return asked
+
+
+def _deal(pool: Sequence[Sample], deck: list[int], shown: int, shuffle: Callable[[list[int]], None]) -> list[Sample]:
+    """Takes up to ``shown`` cards with different questions from the deck. If it has none left, a fresh one takes its
+    place."""
+    hand: dict[str, Sample] = {}
+    different = len({sample.question for sample in pool})
+    while len(hand) < min(shown, different):
+        # A card whose question is already in the hand waits for the next prompt.
+        place = next((i for i, card in enumerate(deck) if pool[card].question not in hand), None)
+        if place is None:
+            deck[:] = range(len(pool))
+            shuffle(deck)
+        else:
+            sample = pool[deck.pop(place)]
+            hand[sample.question] = sample
+    return list(hand.values())
 
 
 @dataclass

@@ -25,6 +25,18 @@ def test_seeds_are_used_equally_and_never_twice_in_a_prompt(sums, shown):
     assert max(used.values()) - min(used.values()) <= 1
 
 
+@pytest.mark.parametrize("shown", [1, 2, 3, 5])
+def test_a_repeated_seed_is_shown_more_often_but_once_in_a_prompt(sums, shown):
+    """As drawn from a student's mistakes; fewer different seeds than wanted are shown all."""
+    often, seldom, rare = SEEDS[:3]
+    asked = prompts(sums, [often] * 6 + [seldom] * 3 + [rare], 40, shown=shown, seed=1)
+    hands = [prompt[0]["content"].split()[1:] for prompt in asked]
+    assert all(len(set(hand)) == len(hand) == min(shown, 3) for hand in hands)
+    used = Counter(question for hand in hands for question in hand)
+    assert used[often.question] >= used[seldom.question] >= used[rare.question] > 0
+    assert used[often.question] > used[rare.question] or shown >= 3
+
+
 def test_the_seed_decides_the_order(sums):
     first = prompts(sums, SEEDS, 5, shown=2, seed=1)
     assert first == prompts(sums, SEEDS, 5, shown=2, seed=1)
