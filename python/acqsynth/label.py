@@ -170,7 +170,7 @@ def _decide(
     chosen = candidates[(len(candidates) - 1) // 2]
     answer = str(answers[chosen])
     reasoning = _reasoning(domain, draws[chosen].text, answer)
-    return Label(replace(sample, answer=answer, reasoning=reasoning), agreement, answers)
+    return Label(domain.labelled(sample, answer, reasoning), agreement, answers)
 
 
 def _reasoning(domain: Domain, text: str, answer: str) -> str:

@@ -147,7 +147,7 @@ def plan(config: Config) -> Plan:
         return step(
             "label", name, label_questions,
             domain=config.domain, engine=config.engine, labelling=config.labelling, model=answering,
-            gates=config.reward.gates, samples=written / "samples.parquet", seed=seed,
+            gates=config.reward.gates, seeds=rows / "seeds.parquet", samples=written / "samples.parquet", seed=seed,
         )  # fmt: skip
 
     def train(name: str, seed: int, model: Any, student: Any) -> Step:
@@ -160,8 +160,10 @@ def plan(config: Config) -> Plan:
         )  # fmt: skip
 
     def taught(arm: Arm, name: str, seed: int) -> list[Step]:
-        """Rounds of generator and student: the student fitted in one round scores and labels the next."""
+        """Rounds of generator and student: the student fitted in one round scores and labels the next, which asks no
+        question of an earlier one again."""
         rows_of: list[Step] = []
+        asked: list[Any] = []
         model: Any = Model(config.generator.model)
         student: Any = None
         for i in range(config.rounds):
@@ -169,8 +171,9 @@ def plan(config: Config) -> Plan:
             trained = train(of_round, seed + i, model, student)
             model = trained / "model"
             share = _share(questions, i, config.rounds)
-            asking = writing(seed + i, scoring=scoring(student), generator=model, n=share)
+            asking = writing(seed + i, scoring=scoring(student), generator=model, n=share, earlier=asked[:])
             written = step("generate", of_round, write_questions, writing=asking)
+            asked.append(written / "samples.parquet")
             rows_of.append(label(of_round, written, seed, student or own_student))
             arm.trained.append(trained)
             arm.written.append(written)

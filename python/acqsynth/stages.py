@@ -55,7 +55,7 @@ class Scoring:
     domain: str
     engine: EngineConfig
     student: Any  #: the model that scores
-    seeds: Any  #: rows shown to the generator
+    seeds: Any  #: rows shown to the generator in training
     evaluation: Any  #: rows that no sample may repeat
     reference: Any  #: rows whose loss should fall, for influence
     models: Sequence[Any] = ()  #: the other models that it loads, so that a change of their files is noticed
@@ -64,7 +64,8 @@ class Scoring:
         """The domain, completed by the seeds."""
         return find_domain(self.domain).with_seeds(read_rows(self.seeds))
 
-    def build(self) -> Any:
+    def build(self, shown: Sequence[Sample] = ()) -> Any:
+        """The reward; ``shown`` are rows besides the seeds that prompts show."""
         from acqsynth.rewards.build import build
 
         return build(
@@ -75,6 +76,7 @@ class Scoring:
             seeds=read_rows(self.seeds),
             evaluation=read_rows(self.evaluation),
             reference=read_rows(self.reference),
+            shown=shown,
         )
 
 
@@ -90,6 +92,7 @@ class Writing:
     n: int
     seed: int
     held_out: Any  #: rows to show
+    earlier: Sequence[Any] = ()  #: samples of earlier rounds, whose questions are not asked again
 
 
 @dataclass(frozen=True)
@@ -215,14 +218,15 @@ def write_questions(context: StepContext, *, writing: Writing, mistakes: Path | 
     ``mistakes``: a student's answers to the held-out rows. Only rows it got wrong are shown, weak skills more often.
     """
     pool = read_rows(writing.held_out)
+    domain, reward = writing.scoring.find_domain(), writing.scoring.build(pool)
     if mistakes is not None:
         pool = sample_mistakes(pool, read_table(mistakes)["right"], max(writing.n, writing.shown), writing.seed)
-    domain, reward = writing.scoring.find_domain(), writing.scoring.build()
     engine = _engine(writing.scoring.engine, writing.generator)
+    earlier = [sample for path in writing.earlier for sample in read_rows(path)]
 
     def chunk(start: int, some: Sequence[Any]) -> dict[str, Any]:
         sampling = _sampling(writing.sampling, 1, writing.seed + start)
-        made = write.write(engine, domain, some, sampling, rows=len(some), gates=reward.gates)
+        made = write.write(engine, domain, some, sampling, rows=len(some), gates=reward.gates, earlier=earlier)
         rows = [{"sample": asdict(sample), "scores": {}} for sample in made.rows]
         return {"rows": rows, "completions": made.completions, "dropped": made.dropped}
 
@@ -238,7 +242,8 @@ def select_questions(context: StepContext, *, writing: Writing, candidates: int,
     """
     if spent is not None:
         candidates = max(2, math.ceil((read_json(spent)["completions"] + writing.n) / writing.n))
-    reward, engine = writing.scoring.build(), _engine(writing.scoring.engine, writing.generator)
+    pool = read_rows(writing.held_out)
+    reward, engine = writing.scoring.build(pool), _engine(writing.scoring.engine, writing.generator)
 
     def chunk(start: int, some: Sequence[Any]) -> dict[str, Any]:
         sampling = _sampling(writing.sampling, candidates, writing.seed + start)
@@ -250,7 +255,7 @@ def select_questions(context: StepContext, *, writing: Writing, candidates: int,
             rows.append({"sample": asdict(best.sample), "scores": {"reward": best.total, **parts}})
         return {"rows": rows, "completions": made.completions, "dropped": made.dropped}
 
-    chunks = context.chunks("samples", _asked(writing, read_rows(writing.held_out)), CHUNK, chunk, reward)
+    chunks = context.chunks("samples", _asked(writing, pool), CHUNK, chunk, reward)
     _write_kept(context, chunks, writing.n)
 
 
@@ -296,17 +301,16 @@ def sample_mistakes(pool: Sequence[Sample], right: Sequence[bool], n: int, seed:
 
 def _write_kept(context: StepContext, chunks: Iterable[Mapping[str, Any]], n: int) -> None:
     """Writes the samples of all chunks, each question once, and the counts of kept and dropped completions."""
-    found: dict[str, Mapping[str, Any]] = {}
+    rows: list[Mapping[str, Any]] = []
+    asked = write.questions()
     completions, dropped = 0, Counter[str]()
     for chunk in chunks:
-        for row in chunk["rows"]:
-            found.setdefault(row["sample"]["question"], row)
+        rows += [row for row in chunk["rows"] if write.is_new(Sample(**row["sample"]), asked, dropped)]
         completions += chunk["completions"]
         dropped.update(chunk["dropped"])
-        context.say(f"{len(found)} samples of {n} from {completions} completions")
-    if not found:
+        context.say(f"{len(rows)} samples of {n} from {completions} completions")
+    if not rows:
         raise StepError(f"none of {completions} completions is a sample ({_reasons(dropped)})")
-    rows = list(found.values())
     scores = {name: [row["scores"][name] for row in rows] for name in rows[0]["scores"]}
     write_rows(context.folder / "samples.parquet", [Sample(**row["sample"]) for row in rows], scores)
     counts = {"wanted": n, "kept": len(rows), "completions": completions, "dropped": dict(dropped.most_common())}
@@ -328,6 +332,7 @@ def label_questions(
     labelling: LabellingConfig,
     model: str | Path | None,
     gates: Sequence[str] | None,
+    seeds: Path,
     samples: Path,
     seed: int,
 ) -> None:
@@ -335,8 +340,9 @@ def label_questions(
     because of their label, and of right labels.
 
     ``model`` answers the questions, for the methods ``majority`` and ``teacher``. ``gates`` are those of the reward.
+    ``seeds`` complete the domain, so a gate drops labels that no seed has.
     """
-    own, asked = find_domain(domain), read_rows(samples)
+    own, asked = find_domain(domain).with_seeds(read_rows(seeds)), read_rows(samples)
     kept: list[Sample] = []
     agreement: list[float | None] = []
     if labelling.method == "own":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import random
+import sys
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from acqsynth.domains import Domain, Messages, Sample
 from acqsynth.engines import Engine, Sampling
 from acqsynth.rewards.batch import Batch
+from acqsynth.rewards.texts import NearCopies
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +31,8 @@ def prompts(
 
     Seeds are dealt like cards: all of them, shuffled, before any is reused, so that the usage counts of two seeds
     differ by at most one. If the domain groups them (``Domain.hands``), groups are dealt in the same way, and a group
-    with fewer than ``shown`` seeds is shown whole.
+    with fewer than ``shown`` seeds is shown whole. A seed that occurs several times is dealt more often, but no prompt
+    shows a question twice.
 
     With ``turns`` each seed is shown as an earlier answer to the same request instead of within it.
 
@@ -50,15 +53,7 @@ def prompts(
             order = list(range(len(groups)))
             shuffle(order)
         group = order.pop()
-        pool, deck = groups[group], decks[group]
-        hand: list[int] = []
-        while len(hand) < min(shown, len(pool)):
-            if not deck:
-                deck += range(len(pool))
-                shuffle(deck)
-            # A fresh deck may start with a card already in the hand, which then waits for the next prompt.
-            hand.append(deck.pop(next(i for i, card in enumerate(deck) if card not in hand)))
-        examples = [pool[card] for card in hand]
+        examples = _deal(groups[group], decks[group], shown, shuffle)
         if turns and examples:
             request = domain.request(examples)
             earlier = [[*request, {"role": "assistant", "content": domain.tagged(sample)}] for sample in examples]
@@ -66,6 +61,23 @@ def prompts(
         else:
             asked.append(domain.generator_prompt(examples))
     return asked
+
+
+def _deal(pool: Sequence[Sample], deck: list[int], shown: int, shuffle: Callable[[list[int]], None]) -> list[Sample]:
+    """Takes up to ``shown`` cards with different questions from the deck. If it has none left, a fresh one takes its
+    place."""
+    hand: dict[str, Sample] = {}
+    different = len({sample.question for sample in pool})
+    while len(hand) < min(shown, different):
+        # A card whose question is already in the hand waits for the next prompt.
+        place = next((i for i, card in enumerate(deck) if pool[card].question not in hand), None)
+        if place is None:
+            deck[:] = range(len(pool))
+            shuffle(deck)
+        else:
+            sample = pool[deck.pop(place)]
+            hand[sample.question] = sample
+    return list(hand.values())
 
 
 @dataclass
@@ -92,9 +104,10 @@ def write(
     *,
     rows: int,
     gates: Sequence[Any] = (),
+    earlier: Sequence[Sample] = (),
     rounds: int = 8,
 ) -> WriteResult[Sample]:
-    """Samples that parse, have no fault, pass the gates and ask a new question.
+    """Samples that parse, have no fault, pass the gates and ask a new question, not a near copy of an earlier one.
 
     Args:
         engine: engine of the generator.
@@ -103,13 +116,15 @@ def write(
         sampling: how completions are drawn; its seed is that of the first round.
         rows: number of rows wanted.
         gates: as in :mod:`acqsynth.rewards.gates`, in order; those with an archive add the rows kept.
+        earlier: samples whose questions count as asked.
         rounds: maximum number of rounds; after that the result is returned incomplete, with a warning. A round uses as
             many prompts as are likely to suffice, each at most once.
 
     Raises:
         ValueError: rows, rounds or the number of prompts is below 1.
     """
-    asked: set[str] = set()
+    asked = questions()
+    asked.add(sample.question for sample in earlier)
 
     def keep(picked: Sequence[Messages], sampling: Sampling, dropped: Counter[str]) -> list[Sample]:
         samples = []
@@ -119,7 +134,7 @@ def write(
                 dropped[str(fault)] += 1
             else:
                 samples.append(sample)
-        kept = [sample for sample in passing(gates, samples, dropped) if _is_new(sample, asked, dropped)]
+        kept = [sample for sample in passing(gates, samples, dropped) if is_new(sample, asked, dropped)]
         for gate in gates:
             if hasattr(gate, "accept"):
                 gate.accept(kept)
@@ -223,12 +238,12 @@ def best(
         sampling: its ``n`` is the number of candidates per prompt.
 
     Returns:
-        Candidates with a sample and a total, with distinct questions.
+        Candidates with a sample and a total, whose questions are no near copies of each other.
 
     Raises:
         ValueError: rows, rounds or the number of prompts is below 1.
     """
-    asked: set[str] = set()
+    asked = questions()
 
     def keep(picked: Sequence[Messages], sampling: Sampling, dropped: Counter[str]) -> list[Candidate]:
         kept = []
@@ -238,7 +253,7 @@ def best(
             dropped["not the best of its prompt"] += len(valid[1:])
             for candidate in valid[:1]:
                 assert candidate.sample is not None
-                if _is_new(candidate.sample, asked, dropped):
+                if is_new(candidate.sample, asked, dropped):
                     kept.append(candidate)
         return kept
 
@@ -246,7 +261,7 @@ def best(
 
 
 def plain(question: str) -> str:
-    """The form in which repeated questions are equal."""
+    """The form in which the questions of two sources are equal."""
     return " ".join(question.lower().split())
 
 
@@ -254,13 +269,18 @@ def _total(candidate: Candidate) -> float:
     return -math.inf if candidate.total is None else candidate.total
 
 
-def _is_new(sample: Sample, asked: set[str], dropped: Counter[str]) -> bool:
-    """Whether the question is new; records it."""
-    question = plain(sample.question)
-    new = question not in asked
-    asked.add(question)
-    dropped["repeats a question"] += not new
-    return new
+def questions() -> NearCopies:
+    """An empty set of questions that drops none, however many are added."""
+    return NearCopies(capacity=sys.maxsize)
+
+
+def is_new(sample: Sample, asked: NearCopies, dropped: Counter[str]) -> bool:
+    """Whether the question is no near copy of one asked before; adds it if so, and counts it as dropped if not."""
+    if asked.find(sample.question) is not None:
+        dropped["repeats a question"] += 1
+        return False
+    asked.add([sample.question])
+    return True
 
 
 def _draw_until(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -15,13 +16,14 @@ from types import SimpleNamespace
 
 import fake_run
 import pytest
+from fakes import written
 
 import acqsynth.train  # noqa: F401  (before processes are forked)
 from acqsynth import config as recipes, label, pipeline, stages, write
 from acqsynth.cli import main
 from acqsynth.config import EngineConfig, LabellingConfig, RewardConfig, SamplingConfig
 from acqsynth.domains import Sample
-from acqsynth.stages import Replay, Scoring
+from acqsynth.stages import Replay, Scoring, Writing
 from acqsynth.steps import StepContext, StepError, Store, read_rows, read_table, write_rows
 
 
@@ -186,6 +188,9 @@ def test_rounds_alternate(fakes, recipe):
     assert [len(fit.arguments["samples"]) for fit in (*fits, arm.fits["student", 70, 0, 0])] == [1, 2, 3]
     assert arm.labelled[1].arguments["model"].step is fits[0]
     assert [step.arguments["writing"].n for step in arm.written] == [30, 30, 30]
+    earlier = [list(map(str, step.arguments["writing"].earlier)) for step in arm.written]
+    written = [f"02-generate/grpo-round-{i}/samples.parquet" for i in (1, 2)]
+    assert earlier == [[], written[:1], written]
     # The fake trainer adds 5, and 1 more if the scoring student has been fitted.
     strengths = [json.loads((store.path(u / "model") / "config.json").read_text())["strength"] for u in arm.trained]
     assert strengths == [45, 51, 57]
@@ -316,13 +321,36 @@ def test_a_label_that_the_question_gives_away_is_dropped(sums, tmp_path, monkeyp
     sums.computed = lambda samples, seed: [replace(sample, answer="8") for sample in samples]
     monkeypatch.setattr(stages, "find_domain", lambda name: sums)
     write_rows(tmp_path / "asked.parquet", asked)
+    write_rows(tmp_path / "seeds.parquet", SEEDS)
     stages.label_questions(
         StepContext(tmp_path), domain="sums", engine=EngineConfig(), labelling=LabellingConfig(method="computed"),
-        model=None, gates=gates, samples=tmp_path / "asked.parquet", seed=0,
+        model=None, gates=gates, seeds=tmp_path / "seeds.parquet", samples=tmp_path / "asked.parquet", seed=0,
     )  # fmt: skip
     assert read_rows(tmp_path / "samples.parquet") == [replace(asked[i], answer="8") for i in kept]
     counts = json.loads((tmp_path / "counts.json").read_text())
     assert (counts["labelled"], counts["dropped"]) == (len(kept), {} if gates else {"gate no_leak": 1})
+
+
+def test_a_label_that_no_seed_has_is_dropped(tmp_path, monkeypatch, scripted):
+    """Known labels are written as the seeds spell them, and the skill goes with the label."""
+    says = {"gone": "Sure! It is about a delivery.", "late": "card arrival", "stolen": "Lost  Phone\nas it was stolen"}
+    engine = scripted(lambda prompt, i, seed: says[prompt[0]["content"].split()[0]])
+    monkeypatch.setattr(stages, "_engine", lambda *arguments: engine)
+    labelled = [Sample("my parcel is due", "card_arrival"), Sample("my phone was taken", "Lost_phone")]
+    write_rows(tmp_path / "seeds.parquet", labelled)
+    questions = ("gone with the wind", "late is my envelope", "stolen on the train")
+    write_rows(tmp_path / "asked.parquet", [Sample(each, "lost", "", {"skill": "lost"}) for each in questions])
+    stages.label_questions(
+        StepContext(tmp_path), domain="classification", engine=EngineConfig(), labelling=LabellingConfig(k=2),
+        model="student", gates=None, seeds=tmp_path / "seeds.parquet", samples=tmp_path / "asked.parquet", seed=0,
+    )  # fmt: skip
+    found = read_rows(tmp_path / "samples.parquet")
+    assert [(sample.question, sample.answer, sample.extra) for sample in found] == [
+        ("late is my envelope", "card_arrival", {"skill": "card_arrival"}),
+        ("stolen on the train", "Lost_phone", {"skill": "Lost_phone"}),
+    ]
+    counts = json.loads((tmp_path / "counts.json").read_text())
+    assert (counts["labelled"], counts["dropped"]) == (2, {"gate sound": 1})
 
 
 SEEDS = [Sample(f"{n}+{n}", str(2 * n), f"{n} and {n}") for n in range(1, 9)]
@@ -360,6 +388,63 @@ def test_a_generator_learns_from_a_student_that_moves(scoring, student_path, tmp
             StepContext(tmp_path / "dpo"), scoring=scoring, method="dpo", options=TRAINER,
             candidates=(SamplingConfig(max_tokens=4), 2), **arguments,
         )  # fmt: skip
+
+
+@pytest.fixture
+def writing(sums, tmp_path, monkeypatch):
+    """Writing with a reward that knows how new a question is, and prompts that show held-out rows."""
+    monkeypatch.setattr(stages, "find_domain", lambda name: sums)
+    write_rows(tmp_path / "seeds.parquet", SEEDS)
+    write_rows(tmp_path / "held_out.parquet", [Sample(f"{n}+9", str(n + 9)) for n in range(20, 24)])
+    reward = RewardConfig(signals={"diversity": {}}, embedder="ngram", gates=["sound", "new"])
+    scoring = Scoring(reward, "sums", EngineConfig(), "student", *[tmp_path / "seeds.parquet"] * 3)
+    return Writing(scoring, "generator", SamplingConfig(), 1, False, 8, 0, tmp_path / "held_out.parquet")
+
+
+@pytest.mark.parametrize("selected", [False, True])
+def test_rows_that_prompts_show_are_not_written(writing, tmp_path, monkeypatch, scripted, selected):
+    """Neither copies of seeds nor of held-out rows, as they were or disguised, but other questions are."""
+    copies = itertools.cycle(["20+9", "1+1", "Question 3: 22+9", "2\u200b1+9"])
+    drawn = itertools.count(50)
+    engine = scripted(lambda prompt, i, seed: written(f"{n}+9" if (n := next(drawn)) % 2 else next(copies), 1))
+    monkeypatch.setattr(stages, "_engine", lambda *arguments: engine)
+    if selected:
+        stages.select_questions(StepContext(tmp_path), writing=writing, candidates=2, spent=None)
+    else:
+        stages.write_questions(StepContext(tmp_path), writing=writing)
+    found = {sample.question for sample in read_rows(tmp_path / "samples.parquet")}
+    assert found == {f"{n}+9" for n in range(51, 67, 2)}
+    counts = json.loads((tmp_path / "counts.json").read_text())
+    assert counts["dropped"]["gate new"] == counts["completions"] // 2
+
+
+def test_a_round_asks_no_question_of_an_earlier_one(writing, tmp_path, monkeypatch, scripted):
+    """The engine repeats what it wrote in the first round before it goes on."""
+
+    def asked(name, writing):
+        (tmp_path / name).mkdir()
+        drawn = itertools.count(50)
+        engine = scripted(lambda prompt, i, seed: written(f"{next(drawn)}+9", 1))
+        monkeypatch.setattr(stages, "_engine", lambda *arguments: engine)
+        stages.write_questions(StepContext(tmp_path / name), writing=writing)
+        return [sample.question for sample in read_rows(tmp_path / name / "samples.parquet")]
+
+    assert asked("one", writing) == [f"{n}+9" for n in range(50, 58)]
+    later = replace(writing, earlier=[tmp_path / "one/samples.parquet"])
+    assert asked("two", later) == [f"{n}+9" for n in range(58, 66)]
+
+
+def test_a_question_is_kept_once_whatever_its_chunk(tmp_path):
+    def row(question):
+        return {"sample": {"question": question, "answer": "1", "reasoning": "", "extra": {}}, "scores": {}}
+
+    chunks = [["1+1", "How much is 20+30?"], ["1+1", "**How much is 20+30?**", "How much is 20+31?"]]
+    made = [{"rows": [row(each) for each in some], "completions": 4, "dropped": {}} for some in chunks]
+    stages._write_kept(StepContext(tmp_path), made, 8)
+    found = [sample.question for sample in read_rows(tmp_path / "samples.parquet")]
+    assert found == ["1+1", "How much is 20+30?", "How much is 20+31?"]
+    counts = json.loads((tmp_path / "counts.json").read_text())
+    assert counts == {"wanted": 8, "kept": 3, "completions": 8, "dropped": {"repeats a question": 2}}
 
 
 def test_answers_by_likelihood(student_path, tmp_path):

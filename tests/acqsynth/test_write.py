@@ -25,6 +25,18 @@ def test_seeds_are_used_equally_and_never_twice_in_a_prompt(sums, shown):
     assert max(used.values()) - min(used.values()) <= 1
 
 
+@pytest.mark.parametrize("shown", [1, 2, 3, 5])
+def test_a_repeated_seed_is_shown_more_often_but_once_in_a_prompt(sums, shown):
+    """As drawn from a student's mistakes; fewer different seeds than wanted are shown all."""
+    often, seldom, rare = SEEDS[:3]
+    asked = prompts(sums, [often] * 6 + [seldom] * 3 + [rare], 40, shown=shown, seed=1)
+    hands = [prompt[0]["content"].split()[1:] for prompt in asked]
+    assert all(len(set(hand)) == len(hand) == min(shown, 3) for hand in hands)
+    used = Counter(question for hand in hands for question in hand)
+    assert used[often.question] >= used[seldom.question] >= used[rare.question] > 0
+    assert used[often.question] > used[rare.question] or shown >= 3
+
+
 def test_the_seed_decides_the_order(sums):
     first = prompts(sums, SEEDS, 5, shown=2, seed=1)
     assert first == prompts(sums, SEEDS, 5, shown=2, seed=1)
@@ -105,6 +117,34 @@ def test_what_is_kept_and_why_the_rest_is_not(sums, scripted):
     }
     assert (found.completions, found.rounds, found.wanted, found.incomplete) == (8, 1, 8, True)
     assert gate.archive == ["1+4", "1+ 4", "3+4"]
+
+
+BAKER = "A baker sells 12 loaves in the morning and 19 loaves in the afternoon. How many loaves does he sell + give?"
+COPIES = [
+    f"Question 3: {BAKER}",
+    BAKER.replace("baker", "ba\u200bker"),
+    f"**{BAKER}**",
+    BAKER.replace("afternoon", "after noon"),
+    f"{BAKER} (2)",
+]
+OTHERS = [BAKER.replace("19", "21"), "A train takes 12 hours for one way. How many does it take for both + back again?"]
+
+
+def test_near_copies_of_one_round_are_dropped(sums, scripted):
+    """Of a question and its disguised copies the first is kept; a changed number makes another question."""
+    texts = iter([written(question, 31) for question in (BAKER, *COPIES[:3], *OTHERS, *COPIES[3:])])
+    engine = scripted(lambda prompt, i, seed: next(texts))
+    found = write(engine, sums, ASK, Sampling(n=2), rows=8, rounds=1)
+    assert [sample.question for sample in found.rows] == [BAKER, *OTHERS]
+    assert found.dropped == {"repeats a question": 5}
+
+
+def test_earlier_questions_are_not_asked_again(sums, scripted):
+    texts = iter([written(question, 31) for question in (COPIES[0], *OTHERS, "1+1")])
+    engine = scripted(lambda prompt, i, seed: next(texts))
+    found = write(engine, sums, ASK, Sampling(), rows=4, rounds=1, earlier=[Sample(BAKER, "31"), Sample("1+1", "3")])
+    assert [sample.question for sample in found.rows] == OTHERS
+    assert found.dropped == {"repeats a question": 2}
 
 
 def test_rounds_go_on_with_new_seeds_until_there_are_enough(sums, scripted):
@@ -193,6 +233,14 @@ def test_the_best_of_each_prompt(engine, answer_reward):
         "repeats a question": 1,
     }
     assert (found.completions, found.incomplete) == (9, True)
+
+
+def test_the_best_of_two_prompts_are_no_near_copies(scripted, answer_reward):
+    texts = dict(enumerate((COPIES[0], BAKER, *OTHERS)))
+    engine = scripted(lambda prompt, i, seed: written(texts[int(prompt[0]["content"][-1])], 31))
+    found = best(engine, ASK, answer_reward, Sampling(n=2), rows=4, rounds=1)
+    assert [scored.sample.question for scored in found.rows] == [COPIES[0], *OTHERS]
+    assert found.dropped == {"not the best of its prompt": 4, "repeats a question": 1}
 
 
 def test_as_many_rows_as_wanted(engine, answer_reward):

@@ -6,7 +6,7 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -187,6 +187,10 @@ class Domain(ABC):
     def solution(self, sample: Sample) -> str:
         """The completion a student learns for the sample: reasoning and answer, read back by :meth:`answer_of`."""
         return "\n".join(part for part in (sample.reasoning, sample.answer) if part)
+
+    def labelled(self, sample: Sample, answer: str, reasoning: str) -> Sample:
+        """The sample with a student's answer and reasoning instead of its own."""
+        return replace(sample, answer=answer, reasoning=reasoning)
 
     def fault(self, sample: Sample) -> str | None:
         """A short reason why a parsed sample is not a question of this domain, or None if nothing is wrong."""

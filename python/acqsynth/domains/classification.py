@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -121,12 +122,21 @@ class Classification(Domain):
     def parse(self, text: str) -> Sample | None:
         """As :meth:`Domain.parse`; the answer is the label as written in the seeds, and the reasoning is dropped."""
         sample = super().parse(text)
-        return sample and _labelled(sample.question, self._labels.get(self.canonical(sample.answer), sample.answer))
+        return sample and _labelled(sample.question, self._spelt(sample.answer))
+
+    def labelled(self, sample: Sample, answer: str, reasoning: str) -> Sample:
+        """As :meth:`Domain.labelled`; the answer is the label as written in the seeds, and so is the skill."""
+        label = self._spelt(answer)
+        return replace(sample, answer=label, reasoning=reasoning, extra={**sample.extra, "skill": label})
 
     def fault(self, sample: Sample) -> str | None:
         if self._labels and self.canonical(sample.answer) not in self._labels:
             return "unknown label"
         return "the text names its label" if _names(sample.question, sample.answer) else None
+
+    def _spelt(self, answer: str) -> str:
+        """The label as written in the seeds; an unknown one as it is."""
+        return self._labels.get(self.canonical(answer), answer)
 
     def load(
         self,

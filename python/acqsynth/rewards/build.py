@@ -40,6 +40,7 @@ def build(
     seeds: Sequence[Sample],
     evaluation: Sequence[Sample],
     reference: Sequence[Sample] | None = None,
+    shown: Sequence[Sample] = (),
 ) -> ComposedReward:
     """Builds the composed reward of a recipe.
 
@@ -47,6 +48,7 @@ def build(
         student: path or hub id of the scoring student.
         engine: samples the student's answers; None for a reward that is only checked, never called.
         seeds, evaluation, reference: as in :meth:`ComposedReward.default`; the reference defaults to the seeds.
+        shown: rows besides the seeds that prompts show, for the gate ``new``.
 
     Raises:
         ValueError, TypeError: an unknown signal, gate or option, or a value out of range; the message names the key.
@@ -73,6 +75,7 @@ def build(
         default_gates,
         domain,
         seeds=seeds,
+        shown=shown,
         evaluation=evaluation,
         label=_label(config, domain, engine, student, answering),
         student=student,

@@ -8,7 +8,7 @@ more agreement and unsolvable questions more entropy than any honest sample. Gat
 ``length``            question and whole sample are within length bounds
 ``no_repetition``     no field mostly repeats itself
 ``no_leak``           the question does not give the answer away
-``new``               not a near copy of a seed or of an earlier accepted sample
+``new``               not a near copy of a seed, another shown row or an earlier accepted sample
 ``not_in_evaluation`` not in the evaluation set
 ``labelled``          the sample has a label, which replaces its own answer
 ``fluent``            the student finds the text about as plausible as the seeds, which rules out random tokens
@@ -343,6 +343,7 @@ def default_gates(
     domain: Domain,
     *,
     seeds: Sequence[Sample],
+    shown: Sequence[Sample] = (),
     evaluation: Sequence[Sample] = (),
     label: Label | None = None,
     student: Any = None,
@@ -351,8 +352,9 @@ def default_gates(
 ) -> list[Gate]:
     """The default gates; ``not_in_evaluation``, ``labelled``, ``fluent`` and ``answerable`` only with ``evaluation``,
     ``label``, ``student`` and ``answers``. Arguments are as in :meth:`acqsynth.rewards.ComposedReward.default`;
-    ``options`` are passed to :class:`acqsynth.rewards.scoring.Scorer`."""
-    gates: list[Gate] = [*sample_gates(domain), New(seeds)]
+    ``shown`` are rows besides the seeds that prompts show, so samples may not copy them, and ``options`` are passed to
+    :class:`acqsynth.rewards.scoring.Scorer`."""
+    gates: list[Gate] = [*sample_gates(domain), New([*seeds, *shown])]
     if evaluation:
         gates.append(NotInEvaluation(evaluation))
     if label is not None:

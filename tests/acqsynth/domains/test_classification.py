@@ -69,6 +69,12 @@ def test_what_is_written_is_parsed_with_the_seeds_spelling():
     assert classification.parse("<question>Where?</question><answer></answer>") is None
 
 
+def test_an_answer_becomes_the_label_with_the_seeds_spelling():
+    asked = row("Where?", "card")
+    assert classification.labelled(asked, "Card arrival", "") == row("Where?", "card_arrival")
+    assert classification.labelled(asked, "an unknown one", "") == row("Where?", "an unknown one")
+
+
 @pytest.mark.parametrize(
     ("text", "leaks"),
     [

@@ -144,7 +144,7 @@ def questions(domain, prompts, sampling):
     return [Sample(f"{n}+{sampling.seed % 7}", "0") for n in numbers]
 
 
-def write(engine, domain, prompts, sampling, *, rows, gates):
+def write(engine, domain, prompts, sampling, *, rows, gates, earlier):
     reached("write")
     made = [s for s in questions(domain, prompts, sampling) if all(gate([s])[0] for gate in gates)]
     for gate in gates:
