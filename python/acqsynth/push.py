@@ -173,11 +173,9 @@ def _counts(arm: Mapping[str, Any], samples: Mapping[str, Any] | None) -> str:
         lines += [("completions sampled", written.get("completions")), ("rows kept", written.get("kept"))]
         lines += [(f"rejected: {reason}", n) for reason, n in written.get("dropped", {}).items()]
     if labelled := arm["labelled"]:
-        lines += [
-            ("rows with a label", labelled.get("labelled")),
-            ("labels that could be checked", labelled.get("truth_known")),
-        ]
-        lines += [("of these, right", labelled.get("right"))]
+        lines += [("rows with a label", labelled.get("labelled")), ("labels refuted", labelled.get("refuted"))]
+        if labelled.get("truth_known"):
+            lines += [("labels that could be checked", labelled["truth_known"]), ("of these, right", labelled["right"])]
         lines += [(f"labels rejected: {reason}", n) for reason, n in labelled.get("dropped", {}).items()]
     if samples:
         lines += [(f"in training, rejected by gate `{gate}`", n) for gate, n in samples["gates"].items()]

@@ -112,6 +112,7 @@ def test_every_artefact_is_there(fakes, recipe):
     labelled = metrics["arms"]["grpo"]["labelled"]
     assert labelled["asked"] == metrics["arms"]["grpo"]["written"]["kept"]
     assert 0 < labelled["right"] < labelled["truth_known"] == labelled["labelled"] < labelled["asked"]
+    assert labelled["refuted"] == labelled["truth_known"] - labelled["right"]
     assert metrics["arms"]["random_real"]["written"] is None
 
 

@@ -284,6 +284,21 @@ def test_comparisons_are_judged_together():
     assert many["verdict"][0]["kind"] == ("gain" if p[0] < 0.05 / 32 else "none")
 
 
+def test_labels_that_can_only_be_refuted_have_no_share_that_is_right():
+    found = json.loads(json.dumps(whole()))
+    found["arms"]["grpo"]["labelled"] = {"asked": 9, "labelled": 8, "truth_known": 0, "right": 0, "refuted": 2}
+    assert '<td class="number">2 refuted</td>' in render(found)
+
+
+@pytest.mark.parametrize("generators", [(0, 0, 0), (0, 1, 2)])
+def test_the_page_says_when_one_generator_wrote_all_rows(generators):
+    found = json.loads(json.dumps(whole()))
+    for arm in found["arms"].values():
+        for result in arm["results"]:
+            result["generators"] = list(generators)
+    assert ("All fits of an arm learn from one generator" in render(found)) == (len(set(generators)) == 1)
+
+
 def test_fits_of_one_generator_are_one_draw():
     """Six fits of three generators count as three draws, which widens the intervals."""
     right = (24, 24, 27, 27, 33, 33)
