@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from acqsynth.domains.base import STATED, Domain, Layout, Messages, Row, Sample, ask_for_sample, text
 from acqsynth.domains.math_check import MathChecker
-from acqsynth.domains.quantities import UNDERSTOOD, compare, quantity
+from acqsynth.domains.quantities import UNDERSTOOD, compare, is_glued_unit, quantity
 
 _HASHES = re.compile(r"^####[ \t]*(\S.*)$", re.MULTILINE)
 _SENTENCE_END = re.compile(r"\.(?=\s|$)|[,;]?\s+(?:because|since|so|which|as)\b")
@@ -23,7 +23,11 @@ _WORDED = re.compile(
 )
 _BOLD = re.compile(r"(?<!\w)\*\*|\*\*(?!\w)")
 _WORDY = 4  # maximum words of an answer in words; longer ones are prose
-_NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:\s*/\s*\d+)?(?![\w])")
+# A number and what is glued to it; possessive, so that 2.5kg is never 2.
+_NUMBER = re.compile(
+    r"(?<![\w.])([-+]?(?>\d{1,3}(?:,\d{3}(?!\d))++|\d++)(?:\.\d++)?+(?:[eE][-+]?\d{1,3}(?!\d))?+"
+    r"(?:\s*+/\s*+\d++(?:\.\d++)?+)?+)(\w*+)"
+)
 _CALCULATION = re.compile(r"<<[^<>\n]*>>")  # GSM8K's calculator annotations
 
 _TASKS = re.compile(
@@ -93,7 +97,7 @@ class Math(Domain):
         if stated is not None:
             return stated
         short = [words for words in _statements(completion) if 0 < len(words.split()) <= _WORDY]
-        return next(reversed(_NUMBER.findall(completion) or short), None)
+        return next(reversed(_numbers(completion) or short), None)
 
     def solution(self, sample: Sample) -> str:
         final = _final(sample.answer)
@@ -187,6 +191,11 @@ def _statements(completion: str) -> list[str]:
     """What follows "answer is" and "answer:", up to the end of the sentence."""
     rests = (_BOLD.sub("", rest) for rest in STATED.findall(completion))
     return [_SENTENCE_END.split(rest, maxsplit=1)[0].strip(" *") for rest in rests]
+
+
+def _numbers(completion: str) -> list[str]:
+    """The numbers that stand alone or have a unit glued to them, without the unit; ``2x`` is none."""
+    return [number for number, glued in _NUMBER.findall(completion) if not glued or is_glued_unit(number, glued)]
 
 
 def _final(answer: str) -> str:

@@ -83,6 +83,8 @@ _NUMBER_WORD = re.compile(
     r"(?:hundred|thousand|lakh|crore)(?:th)?"
 )
 
+_ORDINAL = re.compile(r"(?:st|nd|rd|th)s?")
+
 #: Units that are understood if none is written, and omitted from the canonical form.
 UNDERSTOOD = frozenset({("dollar",), ("degree",)})
 
@@ -188,6 +190,20 @@ def _are_units(written: list[str], spaced: bool) -> bool:
             return False
         before = word
     return True
+
+
+def is_glued_unit(number: str, glued: str) -> bool:
+    """Whether what directly follows a number is its unit: not a variable, a clock time, a scale or an ordinal, except
+    that of a fraction (``2/3rds``)."""
+    letters = glued.rstrip("²³")
+    word = _unit_word(letters)
+    if not letters.isalpha() or word in NO_UNITS or word in SCALES or word in ("am", "pm"):
+        return False
+    if _ORDINAL.fullmatch(letters):
+        return "/" in number
+    if len(letters) == 1:
+        return letters in "gmhlL" or (letters == "s" and "." in number)  # 90s are a decade
+    return _known(word) or (len(letters) > 2 and not _NUMBER_WORD.fullmatch(word))
 
 
 def _known(word: str) -> bool:
