@@ -58,6 +58,13 @@ def math():
         ("First 3, then 10/4", "10/4"),
         ("x7 is -1,234.5.", "-1,234.5"),
         ("I do not know.", None),
+        ("The answer is therefore 7.", "7"),
+        ("The answer is, thus, about 7 because 3 + 4 = 7.", "7"),
+        ("The answer is approximately $7.50.", "$7.50"),
+        ("The answer is then **x + y**.", "x + y"),
+        ("So 18. The answer is therefore positive.", "18"),
+        ("So 18. The answer is about ducks.", "18"),
+        ("So the answer is 3 + 4 = 7.", "3 + 4 = 7"),
         # units glued to numbers
         ("The bag weighs 2.5kg.", "2.5"),
         ("It costs 1,234km", "1,234"),
@@ -326,6 +333,44 @@ def test_the_same_answer_in_other_words(math, gold, answers):
 )
 def test_a_unit_glued_to_a_number(math, gold, completion, right):
     assert math.equivalent([Sample("?", gold)], [math.answer_of(completion)]) == [right]
+
+
+WORKINGS = [
+    "So the answer is 3 + 4 = 7.",
+    "\\boxed{3+4=7}",
+    "#### 3 + 4 = 7",
+    "\\boxed{3 + 4 = 14/2 = 7.0}",
+    "\\boxed{x = 3 + 4 = 7}",
+    "The answer is $3 + $4 = $7.",
+    "The answer is $3 + 4 = 7$.",
+    "The answer is 21 / 3 = 7 eggs.",
+    "\\boxed{\\frac{21}{3} = 7}",
+    "\\boxed{700\\% = 7}",
+    "The answer is therefore 3 + 4 = 7.",
+]
+
+
+@pytest.mark.parametrize("completion", WORKINGS)
+def test_a_true_equation_counts_as_its_last_side(math, completion):
+    answer = math.answer_of(completion)
+    golds = [Sample("?", gold) for gold in ("7", "8", "3", "7 km" if "eggs" in completion else "7.5")]
+    assert math.equivalent(golds, [answer] * 4) == [True, False, False, False]
+    assert math.equivalent([Sample("?", completion)] * 2, ["7", "8"]) == [True, False]
+    assert math.verify([Sample("?", "7", completion), Sample("?", "8", completion)]) == [None, False]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["3 + 4 = 8", "8 = 7", "7 = 8", "3 + 4 = 8 = 7", "7 = 7 = 8", "x + 3 = 7", "7, 8 = 7, 8", "2x = 7 = 7", "= 7 = 8",
+     "3 + 5 = 7", "3 + 4 = 7 or 8", "7 \\text{ or } 8 = 8", "7 km = 8 km", "7 = 7 = 7 = 7 = 7 = 7 = 7", "7 cm = 8"],
+)  # fmt: skip
+def test_any_other_equation_is_wrong(math, answer):
+    assert math.equivalent([Sample("?", "7"), Sample("?", "8")], [answer] * 2) == [False, False]
+
+
+def test_an_equation_is_compared_with_an_equation_as_a_whole(math):
+    golds = [Sample("?", gold) for gold in ("y = 7", "3 + 4 = 7", "2 + 3 = 5")]
+    assert math.equivalent(golds, ["0 = 0", "3+4=7", "3 + 2 = 6"]) == [False, True, False]
 
 
 @pytest.mark.parametrize("part", ["1,111,", "1", "1.", "1/", "1 ", "1e5", ",111"])
