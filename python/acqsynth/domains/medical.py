@@ -35,7 +35,7 @@ _REASON = re.compile(
 # mark before a small letter may abbreviate a genus ("B. anthracis"), a capital before a word may be the article.
 _JOINT = re.compile(r"(?:[\s.,;:/&+()\u2013\u2014-]|(?i:or|and)\b)*")
 _JOINED = re.compile(r"[/&+]|\b(?:or|and)\b", re.IGNORECASE)
-_VERB = r"\s+(?:is|are|was|were|would|does|do|has|have|can|cannot|could)\b"
+_VERB = r"\s+(?:is|are|was|were|would|does|do|has|have|can|cannot|could|wrong|incorrect)\b"
 _LISTED = r"(?=\s*(?:$|[,;/&+()]|[\u2013\u2014-]+\s|(?i:or|and)\b))"
 _ENDS = rf"(?=[.:]|{_LISTED})"
 _MARKED = re.compile(
@@ -44,6 +44,8 @@ _MARKED = re.compile(
 )
 _DECIDED = re.compile(rf"\(?(yes|no|maybe)\b{_ENDS}", re.IGNORECASE)
 _CLAUSE = re.compile(_VERB)
+_DENIED = re.compile(r"[^.;\n]*?\b(?:not|wrong|incorrect|false|unlikely|excluded)\b", re.IGNORECASE)
+_CONTRAST = re.compile(r"\.\s|\b(?:as|not|than|unlike|instead|while|whereas|but|nor)\b", re.IGNORECASE)
 # A further marked letter in the same sentence, behind a text that is unknown.
 _ALSO = re.compile(rf"(?:[,;/&]|\b(?:or|and)\b)\s*(?:(?:or|and)\s+)?\(?([A-D])\)(?!{_VERB})")
 
@@ -222,9 +224,9 @@ def _names_several(plain: str, options: Mapping[str, str]) -> bool:
         between = _JOINT.match(plain, end)
         joint, begin = (between[0], between.end()) if between else ("", end)
     if len(groups) > 1 and _CLAUSE.match(plain, end):
-        groups.pop()
+        groups = groups[: 1 if _DENIED.match(plain, end) else -1]
     named = set().union(*groups)
-    sentence = re.split(r"\.\s", _without_reason(plain[end:]), maxsplit=1)[0]
+    sentence = _CONTRAST.split(_without_reason(plain[end:]), maxsplit=1)[0]
     return len(named | set(_ALSO.findall(sentence) if named else ())) > 1
 
 
