@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from acqsynth.domains.base import STATED, Domain, Layout, Messages, Row, Sample, ask_for_sample, text
 from acqsynth.domains.math_check import MathChecker
-from acqsynth.domains.quantities import UNDERSTOOD, compare, quantity
+from acqsynth.domains.quantities import UNDERSTOOD, closed_sides, compare, is_glued_unit, quantity
 
 _HASHES = re.compile(r"^####[ \t]*(\S.*)$", re.MULTILINE)
 _SENTENCE_END = re.compile(r"\.(?=\s|$)|[,;]?\s+(?:because|since|so|which|as)\b")
@@ -21,9 +21,19 @@ _WORDED = re.compile(
     r"(?:it |the limit )?does not exist|not (?:defined|possible)|(?:that )?(?:there (?:is|are) )?"
     r"no (?:\w+ ){0,2}(?:solution|root|number|value|limit|answer)s?(?: exists?)?)|[A-Z][a-z]+"
 )
+# Words before a value that are no part of it.
+_LEADING = re.compile(
+    r"(?:,?\s*(?:therefore|thus|hence|then)\b,?\s+|"
+    r"(?:exactly|simply|just|about|approximately|roughly|around)\s+(?=[-+]?(?:[\d$€£¥]|\.\d|\\)))+",
+    re.IGNORECASE,
+)
 _BOLD = re.compile(r"(?<!\w)\*\*|\*\*(?!\w)")
 _WORDY = 4  # maximum words of an answer in words; longer ones are prose
-_NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:\s*/\s*\d+)?(?![\w])")
+# A number and what is glued to it; possessive, so that 2.5kg is never 2.
+_NUMBER = re.compile(
+    r"(?<![\w.])([-+]?(?>\d{1,3}(?:,\d{3}(?!\d))++|\d++)(?:\.\d++)?+(?:[eE][-+]?\d{1,3}(?!\d))?+"
+    r"(?:\s*+/\s*+\d++(?:\.\d++)?+)?+)(\w*+)"
+)
 _CALCULATION = re.compile(r"<<[^<>\n]*>>")  # GSM8K's calculator annotations
 
 _TASKS = re.compile(
@@ -93,7 +103,7 @@ class Math(Domain):
         if stated is not None:
             return stated
         short = [words for words in _statements(completion) if 0 < len(words.split()) <= _WORDY]
-        return next(reversed(_NUMBER.findall(completion) or short), None)
+        return next(reversed(_numbers(completion) or short), None)
 
     def solution(self, sample: Sample) -> str:
         final = _final(sample.answer)
@@ -113,6 +123,7 @@ class Math(Domain):
     def equivalent(self, gold: Sequence[Sample], answers: Sequence[str | None]) -> list[bool]:
         """Whether canonical forms are equal, or math-verify finds equality (numbers to six decimals) and units agree.
 
+        Of a true equation without variables, such as ``3 + 4 = 7``, the last side counts; a false one equals nothing.
         A missing unit agrees with any; different units do not agree. A percentage also equals its value: ``50%`` is
         ``0.5``. Answers in words must be the same words: math-verify would read them as products of letters, equal in
         any order.
@@ -120,18 +131,36 @@ class Math(Domain):
         Raises:
             RuntimeError: see ``MathChecker.equal``.
         """
-        equal = [False] * len(answers)
+        golds = [_final(sample.answer) for sample in gold]
+        given = [i for i, answer in enumerate(answers) if answer is not None]
+        pairs = self._without_workings([(golds[i], str(answers[i])) for i in given])
+        right = dict(zip(given, self._equal(pairs), strict=True))
+        return [right.get(i, False) for i in range(len(answers))]
+
+    def _equal(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
+        """Whether the second of each pair equals the first, the true answer."""
+        equal = [False] * len(pairs)
         unlike: list[tuple[int, tuple[str, str]]] = []
-        for i, (sample, answer) in enumerate(zip(gold, answers, strict=True)):
-            if answer is not None:
-                found = compare(quantity(_final(sample.answer)), quantity(answer))
-                if isinstance(found, bool):
-                    equal[i] = found
-                else:
-                    unlike += [(i, pair) for pair in found]
+        for i, (truth, given) in enumerate(pairs):
+            found = compare(quantity(truth), quantity(given))
+            if isinstance(found, bool):
+                equal[i] = found
+            else:
+                unlike += [(i, pair) for pair in found]
         for (i, _), result in zip(unlike, self.checker.equal([pair for _, pair in unlike]), strict=True):
             equal[i] = equal[i] or result
         return equal
+
+    def _without_workings(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+        """The pairs, with ``3 + 4 = 7`` replaced by ``7`` where the other answer is no equation."""
+        sides = {
+            (i, k): closed_sides(pair[k]) for i, pair in enumerate(pairs) for k in (0, 1) if "=" not in pair[1 - k]
+        }
+        claims = [(place, (found[-1], side)) for place, found in sides.items() for side in found[:-1]]
+        holds = self._equal([claim for _, claim in claims])
+        refuted = {place for (place, _), true in zip(claims, holds, strict=True) if not true}
+        last = {place: found[-1] for place, found in sides.items() if found and place not in refuted}
+        return [(last.get((i, 0), truth), last.get((i, 1), given)) for i, (truth, given) in enumerate(pairs)]
 
     def verify(self, samples: Sequence[Sample]) -> list[bool | None]:
         """False if the reasoning states a different final answer than the sample's; otherwise None, as this domain
@@ -186,7 +215,13 @@ def _stated(completion: str, words: bool = True) -> str | None:
 def _statements(completion: str) -> list[str]:
     """What follows "answer is" and "answer:", up to the end of the sentence."""
     rests = (_BOLD.sub("", rest) for rest in STATED.findall(completion))
-    return [_SENTENCE_END.split(rest, maxsplit=1)[0].strip(" *") for rest in rests]
+    values = (rest[found.end() :] if (found := _LEADING.match(rest)) else rest for rest in rests)
+    return [_SENTENCE_END.split(value, maxsplit=1)[0].strip(" *") for value in values]
+
+
+def _numbers(completion: str) -> list[str]:
+    """The numbers that stand alone or have a unit glued to them, without the unit; ``2x`` is none."""
+    return [number for number, glued in _NUMBER.findall(completion) if not glued or is_glued_unit(number, glued)]
 
 
 def _final(answer: str) -> str:

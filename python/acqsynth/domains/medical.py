@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, ClassVar
 
 from acqsynth.domains.base import STATED, Domain, Layout, Messages, Row, Sample, ask_for_sample, optional, text
@@ -22,11 +23,31 @@ _OPTIONS = [
 ]
 _BOXED = re.compile(r"\\boxed\{(?:\\text(?:bf)?\{)?([^{}]*)\}?\}")
 # A letter alone or with its mark ("B", "(b)", "B) aspirin"), not the article in "A fever"; or a decision with a mark.
-_LETTER = re.compile(r"\(?([A-Da-d])(?:[).:]|$)")
+_LETTER = re.compile(r"(?i:(?:the\s+)?(?:option|choice)\s+)?\(?([A-Da-d])(?:[).:]|$)")
 _DECISION = re.compile(r"(yes|no|maybe)\b(?!\s+\w)", re.IGNORECASE)
 _SEVERAL = re.compile(
     r"\(?(?:[A-D]|yes|no|maybe)\)?\s*(?:/|,|&|\bor\b|\band\b)\s*\(?(?:[A-D]|yes|no|maybe)\b", re.IGNORECASE
 )
+_REASON = re.compile(
+    r"(?<!\s)[,;]?\s++(?:because|since)\b|(?:(?<=\b[A-D])|(?<=\byes)|(?<=\bno)|(?<=\bmaybe)),?\s+as\b", re.IGNORECASE
+)
+# The parts of a list of choices: what stands between them, what may follow one without its text, and each of them. A
+# mark before a small letter may abbreviate a genus ("B. anthracis"), a capital before a word may be the article.
+_JOINT = re.compile(r"(?:[\s.,;:/&+()\u2013\u2014-]|(?i:or|and)\b)*")
+_JOINED = re.compile(r"[/&+]|\b(?:or|and)\b", re.IGNORECASE)
+_VERB = r"\s+(?:is|are|was|were|would|does|do|has|have|can|cannot|could|wrong|incorrect)\b"
+_LISTED = r"(?=\s*(?:$|[,;/&+()]|[\u2013\u2014-]+\s|(?i:or|and)\b))"
+_ENDS = rf"(?=[.:]|{_LISTED})"
+_MARKED = re.compile(
+    r"(?:(?i:option|choice)\s+)?\(?"
+    rf"(?:([A-D])(?:\)|[.:]?(?={_VERB})|[.:](?!\s+(?!(?:or|and)\b)[a-z])|{_LISTED})|([a-d])\))"
+)
+_DECIDED = re.compile(rf"\(?(yes|no|maybe)\b{_ENDS}", re.IGNORECASE)
+_CLAUSE = re.compile(_VERB)
+_DENIED = re.compile(r"[^.;\n]*?\b(?:not|wrong|incorrect|false|unlikely|excluded)\b", re.IGNORECASE)
+_CONTRAST = re.compile(r"\.\s|\b(?:as|not|than|unlike|instead|while|whereas|but|nor)\b", re.IGNORECASE)
+# A further marked letter in the same sentence, behind a text that is unknown.
+_ALSO = re.compile(rf"(?:[,;/&]|\b(?:or|and)\b)\s*(?:(?:or|and)\s+)?\(?([A-D])\)(?!{_VERB})")
 
 
 def _medmcqa(row: Row) -> Sample:
@@ -143,16 +164,12 @@ class Medical(Domain):
     def _choice_of(self, sample: Sample, answer: str) -> str:
         """The canonical answer, with an option's text replaced by its letter. Texts come before letters, so that
         ``C. difficile`` is an option's text; a letter by itself is a letter, even if it is also a text."""
-        words = _words(answer)
-        options = {} if words in ("", *LETTERS.lower()) else sample.extra.get("options", {})
-        for letter, option in options.items():
-            if words == _words(f"{letter} {option}"):
-                return str(letter)
-        for letter, option in options.items():
-            text = _words(option)
-            if words == text or (_LETTER.match(option) and words.startswith(f"{text} ")):
-                return str(letter)
-        return self.canonical(answer)
+        options = sample.extra.get("options", {})
+        plain = _without_bold(answer)
+        for words in map(_words, (plain, _without_reason(plain))):
+            if words not in ("", *LETTERS.lower()) and (letter := _by_text(words, plain, options)):
+                return letter
+        return _choice(plain, options) or _words(plain)
 
 
 def _without_bold(answer: str) -> str:
@@ -164,14 +181,90 @@ def _words(text: str) -> str:
     return re.sub(r"\W+", " ", text).strip().casefold()
 
 
-def _choice(plain: str) -> str | None:
+def _without_reason(plain: str) -> str:
+    return _REASON.split(plain, maxsplit=1)[0]
+
+
+def _by_text(words: str, plain: str, options: Mapping[str, str]) -> str | None:
+    """The letter of the option whose text, behind its letter or alone, a statement is or begins with."""
+    for letter, option in options.items():
+        if words == _words(f"{letter} {option}"):
+            return letter
+    for letter, option in options.items():
+        text = _words(option)
+        begins = _LETTER.match(option) and words.startswith(f"{text} ")
+        if words == text or (begins and not _names_several(plain, options)):
+            return letter
+    return None
+
+
+def _choice(plain: str, options: Mapping[str, str] | None = None) -> str | None:
     """The single letter or decision that a text begins with, or None."""
-    if _SEVERAL.match(plain):
+    if _SEVERAL.match(plain) or _names_several(plain, options or {}):
         return None
-    if letter := _LETTER.match(plain):
+    choice = _without_reason(plain)
+    if letter := _LETTER.match(choice):
         return letter[1].upper()
-    decision = _DECISION.match(plain)
+    decision = _DECISION.match(choice)
     return decision[1].lower() if decision else None
+
+
+def _names_several(plain: str, options: Mapping[str, str]) -> bool:
+    """Whether a text begins with a list of different choices: ``A) aspirin or C``, ``yes; no``. The subject of a
+    further clause is not in the list: ``C. A and B are wrong``."""
+    texts = _texts(tuple(options.items()))
+    groups: list[set[str]] = []
+    joint, end, begin = "", 0, 0
+    while item := _item(plain, begin, joint, texts, groups):
+        choice, end = item
+        if groups and _JOINED.search(joint):
+            groups[-1].add(choice)
+        else:
+            groups.append({choice})
+        between = _JOINT.match(plain, end)
+        joint, begin = (between[0], between.end()) if between else ("", end)
+    if len(groups) > 1 and _CLAUSE.match(plain, end):
+        groups = groups[: 1 if _DENIED.match(plain, end) else -1]
+    named = set().union(*groups)
+    sentence = _CONTRAST.split(_without_reason(plain[end:]), maxsplit=1)[0]
+    return len(named | set(_ALSO.findall(sentence) if named else ())) > 1
+
+
+@lru_cache(maxsize=1024)
+def _texts(options: tuple[tuple[str, str], ...]) -> list[tuple[str, re.Pattern[str], re.Pattern[str]]]:
+    """The letters of options, longest text first, with patterns of the text behind the letter and of the text alone; a
+    text of one letter never stands alone."""
+    spelled = {letter: r"\W+".join(map(re.escape, _words(option).split())) for letter, option in options}
+    return [
+        (
+            letter,
+            re.compile(rf"\(?{letter}[).:]+\W*{option}(?!\w)", re.IGNORECASE),
+            re.compile(option + _ENDS if option not in LETTERS.lower() else r"(?!)", re.IGNORECASE),
+        )
+        for letter, option in sorted(spelled.items(), key=lambda item: -len(item[1]))
+        if option
+    ]
+
+
+def _item(
+    plain: str,
+    begin: int,
+    joint: str,
+    texts: Sequence[tuple[str, re.Pattern[str], re.Pattern[str]]],
+    before: Sequence[set[str]],
+) -> tuple[str, int] | None:
+    """The choice at a place of a list, behind ``joint`` and the choices before, and where it ends."""
+    for letter, marked, _ in texts:
+        if found := marked.match(plain, begin):
+            return letter, found.end()
+    if not before or re.search(r"[^\s.]", joint):
+        for letter, _, alone in texts:
+            if found := alone.match(plain, begin):
+                return letter, found.end()
+    if found := _MARKED.match(plain, begin):
+        return (found[1] or found[2]).upper(), found.end()
+    decided = _DECIDED.match(plain, begin) if not before or before[0] <= set(DECISIONS) else None
+    return (decided[1].lower(), decided.end()) if decided else None
 
 
 def _options(question: str) -> dict[str, str]:

@@ -83,6 +83,8 @@ _NUMBER_WORD = re.compile(
     r"(?:hundred|thousand|lakh|crore)(?:th)?"
 )
 
+_ORDINAL = re.compile(r"(?:st|nd|rd|th)s?")
+
 #: Units that are understood if none is written, and omitted from the canonical form.
 UNDERSTOOD = frozenset({("dollar",), ("degree",)})
 
@@ -93,6 +95,12 @@ _LABEL = re.compile(
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _SEVERAL = re.compile(r"\\(?:pm|mp|[lg]eq?|[lg]t|in|cup)(?![A-Za-z])|[<>±]")  # one part here may be several there
 _EQUALS = re.compile(r"(?<![<>!:=\\])=(?!=)")
+# Numbers and operations; commas only in thousands.
+_CLOSED = re.compile(
+    r"(?=.*\d)(?:(?<=\d),(?=\d{3}(?!\d))|[\d\s.+\-*/^(){}\[\]]|\\(?:times|cdot|div|frac|sqrt|pi)(?![A-Za-z]))+"
+)
+_INNER_CURRENCY = re.compile(r"\\?\$(?=[\d.])")
+_MOST_SIDES = 6  # each may take a check by math-verify
 # Two letters alone are a product, except "no".
 _WORDS = re.compile(r"(?:[Nn][Oo]|[A-Za-z]{3,}|[A-Za-z]{2}(?=[ -].*[A-Za-z]{3}))(?:[ -][A-Za-z]+)*")
 
@@ -190,6 +198,20 @@ def _are_units(written: list[str], spaced: bool) -> bool:
     return True
 
 
+def is_glued_unit(number: str, glued: str) -> bool:
+    """Whether what directly follows a number is its unit: not a variable, a clock time, a scale or an ordinal, except
+    that of a fraction (``2/3rds``)."""
+    letters = glued.rstrip("²³")
+    word = _unit_word(letters)
+    if not letters.isalpha() or word in NO_UNITS or word in SCALES or word in ("am", "pm"):
+        return False
+    if _ORDINAL.fullmatch(letters):
+        return "/" in number
+    if len(letters) == 1:
+        return letters in "gmhlL" or (letters == "s" and "." in number)  # 90s are a decade
+    return _known(word) or (len(letters) > 2 and not _NUMBER_WORD.fullmatch(word))
+
+
 def _known(word: str) -> bool:
     """Whether a word is a unit of measure."""
     return word.partition("^")[0] in {*UNITS.values(), *CASED, "C", "F"}
@@ -281,6 +303,18 @@ def _sides(truth: str, given: str) -> list[tuple[str, str]]:
         if _LABEL.fullmatch(long[0]):
             return [(long[1], short) if long is left else (short, long[1])]
     return []
+
+
+def closed_sides(answer: str) -> list[str]:
+    """The sides of an equation without variables, such as ``3 + 4 = 7``, without a label before them; else none."""
+    if len(answer) > LONGEST:
+        return []
+    sides = [side.strip() for side in _EQUALS.split(_plain(answer))]
+    if len(sides) > 2 and _LABEL.fullmatch(sides[0]):
+        del sides[0]
+    sides = [_INNER_CURRENCY.sub("", side) for side in sides[:-1]] + sides[-1:]
+    closed = all(_CLOSED.fullmatch(quantity(side).plain) for side in sides)
+    return sides if closed and 2 <= len(sides) <= _MOST_SIDES else []
 
 
 def _plain(answer: str) -> str:

@@ -121,7 +121,8 @@ class NoLeak:
 
     Args:
         domain: its canonical form of the answer is searched for as well, and the final part if equivalent: the 5 of
-            ``5 eggs``. So is any short answer, in whatever form, that the question states as "answer is" or "answer:".
+            ``5 eggs``. So is any short answer, in whatever form, that the question states as "answer is" or "answer:",
+            or marks by ``\\boxed{...}``, a line ``#### ...`` or a sentence "Answer - ...".
     """
 
     name = "no_leak"
@@ -154,7 +155,7 @@ class NoLeak:
             return True
         others = {final for answer in answers if (final := self.domain.answer_of(answer)) and leaks(final)}
         if len(words(sample.answer)) < _LONG_REASONING:
-            others |= {final for found in STATED.finditer(asked) if (final := self.domain.answer_of(found[0]))}
+            others |= {final for marked in _marked(asked) if (final := self.domain.answer_of(marked))}
         return any(self.domain.equivalent([sample] * len(others), sorted(others)))
 
 
@@ -396,6 +397,23 @@ _GOES_ON = frozenset({"or", "and", ",", "/", "+", "-", "*", "^", "%"})
 _OPTION = re.compile(
     r"(?:(?:^|\s)(?:[A-H][).:]|\([A-Ha-h]\))|^[a-h]\))\s.*?(?=$|\n|\s(?:[B-H][).:]|\([B-Hb-h]\))\s)", re.MULTILINE
 )
+
+
+# A complete box that holds something, with braces of two levels in it.
+_BOX = re.compile(r"\\f?boxed\s*+\{(?=\s*+[^\s}])(?:[^{}]++|\{(?:[^{}]++|\{[^{}]*+\})*+\})*+\}")
+_HASHES = re.compile(r"^####[ \t]*\S.*$", re.MULTILINE)
+_DASHED = re.compile(
+    r"(?:^|(?<=[.?!:;]))[ \t]*(?P<open>\()?(?:the )?(?:final |correct )?ans(?:wer)?\s+"
+    r"(?:[-\u2013\u2014=]+>?|\u2192)[ \t]+"
+    r"(?P<value>\S(?(open)[^\n()]*|[^\n]*))",
+    re.IGNORECASE | re.MULTILINE,
+)
+
+
+def _marked(question: str) -> list[str]:
+    """The parts of a question that mark a final answer."""
+    found = [match[0] for pattern in (STATED, _BOX, _HASHES) for match in pattern.finditer(question)]
+    return found + [f"Answer: {match['value']}" for match in _DASHED.finditer(question)]
 
 
 def _mark(option: re.Match[str]) -> str:

@@ -58,6 +58,40 @@ def math():
         ("First 3, then 10/4", "10/4"),
         ("x7 is -1,234.5.", "-1,234.5"),
         ("I do not know.", None),
+        ("The answer is therefore 7.", "7"),
+        ("The answer is, thus, about 7 because 3 + 4 = 7.", "7"),
+        ("The answer is approximately $7.50.", "$7.50"),
+        ("The answer is then **x + y**.", "x + y"),
+        ("So 18. The answer is therefore positive.", "18"),
+        ("So 18. The answer is about ducks.", "18"),
+        ("So the answer is 3 + 4 = 7.", "3 + 4 = 7"),
+        # units glued to numbers
+        ("The bag weighs 2.5kg.", "2.5"),
+        ("It costs 1,234km", "1,234"),
+        ("Tom has 3 bags, so in total 15kg.", "15"),
+        ("Tom has 3 bags, so in total 1,015.25g.", "1,015.25"),
+        ("It takes 3 runs, at 9.58s", "9.58"),
+        ("So it is 1.5e3", "1.5e3"),
+        ("It is 2 times 5e-2.", "5e-2"),
+        ("He needs 3/4cup", "3/4"),
+        ("He ate 2/3rds of 7 pies, so 2/3rds.", "2/3"),
+        ("The tin weighs 0.75lb", "0.75"),
+        ("The floor has 25cm².", "25"),
+        ("It moves at 60km/h.", "60"),
+        ("So 10/2.5", "10/2.5"),
+        ("So 18apples.", "18"),
+        # no units
+        ("So x2 and 2x + 3", "3"),
+        ("There are 12 in 2.5x.", "12"),
+        ("There are 12 in 1,234y.", "12"),
+        ("There are 12, as in the 1980s.", "12"),
+        ("There are 12 on the 3rd day.", "12"),
+        ("There are 12 by 5pm.", "12"),
+        ("The 12 of 2pi", "12"),
+        ("There are 12, not 5million", "12"),
+        ("There are 12 in 3D.", "12"),
+        ("It is 18.So it is.", "18"),
+        ("In 1,2345", "2345"),
         ("", None),
         # boxes in boxes
         ("\\boxed{\\boxed{3}}", "3"),
@@ -281,6 +315,69 @@ def test_answers_that_differ_in_any_part(math, gold, answers):
 def test_the_same_answer_in_other_words(math, gold, answers):
     right = math.equivalent([Sample("?", gold)] * len(answers), answers)
     assert [answer for answer, equal in zip(answers, right, strict=True) if not equal] == []
+
+
+@pytest.mark.parametrize(
+    ("gold", "completion", "right"),
+    [
+        ("2", "The bag weighs 2.5kg.", False),
+        ("2.5", "The bag weighs 2.5kg.", True),
+        ("2.5 kg", "The bag weighs 2.5kg.", True),
+        ("1,234 km", "It costs 1,234km", True),
+        ("1500", "So it is 1.5e3", True),
+        ("0.75", "He needs 3/4cup", True),
+        ("4", "So 10/2.5", True),
+        ("2", "So it is 2pi.", False),
+        ("2", "So it is 2.5x.", False),
+    ],
+)
+def test_a_unit_glued_to_a_number(math, gold, completion, right):
+    assert math.equivalent([Sample("?", gold)], [math.answer_of(completion)]) == [right]
+
+
+WORKINGS = [
+    "So the answer is 3 + 4 = 7.",
+    "\\boxed{3+4=7}",
+    "#### 3 + 4 = 7",
+    "\\boxed{3 + 4 = 14/2 = 7.0}",
+    "\\boxed{x = 3 + 4 = 7}",
+    "The answer is $3 + $4 = $7.",
+    "The answer is $3 + 4 = 7$.",
+    "The answer is 21 / 3 = 7 eggs.",
+    "\\boxed{\\frac{21}{3} = 7}",
+    "\\boxed{700\\% = 7}",
+    "The answer is therefore 3 + 4 = 7.",
+]
+
+
+@pytest.mark.parametrize("completion", WORKINGS)
+def test_a_true_equation_counts_as_its_last_side(math, completion):
+    answer = math.answer_of(completion)
+    golds = [Sample("?", gold) for gold in ("7", "8", "3", "7 km" if "eggs" in completion else "7.5")]
+    assert math.equivalent(golds, [answer] * 4) == [True, False, False, False]
+    assert math.equivalent([Sample("?", completion)] * 2, ["7", "8"]) == [True, False]
+    assert math.verify([Sample("?", "7", completion), Sample("?", "8", completion)]) == [None, False]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["3 + 4 = 8", "8 = 7", "7 = 8", "3 + 4 = 8 = 7", "7 = 7 = 8", "x + 3 = 7", "7, 8 = 7, 8", "2x = 7 = 7", "= 7 = 8",
+     "3 + 5 = 7", "3 + 4 = 7 or 8", "7 \\text{ or } 8 = 8", "7 km = 8 km", "7 = 7 = 7 = 7 = 7 = 7 = 7", "7 cm = 8"],
+)  # fmt: skip
+def test_any_other_equation_is_wrong(math, answer):
+    assert math.equivalent([Sample("?", "7"), Sample("?", "8")], [answer] * 2) == [False, False]
+
+
+def test_an_equation_is_compared_with_an_equation_as_a_whole(math):
+    golds = [Sample("?", gold) for gold in ("y = 7", "3 + 4 = 7", "2 + 3 = 5")]
+    assert math.equivalent(golds, ["0 = 0", "3+4=7", "3 + 2 = 6"]) == [False, True, False]
+
+
+@pytest.mark.parametrize("part", ["1,111,", "1", "1.", "1/", "1 ", "1e5", ",111"])
+def test_long_numbers_are_read_in_linear_time(math, part):
+    begin = time.monotonic()
+    math.answer_of(part * (200_000 // len(part)) + "x")
+    assert time.monotonic() - begin < 5
 
 
 @pytest.mark.parametrize("part", ["\\boxed{", "\\boxed", "{", "}", "\\boxed{}", "\\boxed{1", "\\boxed {{"])

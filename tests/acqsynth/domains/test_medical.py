@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from typing import Any
 
@@ -95,6 +96,124 @@ def test_texts_that_begin_with_a_letter_and_a_mark(mark, gap):
     ):
         for reply in replies:
             assert [medical.equivalent([gold], [reply]) == [True] for gold in golds] == [x == letter for x in GERMS]
+
+
+DRUGS = {"A": "Aspirin", "B": "Vitamin C", "C": "Morphine", "D": "Rest and aspirin since birth"}
+
+
+@pytest.mark.parametrize(
+    "statement",
+    ["A. B. C. D.", "A) B) C) D)", "A)B)C)D)", "A) aspirin or C) morphine.", "A. or C.", "A) aspirin, C) morphine",
+     "A) aspirin C) morphine", "A. aspirin C. morphine", "(A) (C)", "A) or possibly, C)", "A: aspirin; morphine",
+     "aspirin or morphine", "option A or C", "Option A, option C", "A. or C. are possible", "A. B. C. D. are possible",
+     "A) aspirin and/or C)",
+     "A. C.", "A) the drug, or C) another", "A) aspirin (or morphine)", "C) or D) since both help",
+     "D) rest and aspirin since birth or A) aspirin", "a) b) c) d)"],
+)  # fmt: skip
+def test_several_options_are_none(statement):
+    samples = [Sample("Which?", letter, extra={"options": DRUGS}) for letter in DRUGS]
+    for completion in (f"The answer is {statement}", f"\\boxed{{{statement}}}"):
+        answer = medical.answer_of(completion)
+        assert medical.equivalent(samples, [answer] * 4) == [False] * 4
+
+
+@pytest.mark.parametrize("statement", ["A. B. C. D.", "A) aspirin, C) morphine", "A. or C.", "yes; no"])
+def test_several_choices_have_no_common_canonical_form_with_one(statement):
+    assert medical.canonical(statement) not in ("A", "yes")
+    assert medical.answer_of(f"It is known.\n{statement}") is None
+
+
+@pytest.mark.parametrize(
+    ("statement", "letter"),
+    [
+        ("C because it is an opioid.", "C"),
+        ("C since it is an opioid, unlike A) aspirin", "C"),
+        ("C, as it is an opioid.", "C"),
+        ("option C", "C"),
+        ("Option (C).", "C"),
+        ("choice C) morphine", "C"),
+        ("the option C because A) and B) are weak", "C"),
+        ("B) vitamin C", "B"),
+        ("B. Vitamin C. It is a vitamin, as C. and D. are not", "B"),
+        ("vitamin C because it is a vitamin", "B"),
+        ("B) Vitamin C, A. fumigatus being a mould", "B"),
+        ("C. A) is wrong.", "C"),
+        ("C. A and B are wrong.", "C"),
+        ("C) Morphine, A and B are wrong.", "C"),
+        ("C. Option A is incorrect.", "C"),
+        ("C) Morphine as A) and B) fail", "C"),
+        ("C) Morphine; A, B, D are incorrect", "C"),
+        ("C. A, B and D incorrect", "C"),
+        ("C) Morphine (A and B are wrong)", "C"),
+        ("C) morphine rather than A) aspirin or B) vitamin C", "C"),
+        ("A) Aspirin, which, unlike C) morphine, or D), thins", "A"),
+        ("C) Morphine. Aspirin thins the blood.", "C"),
+        ("C) Morphine, not A) aspirin", "C"),
+        ("C) Morphine. A fever is no sign.", "C"),
+        ("C) morphine. No, not A.", "C"),
+        ("C: Morphine (an opioid)", "C"),
+        ("D) rest and aspirin since birth", "D"),
+        ("Rest and aspirin since birth.", "D"),
+        ("D) Rest and aspirin", "D"),
+        ("C. C. C.", "C"),
+        ("C) morphine, i.e. C", "C"),
+    ],
+)
+def test_one_option_with_more_words(statement, letter):
+    samples = [Sample("Which?", gold, extra={"options": DRUGS}) for gold in DRUGS]
+    answer = medical.answer_of(f"The answer is {statement}")
+    assert medical.equivalent(samples, [answer] * 4) == [gold == letter for gold in DRUGS]
+
+
+@pytest.mark.parametrize(
+    ("statement", "letter"),
+    [
+        ("C. difficile, not E. coli", "A"),
+        ("C. difficile and not B. anthracis since it does", "A"),
+        ("C. difficile causes colitis. B. anthracis does not.", "A"),
+        ("C. E. coli. B. pertussis is another", "C"),
+        ("D) A. fumigatus", "D"),
+        ("C. difficile or E. coli", None),
+        ("A. C. difficile or C. E. coli", None),
+        ("C. difficile, B. anthracis", None),
+    ],
+)
+def test_genera_in_a_longer_statement(statement, letter):
+    samples = [Sample("Which?", gold, extra={"options": GERMS}) for gold in GERMS]
+    assert medical.equivalent(samples, [statement] * 4) == [gold == letter for gold in GERMS]
+
+
+@pytest.mark.parametrize(
+    ("statement", "decision"),
+    [
+        ("yes; no", None),
+        ("yes. no. maybe.", None),
+        ("yes (or no)", None),
+        ("Yes, or no.", None),
+        ("no - maybe", None),
+        ("yes because it does, no doubt", "yes"),
+        ("no since it fails", "no"),
+        ("yes, as shown", "yes"),
+        ("yes. No harm was seen.", "yes"),
+        ("yes. Yes.", "yes"),
+        ("no, there is no effect", "no"),
+        ("maybe (it depends)", "maybe"),
+        ("no fever because of rest", None),
+    ],
+)
+def test_decisions_with_more_words(statement, decision):
+    golds = [Sample("Does it?", gold) for gold in ("yes", "no", "maybe")]
+    answer = medical.answer_of(f"The answer is {statement}")
+    assert medical.equivalent(golds, [answer] * 3) == [gold.answer == decision for gold in golds]
+
+
+@pytest.mark.parametrize(
+    "part", ["A) ", "A, ", "yes. ", "or ", "( ", "aspirin, ", ", A", " ", "-", "because ", "option "]
+)
+def test_long_statements_are_read_in_linear_time(part):
+    begin = time.monotonic()
+    medical.equivalent([Sample("Which?", "A", extra={"options": DRUGS})], ["A) " + part * (20_000 // len(part))])
+    assert time.monotonic() - begin < 5
 
 
 def test_a_letter_alone_is_the_letter_of_an_option():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -196,6 +197,55 @@ class TestNoLeak:
     )
     def test_another_value_is_no_leak(self, stated, answer):
         assert passes(NoLeak(find_domain("math")), f"{stated} What is it in the end?", answer)
+
+    @pytest.mark.parametrize(
+        "marked",
+        [
+            r"\boxed{372}",
+            r"\boxed{372.0}",
+            r"$\boxed{\frac{744}{2}}$",
+            "\n#### 372",
+            "\n####372 eggs\nShow it.",
+            "Answer - 372",
+            "(Answer \u2013 372)",
+            "\nanswer => 372.0",
+            "\nFinal answer \u2014 372",
+        ],
+    )
+    def test_the_marks_of_a_final_answer_leak(self, marked):
+        gate = NoLeak(find_domain("math"))
+        assert not passes(gate, f"What is 12 * 31? {marked}", "372")
+
+    @pytest.mark.parametrize(
+        ("question", "answer"),
+        [
+            (r"What is 12 * \boxed{31}?", "372"),
+            (r"What is \boxed{} + 360 if it is 12?", "360"),
+            (r"Fill in: 12 + \boxed{\phantom{0}} = 384", "384"),
+            ("#### Problem 372\nWhat is 12 * 31?", "372"),
+            ("#### 1\nWhat is 12 * 31?", "372"),
+            ("What is 744 / 2 if 372 * 2 is 744?", "372"),
+            ("Subtract 2 from my answer - 372 - to get 370. What is it over 2?", "186"),
+            ("If the answer - 372 = 0, what is it?", "372"),
+            ("What is 12 * 31? Answer - as a number.", "372"),
+            ("What is 12 * 31? Answer - 371", "372"),
+            (r"Give the answer as \boxed{n} where n is a number: 12 * 31?", "372"),
+        ],
+    )
+    def test_other_marks_are_no_leak(self, question, answer):
+        assert passes(NoLeak(find_domain("math")), question, answer)
+
+    def test_a_marked_decision_leaks(self):
+        gate = NoLeak(find_domain("medical"))
+        assert not passes(gate, "Does aspirin thin the blood? Answer - yes", "yes")
+        assert not passes(gate, "Does aspirin thin the blood? \\boxed{yes}", "yes")
+        assert passes(gate, "Does aspirin thin the blood? Answer - yes or no.", "yes")
+
+    @pytest.mark.parametrize("part", ["\\boxed{", "\\boxed{1}", "{", "#### ", "Answer - ", ". "])
+    def test_long_questions_are_read_in_linear_time(self, domain, part):
+        begin = time.monotonic()
+        passes(NoLeak(domain), part * (100_000 // len(part)))
+        assert time.monotonic() - begin < 5
 
     @pytest.mark.parametrize("name", ["medical", "math"])
     @pytest.mark.parametrize(
