@@ -170,12 +170,13 @@ def test_one_trunk_forward_and_one_head_pass_per_batch(tiny_model, tokenizer, mo
         module, "row_stats", lambda hidden, *a, **k: (passes.append(len(hidden)), real(hidden, *a, **k))[1]
     )
     student = acqcore.Student.from_model(tiny_model("Llama"), tokenizer=tokenizer)
-    acqcore.score(student, SAMPLES, NAMES, backend="eager")  # does the once-per-model work
-    passes.clear()
     forwards: list[torch.Size] = []
     student.trunk.register_forward_pre_hook(
         lambda _, args, kwargs: forwards.append((args[0] if args else kwargs["input_ids"]).shape), with_kwargs=True
     )
+    acqcore.score(student, SAMPLES, NAMES, backend="eager")  # does the once-per-model work
+    passes.clear()
+    forwards.clear()
     scores = acqcore.score(student, SAMPLES, NAMES, backend="eager", batch_tokens=70)
     assert all(shape.numel() <= 70 for shape in forwards)
     assert 1 < len(forwards) < len(SAMPLES)

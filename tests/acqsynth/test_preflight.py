@@ -153,7 +153,7 @@ def test_a_folder_to_refresh_from_needs_a_number_of_steps(tmp_path):
         (["reward.signals={entropy: {}}", "evaluation.validity={batches: 2, signals: [diversity]}"], True),
         (["reward.signals={entropy: {}}", "evaluation.validity={batches: 0, signals: [diversity]}"], False),
         (["reward.signals={answer_variance: {}}"], False),
-        (["reward.signals={answer_variance: {}}", "reward.paper_compat=true"], True),
+        (["reward.signals={answer_variance: {}}", "reward.paper_compat=true", "reward.labelling=null"], True),
     ],
 )
 def test_a_sentence_model_is_looked_for_only_if_a_signal_uses_it(overrides, needed, monkeypatch):

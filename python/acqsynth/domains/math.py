@@ -31,7 +31,7 @@ _BOLD = re.compile(r"(?<!\w)\*\*|\*\*(?!\w)")
 _WORDY = 4  # maximum words of an answer in words; longer ones are prose
 # A number and what is glued to it; possessive, so that 2.5kg is never 2.
 _NUMBER = re.compile(
-    r"(?<![\w.])([-+]?(?>\d{1,3}(?:,\d{3}(?!\d))++|\d++)(?:\.\d++)?+(?:[eE][-+]?\d{1,3}(?!\d))?+"
+    r"(?<![\w.^])([-+]?(?>\d{1,3}(?:,\d{3}(?!\d))++|\d++)(?:\.\d++)?+(?:[eE][-+]?\d{1,3}(?!\d))?+"
     r"(?:\s*+/\s*+\d++(?:\.\d++)?+)?+)(\w*+)"
 )
 _CALCULATION = re.compile(r"<<[^<>\n]*>>")  # GSM8K's calculator annotations

@@ -28,8 +28,11 @@ _DECISION = re.compile(r"(yes|no|maybe)\b(?!\s+\w)", re.IGNORECASE)
 _SEVERAL = re.compile(
     r"\(?(?:[A-D]|yes|no|maybe)\)?\s*(?:/|,|&|\bor\b|\band\b)\s*\(?(?:[A-D]|yes|no|maybe)\b", re.IGNORECASE
 )
+# A marked letter whose option's text begins with letters: "B) A", "D) A, B and C", "A) B and T cells".
+_OF_LETTERS = re.compile(r"\(?[A-Da-d][).:]\s+[A-D](?:(?:,|,? and| &)\s+[A-D])*(?:\s+\w[\w ]*)?$")
 _REASON = re.compile(
-    r"(?<!\s)[,;]?\s++(?:because|since)\b|(?:(?<=\b[A-D])|(?<=\byes)|(?<=\bno)|(?<=\bmaybe)),?\s+as\b", re.IGNORECASE
+    r"(?<!\s)[,;]?\s++(?:because|since)\b|(?:(?<=\b[A-D])|(?<=\byes)|(?<=\bno)|(?<=\bmaybe)),?\s+as\b(?!\s+well\b)",
+    re.IGNORECASE,
 )
 # The parts of a list of choices: what stands between them, what may follow one without its text, and each of them. A
 # mark before a small letter may abbreviate a genus ("B. anthracis"), a capital before a word may be the article.
@@ -43,9 +46,13 @@ _MARKED = re.compile(
     rf"(?:([A-D])(?:\)|[.:]?(?={_VERB})|[.:](?!\s+(?!(?:or|and)\b)[a-z])|{_LISTED})|([a-d])\))"
 )
 _DECIDED = re.compile(rf"\(?(yes|no|maybe)\b{_ENDS}", re.IGNORECASE)
-_CLAUSE = re.compile(_VERB)
+_CLAUSE = re.compile(_VERB + r"|\s+(?!(?:or|and)\b)[a-z]|\s*[:\u2013\u2014-]\s+\S")
+_COMBINED = re.compile(r"\b(?i:all|both|none)\b|\b[A-D](?:,| and\b| &)")  # an option that names others
 _DENIED = re.compile(r"[^.;\n]*?\b(?:not|wrong|incorrect|false|unlikely|excluded)\b", re.IGNORECASE)
-_CONTRAST = re.compile(r"\.\s|\b(?:as|not|than|unlike|instead|while|whereas|but|nor)\b", re.IGNORECASE)
+_CONTRAST = re.compile(
+    r"\.\s|\b(?:as|not|than|over|to|excluding|eliminating|ruling|rejecting|unlike|instead|while|whereas|but|nor)\b",
+    re.IGNORECASE,
+)
 # A further marked letter in the same sentence, behind a text that is unknown.
 _ALSO = re.compile(rf"(?:[,;/&]|\b(?:or|and)\b)\s*(?:(?:or|and)\s+)?\(?([A-D])\)(?!{_VERB})")
 
@@ -116,7 +123,7 @@ class Medical(Domain):
                 return _without_bold(found[-1]) or None
         lines = completion.strip().splitlines()
         last = _without_bold(lines[-1]) if lines else ""
-        return last if _choice(last) else None
+        return last if _choice(last) or _OF_LETTERS.match(last) else None
 
     def solution(self, sample: Sample) -> str:
         stated = f"The answer is {sample.answer}"
@@ -192,7 +199,7 @@ def _by_text(words: str, plain: str, options: Mapping[str, str]) -> str | None:
             return letter
     for letter, option in options.items():
         text = _words(option)
-        begins = _LETTER.match(option) and words.startswith(f"{text} ")
+        begins = len(text) > 1 and _LETTER.match(option) and words.startswith(f"{text} ")
         if words == text or (begins and not _names_several(plain, options)):
             return letter
     return None
@@ -217,14 +224,16 @@ def _names_several(plain: str, options: Mapping[str, str]) -> bool:
     joint, end, begin = "", 0, 0
     while item := _item(plain, begin, joint, texts, groups):
         choice, end = item
-        if groups and _JOINED.search(joint):
+        if groups and (_JOINED.search(joint) or (len(groups) > 1 and "," in joint)):
             groups[-1].add(choice)
         else:
             groups.append({choice})
         between = _JOINT.match(plain, end)
         joint, begin = (between[0], between.end()) if between else ("", end)
     if len(groups) > 1 and _CLAUSE.match(plain, end):
-        groups = groups[: 1 if _DENIED.match(plain, end) else -1]
+        return len(set().union(*groups[: 1 if _DENIED.match(plain, end) else -1])) > 1
+    if groups and len(groups[0]) == 1 and _COMBINED.search(options.get(next(iter(groups[0])), "")):
+        return False
     named = set().union(*groups)
     sentence = _CONTRAST.split(_without_reason(plain[end:]), maxsplit=1)[0]
     return len(named | set(_ALSO.findall(sentence) if named else ())) > 1

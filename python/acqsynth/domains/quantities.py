@@ -198,12 +198,18 @@ def _are_units(written: list[str], spaced: bool) -> bool:
     return True
 
 
+# Functions and products of variables behind a coefficient: 2sinx, 3abc.
+_FACTORS = re.compile(r"(?:arc)?(?:sin|cos|tan|csc|cot|log|exp)[a-rt-z]?|[abc]{2,3}|[xyz]{2,3}")
+
+
 def is_glued_unit(number: str, glued: str) -> bool:
     """Whether what directly follows a number is its unit: not a variable, a clock time, a scale or an ordinal, except
     that of a fraction (``2/3rds``)."""
     letters = glued.rstrip("²³")
     word = _unit_word(letters)
     if not letters.isalpha() or word in NO_UNITS or word in SCALES or word in ("am", "pm"):
+        return False
+    if _FACTORS.fullmatch(word):
         return False
     if _ORDINAL.fullmatch(letters):
         return "/" in number

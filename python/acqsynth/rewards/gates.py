@@ -399,9 +399,12 @@ _OPTION = re.compile(
 )
 
 
-# A complete box that holds something, with braces of two levels in it.
-_BOX = re.compile(r"\\f?boxed\s*+\{(?=\s*+[^\s}])(?:[^{}]++|\{(?:[^{}]++|\{[^{}]*+\})*+\})*+\}")
-_HASHES = re.compile(r"^####[ \t]*\S.*$", re.MULTILINE)
+# A complete box that holds something, with braces of two levels in it; not a blank within a formula.
+_BOX = re.compile(
+    r"(?<![-+*/]\s)(?<![-+*/])\\f?boxed\s*+\{(?=\s*+[^\s}])(?!\s*+\\[hv]?phantom)"
+    r"(?:[^{}]++|\{(?:[^{}]++|\{[^{}]*+\})*+\})*+\}(?!\s*[-+*/=])"
+)
+_HASHES = re.compile(r"(?<=\n)####[ \t]*\S.*$", re.MULTILINE)  # in the first line it is a heading
 _DASHED = re.compile(
     r"(?:^|(?<=[.?!:;]))[ \t]*(?P<open>\()?(?:the )?(?:final |correct )?ans(?:wer)?\s+"
     r"(?:[-\u2013\u2014=]+>?|\u2192)[ \t]+"

@@ -328,6 +328,9 @@ def test_the_same_answer_in_other_words(math, gold, answers):
         ("0.75", "He needs 3/4cup", True),
         ("4", "So 10/2.5", True),
         ("2", "So it is 2pi.", False),
+        ("2", "So it is 2sinx.", False),
+        ("3", "So there are 3abc.", False),
+        ("6", "So it weighs 10^6kg.", False),
         ("2", "So it is 2.5x.", False),
     ],
 )

@@ -165,6 +165,44 @@ def test_one_option_with_more_words(statement, letter):
     assert medical.equivalent(samples, [answer] * 4) == [gold == letter for gold in DRUGS]
 
 
+REMEDIES = {"A": "Aspirin", "B": "Warfarin", "C": "Heparin", "D": "Clopidogrel"}
+SIGNS = {"A": "Fever", "B": "Cough", "C": "Both A and B", "D": "All of the above"}
+
+
+@pytest.mark.parametrize(
+    ("options", "statement", "letter"),
+    [
+        (REMEDIES, "A) Aspirin. B) Warfarin increases bleeding risk.", "A"),
+        (REMEDIES, "A. B) Warfarin increases bleeding risk.", "A"),
+        (REMEDIES, "A) Aspirin. B) Warfarin: This is wrong.", "A"),
+        (REMEDIES, "A) Aspirin. B) Warfarin \u2013 incorrect. C) Heparin \u2013 incorrect.", "A"),
+        (REMEDIES, "A) Aspirin. (B) is for atrial fibrillation, (C) needs injection.", "A"),
+        (REMEDIES, "A) Aspirin, excluding (B), (C), and (D).", "A"),
+        (REMEDIES, "A) Aspirin, which is preferred to (B), (C) and (D).", "A"),
+        (REMEDIES, "A) Aspirin, (B) and (C)", None),
+        (REMEDIES, "A. B. C. D.", None),
+        (REMEDIES, "A) Aspirin. B) Warfarin.", None),
+        (REMEDIES, "B as well as C", None),
+        (SIGNS, "D) All of the above (A, B, and C).", "D"),
+        (SIGNS, "D) All of the above: fever and cough.", "D"),
+        (SIGNS, "D. A, B and C are all true.", "D"),
+        (SIGNS, "C) Both A and B", "C"),
+        (SIGNS, "A and B", None),
+    ],
+)
+def test_other_options_behind_an_answer(options, statement, letter):
+    samples = [Sample("Which?", gold, extra={"options": options}) for gold in options]
+    answer = medical.answer_of(f"The answer is {statement}")
+    assert medical.equivalent(samples, [answer] * 4) == [gold == letter for gold in options]
+
+
+@pytest.mark.parametrize("line", ["B) A", "B", "B) A because it fits"])
+def test_a_last_line_with_an_option_that_is_a_letter(line):
+    groups = {"A": "O", "B": "A", "C": "AB", "D": "B"}
+    samples = [Sample("Which group?", gold, extra={"options": groups}) for gold in groups]
+    assert medical.equivalent(samples, [medical.answer_of(f"So:\n{line}")] * 4) == [False, True, False, False]
+
+
 @pytest.mark.parametrize(
     ("statement", "letter"),
     [
