@@ -113,7 +113,8 @@ def write_section(page: Path, begin: str, end: str, text: str) -> None:
 
 
 def families(results: Results) -> dict[str, dict[str, tuple[Difference, float]]]:
-    """Family -> comparison -> its difference and its p value, Holm-adjusted within the family."""
+    """Family -> comparison -> its difference and its p value, Holm-adjusted within the family. A single seed allows no
+    test and does not count among the comparisons."""
     found: dict[str, dict[str, Difference]] = {}
     for pool in results.seeds:
         found[f"{pool}: default minus"] = {
@@ -124,8 +125,8 @@ def families(results: Results) -> dict[str, dict[str, tuple[Difference, float]]]
         }
     made = {}
     for name, family in found.items():
-        adjusted = holm({arm: one.p for arm, one in family.items()})
-        made[name] = {arm: (one, adjusted[arm]) for arm, one in family.items()}
+        adjusted = holm({arm: one.p for arm, one in family.items() if one.n > 1})
+        made[name] = {arm: (one, adjusted.get(arm, 1.0)) for arm, one in family.items()}
     return made
 
 
@@ -186,7 +187,7 @@ def tables(results: Results, choices: dict[str, Any]) -> str:
             else:
                 for family in (f"{pool}: minus random", f"{pool}: default minus"):
                     one, p = made[family][arm]
-                    cells += [interval(one), f"{p:.3g}"]
+                    cells += [interval(one), f"{p:.3g}" if one.n > 1 else ""]
             if pool == "B":
                 kinds = results.kinds(pool, arm)
                 cells.append(f"{100 - kinds[KINDS[0]]:.0f}")
@@ -199,7 +200,7 @@ def tables(results: Results, choices: dict[str, Any]) -> str:
 
 
 def interval(d: Difference) -> str:
-    return f"{d.mean:+.1f} [{d.low:+.1f}, {d.high:+.1f}]"
+    return f"{d.mean:+.1f} [{d.low:+.1f}, {d.high:+.1f}]" if d.n > 1 else f"{d.mean:+.1f}, one seed"
 
 
 def verdict(d: Difference, p: float) -> str:

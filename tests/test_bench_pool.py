@@ -407,6 +407,10 @@ class TestBench:
         assert results.minus("B", "loss", "random").mean == pytest.approx(-25)
         assert results.minus("B", "default", "loss").mean == pytest.approx(50)
         assert "| loss | 2 | 40.0 | -25.0 " in pool_report.tables(results, {})
+        of_two = pool_report.families(results)["B: minus random"]["loss"]
+        results = pool_report.Results([*rows, unit(1, "entropy", 0.7)])
+        assert "| entropy | 1 | 70.0 | +10.0, one seed |  | +10.0, one seed |  |" in pool_report.tables(results, {})
+        assert pool_report.families(results)["B: minus random"]["loss"] == of_two
 
     def test_takes_up_where_it_was_stopped(self, folder, tmp_path):
         arms = ("random", "default", "loss", "clean oracle")
