@@ -19,8 +19,8 @@ inline int thread_number() {
 #endif
 }
 
-// Uninitialized memory, 64-byte aligned, freed at the end of its scope. Linux backs large pieces with pages of 2 MiB: with
-// pages of 4 KiB the product spends 10 % of its time on page tables (Xeon, virtual machine; N = 4096, D = 576).
+// Uninitialized memory, 64-byte aligned, freed at the end of its scope. Linux backs large pieces with pages of 2 MiB:
+// with pages of 4 KiB the product spends 10 % of its time on page tables (Xeon, virtual machine; N = 4096, D = 576).
 class Scratch {
  public:
   explicit Scratch(int64_t bytes) : bytes_((bytes + 127) / 64 * 64) {

@@ -89,7 +89,7 @@ struct ByColumns {
 };
 
 // out [kVectorRows, kPanelColumns] (row stride `stride`) = a b, or += a b if `accumulate`. Meanwhile fetches
-// [kVectorRows / 8, k] floats at `next`.
+// [kVectorRows / 8, k] floats at `next`, if given.
 template <bool kPairs, typename Left>
 inline void vector_product(const float* a /* [kVectorRows, k], layout Left */, const float* b /* [k, kPanelColumns] */,
                            int64_t k, bool accumulate, float* out, int64_t stride, const float* next) {
@@ -125,7 +125,7 @@ inline void vector_product(const float* a /* [kVectorRows, k], layout Left */, c
 }
 
 // out [kPanelRows, kPanelColumns] (row stride `stride`) = a b, or += a b if `accumulate`. Meanwhile fetches
-// [kPanelRows / 8, k] floats at `next`.
+// [kPanelRows / 8, k] floats at `next`, if given.
 template <bool kPairs, typename Left = Packed>
 inline void panel_product(const float* a /* [kPanelRows, k], layout Left */, const float* b /* [k, kPanelColumns] */,
                           int64_t k, bool accumulate, float* out, int64_t stride, const float* next = nullptr) {
@@ -143,7 +143,7 @@ inline void panel_product(const float* a /* [kPanelRows, k], layout Left */, con
   } else {
     for (int i = 0; i < kPanelRows; i += kVectorRows) {
       vector_product<kPairs, Left>(a + i * Left::kRowStride, b, k, accumulate, out + i * stride, stride,
-                                        next + i / 8 * k);
+                                   next ? next + i / 8 * k : nullptr);
     }
   }
 }

@@ -61,7 +61,7 @@ inline void tile_step(const float* rows /* [32, kTileUnits] */, const float* col
 
 // out [32, 48] (row stride `stride`) = a b, one chain of sums. a is the sum of kParts panels, `part` floats apart, and b
 // the sum of `b` and `low`, if given; the product of the low parts, at most 2^-16, is omitted. k is a multiple of
-// kTileUnits. Meanwhile fetches [4, k] floats at `next`.
+// kTileUnits. Meanwhile fetches [4, k] floats at `next`, if given.
 template <int kParts = 1>
 inline void tile_product(const float* a /* [kParts, k / kTileUnits, 32, kTileUnits] */, const float* b /* [k, 48] */,
                          int64_t k, float* out, int64_t stride, const float* next = nullptr, int64_t part = 0,
