@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -100,24 +101,40 @@ def test_small_batches_of_draws(tiny_model):
     )
 
 
-def test_earlier_blocks_run_once(tiny_model):
-    """Only the last of three blocks sees the eight draws; no forward runs without dropout, since nothing reads it."""
+def test_what_draws_share_runs_once(tiny_model):
+    """Two of three blocks and the last one's attention run once for eight draws; no forward runs without dropout, since
+    nothing reads it."""
     model = tiny_model("Llama", num_hidden_layers=3)
-    student = acqcore.Student.from_model(model)
-    _score(student, _ids(6), "mutual_information", layers=1, draws=8)  # finds blocks and branches, once per model
-    rows: dict[int, int] = {0: 0, 1: 0, 2: 0}
+    rows: dict[str, int] = {}
 
-    def count(i):
-        def hook(module, arguments):
-            if "forward" not in module.__dict__:  # a skipped block does not compute
-                rows[i] += len(arguments[0])
+    def count(name):
+        def hook(module, arguments, keywords):
+            if "forward" not in module.__dict__:  # a module with a stored output does not compute
+                rows[name] = rows.get(name, 0) + len(arguments[0] if arguments else keywords["hidden_states"])
 
         return hook
 
-    for i, block in enumerate(model.model.layers):
-        block.register_forward_pre_hook(count(i))
+    *blocks, last = model.model.layers
+    for i, module in enumerate([*blocks, last.self_attn, last.mlp]):
+        module.register_forward_pre_hook(count(("block 0", "block 1", "attention", "mlp")[i]), with_kwargs=True)
+    student = acqcore.Student.from_model(model)
+    _score(student, _ids(6), "mutual_information", layers=1, draws=8)  # finds blocks and branches, once per model
+    rows.clear()
     _score(student, _ids(6, 6), "mutual_information", layers=1, draws=8)
-    assert rows == {0: 2, 1: 2, 2: 16}
+    assert rows == {"block 0": 2, "block 1": 2, "attention": 2, "mlp": 16}
+
+
+def test_a_hook_set_between_calls_acts_once(tiny_model):
+    """A hook on a module whose output would be stored, set after a first call: its output is not altered twice."""
+    ids = _ids(7, 4)
+    for name in ("", "self_attn"):
+        model = tiny_model("Llama", num_hidden_layers=3)
+        _score(model, ids, "mutual_information", layers=2)
+        module = model.model.layers[1 if name else 0].get_submodule(name)
+        module.register_forward_hook(lambda _, __, output: (output[0] * 3, *output[1:]) if name else output * 3)
+        again = _score(model, ids, "mutual_information", layers=2)["mutual_information"]
+        anew = _score(copy.deepcopy(model), ids, "mutual_information", layers=2)["mutual_information"]
+        torch.testing.assert_close(again, anew)
 
 
 def test_the_model_is_left_as_found(tiny_model):

@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from acqcore.students.sharding import matrix_owners, unwrapped
+from acqcore.students.sharding import altered, matrix_owners, unwrapped
 
 #: Maximum depth of a branch inside its block.
 DEPTH = 6
@@ -33,7 +33,7 @@ class _Known:
     signature: tuple[int, ...]  # ids of its modules at that time
     blocks: list[str]
     branches: list[list[str]] | None = None
-    skips: dict[int, bool] = field(default_factory=dict)
+    skips: dict[int, tuple[tuple[Any, ...], bool]] = field(default_factory=dict)  # alterations at that time, verdict
 
 
 # Cached per model, so that a reward called with the model at each step pays for the search once.
@@ -73,11 +73,13 @@ class Blocks:
         return [[self._module.get_submodule(name) for name in of_block] for of_block in known.branches]
 
     def skippable(self, count: int, forward: Callable[[], Any], check: Callable[[], bool]) -> bool:
-        """Whether the first ``count`` blocks may return a stored output; ``check`` decides and runs only once."""
-        known = self._known(forward)
-        if count not in known.skips:
-            known.skips[count] = check()
-        return known.skips[count]
+        """Whether the first ``count`` modules that draws share may return stored outputs; ``check`` decides, again only
+        once the model is altered."""
+        assert self._module is not None
+        known, state = self._known(forward), altered(self._module)
+        if count not in known.skips or known.skips[count][0] != state:
+            known.skips[count] = state, check()
+        return known.skips[count][1]
 
     def _known(self, forward: Callable[[], Any]) -> _Known:
         assert self._module is not None

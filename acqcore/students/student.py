@@ -186,7 +186,8 @@ class Student:
             return self._blocks.branches(self._few_tokens)
 
     def may_skip(self, count: int, check: Callable[[], bool]) -> bool:
-        """Whether the first ``count`` blocks may return a stored output; ``check`` decides, once per model."""
+        """Whether the first ``count`` modules that draws share may return stored outputs; ``check`` decides, once
+        until the model is altered."""
         with self.alone():
             return self._blocks.skippable(count, self._few_tokens, check)
 

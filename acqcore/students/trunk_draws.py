@@ -1,16 +1,16 @@
 """Draws of a student's final hidden states: dropout inside its trunk, or the members of an ensemble.
 
 Dropout in the last n blocks acts on the outputs that each attention and MLP adds to the residual stream; ``blocks.py``
-finds them wherever the sum is written. Earlier blocks run once. All draws of the last blocks run as one batch through
-the model's own code, with earlier blocks returning their stored output. Masks come from ``philox.py``, so a sample's
-draws depend neither on its batch nor on the backend.
+finds them wherever the sum is written. Earlier blocks and the first branch after them run once. All draws of the rest
+run as one batch through the model's own code, in which those modules return their stored outputs. Masks come from
+``philox.py``, so a sample's draws depend neither on its batch nor on the backend.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -34,7 +34,7 @@ class DropoutSites:
     """
 
     sites: tuple[tuple[int, nn.Module, float], ...]  # number, module and dropout probability of each
-    before: tuple[nn.Module, ...]  # the blocks before the first site
+    shared: tuple[nn.Module, ...]  # the blocks before the first site, and that site: no dropout acts on their inputs
 
     @classmethod
     def of(cls, student: Student, layers: Layers, dropout: float) -> DropoutSites:
@@ -60,8 +60,9 @@ class DropoutSites:
         checks.enough_blocks("layers", count, len(blocks))
         first = len(blocks) - count
         of_blocks = [(i, branch) for i, branches in enumerate(student.branches) for branch in branches]
-        sites = ((number, branch, dropout) for number, (i, branch) in enumerate(of_blocks, 1) if i >= first)
-        return cls(tuple(sites), tuple(blocks[:first]))
+        sites = [(number, branch, dropout) for number, (i, branch) in enumerate(of_blocks, 1) if i >= first]
+        shared = (*blocks[:first], sites[0][1]) if first else ()  # one branch alone is not worth another forward
+        return cls(tuple(sites), shared)
 
 
 class TrunkDraws:
@@ -78,17 +79,17 @@ class TrunkDraws:
         self._dropped = 0
         self._backend = backend
         self._sites = found.sites
-        self._skipped: tuple[nn.Module, ...] = ()
+        self._shared: tuple[nn.Module, ...] = ()
         # Ranks that run forwards together skip nothing: another rank may be running all blocks.
-        before, alone = found.before, not student.forwards_are_collective
-        if before and alone and student.may_skip(len(before), lambda: self._skipping(before)):
-            self._skipped = before
+        shared, alone = found.shared, not student.forwards_are_collective
+        if shared and alone and student.may_skip(len(shared), lambda: self._skipping(shared)):
+            self._shared = shared
 
-    def _skipping(self, before: tuple[nn.Module, ...]) -> bool:
-        """Whether a stored output can replace the first blocks; False if a later block reads more of them than that."""
+    def _skipping(self, shared: tuple[nn.Module, ...]) -> bool:
+        """Whether stored outputs can replace these modules; False if a later one reads more of them than that."""
         ids = torch.arange(4, device=self._student.device)[None] % 4
         trial = copy.copy(self)
-        trial._skipped, trial._sites, trial._draws = before, (), 1
+        trial._shared, trial._sites, trial._draws = shared, (), 1
         with self._student.scoring(), torch.inference_mode(False):
             expected = self._student.hidden(ids)
             try:
@@ -119,35 +120,43 @@ class TrunkDraws:
     ) -> torch.Tensor:
         expanded = input_ids.repeat(self._draws, 1)  # [K * B, T]
         with ExitStack() as stack:
-            if self._skipped:
-                entering = self._entering(input_ids)
-                for block in self._skipped:
-                    stack.enter_context(replaced_forward(block, lambda *_, **__: entering))
+            for module, output in self._stored(input_ids).items():
+                stack.enter_context(replaced_forward(module, partial(_given, output)))
             for site, module, p in self._sites:
                 drop = partial(self._after_site, site=site, p=p, samples=samples)
                 stack.callback(module.register_forward_hook(drop).remove)
             hidden = self._student.hidden(expanded)
         return hidden.unflatten(0, (self._draws, len(input_ids)))
 
-    def _entering(
+    def _stored(
         self,
         input_ids: torch.Tensor,  # [B, T]
+    ) -> dict[nn.Module, Any]:
+        """Outputs of the shared modules from one forward that ends there, repeated for each draw. Blocks all return
+        that of the last one."""
+        if not self._shared:
+            return {}
+        *blocks, branch = self._shared
+        found: dict[nn.Module, Any] = {}
+
+        def keep(module: nn.Module, arguments: Any, output: Any) -> None:
+            found[module] = self._repeated(output, input_ids)
+            if module is branch:
+                raise _Found
+
+        with ExitStack() as stack:
+            for module in (*blocks[-1:], branch):
+                stack.callback(module.register_forward_hook(keep).remove)
+            with suppress(_Found):
+                self._student.hidden(input_ids)
+        return {module: found[blocks[-1] if module is not branch else branch] for module in self._shared}
+
+    def _repeated(
+        self,
+        output: Any,
+        input_ids: torch.Tensor,  # [B, T]
     ) -> Any:
-        """Output of the last skipped block, repeated for each draw; later blocks do not run."""
-        found: list[Any] = []
-
-        def stop(module: nn.Module, arguments: Any, output: Any) -> None:
-            found.append(output)
-            raise _Found
-
-        hook = self._skipped[-1].register_forward_hook(stop)
-        try:
-            self._student.hidden(input_ids)
-        except _Found:
-            pass
-        finally:
-            hook.remove()
-        output = found[0]
+        """A module's output with its first tensor repeated for each draw, draw by draw."""
         value = first_tensor(output)
         if value is None or value.shape[:2] != input_ids.shape:
             raise ValueError(f"layers: expected a block to return [B, T, ...], got {checks.describe(value)}")
@@ -185,7 +194,12 @@ class TrunkDraws:
 
 
 class _Found(Exception):  # noqa: N818
-    """Ends a forward after the last skipped block."""
+    """Ends a forward after the last shared module."""
+
+
+def _given(output: Any, *_: Any, **__: Any) -> Any:
+    """A forward that returns a stored output."""
+    return output
 
 
 def member_hidden(
