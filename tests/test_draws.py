@@ -124,17 +124,19 @@ def test_what_draws_share_runs_once(tiny_model):
     assert rows == {"block 0": 2, "block 1": 2, "attention": 2, "mlp": 16}
 
 
-def test_a_hook_set_between_calls_acts_once(tiny_model):
+@pytest.mark.parametrize("name", ["layers.0", "layers.1.self_attn"])
+def test_a_hook_set_between_calls_acts_once(name, tiny_model):
     """A hook on a module whose output would be stored, set after a first call: its output is not altered twice."""
-    ids = _ids(7, 4)
-    for name in ("", "self_attn"):
-        model = tiny_model("Llama", num_hidden_layers=3)
-        _score(model, ids, "mutual_information", layers=2)
-        module = model.model.layers[1 if name else 0].get_submodule(name)
-        module.register_forward_hook(lambda _, __, output: (output[0] * 3, *output[1:]) if name else output * 3)
-        again = _score(model, ids, "mutual_information", layers=2)["mutual_information"]
-        anew = _score(copy.deepcopy(model), ids, "mutual_information", layers=2)["mutual_information"]
-        torch.testing.assert_close(again, anew)
+    model, ids = tiny_model("Llama", num_hidden_layers=3), _ids(7, 4)
+
+    def triple(module, arguments, output):
+        return (output[0] * 3, *output[1:]) if isinstance(output, tuple) else output * 3
+
+    _score(model, ids, "mutual_information", layers=2)
+    model.model.get_submodule(name).register_forward_hook(triple)
+    again = _score(model, ids, "mutual_information", layers=2)["mutual_information"]
+    anew = _score(copy.deepcopy(model), ids, "mutual_information", layers=2)["mutual_information"]
+    torch.testing.assert_close(again, anew)
 
 
 def test_the_model_is_left_as_found(tiny_model):
