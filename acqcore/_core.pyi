@@ -126,7 +126,7 @@ def dropout_mask(
 ) -> None: ...
 def mixture_stats(
     isa: str,
-    head: HeadArgs,  # hidden [N, D], or [draws * N, D] without dropout; its weight and bias are not read
+    head: HeadArgs,  # hidden [N, D], or [draws * N, D] without dropout
     rows: int,
     draws: int,
     dropout: Dropout | None,
@@ -134,6 +134,11 @@ def mixture_stats(
     biases: list[int],  # likewise, float32 [V], or 0
     state: int,  # float64 [6, N], written
     votes: int,  # int64 [draws, N], written
+    bounds: int,  # of a Gram as in row_stats, block form only
+    samples: int,
+    products: int,
+    row_state: int,  # block form: float64 [7, N], statistics without dropout, written, or 0
+    row_index: int,  # int64 [N] with row_state
 ) -> None: ...
 def logit_stats(
     isa: str,

@@ -222,6 +222,30 @@ def dropout_stats(
     return _mixture_stats(hidden, (head,), dropout, draws, targets, backend)
 
 
+def dropout_rows(
+    hidden: torch.Tensor,  # [N, D]
+    head: Head,
+    dropout: Dropout,
+    draws: int,
+    targets: torch.Tensor,  # [N]
+) -> tuple[DrawRows, BayesStats]:
+    """Draws for ``Backend.stats_and_mixture``, and the statistics that it fills; arguments are trusted."""
+    state, votes = _empty(draws, hidden)
+    dtype = compute_dtype(hidden.dtype, head.weight.dtype)
+    in_range = checks.targets_in_range(targets, head.vocab_size)
+    return DrawRows(hidden, (head,), in_range, draws, dropout, state, votes), BayesStats(state, votes, targets, dtype)
+
+
+def _empty(
+    draws: int,
+    hidden: torch.Tensor,  # [..., N, D]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Uninitialised ``state [6, N]`` and ``votes [K, N]``."""
+    n = hidden.shape[-2]
+    state = torch.empty((len(STATE_ROWS), n), dtype=torch.float64, device=hidden.device)
+    return state, torch.empty((draws, n), dtype=torch.int64, device=hidden.device)
+
+
 def places(
     hidden: torch.Tensor,  # [N, D]
     offsets: torch.Tensor | None,  # [B + 1]
@@ -249,8 +273,7 @@ def _mixture_stats(
     n = hidden.shape[-2]
     dtypes = hidden.dtype, head.weight.dtype
     chosen = select_backend(backend, hidden.device, dtypes, "mixture_stats", (n, len(head.weight)))
-    state = torch.empty((len(STATE_ROWS), n), dtype=torch.float64, device=hidden.device)
-    votes = torch.empty((draws, n), dtype=torch.int64, device=hidden.device)
+    state, votes = _empty(draws, hidden)
     if head.group is not None:
         # A shard's second pass needs the merged normalisers, which the fused kernels do not accept.
         check_tiling(head)

@@ -16,10 +16,12 @@ from dataclasses import dataclass
 
 import torch
 
+from acqcore import checks
 from acqcore.backends import Backend, Gram, HeadRows
+from acqcore.backends.base import DrawRows
 from acqcore.head import Head, compute_dtype
 from acqcore.kept import on_device
-from acqcore.row_stats import MAX, RowStats, over_vocabulary, own_stats
+from acqcore.row_stats import MAX, RowStats, empty_state, over_vocabulary, own_stats, stats_of
 from acqcore.vocab_parallel import summed
 
 FORMS = ("auto", "gram", "direct")
@@ -72,8 +74,10 @@ def visit(
     backend: Backend,
     form: str = "auto",
     known: RowStats | None = None,  # statistics of these rows over the whole vocabulary, with these targets
+    draws: DrawRows | None = None,  # of these rows, under a head of the whole vocabulary
 ) -> HeadVisit:
-    """Statistics of the rows, and Gram matrices of the samples that ``form`` selects; arguments are trusted.
+    """Statistics of the rows, Gram matrices of the samples that ``form`` selects, and the statistics of ``draws``;
+    arguments are trusted.
 
     ``auto`` forms Gram matrices for samples of at most ``backend.longest_gram(D)`` rows, ``gram`` for all and
     ``direct`` for none. If the statistics are already known, only the Gram matrices need the pass over the weights.
@@ -85,7 +89,12 @@ def visit(
         dtype = compute_dtype(hidden.dtype, head.weight.dtype)
         gram = Gram.empty(tuple(bounds[i] for i in short), dtype, hidden.device)
     own = known
-    if own is None or gram is not None:
+    if draws is not None:
+        state, index = empty_state(hidden)
+        in_range = checks.targets_in_range(targets, head.vocab_size)
+        backend.stats_and_mixture(HeadRows(hidden, head, in_range, temperature, state, index), draws, gram)
+        own = stats_of(hidden, targets, state, index, compute_dtype(hidden.dtype, head.weight.dtype))
+    elif own is None or gram is not None:
         own = own_stats(hidden, head, targets, temperature, backend, gram)
     stats = known if known is not None else over_vocabulary(own, head)
     return HeadVisit(hidden, head, temperature, backend, stats, bounds, short, gram, own.state[MAX])

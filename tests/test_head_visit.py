@@ -10,17 +10,19 @@ import pytest
 import torch
 
 import acqcore
-from acqcore.backends import Gram, HeadRows, get as get_backend
+from acqcore.backends import Dropout, Gram, HeadRows, get as get_backend
+from acqcore.bayes import dropout_rows, dropout_stats
 from acqcore.head_grad import loss_weights
 from acqcore.head_visit import visit
 from acqcore.row_stats import empty_state
-from acqcore.testing import Case, case_from_logits, random_case
+from acqcore.testing import Case, case_from_logits, random_case, worst_errors
 
 #: Rows per sample; the longer lengths are not multiples of a block or panel.
 LENGTHS = (1, 2, 17, 40, 21, 5)
 Bounds = tuple[tuple[int, int], ...]
 BOUNDS: Bounds = tuple((sum(LENGTHS[:i]), sum(LENGTHS[: i + 1])) for i in range(len(LENGTHS)))
 N = sum(LENGTHS)
+ISAS = [isa for isa, missing in acqcore._core.isas() if not missing]
 
 
 def _rising() -> Case:
@@ -164,7 +166,7 @@ def _products(case: Case, backend: str) -> torch.Tensor:
     return gram.products.view(2, 43, 43)
 
 
-@pytest.mark.parametrize("isa", [isa for isa, missing in acqcore._core.isas() if not missing])
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_sample_does_not_depend_on_its_batch(threads, dtype, isa, monkeypatch, set_threads):
@@ -198,7 +200,7 @@ def test_tiles_multiply_split_factors(dtype, isa, monkeypatch):
     assert torch.equal(*states) == (dtype != torch.bfloat16)
 
 
-@pytest.mark.parametrize("isa", [isa for isa, missing in acqcore._core.isas() if not missing])
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("std", [1.0, 30.0])
 def test_long_samples(std, isa, monkeypatch):
     """Grams of long samples are formed in tile registers if available, for float32 too; short ones never are."""
@@ -254,6 +256,42 @@ def test_shards_add_up(name, implementation):
     stats = parts[0].stats.merge(parts[1].stats)
     shares = [dataclasses.replace(part, stats=stats).grad_norm(weights).double().square() for part in parts]
     torch.testing.assert_close(shares[0] + shares[1], expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("block", "dtype", "isa"),
+    [
+        *((block, dtype, isa) for block, dtype in ((16, torch.float32), (32, torch.bfloat16)) for isa in ISAS),
+        (7, torch.float32, ISAS[-1]),
+        (5, torch.bfloat16, ISAS[-1]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "name", ["rising", "repeated targets", "-inf tiles", "one tile and a column", "one column", "deep", "everything"]
+)
+def test_draws_share_the_pass(name, block, dtype, isa, monkeypatch):
+    """Block dropout's draws come with the statistics and norms of the rows without dropout, and are those of a call of
+    their own bit for bit; rows of long samples too."""
+    monkeypatch.setenv("ACQCORE_ISA", isa)
+    case = dataclasses.replace(_case(name), temperature=1.0).to(dtype)
+    long = dataclasses.replace(
+        case, hidden=case.hidden.repeat(4, 1)[:300], targets=case.targets.repeat(4)[:300]
+    )  # one sample, whose Gram is formed in tile registers
+    for rows, bounds in ((case, BOUNDS), (long, ((0, 300),))):
+        key = torch.arange(len(rows.hidden))
+        dropout = Dropout(0.2, "block", block, 3, torch.zeros_like(key), key)
+        drawn, found = dropout_rows(rows.hidden, rows.head, dropout, 5, rows.targets)
+        got = visit(rows.hidden, rows.head, rows.targets, bounds, 1.0, get_backend("cpu"), "gram", draws=drawn)
+        alone = dropout_stats(rows.hidden, rows.head, dropout, 5, rows.targets, "cpu")
+        assert torch.equal(found.state.nan_to_num(7), alone.state.nan_to_num(7))
+        assert torch.equal(found.votes, alone.votes)
+        errors = worst_errors(got.stats, rows.oracle())
+        assert max(errors.values()) <= 1, errors
+        weights = torch.linspace(0.1, 2, len(key)).double() * (rows.targets != -100)
+        norms = got.grad_norm(weights).double()
+        tolerance = 1e-4 if dtype == torch.float32 else 1e-3
+        torch.testing.assert_close(norms, _autograd(rows, weights, bounds), rtol=tolerance, atol=1e-12)
 
 
 def test_samples_that_are_too_long_take_the_other_form(monkeypatch):

@@ -39,6 +39,11 @@ REQUESTS = {
         (6, 2, 0, 8),
     ),
     "entropy, mutual information": (("entropy", "mutual_information"), ALL_DRAWS, (6, 2, 0, 9)),
+    "entropy, norm, mutual information in blocks": (
+        ("entropy", "grad_norm", "mutual_information"),
+        {"mutual_information": {"form": "block", "block": 8, "draws": 8}},
+        (6, 1, 0, 8),
+    ),
     "draws": (DRAWN, ALL_DRAWS, (6, 1, 0, 8)),
     "norm, head": (("grad_norm",), {}, (6, 1, 0, 1)),
     "entropy, norm, head": (("entropy", "grad_norm"), {}, (6, 1, 0, 1)),
@@ -116,6 +121,7 @@ def count(monkeypatch, tokenizer):
         hook(backend, name, lambda _, rows, *__: counted.update(products=int(len(rows.hidden) > 0)))
     hook(backend, "fisher_sums", lambda _, rows, probes, *__: counted.update(products=2 + probes.count))
     hook(backend, "mixture_stats", lambda _, rows: counted.update(products=rows.draws))
+    hook(backend, "stats_and_mixture", lambda _, rows, draws, *__: counted.update(products=draws.draws))
 
     head = acqcore.Student.head
 

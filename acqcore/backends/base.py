@@ -255,3 +255,9 @@ class Backend(ABC):
     @abstractmethod
     def mixture_stats(self, rows: DrawRows) -> None:
         """Fill the state and votes of ``bayes.BayesStats``; rows with target -100 get a NaN state and votes of -1."""
+
+    def stats_and_mixture(self, rows: HeadRows, draws: DrawRows, gram: Gram | None = None) -> None:
+        """``row_stats`` and ``mixture_stats`` of the same rows, without and with dropout, in one operation if a kernel
+        can."""
+        self.row_stats(rows, gram)
+        self.mixture_stats(draws)

@@ -202,21 +202,37 @@ class Cpu(Backend):
             )
 
     def mixture_stats(self, rows: DrawRows) -> None:
+        self._mixture(rows)
+
+    def stats_and_mixture(self, rows: HeadRows, draws: DrawRows, gram: Gram | None = None) -> None:
+        if draws.dropout is None or draws.dropout.form != "block":
+            super().stats_and_mixture(rows, draws, gram)
+        else:
+            self._mixture(draws, rows, gram)
+
+    def _mixture(self, draws: DrawRows, rows: HeadRows | None = None, gram: Gram | None = None) -> None:
+        """Statistics of the draws and, in the block form, of the rows without dropout."""
         # The extension sees [K, N, D] as [K * N, D].
-        hidden = rows.hidden if rows.dropout is not None else rows.hidden.flatten(0, 1)
-        first = HeadRows(hidden, rows.heads[0], rows.targets, 1.0, rows.state, rows.votes)
-        biases = [None if head.bias is None else head.bias.to(torch.float32).contiguous() for head in rows.heads]
-        with _head_args(first) as arguments, _dropout_args(rows.dropout) as dropout:
+        hidden = draws.hidden if draws.dropout is not None else draws.hidden.flatten(0, 1)
+        first = HeadRows(hidden, draws.heads[0], draws.targets, 1.0, draws.state, draws.votes)
+        biases = [None if head.bias is None else head.bias.to(torch.float32).contiguous() for head in draws.heads]
+        bounds = None if gram is None else torch.tensor(gram.bounds, dtype=torch.int64)
+        with _head_args(first) as arguments, _dropout_args(draws.dropout) as dropout:
             _core.mixture_stats(
                 self.instruction_set(),
                 arguments,
-                rows.state.shape[1],
-                rows.draws,
+                draws.state.shape[1],
+                draws.draws,
                 dropout,
-                [matrix(head.weight) for head in rows.heads],
+                [matrix(head.weight) for head in draws.heads],
                 [pointer(bias) for bias in biases],
-                rows.state.data_ptr(),
-                rows.votes.data_ptr(),
+                draws.state.data_ptr(),
+                draws.votes.data_ptr(),
+                pointer(bounds),
+                0 if gram is None else len(gram.bounds),
+                0 if gram is None else gram.products.data_ptr(),
+                0 if rows is None else rows.state.data_ptr(),
+                0 if rows is None else rows.index.data_ptr(),
             )
 
 

@@ -12,7 +12,8 @@ import torch
 
 from acqcore.acquisitions import DrawOptions
 from acqcore.backends import Dropout
-from acqcore.bayes import BayesStats, dropout_stats, ensemble_stats
+from acqcore.backends.base import DrawRows
+from acqcore.bayes import BayesStats, dropout_rows, dropout_stats, ensemble_stats
 from acqcore.head import Head
 from acqcore.head_grad import Bounds
 from acqcore.students.packing import collate
@@ -90,13 +91,25 @@ class Draws:
         hidden: torch.Tensor,  # [N, D] of the scored tokens, on the head's device
     ) -> BayesStats:
         """Statistics under dropout on the last hidden state (``options.on_hidden``)."""
+        dropout, targets = self._dropout(batch, hidden.device), batch.targets.to(hidden.device)
+        return dropout_stats(hidden, self._head, dropout, self._options.draws, targets, self._backend)
+
+    def rows_of_hidden(
+        self,
+        batch: Batch,
+        hidden: torch.Tensor,  # [N, D] of the scored tokens, on the head's device
+    ) -> tuple[DrawRows, BayesStats]:
+        """The same for a pass over the head's weights that also gives the rows' own statistics."""
+        dropout, targets = self._dropout(batch, hidden.device), batch.targets.to(hidden.device)
+        return dropout_rows(hidden, self._head, dropout, self._options.draws, targets)
+
+    def _dropout(self, batch: Batch, device: torch.device) -> Dropout:
         options = self._options
         assert options.dropout is not None
         assert options.form is not None
         assert options.block is not None
-        keys, places = (value.to(hidden.device) for value in batch.keys_and_places)
-        dropout = Dropout(options.dropout, options.form, options.block, options.seed, keys, places)
-        return dropout_stats(hidden, self._head, dropout, options.draws, batch.targets.to(hidden.device), self._backend)
+        keys, places = (value.to(device) for value in batch.keys_and_places)
+        return Dropout(options.dropout, options.form, options.block, options.seed, keys, places)
 
     def of_forwards(self, batch: Batch) -> BayesStats:
         """Statistics under dropout inside the trunk, or of an ensemble, from additional forwards."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -154,32 +155,50 @@ class Runner:
             # A head in float32 over a half-precision trunk (an adapter's sum): widening hidden is exact.
             dtype = torch.promote_types(picked.dtype, head.weight.dtype)
             picked = picked.to(device=head.weight.device, dtype=dtype)
+            joined = self._joined_draws
             for options, draws in self._draws.items():
-                if options.on_hidden:
+                if options.on_hidden and options is not joined:
                     results[options] = draws.of_hidden(batch, picked)
             if all(isinstance(need, DrawOptions) for need in self._needs):
                 return
             with torch.autocast(hidden.device.type, enabled=False):
-                seen = self._visit_head(picked, batch)
+                seen = self._visit_head(picked, batch, results)
                 results[RowNeed()] = seen.stats
                 results[BatchNeed()] = SampleBatch(picked, head, seen.stats, seen.bounds, self._backend)
                 if gradients is not None:
                     results.update(gradients.measure(hidden, batch.positions, seen).items())
 
+    @cached_property
+    def _joined_draws(self) -> DrawOptions | None:
+        """Draws of block dropout whose pass over the head's weights also gives the statistics without dropout."""
+        if all(isinstance(need, DrawOptions) for need in self._needs):
+            return None
+        if self.head.group is not None or self.head.weight.device.type != "cpu":  # no kernel joins them there
+            return None
+        if self._gradients is not None and self._gradients.probes and not self._gradients.of_head:
+            return None  # the statistics come with the probes
+        return next((options for options in self._draws if options.on_hidden and options.form == "block"), None)
+
     def _visit_head(
         self,
         hidden: torch.Tensor,  # [N, D]
         batch: Batch,
+        results: dict[Need, Any],
     ) -> HeadPass:
-        """One head pass for all needs under the written targets."""
+        """One head pass for all needs under the written targets; adds the results of joined draws."""
         head, gradients = self.head, self._gradients
         targets = batch.targets.to(hidden.device)
         keys, places = (value.to(hidden.device) for value in batch.keys_and_places)
-        visited = carried = None
+        visited = carried = rows = None
+        if self._joined_draws is not None:
+            rows, results[self._joined_draws] = self._draws[self._joined_draws].rows_of_hidden(batch, hidden)
         if gradients is not None and gradients.of_head:
             backend = checked_backend(hidden, head, targets, 1.0, self._backend, "head_grad_norm")
-            visited = visit(hidden, head, targets, batch.bounds, 1.0, backend)
+            visited = visit(hidden, head, targets, batch.bounds, 1.0, backend, draws=rows)
             stats = visited.stats
+        elif rows is not None:
+            backend = checked_backend(hidden, head, targets, 1.0, self._backend)
+            stats = visit(hidden, head, targets, (), 1.0, backend, draws=rows).stats
         elif gradients is not None and gradients.probes:
             backend = checked_backend(hidden, head, targets, 1.0, self._backend, "fisher_sums")
             seed, count = next(iter(gradients.probes.items()))

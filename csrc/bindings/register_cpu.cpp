@@ -75,7 +75,8 @@ void row_stats(const std::string& isa, const acqcore::HeadArgs& head, uintptr_t 
                uintptr_t products, uintptr_t state, uintptr_t index) {
   const acqcore::GramArgs gram = {reinterpret_cast<const int64_t*>(bounds), samples,
                                   reinterpret_cast<float*>(products)};
-  const acqcore::RowStatsArgs args = {head, gram, reinterpret_cast<double*>(state), reinterpret_cast<int64_t*>(index)};
+  const acqcore::RowStatsArgs args = {head, gram, {}, reinterpret_cast<double*>(state),
+                                      reinterpret_cast<int64_t*>(index)};
   run(isa, &acqcore::Operations::row_stats, args);
 }
 
@@ -165,7 +166,8 @@ acqcore::Dropout make_dropout(const std::string& form, int64_t block, uint32_t t
 
 void mixture_stats(const std::string& isa, const acqcore::HeadArgs& head, int64_t rows, int draws,
                    const acqcore::Dropout* dropout, const std::vector<Matrix>& weights,
-                   const std::vector<uintptr_t>& biases, uintptr_t state, uintptr_t votes) {
+                   const std::vector<uintptr_t>& biases, uintptr_t state, uintptr_t votes, uintptr_t bounds,
+                   int64_t samples, uintptr_t products, uintptr_t row_state, uintptr_t row_index) {
   std::vector<const float*> bias_pointers;
   for (const uintptr_t bias : biases) bias_pointers.push_back(reinterpret_cast<const float*>(bias));
   const acqcore::MixtureStatsArgs args = {head,
@@ -176,7 +178,11 @@ void mixture_stats(const std::string& isa, const acqcore::HeadArgs& head, int64_
                                           weights.data(),
                                           bias_pointers.data(),
                                           reinterpret_cast<double*>(state),
-                                          reinterpret_cast<int64_t*>(votes)};
+                                          reinterpret_cast<int64_t*>(votes),
+                                          {reinterpret_cast<const int64_t*>(bounds), samples,
+                                           reinterpret_cast<float*>(products)},
+                                          reinterpret_cast<double*>(row_state),
+                                          reinterpret_cast<int64_t*>(row_index)};
   run(isa, &acqcore::Operations::mixture_stats, args);
 }
 
@@ -229,7 +235,8 @@ void register_cpu(py::module_& m) {
   m.def("dropout_mask", &dropout_mask, py::arg("isa"), py::arg("threads"), py::arg("dropout"), py::arg("site"),
         py::arg("rows"), py::arg("draws"), py::arg("units"), py::arg("keep"));
   m.def("mixture_stats", &mixture_stats, py::arg("isa"), py::arg("head"), py::arg("rows"), py::arg("draws"),
-        py::arg("dropout").none(true), py::arg("weights"), py::arg("biases"), py::arg("state"), py::arg("votes"));
+        py::arg("dropout").none(true), py::arg("weights"), py::arg("biases"), py::arg("state"), py::arg("votes"),
+        py::arg("bounds"), py::arg("samples"), py::arg("products"), py::arg("row_state"), py::arg("row_index"));
   m.def("logit_stats", &logit_stats, py::arg("isa"), py::arg("threads"), py::arg("logits"), py::arg("targets"),
         py::arg("temperature"), py::arg("state"), py::arg("index"));
 }

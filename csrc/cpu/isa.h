@@ -30,9 +30,36 @@ struct GramArgs {
   float* products;        // [sum T_i^2], written
 };
 
+enum class Draws {
+  kGiven,    // hidden holds every draw's states
+  kElement,  // dropout of columns
+  kBlock,    // dropout of blocks of columns
+};
+
+// Dropout that generates the draws: a unit is kept if its random word (philox.h) is at least `threshold`.
+struct Dropout {
+  Draws form;
+  int64_t block;       // columns that drop together; the last block may be shorter
+  uint32_t threshold;  // floor(p 2^32)
+  float inverse_keep;  // 1 / (1 - p)
+  uint64_t seed;
+  const int64_t* samples;    // [N]
+  const int64_t* positions;  // [N], in the sample
+};
+
+// Draws of block dropout, folded beside the rows themselves; none if draws is 0.
+struct BlockDraws {
+  Dropout dropout;  // Draws::kBlock
+  int draws;        // K
+  float* norms;     // [N, K, 2], written: each draw's largest logit m and log(Z e^-m)
+  double* state;    // [6, N], rows 0 and 3 written; rows as STATE_ROWS in bayes.py
+  int64_t* votes;   // [K, N], written: each draw's largest logit
+};
+
 struct RowStatsArgs {
   HeadArgs head;   // with targets if there are samples
   GramArgs gram;
+  BlockDraws drawn;
   double* state;   // [7, N], written; rows as STATE_ROWS in row_stats.py
   int64_t* index;  // [N], written
 };
@@ -112,23 +139,6 @@ struct HeadGradNormArgs {
   double* squared;        // [samples], written
 };
 
-enum class Draws {
-  kGiven,    // hidden holds every draw's states
-  kElement,  // dropout of columns
-  kBlock,    // dropout of blocks of columns
-};
-
-// Dropout that generates the draws: a unit is kept if its random word (philox.h) is at least `threshold`.
-struct Dropout {
-  Draws form;
-  int64_t block;       // columns that drop together; the last block may be shorter
-  uint32_t threshold;  // floor(p 2^32)
-  float inverse_keep;  // 1 / (1 - p)
-  uint64_t seed;
-  const int64_t* samples;    // [N]
-  const int64_t* positions;  // [N], in the sample
-};
-
 // Statistics of K softmax rows and of their mean, for each of N rows.
 struct MixtureStatsArgs {
   HeadArgs head;               // hidden [N, D], or [K * N, D] draw by draw for Draws::kGiven; targets [N]
@@ -140,6 +150,9 @@ struct MixtureStatsArgs {
   const float* const* biases;  // [members], each [V] or null
   double* state;               // [6, N], written; rows as STATE_ROWS in bayes.py
   int64_t* votes;              // [K, N], written: each draw's largest logit
+  GramArgs gram;               // block form, as for row_stats
+  double* row_state;           // block form: [7, N] of the rows without dropout, written, or null
+  int64_t* row_index;          // [N] with row_state
 };
 
 // The masks of every draw at one site of the model. Site 0 is the last hidden state, masked by mixture_stats itself.

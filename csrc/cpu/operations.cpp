@@ -39,13 +39,14 @@ bool multiplies(const Args& args) {
 }
 
 // For any dtype of the product, Grams of long samples are computed from factors split into bfloat16.
-bool multiplies(const RowStatsArgs& args) {
-  const GramArgs& gram = args.gram;
+bool multiplies(const GramArgs& gram) {
   for (int64_t s = 0; s < gram.samples; ++s) {
     if (GramLayout(gram.bounds[2 * s + 1] - gram.bounds[2 * s], false).tiled()) return true;
   }
-  return multiplies(args.head);
+  return false;
 }
+
+bool multiplies(const RowStatsArgs& args) { return multiplies(args.gram) || multiplies(args.head); }
 
 // Factors that multiply values are split into bfloat16 too.
 bool multiplies(const HiddenGradArgs&) { return true; }
@@ -53,7 +54,7 @@ bool multiplies(const FisherSumsArgs&) { return true; }
 
 bool multiplies(const MixtureStatsArgs& args) {
   const bool whole = args.dropout.form != Draws::kBlock || args.dropout.block % (2 * kTileUnits) == 0;
-  return whole && multiplies(args.head);
+  return whole && (multiplies(args.gram) || multiplies(args.head));
 }
 
 template <typename Args, bool (*own)(const Args&), bool (*Operations::*vectors)(const Args&)>
