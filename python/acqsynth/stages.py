@@ -231,7 +231,7 @@ def write_questions(context: StepContext, *, writing: Writing, mistakes: Path | 
         return {"rows": rows, "completions": made.completions, "dropped": made.dropped}
 
     chunks = context.chunks("samples", _asked(writing, pool), CHUNK, chunk, reward)
-    _write_kept(context, chunks, writing.n, later=bool(writing.earlier))
+    _write_kept(context, chunks, writing.n, near=write.drops_near_copies(reward.gates), later=bool(writing.earlier))
 
 
 def select_questions(context: StepContext, *, writing: Writing, candidates: int, spent: Path | None) -> None:
@@ -256,7 +256,7 @@ def select_questions(context: StepContext, *, writing: Writing, candidates: int,
         return {"rows": rows, "completions": made.completions, "dropped": made.dropped}
 
     chunks = context.chunks("samples", _asked(writing, pool), CHUNK, chunk, reward)
-    _write_kept(context, chunks, writing.n)
+    _write_kept(context, chunks, writing.n, near=write.drops_near_copies(reward.gates))
 
 
 def _asked(writing: Writing, pool: Sequence[Sample]) -> list[Any]:
@@ -299,14 +299,16 @@ def sample_mistakes(pool: Sequence[Sample], right: Sequence[bool], n: int, seed:
     return random.Random(seed).choices(wrong, [1 / asked[sample.extra.get("skill")] for sample in wrong], k=n)
 
 
-def _write_kept(context: StepContext, chunks: Iterable[Mapping[str, Any]], n: int, *, later: bool = False) -> None:
+def _write_kept(
+    context: StepContext, chunks: Iterable[Mapping[str, Any]], n: int, *, near: bool, later: bool = False
+) -> None:
     """Writes the samples of all chunks, each question once, and the counts of kept and dropped completions. A later
     round may be empty, so that the run can go on with the rows of earlier ones."""
     rows: list[Mapping[str, Any]] = []
     asked = write.questions()
     completions, dropped = 0, Counter[str]()
     for chunk in chunks:
-        rows += [row for row in chunk["rows"] if write.is_new(Sample(**row["sample"]), asked, dropped)]
+        rows += [row for row in chunk["rows"] if write.is_new(Sample(**row["sample"]), asked, dropped, near=near)]
         completions += chunk["completions"]
         dropped.update(chunk["dropped"])
         context.say(f"{len(rows)} samples of {n} from {completions} completions")

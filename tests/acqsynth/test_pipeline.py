@@ -325,7 +325,7 @@ def test_a_later_round_that_repeats_itself_adds_no_rows(fakes, recipe, monkeypat
     assert metrics["arms"]["grpo"]["written"]["kept"] == kept
     assert metrics["arms"]["grpo"]["written"]["dropped"]["repeats a question"] == 45
     said: list[str] = []
-    stages._write_kept(StepContext(recipe.parent, said.append), [], 8, later=True)
+    stages._write_kept(StepContext(recipe.parent, said.append), [], 8, near=True, later=True)
     assert "adds no rows: set fewer rounds or a higher generator.sampling.temperature" in said[-1]
 
 
@@ -462,7 +462,7 @@ def test_a_question_is_kept_once_whatever_its_chunk(tmp_path):
 
     chunks = [["1+1", "How much is 20+30?"], ["1+1", "**How much is 20+30?**", "How much is 20+31?"]]
     made = [{"rows": [row(each) for each in some], "completions": 4, "dropped": {}} for some in chunks]
-    stages._write_kept(StepContext(tmp_path), made, 8)
+    stages._write_kept(StepContext(tmp_path), made, 8, near=True)
     found = [sample.question for sample in read_rows(tmp_path / "samples.parquet")]
     assert found == ["1+1", "How much is 20+30?", "How much is 20+31?"]
     counts = json.loads((tmp_path / "counts.json").read_text())
