@@ -117,8 +117,8 @@ class NoLeak:
     An answer of at least four words (counting signs), or reasoning of at least eight, leaks if the question contains
     all of it. Shorter answers occur in many honest questions, so they leak only if the question calls them the answer:
     "answer", "solution" or "result", at most three of "is", ":", "=" and the like, then the answer. The text of an
-    option in a list of options ("B) ...") is not a leak, nor is "answer:" before the list, a number of decimal places, the
-    points for a correct answer, a letter in a box that shows the form of the answer, or a box that "is drawn".
+    option in a list of options ("B) ...") is not a leak, nor is "answer:" before the list, a number of decimal places,
+    the points for a correct answer, a letter in a box that shows the form of the answer, or a box that "is drawn".
 
     Args:
         domain: its canonical form of the answer is searched for as well, and the final part if equivalent: the 5 of
