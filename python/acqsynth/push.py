@@ -173,7 +173,8 @@ def _counts(arm: Mapping[str, Any], samples: Mapping[str, Any] | None) -> str:
         lines += [("completions sampled", written.get("completions")), ("rows kept", written.get("kept"))]
         lines += [(f"rejected: {reason}", n) for reason, n in written.get("dropped", {}).items()]
     if labelled := arm["labelled"]:
-        lines += [("rows with a label", labelled.get("labelled")), ("labels refuted", labelled.get("refuted"))]
+        lines.append(("rows with a label", labelled.get("labelled")))
+        lines.append(("labels refuted", labelled.get("refuted") or None))  # 0 may mean that none could be checked
         if labelled.get("truth_known"):
             lines += [("labels that could be checked", labelled["truth_known"]), ("of these, right", labelled["right"])]
         lines += [(f"labels rejected: {reason}", n) for reason, n in labelled.get("dropped", {}).items()]

@@ -231,7 +231,7 @@ def write_questions(context: StepContext, *, writing: Writing, mistakes: Path | 
         return {"rows": rows, "completions": made.completions, "dropped": made.dropped}
 
     chunks = context.chunks("samples", _asked(writing, pool), CHUNK, chunk, reward)
-    _write_kept(context, chunks, writing.n)
+    _write_kept(context, chunks, writing.n, near=write.drops_near_copies(reward.gates), later=bool(writing.earlier))
 
 
 def select_questions(context: StepContext, *, writing: Writing, candidates: int, spent: Path | None) -> None:
@@ -256,7 +256,7 @@ def select_questions(context: StepContext, *, writing: Writing, candidates: int,
         return {"rows": rows, "completions": made.completions, "dropped": made.dropped}
 
     chunks = context.chunks("samples", _asked(writing, pool), CHUNK, chunk, reward)
-    _write_kept(context, chunks, writing.n)
+    _write_kept(context, chunks, writing.n, near=write.drops_near_copies(reward.gates))
 
 
 def _asked(writing: Writing, pool: Sequence[Sample]) -> list[Any]:
@@ -299,19 +299,25 @@ def sample_mistakes(pool: Sequence[Sample], right: Sequence[bool], n: int, seed:
     return random.Random(seed).choices(wrong, [1 / asked[sample.extra.get("skill")] for sample in wrong], k=n)
 
 
-def _write_kept(context: StepContext, chunks: Iterable[Mapping[str, Any]], n: int) -> None:
-    """Writes the samples of all chunks, each question once, and the counts of kept and dropped completions."""
+def _write_kept(
+    context: StepContext, chunks: Iterable[Mapping[str, Any]], n: int, *, near: bool, later: bool = False
+) -> None:
+    """Writes the samples of all chunks, each question once, and the counts of kept and dropped completions. A later
+    round may be empty, so that the run can go on with the rows of earlier ones."""
     rows: list[Mapping[str, Any]] = []
     asked = write.questions()
     completions, dropped = 0, Counter[str]()
     for chunk in chunks:
-        rows += [row for row in chunk["rows"] if write.is_new(Sample(**row["sample"]), asked, dropped)]
+        rows += [row for row in chunk["rows"] if write.is_new(Sample(**row["sample"]), asked, dropped, near=near)]
         completions += chunk["completions"]
         dropped.update(chunk["dropped"])
         context.say(f"{len(rows)} samples of {n} from {completions} completions")
     if not rows:
-        raise StepError(f"none of {completions} completions is a sample ({_reasons(dropped)})")
-    scores = {name: [row["scores"][name] for row in rows] for name in rows[0]["scores"]}
+        none = f"none of {completions} completions is a sample ({_reasons(dropped)})"
+        if not later:
+            raise StepError(none)
+        context.say(f"{none}; this round adds no rows: set fewer rounds or a higher generator.sampling.temperature")
+    scores = {name: [row["scores"][name] for row in rows] for name in (rows[0]["scores"] if rows else ())}
     write_rows(context.folder / "samples.parquet", [Sample(**row["sample"]) for row in rows], scores)
     counts = {"wanted": n, "kept": len(rows), "completions": completions, "dropped": dict(dropped.most_common())}
     context.write("counts.json", counts)
@@ -339,8 +345,8 @@ def label_questions(
     """Writes ``samples.parquet``, the labelled rows, and ``counts.json``: numbers of labels, of rows that a gate drops
     because of their label, and of right labels.
 
-    ``model`` answers the questions, for the methods ``majority`` and ``teacher``. ``gates`` are those of the reward.
-    ``seeds`` complete the domain, so a gate drops labels that no seed has.
+    ``model`` answers the questions, for the methods ``majority`` and ``teacher``. ``gates`` are those of the reward;
+    ``sound`` always applies. ``seeds`` complete the domain, so that it drops labels that no seed has.
     """
     own, asked = find_domain(domain).with_seeds(read_rows(seeds)), read_rows(samples)
     kept: list[Sample] = []
@@ -358,13 +364,13 @@ def label_questions(
             kept += [Sample(**row["sample"]) for row in some]
             agreement += [row["agreement"] for row in some]
             context.say(f"{len(kept)} questions labelled of {len(asked)}")
-    if not kept:
+    if asked and not kept:
         raise StepError(f"the answers agree on none of {len(asked)} questions; lower labelling.threshold or raise k")
     dropped = Counter[str]()
     if labelling.method != "own":
-        checks = [gate for gate in sample_gates(own) if gates is None or gate.name in gates]
+        checks = [gate for gate in sample_gates(own) if gates is None or gate.name in ("sound", *gates)]
         passed = set(map(id, write.passing(checks, kept, dropped)))
-        if not passed:
+        if kept and not passed:
             raise StepError(f"none of {len(kept)} labelled questions passes the gates ({_reasons(dropped)})")
         agreement = [value for sample, value in zip(kept, agreement, strict=True) if id(sample) in passed]
         kept = [sample for sample in kept if id(sample) in passed]

@@ -107,7 +107,8 @@ def write(
     earlier: Sequence[Sample] = (),
     rounds: int = 8,
 ) -> WriteResult[Sample]:
-    """Samples that parse, have no fault, pass the gates and ask a new question, not a near copy of an earlier one.
+    """Samples that parse, have no fault, pass the gates and ask a new question: with the gate ``new`` no near copy of
+    an earlier one, otherwise none with the same normal form.
 
     Args:
         engine: engine of the generator.
@@ -125,6 +126,7 @@ def write(
     """
     asked = questions()
     asked.add(sample.question for sample in earlier)
+    near = drops_near_copies(gates)
 
     def keep(picked: Sequence[Messages], sampling: Sampling, dropped: Counter[str]) -> list[Sample]:
         samples = []
@@ -134,7 +136,7 @@ def write(
                 dropped[str(fault)] += 1
             else:
                 samples.append(sample)
-        kept = [sample for sample in passing(gates, samples, dropped) if is_new(sample, asked, dropped)]
+        kept = [sample for sample in passing(gates, samples, dropped) if is_new(sample, asked, dropped, near=near)]
         for gate in gates:
             if hasattr(gate, "accept"):
                 gate.accept(kept)
@@ -238,7 +240,7 @@ def best(
         sampling: its ``n`` is the number of candidates per prompt.
 
     Returns:
-        Candidates with a sample and a total, whose questions are no near copies of each other.
+        Candidates with a sample and a total, whose questions are new as in :func:`write`.
 
     Raises:
         ValueError: rows, rounds or the number of prompts is below 1.
@@ -253,7 +255,7 @@ def best(
             dropped["not the best of its prompt"] += len(valid[1:])
             for candidate in valid[:1]:
                 assert candidate.sample is not None
-                if is_new(candidate.sample, asked, dropped):
+                if is_new(candidate.sample, asked, dropped, near="new" in candidate.gates):
                     kept.append(candidate)
         return kept
 
@@ -274,9 +276,14 @@ def questions() -> NearCopies:
     return NearCopies(capacity=sys.maxsize)
 
 
-def is_new(sample: Sample, asked: NearCopies, dropped: Counter[str]) -> bool:
-    """Whether the question is no near copy of one asked before; adds it if so, and counts it as dropped if not."""
-    if asked.find(sample.question) is not None:
+def drops_near_copies(gates: Sequence[Any]) -> bool:
+    return any(gate.name == "new" for gate in gates)
+
+
+def is_new(sample: Sample, asked: NearCopies, dropped: Counter[str], *, near: bool = True) -> bool:
+    """Whether the question is no near copy of one asked before, or without ``near`` has another normal form; adds it
+    if so, and counts it as dropped if not."""
+    if asked.find(sample.question) is not None if near else sample.question in asked:
         dropped["repeats a question"] += 1
         return False
     asked.add([sample.question])

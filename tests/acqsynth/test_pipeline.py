@@ -309,6 +309,26 @@ def test_nothing_written_is_one_sentence(fakes, recipe, monkeypatch):
         run(recipe)
 
 
+def test_a_later_round_that_repeats_itself_adds_no_rows(fakes, recipe, monkeypatch):
+    def converged(*arguments, earlier, **options):
+        repeats = SimpleNamespace(rows=[], completions=45, dropped={"repeats a question": 45})
+        return repeats if earlier else fake_run.write(*arguments, earlier=earlier, **options)
+
+    monkeypatch.setattr(write, "write", converged)
+    plan, store, _ = run(recipe, "rounds=2", "baselines=[no_rl]", "evaluation.validity.batches=0")
+    arm = plan.arms["grpo"]
+    first, second = (read_rows(store.path(step) / "samples.parquet") for step in arm.labelled)
+    assert first
+    assert second == []
+    metrics = json.loads((store.path(plan.report) / "metrics.json").read_text())
+    kept = json.loads((store.path(arm.written[0]) / "counts.json").read_text())["kept"]
+    assert metrics["arms"]["grpo"]["written"]["kept"] == kept
+    assert metrics["arms"]["grpo"]["written"]["dropped"]["repeats a question"] == 45
+    said: list[str] = []
+    stages._write_kept(StepContext(recipe.parent, said.append), [], 8, near=True, later=True)
+    assert "adds no rows: set fewer rounds or a higher generator.sampling.temperature" in said[-1]
+
+
 def test_nothing_labelled_is_one_sentence(fakes, recipe, monkeypatch):
     silent = SimpleNamespace(sample=None, agreement=0.0)
     monkeypatch.setattr(label, "label", lambda engine, domain, samples, **options: [silent] * len(samples))
@@ -332,7 +352,8 @@ def test_a_label_that_the_question_gives_away_is_dropped(sums, tmp_path, monkeyp
     assert (counts["labelled"], counts["dropped"]) == (len(kept), {} if gates else {"gate no_leak": 1})
 
 
-def test_a_label_that_no_seed_has_is_dropped(tmp_path, monkeypatch, scripted):
+@pytest.mark.parametrize("gates", [None, ["new", "fluent"]])
+def test_a_label_that_no_seed_has_is_dropped(tmp_path, monkeypatch, scripted, gates):
     """Known labels are written as the seeds spell them, and the skill goes with the label."""
     says = {"gone": "Sure! It is about a delivery.", "late": "card arrival", "stolen": "Lost  Phone\nas it was stolen"}
     engine = scripted(lambda prompt, i, seed: says[prompt[0]["content"].split()[0]])
@@ -343,7 +364,7 @@ def test_a_label_that_no_seed_has_is_dropped(tmp_path, monkeypatch, scripted):
     write_rows(tmp_path / "asked.parquet", [Sample(each, "lost", "", {"skill": "lost"}) for each in questions])
     stages.label_questions(
         StepContext(tmp_path), domain="classification", engine=EngineConfig(), labelling=LabellingConfig(k=2),
-        model="student", gates=None, seeds=tmp_path / "seeds.parquet", samples=tmp_path / "asked.parquet", seed=0,
+        model="student", gates=gates, seeds=tmp_path / "seeds.parquet", samples=tmp_path / "asked.parquet", seed=0,
     )  # fmt: skip
     found = read_rows(tmp_path / "samples.parquet")
     assert [(sample.question, sample.answer, sample.extra) for sample in found] == [
@@ -441,7 +462,7 @@ def test_a_question_is_kept_once_whatever_its_chunk(tmp_path):
 
     chunks = [["1+1", "How much is 20+30?"], ["1+1", "**How much is 20+30?**", "How much is 20+31?"]]
     made = [{"rows": [row(each) for each in some], "completions": 4, "dropped": {}} for some in chunks]
-    stages._write_kept(StepContext(tmp_path), made, 8)
+    stages._write_kept(StepContext(tmp_path), made, 8, near=True)
     found = [sample.question for sample in read_rows(tmp_path / "samples.parquet")]
     assert found == ["1+1", "How much is 20+30?", "How much is 20+31?"]
     counts = json.loads((tmp_path / "counts.json").read_text())

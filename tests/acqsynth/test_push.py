@@ -91,6 +91,12 @@ def test_the_hub_gets_two_repositories_of_the_name(fakes, run, monkeypatch, caps
     assert [call.kwargs["private"] for call in api.create_repo.call_args_list] == [True, True]
 
 
+@pytest.mark.parametrize(("refuted", "rows"), [(0, "| rows with a label | 8 |"), (2, "| labels refuted | 2 |")])
+def test_labels_of_which_none_could_be_checked(refuted, rows):
+    labelled = {"asked": 9, "labelled": 8, "truth_known": 0, "right": 0, "refuted": refuted, "dropped": {}}
+    assert push._counts({"written": None, "labelled": labelled}, None).splitlines()[-1] == rows
+
+
 @pytest.mark.parametrize("only", ["dataset", "model"])
 def test_one_of_the_two(fakes, run, tmp_path, only):
     assert main(["push", str(run), "--to", str(tmp_path), "--license", "mit", "--only", only]) == 0

@@ -8,7 +8,7 @@ from fakes import written
 
 from acqsynth.domains import Sample
 from acqsynth.engines import Sampling
-from acqsynth.rewards.gates import Check, Labelled
+from acqsynth.rewards.gates import Check, Labelled, New
 from acqsynth.write import best, candidates, passing, prompts, write
 
 SEEDS = [Sample(f"{i}+{i}", str(2 * i)) for i in range(7)]
@@ -130,13 +130,15 @@ COPIES = [
 OTHERS = [BAKER.replace("19", "21"), "A train takes 12 hours for one way. How many does it take for both + back again?"]
 
 
-def test_near_copies_of_one_round_are_dropped(sums, scripted):
-    """Of a question and its disguised copies the first is kept; a changed number makes another question."""
+@pytest.mark.parametrize(("gates", "kept"), [([New()], []), ([], COPIES[3:4])])
+def test_copies_within_one_round_are_dropped(sums, scripted, gates, kept):
+    """Of a question and its disguised copies the first is kept, and without the gate ``new`` those with another normal
+    form; a changed number makes another question."""
     texts = iter([written(question, 31) for question in (BAKER, *COPIES[:3], *OTHERS, *COPIES[3:])])
     engine = scripted(lambda prompt, i, seed: next(texts))
-    found = write(engine, sums, ASK, Sampling(n=2), rows=8, rounds=1)
-    assert [sample.question for sample in found.rows] == [BAKER, *OTHERS]
-    assert found.dropped == {"repeats a question": 5}
+    found = write(engine, sums, ASK, Sampling(n=2), rows=8, rounds=1, gates=gates)
+    assert [sample.question for sample in found.rows] == [BAKER, *OTHERS, *kept]
+    assert found.dropped == {"repeats a question": 5 - len(kept)}
 
 
 def test_earlier_questions_are_not_asked_again(sums, scripted):

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from acqsynth.domains.base import STATED, Domain, Layout, Messages, Row, Sample, ask_for_sample, text
 from acqsynth.domains.math_check import MathChecker
-from acqsynth.domains.quantities import UNDERSTOOD, closed_sides, compare, is_glued_unit, quantity
+from acqsynth.domains.quantities import UNDERSTOOD, closed_sides, compare, is_glued_unit, quantity, rounded
 
 _HASHES = re.compile(r"^####[ \t]*(\S.*)$", re.MULTILINE)
 _SENTENCE_END = re.compile(r"\.(?=\s|$)|[,;]?\s+(?:because|since|so|which|as)\b")
@@ -34,6 +34,7 @@ _NUMBER = re.compile(
     r"(?<![\w.^])([-+]?(?>\d{1,3}(?:,\d{3}(?!\d))++|\d++)(?:\.\d++)?+(?:[eE][-+]?\d{1,3}(?!\d))?+"
     r"(?:\s*+/\s*+\d++(?:\.\d++)?+)?+)(\w*+)"
 )
+_SIZE = re.compile(r"(\d \w+ of) \d[\d.,]*[A-Za-z]+(?= [a-z])")  # of what is counted: "2 cartons of 1L milk"
 _CALCULATION = re.compile(r"<<[^<>\n]*>>")  # GSM8K's calculator annotations
 
 _TASKS = re.compile(
@@ -123,7 +124,8 @@ class Math(Domain):
     def equivalent(self, gold: Sequence[Sample], answers: Sequence[str | None]) -> list[bool]:
         """Whether canonical forms are equal, or math-verify finds equality (numbers to six decimals) and units agree.
 
-        Of a true equation without variables, such as ``3 + 4 = 7``, the last side counts; a false one equals nothing.
+        Of a true equation without variables, such as ``3 + 4 = 7``, the last side counts, which may be rounded to its
+        decimals; a false one equals nothing.
         A missing unit agrees with any; different units do not agree. A percentage also equals its value: ``50%`` is
         ``0.5``. Answers in words must be the same words: math-verify would read them as products of letters, equal in
         any order.
@@ -156,7 +158,9 @@ class Math(Domain):
         sides = {
             (i, k): closed_sides(pair[k]) for i, pair in enumerate(pairs) for k in (0, 1) if "=" not in pair[1 - k]
         }
-        claims = [(place, (found[-1], side)) for place, found in sides.items() for side in found[:-1]]
+        claims = [
+            (place, (found[-1], rounded(side, found[-1]))) for place, found in sides.items() for side in found[:-1]
+        ]
         holds = self._equal([claim for _, claim in claims])
         refuted = {place for (place, _), true in zip(claims, holds, strict=True) if not true}
         last = {place: found[-1] for place, found in sides.items() if found and place not in refuted}
@@ -221,7 +225,11 @@ def _statements(completion: str) -> list[str]:
 
 def _numbers(completion: str) -> list[str]:
     """The numbers that stand alone or have a unit glued to them, without the unit; ``2x`` is none."""
-    return [number for number, glued in _NUMBER.findall(completion) if not glued or is_glued_unit(number, glued)]
+    return [
+        number
+        for number, glued in _NUMBER.findall(_SIZE.sub(r"\1", completion))
+        if not glued or is_glued_unit(number, glued)
+    ]
 
 
 def _final(answer: str) -> str:

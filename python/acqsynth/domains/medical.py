@@ -25,8 +25,11 @@ _BOXED = re.compile(r"\\boxed\{(?:\\text(?:bf)?\{)?([^{}]*)\}?\}")
 # A letter alone or with its mark ("B", "(b)", "B) aspirin"), not the article in "A fever"; or a decision with a mark.
 _LETTER = re.compile(r"(?i:(?:the\s+)?(?:option|choice)\s+)?\(?([A-Da-d])(?:[).:]|$)")
 _DECISION = re.compile(r"(yes|no|maybe)\b(?!\s+\w)", re.IGNORECASE)
+# Two different choices, not the article "a" or a "no" before a noun.
 _SEVERAL = re.compile(
-    r"\(?(?:[A-D]|yes|no|maybe)\)?\s*(?:/|,|&|\bor\b|\band\b)\s*\(?(?:[A-D]|yes|no|maybe)\b", re.IGNORECASE
+    r"\(?([A-D]|yes|no|maybe)\)?\s*(?:,(?!\s*no\s+\w)|/|&|\bor\b|\band\b)\s*\(?(?!\1\b)"
+    r"(?:[b-d]|(?-i:A)|a(?=\))|yes|no|maybe)\b",
+    re.IGNORECASE,
 )
 # A marked letter whose option's text begins with letters: "B) A", "D) A, B and C", "A) B and T cells".
 _OF_LETTERS = re.compile(r"\(?[A-Da-d][).:]\s+[A-D](?:(?:,|,? and| &)\s+[A-D])*(?:\s+\w[\w ]*)?$")
@@ -218,13 +221,14 @@ def _choice(plain: str, options: Mapping[str, str] | None = None) -> str | None:
 
 def _names_several(plain: str, options: Mapping[str, str]) -> bool:
     """Whether a text begins with a list of different choices: ``A) aspirin or C``, ``yes; no``. The subject of a
-    further clause is not in the list: ``C. A and B are wrong``."""
+    further clause is not in the list: ``C. A and B are wrong``, ``A) aspirin, and B) is not``."""
     texts = _texts(tuple(options.items()))
     groups: list[set[str]] = []
     joint, end, begin = "", 0, 0
     while item := _item(plain, begin, joint, texts, groups):
         choice, end = item
-        if groups and (_JOINED.search(joint) or (len(groups) > 1 and "," in joint)):
+        apart = "," in joint and _CLAUSE.match(plain, end) and _DENIED.match(plain, end)
+        if groups and not apart and (_JOINED.search(joint) or (len(groups) > 1 and "," in joint)):
             groups[-1].add(choice)
         else:
             groups.append({choice})

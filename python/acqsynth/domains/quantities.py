@@ -40,11 +40,13 @@ SCALES = {
     "lakh": 10**5, "crore": 10**7,
 }  # fmt: skip
 
+_MAGNITUDES = {"k": "thousand", "K": "thousand", "M": "million", "B": "billion"}  # behind an amount of money
+
 CURRENCIES = {"€": "euro", "£": "gbp", "¥": "yen"}  # anything else is the dollar
 
 #: Unicode signs -> LaTeX.
 SIGNS = str.maketrans({"\u2212": "-", "\u2013": "-", "\u2044": "/", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ",
-                       "π": r"\pi ", "∞": r"\infty "})  # fmt: skip
+                       "÷": "/", "π": r"\pi ", "∞": r"\infty ", "≈": r"\approx "})  # fmt: skip
 
 #: Aliases of units; any other word of three letters or more is also a unit, in the singular.
 UNITS = {
@@ -92,13 +94,17 @@ _LABEL = re.compile(
     r"\\(?:text|mathrm)\{[^{}]*\}|[A-Za-z](?:_\{?\w+\}?)?(?:\([A-Za-z0-9, ]*\))?|"
     r"[A-Za-z]{3,}(?: [A-Za-z]+)*|\\angle ?[A-Z]+"
 )
+_ZEROS = re.compile(r"(?<=\d)(?<!,\d{3}),(?=0\d\d(?!\d|,\d{3}(?!\d)))")  # never before a part of its own
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _SEVERAL = re.compile(r"\\(?:pm|mp|[lg]eq?|[lg]t|in|cup)(?![A-Za-z])|[<>±]")  # one part here may be several there
 _EQUALS = re.compile(r"(?<![<>!:=\\])=(?!=)")
+_TIMES = re.compile(r"(?<=\d)(?<!\b0)\s*x\s*(?=\d)")  # not in 0x10
+_APPROXIMATELY = re.compile(r"\\approx(?![A-Za-z])")
 # Numbers and operations; commas only in thousands.
 _CLOSED = re.compile(
-    r"(?=.*\d)(?:(?<=\d),(?=\d{3}(?!\d))|[\d\s.+\-*/^(){}\[\]]|\\(?:times|cdot|div|frac|sqrt|pi)(?![A-Za-z]))+"
+    r"(?=.*\d)(?:(?<=\d),(?=\d{3}(?!\d))|[\d\s.+\-*/^!(){}\[\]]|\\(?:times|cdot|div|frac|sqrt|pi)(?![A-Za-z]))+"
 )
+_DECIMALS = re.compile(r"[-+]?[\d,]*\.(\d+)")
 _INNER_CURRENCY = re.compile(r"\\?\$(?=[\d.])")
 _MOST_SIDES = 6  # each may take a check by math-verify
 # Two letters alone are a product, except "no".
@@ -137,6 +143,7 @@ def _with_unit(plain: str) -> tuple[str, tuple[str, ...]]:
     if currency := _CURRENCY.match(plain):
         before = (CURRENCIES.get(currency[2], "dollar"),)
         plain = currency[1] + re.sub(r"/(?=[A-Za-z]{2})", " per ", plain[currency.end() :])
+        plain = re.sub(r"(?<=\d)\s?([kKMB])$", lambda letter: f" {_MAGNITUDES[letter[1]]}", plain)
     if percent := re.search(r"(?<!\s)\s*+(?:%|\\text\{\s*percent\}|\bpercent)$", plain):
         return plain[: percent.start()].strip(), ("%",)
     if currency := _CURRENCY_LAST.search(plain):
@@ -315,12 +322,23 @@ def closed_sides(answer: str) -> list[str]:
     """The sides of an equation without variables, such as ``3 + 4 = 7``, without a label before them; else none."""
     if len(answer) > LONGEST:
         return []
-    sides = [side.strip() for side in _EQUALS.split(_plain(answer))]
+    plain = _APPROXIMATELY.sub("=", _TIMES.sub(r" \\times ", _plain(answer)))
+    sides = [side.strip() for side in _EQUALS.split(plain)]
     if len(sides) > 2 and _LABEL.fullmatch(sides[0]):
         del sides[0]
     sides = [_INNER_CURRENCY.sub("", side) for side in sides[:-1]] + sides[-1:]
     closed = all(_CLOSED.fullmatch(quantity(side).plain) for side in sides)
     return sides if closed and 2 <= len(sides) <= _MOST_SIDES else []
+
+
+def rounded(side: str, last: str) -> str:
+    """A side of an equation in LaTeX, rounded like the last side if that has decimals: ``200/3 = 66.67`` is true."""
+    value, result = quantity(side), quantity(last)
+    decimals = _DECIMALS.fullmatch(result.plain)
+    if value.unit or result.unit == ("%",) or not decimals:
+        return side
+    shift = f"10^{{{len(decimals[1])}}}"
+    return rf"\frac{{\lfloor ({value.plain}) \cdot {shift} + \frac{{1}}{{2}} \rfloor}}{{{shift}}}"
 
 
 def _plain(answer: str) -> str:
@@ -331,7 +349,7 @@ def _plain(answer: str) -> str:
             plain = plain[len(opens) : -len(closes)].strip()
     plain = re.sub(r"^\$([^$]+)\$(?=\s*[A-Za-z])", r"\1 ", plain)  # "$18$ eggs"
     plain = _LAYOUT.sub("", plain.replace(r"\%", "%").replace("{,}", ",").replace("\\ ", " "))
-    plain = _SEPARATOR.sub(", ", plain)
+    plain = _ZEROS.sub("", _SEPARATOR.sub(", ", plain))
     plain = _FIRST_ARGUMENT.sub(r"\\\1{\2\3}", _FRAC.sub(r"\\frac", plain))
     plain = _SECOND_ARGUMENT.sub(r"\\frac\1{\2}", plain)
     if whole := re.fullmatch(r"\\(?:text|mathrm|textbf)\{([^{}]*)\}", plain):

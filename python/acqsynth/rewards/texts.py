@@ -31,6 +31,17 @@ _COUNT = re.compile(
     r"\d.*|zero|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|(?:thir|four|fif|six|seven|eigh|nine)teen|"
     r"(?:twen|thir|for|fif|six|seven|eigh|nine)ty|hundred|thousand|million|billion|dozen|half|twice"
 )
+# Words and operators, one by one in scripts without spaces; numbers are compared by value.
+_MEANING = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\d_]+|[-+/<>=]")
+_ENDING = re.compile(r"(?<=\w{3})(?:ing|e?[sd]|e)$")
+_FUNCTION_WORDS = frozenset(
+    re.findall(
+        r"\w+",
+        "a an the this that these those is are was were be been am do does did has have had i you he she it they we me "
+        "him them us my your his her its their our of in on at to for by as with what which please",
+    )
+)
+_NEGATIONS = frozenset({"no", "not", "never", "without", "except", "cannot", "neither", "nor"})
 _PUNCTUATION = re.compile(r"(?<!\d)[.,]|[.,](?!\d)|[;:!?'\"]")
 
 #: n texts -> ``[n, d]`` float32 unit rows on the CPU.
@@ -143,6 +154,30 @@ class _Held:
         missing = self.numbers - other.numbers - (other.readings - self.readings)
         return bool(missing and other.numbers - self.numbers - (self.readings - other.readings))
 
+    def reworded(self, other: _Held) -> bool:
+        """Whether the other text has other content words in place of some of these, or a negation more or less."""
+        lost, gained = _without(self.meaning, other.meaning), _without(other.meaning, self.meaning)
+        if "".join(lost) == "".join(gained):  # "after noon"
+            return False
+        changed = all(not _FUNCTION_WORDS.issuperset(words) for words in (lost, gained))
+        return changed or not _NEGATIONS.isdisjoint(lost + gained)
+
+    @functools.cached_property
+    def meaning(self) -> list[str]:
+        return _MEANING.findall(self.form)
+
+
+def _without(words: Sequence[str], others: Sequence[str]) -> list[str]:
+    """The words that the others lack or have less often, whatever their endings."""
+    left = Counter(_ENDING.sub("", word) for word in others)
+    lacking = []
+    for word in words:
+        stem = _ENDING.sub("", word)
+        if not left[stem]:
+            lacking.append(word)
+        left[stem] -= left[stem] > 0
+    return lacking
+
 
 class NearCopies:
     """A bounded set of texts that finds near copies of a new text.
@@ -150,7 +185,9 @@ class NearCopies:
     Shingles are runs of ``n`` characters of the normal form. Two texts are near copies if the Jaccard index of their
     shingles is at least ``threshold``, unless the new one has other numbers in place of some: an exercise with
     different numbers is a new exercise, one with an extra number, or with numbers left out or in words, is not.
-    Numbers compare by value.
+    Numbers compare by value. Likewise, other content words in place of some, or one more or less negation, make another
+    question: ``decrease`` for ``increase``, ``left`` for ``right``. Words added, left out, moved, split or inflected,
+    and other function words, do not. ``text in copies`` tests whether a text with the same normal form is stored.
 
     Args:
         threshold: in (0, 1].
@@ -184,11 +221,14 @@ class NearCopies:
     def __len__(self) -> int:
         return len(self._texts)
 
+    def __contains__(self, text: str) -> bool:
+        return self._has(self._read(text))
+
     def add(self, texts: Iterable[str]) -> None:
         """Adds texts, skipping those already present."""
         for text in texts:
             new = self._read(text)
-            if any(self._texts[i].form == new.form for i in self._holders.get(next(iter(new.shingles)), ())):
+            if self._has(new):
                 continue
             if len(self._order) == self.capacity:
                 self._drop(self._order.popleft())
@@ -213,7 +253,7 @@ class NearCopies:
             jaccard = common / (len(shingles) + len(held.shingles) - common)
             if jaccard < best or (found is not None and jaccard == best):
                 continue
-            if self.same_numbers and held.differs(asked_of):
+            if (self.same_numbers and held.differs(asked_of)) or held.reworded(asked_of):
                 continue
             best, found = jaccard, held.text
         return found
@@ -221,6 +261,9 @@ class NearCopies:
     def texts(self) -> list[str]:
         """The stored texts, oldest first."""
         return [self._texts[i].text for i in self._order]
+
+    def _has(self, new: _Held) -> bool:
+        return any(self._texts[i].form == new.form for i in self._holders.get(next(iter(new.shingles)), ()))
 
     def _read(self, text: str) -> _Held:
         form = normal_form(text)

@@ -67,6 +67,8 @@ def math():
         ("So the answer is 3 + 4 = 7.", "3 + 4 = 7"),
         # units glued to numbers
         ("The bag weighs 2.5kg.", "2.5"),
+        ("Therefore Brian needs 2 cartons of 1L milk.", "2"),
+        ("Brian drinks a total of 1L milk.", "1"),
         ("It costs 1,234km", "1,234"),
         ("Tom has 3 bags, so in total 15kg.", "15"),
         ("Tom has 3 bags, so in total 1,015.25g.", "1,015.25"),
@@ -190,6 +192,8 @@ def test_equivalent(math, gold, answer, right):
         ("x=1", ["x=2", "y=1", "2x=1"]),
         # Number words and units are part of the value.
         ("\\$5 million", ["\\$5", "5", "5 billion", "\\$5,000"]),
+        ("$1.5M", ["1.5", "$1.5B", "$1.5k"]),
+        ("(1,000, 5)", ["(1, 0, 5)", "(1,0,5)", "10005"]),
         ("2 dozen", ["2", "12", "2 hundred"]),
         ("3 km", ["3 m", "3 miles", "3 km^2", "3 km per hour", "4 km"]),
         ("20 minutes", ["20 hours", "20 seconds", "20 minutes per day"]),
@@ -309,6 +313,9 @@ def test_answers_that_differ_in_any_part(math, gold, answers):
         ("2x+y=3", ["y=3-2x", "4x+2y-6=0", "3=y+2x"]),
         ("x^2+y^2=1", ["y^2=1-x^2"]),
         ("xy=1", ["y=1/x", "x=\\frac{1}{y}"]),
+        ("1500000", ["$1.5M", "$1500k", "$1.5 million"]),
+        ("(1000, 5)", ["(1,000, 5)", "(1,000,5)"]),
+        ("1000500", ["1,000,500"]),
         ("45°", ["45", "45^{\\circ}", "45 degrees", "45\\degree"]),
     ],
 )
@@ -369,6 +376,28 @@ def test_a_true_equation_counts_as_its_last_side(math, completion):
 )  # fmt: skip
 def test_any_other_equation_is_wrong(math, answer):
     assert math.equivalent([Sample("?", "7"), Sample("?", "8")], [answer] * 2) == [False, False]
+
+
+@pytest.mark.parametrize(
+    ("gold", "equation", "right"),
+    [
+        ("120", "5! = 120", True),
+        ("121", "5! = 121", False),
+        ("6", "18 \u00f7 3 = 6", True),
+        ("14", "7 x 2 = 14", True),
+        ("14", "7x2 = 14", True),
+        ("15", "7 x 2 = 15", False),
+        ("66.67", "200/3 = 66.67", True),
+        ("66.67", "100*2/3 = 200/3 = $66.67", True),
+        ("66.67", "200/3 \u2248 66.67", True),
+        ("66.66", "200/3 = 66.66", False),
+        ("-0.3", "-1/3 = -0.3", True),
+        ("1", "2/3 = 1", False),
+        ("12.5%", "1/8 = 12.5%", True),
+    ],
+)
+def test_signs_and_rounding_of_an_equation(math, gold, equation, right):
+    assert math.equivalent([Sample("?", gold)], [math.answer_of(f"The answer is {equation}.")]) == [right]
 
 
 def test_an_equation_is_compared_with_an_equation_as_a_whole(math):

@@ -211,6 +211,10 @@ class TestNoLeak:
             "(Answer \u2013 372)",
             "\nanswer => 372.0",
             "\nFinal answer \u2014 372",
+            "The correct answer = 372 points",
+            "Correct answer = 372",
+            r"Write it as \boxed{372}.",
+            r"\boxed{372} is the result.",
         ],
     )
     def test_the_marks_of_a_final_answer_leak(self, marked):
@@ -234,6 +238,12 @@ class TestNoLeak:
             ("What is 12 * 31? Answer - as a number.", "372"),
             ("What is 12 * 31? Answer - 371", "372"),
             (r"Give the answer as \boxed{n} where n is a number: 12 * 31?", "372"),
+            ("Find the radius of a circle of area 13. (Answer - 2 decimal places)", "2"),
+            ("Find the radius of a circle of area 13. Answer: 3 significant figures.", "3"),
+            (r"The number \boxed{12} is drawn in a box. How many dozen eggs make 144 eggs?", "12"),
+            (r"Solve x+1=3. Write it as \boxed{x = n}.", "n"),
+            ("Which letter is first? End with one letter such as `\\boxed{A}`.", "A"),
+            ("Correct answer = 5 points\nWrong answer = -2 points\nAnn had 3 right. What is her score?", "5"),
         ],
     )
     def test_other_marks_are_no_leak(self, question, answer):
@@ -245,7 +255,7 @@ class TestNoLeak:
         assert not passes(gate, "Does aspirin thin the blood? \\boxed{yes}", "yes")
         assert passes(gate, "Does aspirin thin the blood? Answer - yes or no.", "yes")
 
-    @pytest.mark.parametrize("part", ["\\boxed{", "\\boxed{1}", "{", "#### ", "Answer - ", ". "])
+    @pytest.mark.parametrize("part", ["\\boxed{", "\\boxed{1}", "{", "#### ", "Answer - ", ". ", "write "])
     def test_long_questions_are_read_in_linear_time(self, domain, part):
         begin = time.monotonic()
         passes(NoLeak(domain), part * (100_000 // len(part)))

@@ -27,8 +27,9 @@ def jaccard(a, b, n=5):
 def test_found_as_by_comparing_with_every_text():
     """Reading only the lists of the rarest shingles misses no near copy."""
     rng = random.Random(0)
-    stock = [" ".join(rng.choices("abc", k=1)[0] * rng.randint(1, 3) for _ in range(14)) for _ in range(300)]
-    held, asked = stock[:200], stock[200:] + [text[:-2] + "b a" for text in stock[:30]]
+    little = ("a", "an", "am", "as", "at", "i", "is", "it", "its")  # other content words make another question
+    stock = [" ".join(rng.choices(little, k=14)) for _ in range(300)]
+    held, asked = stock[:200], stock[200:] + [text[:-2] + "s a" for text in stock[:30]]
     copies = NearCopies(0.5)
     copies.add(held)
     hits = 0
@@ -131,6 +132,45 @@ def test_another_number_in_another_form_is_another_exercise(number, other):
     copies = NearCopies()
     copies.add([EGGS])
     assert copies.find(EGGS.replace(number, other)) is None
+
+
+HEART = "Does a treatment with drug X increase the survival of patients with chronic heart failure after surgery?"
+LIST = "Write a function `rotate` to rotate a given list by the specified number of items to the left."
+FEVER = "A 54-year-old man has fever and cough and a history of asthma. Which drug is contraindicated in this patient?"
+
+
+@pytest.mark.parametrize(
+    ("text", "part", "other", "copy"),
+    [
+        (HEART, "increase", "decrease", False),
+        (LIST, "left", "right", False),
+        (FEVER, "contraindicated", "indicated", False),
+        (FEVER, "Which", "Ignoring the cough, which", True),
+        (FEVER, "contraindicated", "not contraindicated", False),
+        (FEVER, "fever and cough", "cough and fever", True),
+        (FEVER, "has", "had", True),
+        (HEART, "patients", "the patient", True),
+        (HEART, "Does a treatment", "Please: does treatment", True),
+        (LIST, "specified", "speci fied", True),
+        (f"{EGGS} It is 12 + 34.", "+", "-", False),
+    ],
+)
+def test_other_words_make_another_question(text, part, other, copy):
+    changed = text.replace(part, other)
+    for one, two in ((text, changed), (changed, text)):
+        copies = NearCopies(0.7)
+        copies.add([one])
+        assert (copies.find(two) is not None) == copy
+        assert two not in copies
+        assert one.upper() in copies
+
+
+def test_signs_of_a_script_without_spaces_are_words():
+    text = "\u4e00\u4e2a\u519c\u6c11\u6709\u5f88\u591a\u7ea2\u82f9\u679c\u548c\u4e00\u4e9b\u68a8\u5b50"
+    copies = NearCopies(0.5)
+    copies.add([text])
+    assert copies.find(text + "\u5440") == text
+    assert copies.find(text.replace("\u7ea2", "\u9752")) is None
 
 
 BAKER = "A baker sells {} loaves of bread and {} cakes in the morning. How many things does he sell in all before noon?"
