@@ -126,6 +126,8 @@ class Medical(Domain):
         return last if _choice(last) or _OF_LETTERS.match(last) else None
 
     def solution(self, sample: Sample) -> str:
+        if self.answer_of(sample.reasoning) == sample.answer:
+            return sample.reasoning
         stated = f"The answer is {sample.answer}"
         return "\n".join(part for part in (sample.reasoning, stated) if part)
 
