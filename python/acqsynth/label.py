@@ -19,7 +19,7 @@ from acqsynth.engines import Completion, Engine, Sampling
 class Label:
     """The label of one question, decided by k answers."""
 
-    sample: Sample | None  #: with the majority's answer and reasoning; None if unlabelled
+    sample: Sample | None  #: with the majority's answer and, as reasoning, its completion; None if unlabelled
     agreement: float  #: share of the k completions in the largest cluster
     answers: list[str | None]  #: of each completion; None if it has no answer
     abstained_why: str | None = None  #: None if labelled
@@ -169,18 +169,11 @@ def _decide(
     candidates.sort(key=lambda i: len(draws[i].token_ids))
     chosen = candidates[(len(candidates) - 1) // 2]
     answer = str(answers[chosen])
-    reasoning = _reasoning(domain, draws[chosen].text, answer)
-    return Label(domain.labelled(sample, answer, reasoning), agreement, answers)
-
-
-def _reasoning(domain: Domain, text: str, answer: str) -> str:
-    """The completion without the final lines that only state the answer, which ``Domain.solution`` adds again."""
-    text = text.strip()
-    before = text.removesuffix(answer.strip())
-    if before != text and (not before or before[-1].isspace()):
-        return before.strip()
-    before, _, last = text.rpartition("\n")
-    return before.strip() if before and domain.answer_of(last) == answer else text
+    labelled = domain.labelled(sample, answer, draws[chosen].text.strip())
+    learnt = domain.answer_of(domain.solution(labelled))
+    if learnt is None or domain.canonical(learnt) != domain.canonical(answer):
+        return Label(None, agreement, answers, "the answer cannot be read back from the text to learn")
+    return Label(labelled, agreement, answers)
 
 
 def _merged(forms: Sequence[list[int]], same: Sequence[tuple[int, int]]) -> list[list[int]]:

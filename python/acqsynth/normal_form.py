@@ -2,7 +2,7 @@
 
 A generator rewarded for new questions finds every way to disguise an old one: zero-width characters, soft hyphens,
 full-width or bold letters, look-alikes from another script, decomposed accents, Markdown, HTML and LaTeX marks, other
-digits, ``5.0`` for ``5``, a number before or after the question.
+digits, ``5.0`` for ``5``, a number before or after the question; spaces within words, other signs between them.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from functools import lru_cache
 # Look-alikes that Unicode's compatibility forms do not map, in the style of UTS 39 ("confusables"): pairs of strings of
 # equal length, those shaped like capital letters first.
 _CAPITALS = (
-    "АВЕЅІЈКМНОРСТУХԚԜΑΒΕΖΗΙΚΜΝΟΡΤΥΧᎪᏴᏟᎠᎬᎻᎫᏦᏞᎷᏢᏒᏚᎢᏙᎳᏃ",
-    "ABESIJKMHOPCTYXQWABEZHIKMNOPTYXABCDEHJKLMPRSTVWZ",
+    "АВЕЅІЈКМНОРСТУХԚԜΑΒΕΖΗΙΚΜΝΟΡΤΥΧᎪᏴᏟᎠᎬᎻᎫᏦᏞᎷᏢᏒᏚᎢᏙᎳᏃꓮꓐꓚꓓꓰꓝꓖꓧꓲꓙꓗꓡꓟꓠꓳꓑꓣꓢꓔꓴꓦꓪꓫꓬꓜ",
+    "ABESIJKMHOPCTYXQWABEZHIKMNOPTYXABCDEHJKLMPRSTVWZABCDEFGHIJKLMNOPRSTUVWXYZ",
 )
 _SMALL = (
-    "асԁеһіјкӏмоԛрѕтԝхуνοραικυτχγεηƄɑɡɩıłøđðþօհոսցզ",
-    "acdehijklmoqpstwxyvopaikutxyenbagiiloddpohnugq",
+    "асԁеһіјкӏмоԛрѕтԝхуνοραικυτχγεηƄɑɡɩıłøđðþօհոսցզɛⱥⱦŧɇƀɏɉɍꝁħƶȼǥɨʉɵɓɗƒɠɦƙɱɲƥʠɽʂƭʋⱳƴʐ",
+    "acdehijklmoqpstwxyvopaikutxyenbagiiloddpohnugqeattebyjrkhzcgiuobdfghkmnpqrstvwyz",
 )
 _SMALL_CAPITALS = ("ᴀʙᴄᴅᴇꜰɢʜɪᴊᴋʟᴍɴᴏᴘʀꜱᴛᴜᴠᴡʏᴢ", "abcdefghijklmnoprstuvwyz")
 _SIGNS = ("‐‑‒–—―−﹣－‘’‚‛′ʹʼ“”„‟″⁄∕÷×∙·•。、", "---------'''''''\"\"\"\"\"///x***.,")
@@ -35,11 +35,18 @@ _INVISIBLE = frozenset({"Cf", "Cs", "Co", "Cn", "Cc"})
 _BLANK = frozenset(
     "\u034f\u115f\u1160\u180b\u180c\u180d\u2800\u3164\uffa0\U0001d159" + "".join(map(chr, range(0xE0100, 0xE01F0)))
 )
-_ACCENTS = re.compile("[\u0300-\u036f\u0483-\u0489\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe00-\ufe0f\ufe20-\ufe2f]")
-
-_TAG = re.compile(
-    r"</?(?:b|i|u|s|p|a|em|strong|sub|sup|span|br|div|font|mark|code|small|big|tt|del|ins)(?:\s[^<>]*)?/?>"
+_ORNAMENTS = re.compile(  # accents and emoji
+    "[\u0300-\u036f\u0483-\u0489\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe00-\ufe0f\ufe20-\ufe2f\u2600-\u27bf"
+    "\U0001f300-\U0001faff]"
 )
+
+_COMMENT = re.compile(r"<!--(?:[^-<]++|-(?!->)|<(?!!--))*+-->")
+_TAG = re.compile(r"</?([a-z][\w-]*+)(?:\s[^<>]*)?/?>")
+_CLOSING = re.compile(r"</([a-z][\w-]*+)\s*+>|<([a-z][\w-]*+)/>")
+_KNOWN_TAG = re.compile("[biuspa]|em|strong|sub|sup|span|br|hr|wbr|img|div|font|mark|code|small|big|tt|del|ins")
+_LINK = re.compile(r"!?\[([^\[\]]*+)\]\([^()\s]*+\)")
+# "f.a.r.m.e.r. h.a.s.", longer than "e.g." and a list of options
+_DOTTED = re.compile(r"(?<!\w)(?:[^\W\d_]\.\s?){3}(?:\w\.\s?){5,}")
 _COMMAND = re.compile(
     r"\\(?:text\w*|math\w+|emph|underline|f?boxed|mbox|displaystyle)(?![a-z])|\\[,;:! ()\[\]]|\\(?=[^\w\s])|[{}$]"
 )
@@ -55,6 +62,13 @@ _LABEL = r"(?:(?:question|problem|exercise|task|example|variant|version|part|num
 _BEFORE = re.compile(rf"^\W*(?:{_LABEL}[#(\[]?\d+[.):\]]*|[#(\[]?\d+(?:[.)\]:]+(?=\s)|\.(?=[a-z])))\s*")
 _BEHIND = re.compile(rf"(?<=[.?!])(?:\s*[#(\[]\s*{_LABEL}?\d+\s*[)\]]?|\s+{_LABEL}?\d+)[\s.]*$")
 _END = 64  # characters searched for a numbering at either end
+
+# Signs without a meaning in formulas; "!" counts behind a number, "'" in f'(x), a full stop within a number.
+_MUTE = re.compile(r"[^\w\s+*/^=<>%|()\[\]!'.\\€£¥\xb0\xb1\u2200-\u22ff-]|(?<!\d)[!.]|\.(?!\d)|'(?!'?\()")
+# Signs between two words or numbers, with spaces on both sides or on none.
+_JOINT = re.compile(r"(?<!\w)(\\?\w++)( ?)[-/|()\[\]]++(?: [-/|()\[\]]++)*+\2(?=(\\?\w++))")
+# A word that is no function.
+_WORD = re.compile(r"(?!(?:sin|cos|tan|cot|sec|csc|log|exp|sqrt|frac|lim|max|min|gcd|lcm|det|mod|abs)$)[^\W\d_]{3,}")
 
 
 def visible(text: str) -> str:
@@ -74,10 +88,15 @@ def normal_form(text: str) -> str:
     """The text as gates compare it: lower case, single spaces, numbers by value, no markup, no numbering."""
     plain = visible(_RAISED.sub(r"^\g<0>", html.unescape(text)))
     if not plain.isascii():
-        plain = _ACCENTS.sub("", plain).translate(_ALIKE)
+        plain = _ORNAMENTS.sub("", plain).translate(_ALIKE)
         plain = unicodedata.normalize("NFC", "".join(map(_digit, plain)))
     plain = plain.casefold().translate(_ALIKE)
-    plain = _COMMAND.sub("", _TAG.sub("", plain))
+    if "<" in plain:
+        plain = _COMMENT.sub("", plain)
+        closed = {name for names in _CLOSING.findall(plain) for name in names}  # "x <y and z> w" is no tag
+        plain = _TAG.sub(lambda found: "" if found[1] in closed or _KNOWN_TAG.fullmatch(found[1]) else found[0], plain)
+    plain = _LINK.sub(r"\1", _DOTTED.sub(lambda found: found[0].replace(".", ""), plain))
+    plain = _COMMAND.sub("", plain)
     plain = _MARK.sub(r"\1", " ".join(_LINE.sub("", plain).split()))
     plain = _NUMBER.sub(lambda found: _written(value(found[0])), plain)
     for _ in range(4):  # "Question 3: 1. ... (5)"
@@ -87,6 +106,17 @@ def normal_form(text: str) -> str:
             break
         plain = bare
     return " ".join(plain.split())
+
+
+def spelled(plain: str) -> list[str]:
+    """The words, numbers and operators of a normal form; joined, they do not depend on what separates words."""
+    words = " ".join(_MUTE.sub("", plain).split())
+    return _JOINT.sub(_parted, words).replace("\\", "").split()
+
+
+def _parted(joint: re.Match[str]) -> str:
+    """A space instead of the signs, unless they stand between operands: numbers, variables, functions, commands."""
+    return f"{joint[1]} " if _WORD.fullmatch(joint[1]) or _WORD.fullmatch(joint[3]) else joint[0]
 
 
 def numbers(plain: str) -> Counter[Fraction]:

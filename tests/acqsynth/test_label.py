@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 
 from acqsynth.config import LabellingConfig
-from acqsynth.domains import Sample
+from acqsynth.domains import Sample, domain
 from acqsynth.domains.math import Math
-from acqsynth.label import Label, Labeller, _reasoning, cluster, label, label_by_domain
+from acqsynth.label import Label, Labeller, cluster, label, label_by_domain
 
 QUESTION = Sample("3+4", "99", "the generator's own")
 
@@ -20,7 +20,7 @@ def test_the_majority_is_the_label(sums, scripted):
     texts = ["so\n7", "3 and 4\nmake\n7.0", "8", "think\nlonger here\n 7", "no idea"]
     found = labelled(sums, scripted, texts)
     # 7, " 7" and 7.0 are one answer; the second of its three completions has the median length.
-    assert found == Label(Sample("3+4", "7.0", "3 and 4\nmake"), 3 / 5, ["7", "7.0", "8", " 7", None])
+    assert found == Label(Sample("3+4", "7.0", "3 and 4\nmake\n7.0"), 3 / 5, ["7", "7.0", "8", " 7", None])
 
 
 def test_the_domain_computes_labels(sums):
@@ -31,20 +31,83 @@ def test_the_domain_computes_labels(sums):
     assert unknown == Label(None, 0.0, [], "the domain cannot compute it")
 
 
+VITAMIN = Sample(
+    "Which vitamin?\nA) A\nB) B\nC) C\nD) D", "A", extra={"options": dict(zip("ABCD", "ABCD", strict=True))}
+)
+PROGRAM = "def f(x):\n    return x + 1"
+TESTS = {"tests": "assert f(1) == 2", "names": ["f"], "context": "", "preamble": ""}
+
+
 @pytest.mark.parametrize(
-    ("text", "answer", "reasoning"),
+    ("name", "sample", "texts", "added"),
     [
-        ("7", "7", ""),
-        ("3 and 4\n7\n", "7", "3 and 4"),
-        ("3 and 4\nso it is:7", "7", "3 and 4"),
-        ("it is:7", "7", "it is:7"),  # the only line is kept, as it holds the steps
-        ("a loop\n```\nf()\n```", "```\nf()\n```", "a loop"),
-        ("3 and 4\n7, I think", "7", "3 and 4\n7, I think"),
+        (
+            "math",
+            Sample("What is 3 + 4?", "7"),
+            [
+                *("3 + 4 = 7. The answer is 7", "3 + 4 = 7\n#### 7", "Final answer: **7**", "We add.\n\nAnswer:\n7"),
+                *("3 + 4 = 7", "so **7**", "7", "The answer is:\nThe answer is 7."),
+            ],
+            "\n\\boxed{7}",
+        ),
+        ("math", Sample("What is 3 + 4?", "7"), [r"So \boxed{7}", r"\[\boxed{7}\] is it."], ""),
+        (
+            "medical",
+            VITAMIN,
+            [
+                *("It is acid. The answer is C", "It is acid.\n\nThe answer is: C.", "It is acid.\nC) C", "It is\n(c)"),
+                *("**The answer is C**", "Answer: C", "C", "**Answer:**\nC", "Answer:\n\nThe answer is C\nYes."),
+                r"So \boxed{C}.",
+            ],
+            "",
+        ),
+        ("medical", Sample("Does it help?", "no"), ["It helps. The answer is yes", "The answer is Yes.", "yes"], ""),
+        (
+            "code",
+            Sample("Write f.", "", extra=TESTS),
+            [
+                *(f"Here:\n```{kind}\n{PROGRAM}\n\n```\nIt works." for kind in ("python", "py", "")),
+                *(f"Here:\n```\n{PROGRAM}\n```", PROGRAM, f"```\nf(0)\n```\n```\n{PROGRAM}\n```"),
+            ],
+            "",
+        ),
+        ("arithmetic", Sample("median 1 3 2", "1"), ["1 2 3\n2", "2", " 2 \n"], ""),
     ],
 )
-def test_the_answer_is_cut_from_the_reasoning(sums, text, answer, reasoning):
-    sums.answer_of = lambda line: line.split(":")[-1]
-    assert _reasoning(sums, text, answer) == reasoning
+def test_what_is_learnt_is_the_completion_and_is_read_as_the_label(scripted, name, sample, texts, added):
+    asked = domain(name)
+    for text in texts:
+        [found] = label(scripted(lambda prompt, i, seed, text=text: text), asked, [sample], k=2)
+        learnt = asked.solution(found.sample)
+        assert learnt == text.strip() + added
+        assert asked.answer_of(learnt) == found.sample.answer
+        assert asked.verify([found.sample]) != [False]
+
+
+@pytest.mark.parametrize(
+    "text", ["card arrival", "Card_Arrival.", "**card arrival**", '"card arrival"', "Category: card arrival"]
+)
+def test_a_label_is_learnt_as_in_the_seeds(scripted, text):
+    asked = domain("classification", labels=["card_arrival", "lost_card"])
+    [found] = label(
+        scripted(lambda prompt, i, seed: f"{text}\nIt asks where it is."), asked, [Sample("Where?", "lost_card")]
+    )
+    assert found.sample == Sample("Where?", "card_arrival", extra={"skill": "card_arrival"})
+    assert asked.solution(found.sample) == "card arrival"
+
+
+def test_it_abstains_from_an_answer_that_is_not_read_back(scripted):
+    text = "The answer is 7}"  # which no box can hold
+    [found] = label(scripted(lambda prompt, i, seed: text), domain("math"), [Sample("What is 3 + 4?", "7")], k=2)
+    assert found == Label(None, 1.0, ["7}", "7}"], "the answer cannot be read back from the text to learn")
+
+
+@pytest.mark.parametrize("name", ["math", "medical"])
+@pytest.mark.parametrize("end", [":", " is:", " is ...", ": -", " is", " is **", " is $", r" is \boxed{}", " is ____"])
+def test_it_abstains_where_completions_end_before_the_answer(scripted, name, end):
+    text = f"We add. The answer{end}"
+    [found] = label(scripted(lambda prompt, i, seed: text), domain(name), [Sample("What is it?", "7")], k=2)
+    assert found == Label(None, 0.0, [None, None], "no completion gives an answer")
 
 
 @pytest.mark.parametrize(
@@ -68,7 +131,7 @@ def test_a_tie_is_no_majority(sums, scripted):
 
 def test_what_was_cut_off_counts_but_does_not_stand_for_the_rest(sums, scripted):
     found = labelled(sums, scripted, ["a\n7...", "bb\n7", "ccc\n7..."])
-    assert found.sample == Sample("3+4", "7", "bb")
+    assert found.sample == Sample("3+4", "7", "bb\n7")
     assert found.agreement == 1
 
 
@@ -136,7 +199,7 @@ def test_a_labeller_asks_the_student_or_the_teacher(sums, scripted):
     for method, teacher in (("majority", None), ("teacher", "a/teacher")):
         labeller = Labeller(LabellingConfig(method=method, teacher=teacher, k=4), sums, lambda: engine)
         [found] = labeller([Sample("3+4", "9")], 5)
-        assert (found.sample, found.agreement) == (Sample("3+4", "7"), 0.75)
+        assert (found.sample, found.agreement) == (Sample("3+4", "7", "7"), 0.75)
         assert engine.calls[-1][1].seed == 5
         labeller.refresh("a/newer/student")
     assert moved.__self__ == ["a/newer/student"]  # a teacher is not refreshed

@@ -101,13 +101,13 @@ def test_what_is_kept_and_why_the_rest_is_not(sums, scripted):
         written("1-4", 5),
         written("1+1", 2),
         written("5+4", 9),
-        written("1+ 4 ", 5),
+        written("2+3 ", 5),
         written("1+4", 5),
         written("3+4", 7),
     ]
     engine, gate = scripted(lambda prompt, i, seed: texts[2 * int(prompt[0]["content"][-1]) + i]), Large()
     found = write(engine, sums, ASK, Sampling(n=2, seed=3), rows=8, gates=[gate], rounds=1)
-    assert [sample.question for sample in found.rows] == ["1+4", "1+ 4", "3+4"]
+    assert [sample.question for sample in found.rows] == ["1+4", "2+3", "3+4"]
     assert found.dropped == {
         "does not parse": 1,
         "no sum": 1,
@@ -116,7 +116,7 @@ def test_what_is_kept_and_why_the_rest_is_not(sums, scripted):
         "repeats a question": 1,
     }
     assert (found.completions, found.rounds, found.wanted, found.incomplete) == (8, 1, 8, True)
-    assert gate.archive == ["1+4", "1+ 4", "3+4"]
+    assert gate.archive == ["1+4", "2+3", "3+4"]
 
 
 BAKER = "A baker sells 12 loaves in the morning and 19 loaves in the afternoon. How many loaves does he sell + give?"

@@ -17,7 +17,11 @@ Row = Mapping[str, Any]  #: row of a data set
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")  #: suffixes of local files
 #: A final answer stated in words, up to the end of its line.
-STATED = re.compile(r"(?<![/\w])answer(?:\s+is\b\s*:?|\s*:)\s*(\S[^\n]*)", re.IGNORECASE)
+STATED = re.compile(
+    r"(?<![/\w])answer(?:\s+is\b\s*+:?+|\s*+:)[\s*]*+(?!(?:the\s+)?(?:final\s+|correct\s+)?answer(?:\s+is\b|\s*:))"
+    r"(?=[^\n]*[0-9A-Za-z\xa1-\u1fff\u2070-\U0010ffff])([^\n]++)",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -185,7 +189,10 @@ class Domain(ABC):
         return Sample(found["question"], found["answer"], found.get("reasoning", ""))
 
     def solution(self, sample: Sample) -> str:
-        """The completion a student learns for the sample: reasoning and answer, read back by :meth:`answer_of`."""
+        """The completion a student learns for the sample, read back by :meth:`answer_of`: the reasoning, and the answer
+        unless the reasoning ends with it."""
+        if self.answer_of(sample.reasoning) == sample.answer:
+            return sample.reasoning
         return "\n".join(part for part in (sample.reasoning, sample.answer) if part)
 
     def labelled(self, sample: Sample, answer: str, reasoning: str) -> Sample:

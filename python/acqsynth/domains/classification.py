@@ -1,8 +1,9 @@
 """Text classification: the student writes the label name of a short text.
 
-The labels are a closed set: the answers of the seed rows (:meth:`Classification.with_seeds`). Comparison ignores case
-and reads underscores as spaces, so ``card_arrival`` is learnt and written as ``card arrival``. A generator prompt shows
-seeds of one label and asks for another text with that label; without seeds, the generator chooses the label.
+The labels are a closed set: the answers of the seed rows (:meth:`Classification.with_seeds`). Comparison reads
+underscores as spaces, so ``card_arrival`` is learnt and written as ``card arrival``, and ignores case and what stands
+around a label: ``category:``, quotes, bold, a full stop. A generator prompt shows seeds of one label and asks for
+another text with that label; without seeds, the generator chooses the label.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from acqsynth.domains.base import Domain, Layout, Messages, Row, Sample, text, w
 INTENTS = "intents:"
 
 _MARKER = r"(?:intent|label|category|class|topic)"
+# What a student may write around a label: its marker, bold, quotes, a full stop.
+_AROUND = re.compile(rf"^(?:{_MARKER}\s*:)?[\s\"'“‘]*|[\s\"'”’.]*$", re.IGNORECASE)
 
 
 def spoken(label: str) -> str:
@@ -113,7 +116,9 @@ class Classification(Domain):
         return lines[0].strip() if lines else None
 
     def canonical(self, answer: str) -> str:
-        return spoken(answer).casefold()
+        """In lower case, without ``category:`` before it and without bold, quotes and full stop around it."""
+        plain = spoken(answer).casefold()
+        return _AROUND.sub("", plain.replace("**", "")) or plain
 
     def solution(self, sample: Sample) -> str:
         """The label alone, with spaces for underscores."""
@@ -125,9 +130,10 @@ class Classification(Domain):
         return sample and _labelled(sample.question, self._spelt(sample.answer))
 
     def labelled(self, sample: Sample, answer: str, reasoning: str) -> Sample:
-        """As :meth:`Domain.labelled`; the answer is the label as written in the seeds, and so is the skill."""
+        """As :meth:`Domain.labelled`; the answer is the label as written in the seeds, and so is the skill. The
+        reasoning is dropped."""
         label = self._spelt(answer)
-        return replace(sample, answer=label, reasoning=reasoning, extra={**sample.extra, "skill": label})
+        return replace(sample, answer=label, reasoning="", extra={**sample.extra, "skill": label})
 
     def fault(self, sample: Sample) -> str | None:
         if self._labels and self.canonical(sample.answer) not in self._labels:

@@ -217,8 +217,8 @@ def _stated(completion: str, words: bool = True) -> str | None:
 
 
 def _statements(completion: str) -> list[str]:
-    """What follows "answer is" and "answer:", up to the end of the sentence."""
-    rests = (_BOLD.sub("", rest) for rest in STATED.findall(completion))
+    """What follows "answer is" and "answer:", up to the end of the sentence; nothing if it is an empty or open box."""
+    rests = (_BOLD.sub("", rest) for rest in STATED.findall(completion) if not re.search(r"\\f?boxed", rest))
     values = (rest[found.end() :] if (found := _LEADING.match(rest)) else rest for rest in rests)
     return [_SENTENCE_END.split(value, maxsplit=1)[0].strip(" *") for value in values]
 

@@ -61,12 +61,11 @@ _ALSO = re.compile(rf"(?:[,;/&]|\b(?:or|and)\b)\s*(?:(?:or|and)\s+)?\(?([A-D])\)
 
 
 def _medmcqa(row: Row) -> Sample:
-    """``cop`` counts from 0, as on the hub."""
+    """``cop`` counts from 0, as on the hub; in a csv it is text."""
     options = {letter: text(row, f"op{letter.lower()}") for letter in LETTERS}
-    right = row["cop"]
-    if type(right) is not int or right not in range(len(LETTERS)):
-        raise ValueError(f"cop: expected 0 to 3, got {right!r}")
-    letter = LETTERS[right]
+    letter = dict(zip("0123", LETTERS, strict=True)).get(str(row["cop"]).strip())
+    if letter is None:
+        raise ValueError(f"cop: expected 0 to 3, got {row['cop']!r}")
     question = "\n".join([text(row, "question"), *(f"{letter}) {option}" for letter, option in options.items())])
     return Sample(question, f"{letter}) {options[letter]}", optional(row, "exp"), {"options": options})
 
@@ -129,6 +128,8 @@ class Medical(Domain):
         return last if _choice(last) or _OF_LETTERS.match(last) else None
 
     def solution(self, sample: Sample) -> str:
+        if self.answer_of(sample.reasoning) == sample.answer:
+            return sample.reasoning
         stated = f"The answer is {sample.answer}"
         return "\n".join(part for part in (sample.reasoning, stated) if part)
 

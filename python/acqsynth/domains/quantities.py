@@ -23,7 +23,9 @@ _LAYOUT = re.compile(r"\\left(?![A-Za-z])|\\right(?![A-Za-z])|\\[!,;:]|~")
 _DEGREE = re.compile(r"\^\{?\\circ\}?|\\degree(?![A-Za-z])|°")
 _CURRENCY = re.compile(r"^([-+]?)\s*(\\?\$|€|£|¥)\s*(?=[\d.])")
 _CURRENCY_LAST = re.compile(r"(?<=\d)\s*(\\?\$|€|£|¥)$")
-_SCIENTIFIC = re.compile(r"([-+]?\d+(?:\.\d+)?)[eE]([-+]?\d{1,3})")
+_SCIENTIFIC = re.compile(
+    r"([-+]?\d+(?:\.\d+)?)(?:[eE]|\s*(?:x|\*|\\times|\\cdot)\s*10\s*\^\s*(\{)?)([-+]?\d{1,3})(?(2)\})"
+)
 _RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+")
 _AFTER_DIGIT = re.compile("(?<=\\d)(?=[¼-¾⅐-⅞↉])")  # in a mixed number
 # Possessive quantifiers, so that no answer causes backtracking.
@@ -272,6 +274,8 @@ def _of_a_kind(truth: str, given: str) -> bool:
     brackets = {opens, others}
     if brackets == {"{"}:
         return True  # {1,1} is {1}
+    if "[" in brackets and len(brackets) > 1 and (parts, more) == ({1}, {1}):
+        return False  # a list of one number is no number
     mixed = "{" in brackets and not brackets.isdisjoint("([")
     return not (mixed and max(parts) > 1) and bool(parts & more or _SEVERAL.search(truth + given))
 
@@ -349,7 +353,7 @@ def _plain(answer: str) -> str:
             plain = plain[len(opens) : -len(closes)].strip()
     plain = re.sub(r"^\$([^$]+)\$(?=\s*[A-Za-z])", r"\1 ", plain)  # "$18$ eggs"
     plain = _LAYOUT.sub("", plain.replace(r"\%", "%").replace("{,}", ",").replace("\\ ", " "))
-    plain = _ZEROS.sub("", _SEPARATOR.sub(", ", plain))
+    plain = " or ".join(sorted(_ZEROS.sub("", _SEPARATOR.sub(", ", plain)).split(" or ")))
     plain = _FIRST_ARGUMENT.sub(r"\\\1{\2\3}", _FRAC.sub(r"\\frac", plain))
     plain = _SECOND_ARGUMENT.sub(r"\\frac\1{\2}", plain)
     if whole := re.fullmatch(r"\\(?:text|mathrm|textbf)\{([^{}]*)\}", plain):
@@ -377,7 +381,7 @@ def _rational(plain: str) -> Fraction | None:
     if _LITERAL.fullmatch(plain):
         return Fraction(int(plain, 0))
     if match := _SCIENTIFIC.fullmatch(plain):
-        return Fraction(match[1]) * Fraction(10) ** int(match[2])
+        return Fraction(match[1]) * Fraction(10) ** int(match[3])
     if match := _FRACTION.fullmatch(plain) or _LATEX_FRACTION.fullmatch(plain):
         sign, whole, *pairs = match.groups()
         above, below = (int(part) for part in pairs if part is not None)

@@ -21,7 +21,7 @@ import torch
 
 import acqcore
 from acqsynth.models import load_tokenizer
-from acqsynth.normal_form import normal_form, numbers, readings
+from acqsynth.normal_form import normal_form, numbers, readings, spelled
 
 _WORD = re.compile(r"\w+|[^\w\s]")
 # A sentence's end, with a word that changes no question.
@@ -182,12 +182,13 @@ def _without(words: Sequence[str], others: Sequence[str]) -> list[str]:
 class NearCopies:
     """A bounded set of texts that finds near copies of a new text.
 
-    Shingles are runs of ``n`` characters of the normal form. Two texts are near copies if the Jaccard index of their
-    shingles is at least ``threshold``, unless the new one has other numbers in place of some: an exercise with
-    different numbers is a new exercise, one with an extra number, or with numbers left out or in words, is not.
-    Numbers compare by value. Likewise, other content words in place of some, or one more or less negation, make another
-    question: ``decrease`` for ``increase``, ``left`` for ``right``. Words added, left out, moved, split or inflected,
-    and other function words, do not. ``text in copies`` tests whether a text with the same normal form is stored.
+    Shingles are runs of ``n`` characters of the normal form without spaces and signs between words. Two texts are near
+    copies if the Jaccard index of their shingles is at least ``threshold``, unless the new one has other numbers in
+    place of some: an exercise with different numbers is a new exercise, one with an extra number, or with numbers left
+    out or in words, is not. Numbers compare by value. Likewise, other content words in place of some, or one more or
+    less negation, make another question: ``decrease`` for ``increase``, ``left`` for ``right``. Words added, left out,
+    moved, split or inflected, and other function words, do not. ``text in copies`` tests whether a text with the same
+    normal form is stored.
 
     Args:
         threshold: in (0, 1].
@@ -267,7 +268,8 @@ class NearCopies:
 
     def _read(self, text: str) -> _Held:
         form = normal_form(text)
-        shingles = frozenset(form[i : i + self.n] for i in range(max(1, len(form) - self.n + 1)))
+        plain = "".join(spelled(form))
+        shingles = frozenset(plain[i : i + self.n] for i in range(max(1, len(plain) - self.n + 1)))
         return _Held(text, form, shingles, numbers(form), readings(form))
 
     def _drop(self, i: int) -> None:
@@ -281,6 +283,7 @@ class NearCopies:
 class Contamination:
     """Tests whether a text contains a run of ``n`` words of an evaluation set, or a shorter text of it.
 
+    A run of ``5 n`` letters that begins with a word counts too, whatever separates the words, as does a whole text.
     A text of fewer than ``LEAST`` words must be the whole text; a longer one counts if it ends with a sentence of the
     text, which adds no number in digits or words: "the sum of 3 and 4" is not found in "the sum of 3 and 4 squared".
     Words are those of the normal form, without punctuation and without "now", "then", "please" or "thanks" at the end
@@ -301,16 +304,21 @@ class Contamination:
         if n < 1:
             raise ValueError(f"n: expected at least 1 word, got {n}")
         self.n = n
-        counts: Counter[tuple[str, ...]] = Counter()
+        counts: Counter[str | tuple[str, ...]] = Counter()
         self._short: set[tuple[str, ...]] = set()
         for text in texts:
             found = _joined(_sentences(text))
             if len(found) < n:
                 self._short.add(tuple(found))
-            counts.update(set(_runs(found, n)))
+            counts.update({*_runs(found, n), *self._spelt(spelled(normal_form(text)))})
         self._runs = {run for run, count in counts.items() if count <= common}
 
     def __contains__(self, text: object) -> bool:
+        plain = "".join(spelled(normal_form(str(text))))
+        if plain in self._runs or any(
+            plain[i : i + 5 * self.n] in self._runs for i in range(len(plain) - 5 * self.n + 1)
+        ):
+            return True
         sentences = _sentences(str(text))
         found = _joined(sentences)
         if tuple(found) in self._short or any(run in self._runs for run in _runs(found, self.n)):
@@ -318,6 +326,14 @@ class Contamination:
         ends = set(itertools.accumulate(map(len, sentences)))
         short = (tuple(found[max(end - length, 0) : end]) for end in ends for length in range(self.LEAST, self.n))
         return any(run in self._short and _counts(run) == _counts(found) for run in short if len(run) >= self.LEAST)
+
+    def _spelt(self, found: Sequence[str]) -> set[str]:
+        """The runs of letters of a text that begin with a word; the whole of a text that is shorter."""
+        plain, length = "".join(found), 5 * self.n
+        if len(plain) < length:
+            return {plain} if len(found) >= self.LEAST else set()
+        starts = itertools.accumulate(map(len, found), initial=0)
+        return {plain[i : i + length] for i in starts if i + length <= len(plain)}
 
 
 def _sentences(text: str) -> list[list[str]]:

@@ -37,6 +37,19 @@ def row(text, label):
         ("reverted card payment?", "reverted_card_payment?", True),
         ("reverted card payment", "reverted_card_payment?", False),
         ("refund not showing up", "Refund_not_showing_up", True),
+        *(
+            (text, "card_arrival", True)
+            for text in ("card arrival.", "**card arrival**", '"card arrival"', "'Card arrival'.")
+        ),
+        *(
+            (f"{marker} card arrival", "card_arrival", True)
+            for marker in ("Category:", "label:", "**Intent:**", "Class :")
+        ),
+        ("card arrival, card", "card_arrival", False),
+        ("category: card", "card_arrival", False),
+        *((text, "Acme Inc.", True) for text in ("Acme Inc.", '"Acme Inc.".', "acme inc", "Category: Acme Inc.")),
+        *((text, '"other"', True) for text in ('"other"', "other.", "**other**")),
+        *((text, "...", text == "...") for text in ("...", ".", "card")),
         ("", "card", False),
         (" \n ", "card", False),
     ],

@@ -341,7 +341,11 @@ def test_medmcqa_rows(tmp_path):
         Sample(CHOICE, "A) Aspirin", "It blocks platelets.", {"options": OPTIONS}),
         Sample(CHOICE, "D) None of these", "", {"options": OPTIONS}),
     ]
-    for cop in (-1, 4, None, "A", True):
+    (tmp_path / "c.csv").write_text(f"{','.join(MCQA)}\n{','.join(map(str, MCQA.values()))}\n")
+    assert medical.load(str(tmp_path / "c.csv")) == [
+        Sample(CHOICE, "A) Aspirin", "It blocks platelets.", {"options": OPTIONS})
+    ]
+    for cop in (-1, 4, None, "A", "", 0.5, True):
         with pytest.raises(ValueError, match=r"row 1: cop: expected 0 to 3, got"):
             medical.load(rows(tmp_path / "b.jsonl", {**MCQA, "cop": cop}))
 

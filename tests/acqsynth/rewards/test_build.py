@@ -104,7 +104,7 @@ def test_a_teacher_labels_with_an_engine_of_its_own(domain, scripted, monkeypatc
         labelling=LabellingConfig(method="teacher", teacher="a/teacher", k=2),
     )
     [gate] = reward(config, domain, "student").gates
-    assert gate([Sample("1 + 1?", "3")]) == [Sample("1 + 1?", "2")]
+    assert gate([Sample("1 + 1?", "3")]) == [Sample("1 + 1?", "2", "2")]
     assert loaded == ["a/teacher"]
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from acqsynth.normal_form import normal_form, readings
+from acqsynth.normal_form import normal_form, readings, spelled
 from acqsynth.rewards.texts import Contamination, NearCopies, words
 
 SHELLS = "Ada has 12 shells and finds 30 more on the beach. How many shells does she have now?"
@@ -20,7 +20,7 @@ def test_words():
 
 
 def jaccard(a, b, n=5):
-    cut = [{t[i : i + n] for i in range(len(t) - n + 1)} for t in (a.lower(), b.lower())]
+    cut = [{t[i : i + n] for i in range(len(t) - n + 1)} for t in (a.replace(" ", ""), b.replace(" ", ""))]
     return len(cut[0] & cut[1]) / len(cut[0] | cut[1])
 
 
@@ -78,6 +78,14 @@ DISGUISES: dict[str, Callable[[str], str]] = {
     "small capitals": lambda text: text.translate(str.maketrans("aeo", "ᴀᴇᴏ")),
     "Cyrillic": lambda text: text.translate(str.maketrans("aeopcxyAHM", "аеорсхуАНМ")),
     "Greek": lambda text: text.translate(str.maketrans("oivAHM", "οινΑΗΜ")),
+    "regional indicators": lambda text: "".join(chr(0x1F1E6 + ord(c) - 97) if "a" <= c <= "z" else c for c in text),
+    "Lisu": lambda text: text.upper().translate(str.maketrans("ABDEHILMNORSTVWY", "ꓮꓐꓓꓰꓧꓲꓡꓟꓠꓳꓣꓢꓔꓦꓪꓬ")),
+    "strokes and hooks": lambda text: text.translate(str.maketrans("aetobdhn", "ⱥɛŧɵɓɗɦɲ")),
+    "comments": lambda text: "<!-- x -->".join(text[i : i + 12] for i in range(0, len(text), 12)),
+    "rare tags": lambda text: " ".join(f"<kbd>{word}</kbd>" for word in text.split()),
+    "made-up tags": lambda text: " ".join(f"<q2 x='y'>{word}</q2><e/>" for word in text.split()),
+    "links": lambda text: " ".join(f"[{word}](x)" for word in text.split()),
+    "dots": lambda text: re.sub(r"(\w)", r"\1.", text),
     "decomposed accents": lambda text: text.replace("e", "e\u0301"),
     "accents": lambda text: text.replace("e", "é").replace("o", "ö"),
     "Arabic digits": lambda text: text.translate(str.maketrans("0123", "٠١٢٣")),
@@ -230,6 +238,54 @@ def test_a_text_that_only_looks_different_is_the_same(name):
 
 
 @pytest.mark.parametrize(
+    "separator", ["_", "-", " - ", " | ", "|", " / ", "\\ ", " 🙂 ", ", ", '" "', ") (", "; ", "", "\n\n"]
+)
+def test_other_signs_between_words_make_no_new_text(separator):
+    other = separator.join(SHELLS.split(" "))
+    assert_same(SHELLS, other)
+    assert_same(SHELLS, "Well now, Ben: " + other, new=False)
+
+
+@pytest.mark.parametrize("separator", [" ", "🙂", "_", "\t", " \n"])
+def test_signs_within_words_make_no_new_text(separator):
+    assert_same(SHELLS, separator.join(SHELLS))
+
+
+def assert_same(text, other, new=True):
+    for one, two in ((text, other), (other, text)):
+        copies = NearCopies()
+        copies.add([one])
+        assert not new or copies.find(two) == one
+        assert other in Contamination([text])
+        assert copies.find(two.replace("3", "4")) is None
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ("What is 3 - 5?", "What is 3 + 5?"),
+        ("What is -3 + 5?", "What is 3 + 5?"),
+        ("What is 1.5 + 5?", "What is 15 + 5?"),
+        ("What is 8/2?", "What is 8-2?"),
+        ("What is 5!?", "What is 5?"),
+        ("Evaluate log 8 / log 2.", "Evaluate log 8 - log 2."),
+        ("Evaluate sin(x)/cos(x).", "Evaluate sin(x)-cos(x)."),
+        ("Evaluate 3 / \\theta.", "Evaluate 3 - \\theta."),
+        ("Solve |x - 3| = 5.", "Solve x - 3 = 5."),
+        ("Expand 2(x + 1).", "Expand 2x + 1."),
+        ("Find f'(2).", "Find f(2)."),
+        ("Is sin 30° more?", "Is sin 30 more?"),
+        ("If width < height, why?", "If width > height, why?"),
+        ("Is [3, 5] closed?", "Is (3, 5) closed?"),
+        ("Is x <y and z> w?", "Is x w?"),
+        ("Is it a List<int>?", "Is it a List<str>?"),
+    ],
+)
+def test_signs_of_formulas_count(a, b):
+    assert spelled(normal_form(a)) != spelled(normal_form(b))
+
+
+@pytest.mark.parametrize(
     ("a", "b"),
     [
         ("What is 7 * 8 to you?", "What is 78 to you?"),
@@ -264,6 +320,7 @@ def test_texts_that_differ_in_a_number_stay_apart(a, b):
         "\u200b",
         "(1",
         " 1",
+        *("<!--", "<!---", "</b", "<b>", "'", "[", "[a](", "a.", "a/", "abc / ", "🙂", "a_"),
         "-",
         "1,111,",
         "\n>",
