@@ -109,7 +109,9 @@ def _parser() -> argparse.ArgumentParser:
     for name, purpose in _HELP.items():
         command = commands.add_parser(name, help=purpose)
         command.add_argument("recipe", help=f"path of a YAML file, or one of {', '.join(recipes())}")
-        command.add_argument("overrides", nargs="*", metavar="key=value", help="dotted recipe key and its value")
+        command.add_argument(
+            "overrides", nargs="*", default=[], metavar="key=value", help="dotted recipe key and its value"
+        )
         command.add_argument("--dry-run", action="store_true", help="print what would run, and why")
         command.add_argument("--traceback", action="store_true", help="print the traceback of a failed step")
         command.add_argument("--help-config", action=_HelpConfig, help="list every key of a recipe")

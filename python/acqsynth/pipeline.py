@@ -92,16 +92,21 @@ def plan(config: Config) -> Plan:
             found.steps.append(new)
         return known[key]
 
+    n = max(config.student.rows)
+    # Omitted when off, so that a change of other keys reads no rows again.
+    needed: dict[str, Any] = {"replay": (config.student.replay, n)} if config.student.replay else {}
+    if config.evaluation.validity.batches:
+        needed["per_batch"] = config.evaluation.validity.rows
     rows = step(
         "seeds", "rows", collect_rows,
         domain=config.domain, data=config.data, others=config.evaluation.others, limit=config.evaluation.rows,
+        **needed,
     )  # fmt: skip
-    n = max(config.student.rows)
     questions = config.generator.questions or n
     own_student = Model(config.student.model)
 
     teacher = config.reward.labelling.teacher if config.reward.labelling else None
-    embedder = config.reward.embedder if Path(config.reward.embedder).is_dir() else None
+    embedder = config.reward.embedder if Path(config.reward.embedder).expanduser().is_dir() else None
 
     def scoring(student: Any = None) -> Scoring:
         scorer = student or Model(config.reward.student or config.student.model)
@@ -194,10 +199,11 @@ def plan(config: Config) -> Plan:
                 return [step("generate", arm.name, filter_rows, scoring=scoring(), real=rows / "real.parquet", n=n)]
             case "best_of_n":
                 trained = found.arms[found.main].trained if found.main in found.arms else []
-                spent = trained[0] / "counts.json" if trained else None
+                of_seed = [each for each in trained if each.arguments["seed"] - seed in range(config.rounds)]
                 written = step(
                     "generate", name, select_questions,
-                    writing=writing(seed), candidates=config.generator.candidates, spent=spent,
+                    writing=writing(seed), candidates=config.generator.candidates,
+                    spent=[each / "counts.json" for each in of_seed],
                 )  # fmt: skip
             case "error_driven":
                 answers = answer("base-held-out", own_student, {"held_out": config.domain})

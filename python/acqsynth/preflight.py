@@ -52,6 +52,13 @@ def check(config: Config) -> None:
         raise ConfigError("generator.options: reward_weights: expected one weight, that of the composed reward")
     if generator.candidates < 2 and (generator.method in ("best_of_n", "dpo") or "best_of_n" in config.baselines):
         raise ConfigError(f"generator.candidates: expected at least 2 to choose from, got {generator.candidates}")
+    if generator.sampling.temperature == 0 and (
+        generator.method in ("best_of_n", "dpo") or "best_of_n" in config.baselines
+    ):
+        raise ConfigError("generator.sampling.temperature: expected more than 0, as equal candidates leave no choice")
+    for key, options in (("generator", generator.options), ("student", student.options)):
+        if "seed" in options:
+            raise ConfigError(f"{key}.options: seed is set by {key}.seeds")
     _checked("student", train_options.configuration, "sft", student.options, "unused")
     fits = {"save_strategy": "no", **student.options, **config.evaluation.validity.options}
     _checked("evaluation.validity", train_options.configuration, "sft", fits, "unused")
@@ -59,6 +66,8 @@ def check(config: Config) -> None:
     for key, labelling in (("labelling", config.labelling), ("reward.labelling", reward.labelling)):
         if labelling is not None and labelling.method != "own":
             _checked(key, label.Labeller, labelling, domain, lambda: None)
+            if labelling.temperature == 0 and labelling.k > 1 and labelling.method != "computed":
+                raise ConfigError(f"{key}.temperature: expected more than 0, as equal answers always agree, or k of 1")
     _checked("reward", build.check, reward, domain)
     if config.evaluation.validity.batches:
         _checked("evaluation.validity", build.check, validity_reward(reward, config.evaluation.validity), domain)
@@ -93,6 +102,9 @@ def on_this_machine(config: Config) -> None:
         raise ConfigError('engine.name: vllm is not installed: run pip install "acqcore[vllm]"')
     device = engine.options.get("device")
     _checked("engine.options", acqcore.check_request, "entropy", device=None if device is None else str(device))
+    _checked("domain", find_domain(config.domain).require)
+    for name, other in config.evaluation.others.items():
+        _checked(f"evaluation.others.{name}.domain", _domain_of(config, other).require)
     for key, name in _models(config):
         _checked(key, models.find, name)
     for key, source in _sources(config):
@@ -169,7 +181,7 @@ def _checked(key: str, make: Callable[..., Any], *arguments: Any, **options: Any
             return make(*arguments, **options)
     except Exception as error:  # libraries raise arbitrary exceptions for invalid values
         told = " ".join(str(error).split()) or type(error).__name__
-        if not isinstance(error, (ValueError, TypeError, OSError, ImportError)):
+        if not isinstance(error, (ValueError, TypeError, OSError, ImportError, RuntimeError)):
             told = f"{type(error).__name__}: {told}"
         # The message of a value's error may itself begin with a key.
         of_key = isinstance(error, (ValueError, TypeError)) and re.match(r"[a-z_]+(\.[a-z_]+)*: ", told)

@@ -32,6 +32,7 @@ from acqsynth.domains import Domain, Sample, domain as find_domain
 from acqsynth.engines import Engine, Sampling
 from acqsynth.evaluate import Evaluation, evaluate, evaluate_by_likelihood
 from acqsynth.label import Labeller
+from acqsynth.normal_form import normal_form
 from acqsynth.preflight import validity_reward
 from acqsynth.report.metrics import IN_DISTRIBUTION
 from acqsynth.rewards.batch import Batch, numbers
@@ -108,11 +109,22 @@ class Replay:
 
 
 def collect_rows(
-    context: StepContext, *, domain: str, data: DataConfig, others: Mapping[str, OtherSource], limit: int | None
+    context: StepContext,
+    *,
+    domain: str,
+    data: DataConfig,
+    others: Mapping[str, OtherSource],
+    limit: int | None,
+    replay: tuple[float, int] | None = None,
+    per_batch: int = 0,
 ) -> None:
     """Writes ``seeds``, ``held_out``, ``real``, ``evaluation-<set>`` and, if the recipe has them, ``reference`` and
     ``replay`` as parquet, and ``rows.json`` with their sizes. Rows of an evaluation set are left out of the other
-    sets, rows of ``seeds`` also of ``reference``."""
+    sets, rows of ``seeds`` also of ``reference``.
+
+    ``replay`` gives the share of replay and the most rows beside it, ``per_batch`` the rows of a batch that tests
+    signals: too few rows for them fail here, not after the training.
+    """
     own = find_domain(domain)
 
     def load(key: str, source: Source) -> list[Sample]:
@@ -127,9 +139,9 @@ def collect_rows(
     sizes = {f"evaluation-{name}": {"rows": len(found), "left_out": 0} for name, found in tests.items()}
     for name, found in tests.items():
         write_rows(context.folder / f"evaluation-{name}.parquet", found)
-    known = {write.plain(sample.question) for found in tests.values() for sample in found}
+    known = {normal_form(sample.question) for found in tests.values() for sample in found}
     seeds = load("data.seeds", data.seeds)
-    shown = {write.plain(sample.question) for sample in seeds}
+    shown = {normal_form(sample.question) for sample in seeds}
     pools = [("seeds", None, known), ("held_out", data.held_out, known), ("real", data.real, known)]
     if data.reference is not None:
         pools.append(("reference", data.reference, known | shown))
@@ -137,7 +149,7 @@ def collect_rows(
         pools.append(("replay", data.replay, known))
     for name, source, taken in pools:
         loaded = seeds if source is None else load(f"data.{name}", source)
-        pool = [sample for sample in loaded if write.plain(sample.question) not in taken]
+        pool = [sample for sample in loaded if normal_form(sample.question) not in taken]
         others_of = "the seeds or an evaluation set" if name == "reference" else "an evaluation set"
         if not pool:
             raise StepError(f"data.{name}: every row is also in {others_of}")
@@ -145,7 +157,20 @@ def collect_rows(
             context.say(f"data.{name}: {left_out} rows are also in {others_of} and are left out")
         sizes[name] = {"rows": len(pool), "left_out": left_out}
         write_rows(context.folder / f"{name}.parquet", pool)
+        if replay and name == ("replay" if data.replay else "real"):
+            _check_replay(len(pool), *replay)
+        if per_batch and name == "real":
+            _by_skill(pool, per_batch)
     context.write("rows.json", sizes)
+
+
+def _check_replay(available: int, share: float, n: int) -> None:
+    from acqsynth import train
+
+    try:
+        train.replay_count(available, share, n)
+    except ValueError as error:
+        raise StepError(f"student.{error}") from error
 
 
 # --- train ------------------------------------------------------------------------------------------------------------
@@ -204,9 +229,8 @@ def train_generator(
                 lambda: _fused(_values(reward, seeds[:_PROBE]), reward),
             )
         train.grpo(str(generator), asked, reward, output, options, refresh=refresh, callbacks=callbacks)
-        drawn = sum(len(read_table(path)["prompt"]) for path in output.glob("completions/*.parquet"))
-        drawn = drawn or prompts * options.get("num_generations", 8)
-    context.write("counts.json", {"completions": drawn})
+        drawn = reward.scored
+    context.write("counts.json", {"completions": drawn, "masked": reward.masked})
 
 
 # --- generate ---------------------------------------------------------------------------------------------------------
@@ -234,14 +258,15 @@ def write_questions(context: StepContext, *, writing: Writing, mistakes: Path | 
     _write_kept(context, chunks, writing.n, near=write.drops_near_copies(reward.gates), later=bool(writing.earlier))
 
 
-def select_questions(context: StepContext, *, writing: Writing, candidates: int, spent: Path | None) -> None:
+def select_questions(context: StepContext, *, writing: Writing, candidates: int, spent: Sequence[Path]) -> None:
     """Rejection sampling: writes ``samples.parquet``, the best of several completions per prompt, and ``counts.json``.
 
-    ``spent``: counts of a training run; instead of ``candidates`` per prompt, as many completions are drawn as training
-    and writing used together.
+    ``spent``: counts of the rounds of a training run; instead of ``candidates`` per prompt, as many completions are
+    drawn as training and writing used together.
     """
-    if spent is not None:
-        candidates = max(2, math.ceil((read_json(spent)["completions"] + writing.n) / writing.n))
+    if spent:
+        drawn = sum(read_json(path)["completions"] for path in spent)
+        candidates = max(2, math.ceil((drawn + writing.n) / writing.n))
     pool = read_rows(writing.held_out)
     reward, engine = writing.scoring.build(pool), _engine(writing.scoring.engine, writing.generator)
 
@@ -396,12 +421,12 @@ def fit_student(
     options: dict[str, Any],
     seed: int,
 ) -> None:
-    """Fits the student on n of the samples; writes ``model/`` and ``counts.json``."""
+    """Fits the student on n of the samples; writes ``model/`` and ``counts.json``, with the number really learnt."""
     from acqsynth import train
 
     pool = [row for path in samples for row in read_rows(path)]
     picked = random.Random(seed).sample(pool, min(n, len(pool)))
-    train.sft(
+    model = train.sft(
         student,
         find_domain(domain),
         picked,
@@ -411,7 +436,13 @@ def fit_student(
         replay_share=replay.share if replay else 0.0,
         callbacks=[train.Progress(context.say, context.status)],
     )
-    context.write("counts.json", {"wanted": n, "rows": len(picked)})
+    learnt = read_json(model / train.ROWS)
+    if learnt["dropped"] or learnt["cut"]:
+        context.say(
+            f"of {len(picked)} rows, {learnt['dropped']} are not learnt, as the prompt alone fills max_length = "
+            f"{learnt['max_length']} tokens, and {learnt['cut']} fill it and may be cut"
+        )
+    context.write("counts.json", {"wanted": n, "rows": learnt["learnt"]})
 
 
 def answer_rows(
@@ -503,13 +534,8 @@ def measure_validity(
 
 def _batches(pool: Sequence[Sample], n: int, size: int, seed: int) -> list[tuple[str | None, list[Sample]]]:
     """n batches, each with its skill, disjoint until the pool is exhausted."""
-    rng = random.Random(seed)
-    by_skill: dict[str | None, list[Sample]] = {}
-    for sample in pool:
-        by_skill.setdefault(sample.extra.get("skill"), []).append(sample)
-    left = {skill: rng.sample(members, len(members)) for skill, members in by_skill.items() if len(members) >= size}
-    if not left:
-        raise StepError(f"expected {size} real rows of a skill for one batch (evaluation.validity.rows), got fewer")
+    rng, by_skill = random.Random(seed), _by_skill(pool, size)
+    left = {skill: rng.sample(members, len(members)) for skill, members in by_skill.items()}
     found = []
     for i in range(n):
         skill = list(left)[i % len(left)]
@@ -517,6 +543,16 @@ def _batches(pool: Sequence[Sample], n: int, size: int, seed: int) -> list[tuple
             left[skill] += rng.sample(by_skill[skill], size)
         found.append((skill, [left[skill].pop() for _ in range(size)]))
     return found
+
+
+def _by_skill(pool: Sequence[Sample], least: int) -> dict[str | None, list[Sample]]:
+    """The samples of each skill that has enough."""
+    found: dict[str | None, list[Sample]] = {}
+    for sample in pool:
+        found.setdefault(sample.extra.get("skill"), []).append(sample)
+    if most := {skill: members for skill, members in found.items() if len(members) >= least}:
+        return most
+    raise StepError(f"evaluation.validity.rows: expected {least} real rows of a skill for one batch, got fewer")
 
 
 # --- shared by stages -------------------------------------------------------------------------------------------------
@@ -538,8 +574,9 @@ def _values(reward: Any, samples: Sequence[Sample]) -> dict[str, list[float | No
 
 def _fused(columns: Mapping[str, Sequence[float | None]], reward: Any) -> list[float | None]:
     """Fuses the signals' values of samples like the reward, as one group."""
-    n = len(next(iter(columns.values())))
-    return fuse(columns, [0] * n, reward.fusion, reward.weights)
+    weighted = {name: columns[name] for name in reward.weights}  # a signal of weight 0 is only logged
+    n = len(next(iter(weighted.values())))
+    return fuse(weighted, [0] * n, reward.fusion, reward.weights)
 
 
 def _joined(chunks: Iterable[Mapping[str, Sequence[Any]]]) -> dict[str, list[Any]]:

@@ -462,6 +462,8 @@ def _read_stage(folder: Path) -> dict[str, Any] | None:
         stage = read_json(folder / _MANIFEST)
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except ValueError:
+        raise StepError(f"{folder / _MANIFEST} is damaged; remove the folder {folder} and run again") from None
     if stage.get("layout") != LAYOUT:
         output = folder.parent.parent
         raise StepError(f"output: {output} holds a run of an older version; remove it or set another output")

@@ -22,20 +22,21 @@ import datasets
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, PrinterCallback, TrainerCallback
 from trl import DPOTrainer, GRPOTrainer, SFTTrainer
 from trl.trainer.utils import get_callable_name, is_async_callable
 
 from acqsynth.domains import Domain, Messages, Sample
 from acqsynth.engines import Engine, Sampling
 from acqsynth.evaluate import rank_correlation
-from acqsynth.steps import load_state, save_state
+from acqsynth.steps import load_state, save_state, write_json
 from acqsynth.train_options import configuration as configuration
 from acqsynth.write import Candidate, Scorer, candidates
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINT = "checkpoint-"
+ROWS = "rows.json"  #: of a student: the numbers of samples learnt, dropped as too long, and cut
 REWARD_STATE = "reward_state.pt"  #: written last to a checkpoint, so its presence means the checkpoint is complete
 
 Row = dict[str, Messages]  #: ``{"prompt", "completion"}``
@@ -77,34 +78,58 @@ def sft(
 
     Raises:
         ValueError: no samples, a share outside [0, 1), too few replay rows for the share, or as
-            :func:`configuration`.
+            :func:`configuration`; every prompt fills ``max_length``, which is at most the student's positions.
     """
     if not samples:
         raise ValueError("samples: expected at least one")
     output = Path(output)
     config, lora = configuration("sft", options or {}, output)
+    positions = getattr(AutoConfig.from_pretrained(student).get_text_config(), "max_position_embeddings", None)
+    if positions and (config.max_length is None or config.max_length > positions):
+        logger.warning("max_length is %d instead of %s, the student's positions", positions, config.max_length)
+        config.max_length = positions
     rows = training_rows(domain, samples)
     if replay:
         rows += sample_replay(replay, replay_share, len(samples), config.seed)
+    own = [i < len(samples) for i in range(len(rows))]
     trainer = SFTTrainer(
         model=student,
         args=config,
-        train_dataset=datasets.Dataset.from_list(rows),
+        train_dataset=datasets.Dataset.from_list(rows).add_column("own", own),
         peft_config=lora,
         callbacks=list(callbacks),
     )
+    learnt = _learnt(trainer.train_dataset, len(samples), config.max_length)
     _run(trainer, output)
+    if trainer.is_world_process_zero():
+        write_json(output / ROWS, learnt)
     return output
+
+
+def _learnt(prepared: Any, n: int, max_length: int | None) -> dict[str, int | None]:
+    """The numbers of samples that TRL kept, dropped or may have cut, of n. Packed rows are neither dropped nor cut."""
+    if "own" not in prepared.column_names:
+        return {"learnt": n, "dropped": 0, "cut": 0, "max_length": max_length}
+    lengths = [len(ids) for ids, own in zip(prepared["input_ids"], prepared["own"], strict=True) if own]
+    if not lengths:
+        raise ValueError(f"samples: expected a prompt that leaves room in max_length = {max_length} tokens")
+    cut = sum(length == max_length for length in lengths)
+    return {"learnt": len(lengths), "dropped": n - len(lengths), "cut": cut, "max_length": max_length}
 
 
 def sample_replay(replay: Sequence[Row], share: float, n: int, seed: int) -> list[Row]:
     """Draws enough rows to make up ``share`` of the total, given n other rows."""
+    return random.Random(seed).sample(list(replay), replay_count(len(replay), share, n))
+
+
+def replay_count(available: int, share: float, n: int) -> int:
+    """The number of rows that make up ``share`` of the total beside n other rows; ValueError if too few are there."""
     if not 0 <= share < 1:
         raise ValueError(f"replay_share: expected a share in [0, 1), got {share}")
     count = round(n * share / (1 - share))
-    if count > len(replay):
-        raise ValueError(f"replay: expected {count} rows for a share of {share} beside {n} samples, got {len(replay)}")
-    return random.Random(seed).sample(list(replay), count)
+    if count > available:
+        raise ValueError(f"replay: expected {count} rows for a share of {share} beside {n} samples, got {available}")
+    return count
 
 
 # --- the generator ----------------------------------------------------------------------------------------------------

@@ -262,11 +262,6 @@ def best(
     return _draw_until(prompts, keep, sampling, rows=rows, rounds=rounds, per_prompt=1)
 
 
-def plain(question: str) -> str:
-    """The form in which the questions of two sources are equal."""
-    return " ".join(question.lower().split())
-
-
 def _total(candidate: Candidate) -> float:
     return -math.inf if candidate.total is None else candidate.total
 

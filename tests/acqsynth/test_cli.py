@@ -80,6 +80,12 @@ def test_a_wrong_recipe_exits_with_2(arguments, sentence, capsys):
     assert told.count("\n") == 1
 
 
+def test_a_run_without_a_recipe_asks_for_it_alone(capsys):
+    with pytest.raises(SystemExit):
+        main(["run"])
+    assert capsys.readouterr().err == "acqsynth: error: the following arguments are required: recipe\n"
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -155,10 +155,10 @@ def test_arms_share_what_reads_the_same(fakes, recipe):
         assert len(set(names)) == len(names)
     grpo = plan_of(recipe, "baselines=[no_rl, best_of_n]")
     selected = next(step for step in grpo.of("generate") if step.name == "best_of_n")
-    assert selected.arguments["spent"].step is grpo.arms["grpo"].trained[0]
+    assert [spent.step for spent in selected.arguments["spent"]] == grpo.arms["grpo"].trained
     best = plan_of(recipe, "generator.method=best_of_n", "baselines=[best_of_n, no_rl]")
     assert list(best.arms) == ["best_of_n", "no_rl"]
-    assert best.arms["best_of_n"].written[0].arguments["spent"] is None
+    assert best.arms["best_of_n"].written[0].arguments["spent"] == []
 
 
 def test_all_arms_learn_equal_rows_with_equal_settings(fakes, recipe):
@@ -234,6 +234,30 @@ def test_rejection_sampling_spends_what_training_did(fakes, recipe):
     assert table["reward_size"] == [1.0] * counts["kept"]
 
 
+def test_rejection_sampling_spends_what_all_rounds_of_its_seed_did(fakes, recipe):
+    plan = plan_of(recipe, "baselines=[best_of_n]", "rounds=2", "generator.seeds=[0, 3]")
+    spent = [[str(each) for each in step.arguments["spent"]] for step in plan.arms["best_of_n"].written]
+    folders = [f"01-train/grpo{seed}-round-{i}/counts.json" for seed in ("", "@3") for i in (1, 2)]
+    assert spent == [folders[:2], folders[2:]]
+
+
+@pytest.mark.parametrize("log", [{"logging_steps": 3}, {"log_completions": False}])
+def test_completions_are_counted_however_they_are_logged(scoring, student_path, tmp_path, log):
+    options = TRAINER | {"num_generations": 2, "per_device_train_batch_size": 2, "max_completion_length": 4} | log
+    stages.train_generator(
+        StepContext(tmp_path), scoring=scoring, method="grpo", generator=student_path, prompts=4, shown=2,
+        turns=False, candidates=None, options=options, seed=0,
+    )  # fmt: skip
+    assert json.loads((tmp_path / "counts.json").read_text())["completions"] == 6
+
+
+def test_completions_without_a_score_are_noted(fakes, recipe, monkeypatch):
+    _, store, _ = run(recipe, "evaluation.validity.batches=0")
+    metrics = json.loads((store.output / "06-report/report/metrics.json").read_text())
+    said = [each["text"] for each in metrics["verdict"] if each["kind"] == "note"]
+    assert said == ["grpo: 8.3 % of the completions could not be scored and counted for nothing."]  # 1 of 12
+
+
 def test_errors_are_shown_by_their_skills_share(fakes, recipe):
     pool = [Sample(f"a{i}", "1", "", {"skill": "a"}) for i in range(10)]
     pool += [Sample(f"b{i}", "1", "", {"skill": "b"}) for i in range(90)]
@@ -283,6 +307,19 @@ def test_rows_of_an_evaluation_set_are_left_out(fakes, recipe):
     assert sizes["evaluation-in_distribution"] == {"rows": 150, "left_out": 0}
 
 
+def test_a_row_disguised_by_other_signs_is_left_out(fakes, recipe, monkeypatch):
+    disguised = Sample("Question 1: 1000 \u2010 1\u200b?", "999")
+    monkeypatch.setattr(
+        fake_run.Sums,
+        "load",
+        lambda self, source, *rest: [Sample(f"{source[5:]} - 1?", "0"), disguised][: 2 - (source == "sums:1000")],
+    )
+    plan = plan_of(recipe, "evaluation.others={}", "evaluation.validity.batches=0")
+    store = Store(Path(plan.config.output))
+    store.run(plan.of("seeds")[0])
+    assert [row.question for row in read_rows(store.output / "00-seeds/rows/real.parquet")] == ["200 - 1?"]
+
+
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
@@ -290,8 +327,9 @@ def test_rows_of_an_evaluation_set_are_left_out(fakes, recipe):
         ("data.real={source: 'sums:1000', limit: 100}", "data.real: every row is also in an evaluation set"),
         ("data.replay={source: 'sums:3000', limit: 40}", "data.replay: every row is also in an evaluation set"),
         ("evaluation.others.more.source=gone", "evaluation.others.more: gone: no such file"),
+        ("student.replay=0.8", "00-seeds/rows: student.replay: expected 280 rows for a share of 0.8 beside 70 samples"),
         ("data.seeds={source: 'sums:0', skip: 50}", "has no rows after the first 50"),
-        ("evaluation.validity.rows=150", "05-evaluate/validity: expected 150 real rows of a skill"),
+        ("evaluation.validity.rows=150", "00-seeds/rows: evaluation.validity.rows: expected 150 real rows of a skill"),
     ],
 )
 def test_data_that_can_not_be_used_is_one_sentence(fakes, recipe, override, sentence):
@@ -401,7 +439,7 @@ def test_a_generator_learns_from_a_student_that_moves(scoring, student_path, tmp
         **arguments,
     )
     assert (tmp_path / "model/config.json").is_file()
-    assert json.loads((tmp_path / "counts.json").read_text()) == {"completions": 6}
+    assert json.loads((tmp_path / "counts.json").read_text()) == {"completions": 6, "masked": 0}
     assert sum("of 3: reward" in line for line in said) == 3
     assert [line for line in said if "scores with" in line] == ["the reward scores with checkpoint-1"]
     # DPO draws its candidates first; random bytes never parse.
@@ -431,7 +469,7 @@ def test_rows_that_prompts_show_are_not_written(writing, tmp_path, monkeypatch, 
     engine = scripted(lambda prompt, i, seed: written(f"{n}+9" if (n := next(drawn)) % 2 else next(copies), 1))
     monkeypatch.setattr(stages, "_engine", lambda *arguments: engine)
     if selected:
-        stages.select_questions(StepContext(tmp_path), writing=writing, candidates=2, spent=None)
+        stages.select_questions(StepContext(tmp_path), writing=writing, candidates=2, spent=[])
     else:
         stages.write_questions(StepContext(tmp_path), writing=writing)
     found = {sample.question for sample in read_rows(tmp_path / "samples.parquet")}
@@ -503,9 +541,22 @@ def test_a_student_learns_rows_and_replay(scoring, student_path, tmp_path):
         )  # fmt: skip
 
 
+def test_a_student_tells_the_rows_it_did_not_learn(scoring, student_path, tmp_path):
+    write_rows(tmp_path / "samples.parquet", [*SEEDS[:3], Sample("1+" * 30 + "1", "31")])
+    said = []
+    stages.fit_student(
+        StepContext(tmp_path, said.append), domain="sums", student=str(student_path), n=4, replay=None, seed=0,
+        options=TRAINER | {"max_length": 50}, samples=[tmp_path / "samples.parquet"],
+    )  # fmt: skip
+    assert json.loads((tmp_path / "counts.json").read_text()) == {"wanted": 4, "rows": 3}
+    assert said[-1].startswith("of 4 rows, 1 are not learnt, as the prompt alone fills max_length = 50 tokens, and 0")
+
+
 def test_rows_are_ranked_by_the_weights_of_the_reward():
     reward = SimpleNamespace(fusion="raw", weights={"entropy": 2.0, "margin": -1.0})
-    fused = stages._fused({"entropy": [3.0, 1.0, None, 2.0], "margin": [0.0, 9.0, 5.0, 1.0]}, reward)
+    logged_only = [None, 50.0, -50.0, 0.0]
+    columns = {"entropy": [3.0, 1.0, None, 2.0], "margin": [0.0, 9.0, 5.0, 1.0], "loss": logged_only}
+    fused = stages._fused(columns, reward)
     assert fused == [6.0, -7.0, None, 3.0]
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 
 import pytest
 
 from acqsynth import models, preflight
 from acqsynth.config import ConfigError, load, recipes
+from acqsynth.domains import sandbox
 from acqsynth.pipeline import plan
 
 REFUSED = {
@@ -77,7 +79,19 @@ REFUSED = {
     "reward.signals.diversity.ridg=1": "reward.signals.diversity: got an unexpected keyword argument 'ridg'",
     "reward.gates=[sond]": "reward.gates: unknown 'sond', expected one of sound",
     "reward.scoring={max_length: 1}": "reward.scoring: max_length: expected at least 2 tokens, got 1",
-    "reward.scoring={max_lenth: 1}": "reward.scoring: got an unexpected keyword argument 'max_lenth'",
+    "reward.scoring={max_lenth: 1}": "reward.scoring: unknown 'max_lenth', expected some of reduction, backend",
+    "reward.scoring={domain: x}": "reward.scoring: unknown 'domain', expected some of reduction, backend",
+    "reward.scoring={tokenizer: x}": "reward.scoring: unknown 'tokenizer', expected some of reduction, backend",
+    "reward.signals={proximity: {clusters: a}}": "reward.signals.proximity: clusters: expected at least 1, got 'a'",
+    "reward={signals: {diversity: {}}, embedder: ngramm}": "reward.embedder: unknown 'ngramm', did you mean ngram?",
+    "reward.answers={temperature: 0}": "reward.answers: temperature: expected more than 0",
+    "labelling={method: majority, temperature: 0}": "labelling.temperature: expected more than 0",
+    "reward.labelling={method: majority, temperature: 0}": "reward.labelling.temperature: expected more than 0",
+    "generator={model: world:base, method: best_of_n, sampling: {temperature: 0}}": (
+        "generator.sampling.temperature: expected more than 0"
+    ),
+    "student.options.seed=5": "student.options: seed is set by student.seeds",
+    "generator.options.seed=5": "generator.options: seed is set by generator.seeds",
     "reward.answers={k: 0}": "reward.answers: k: expected at least 1 answer, got 0",
 }
 
@@ -161,6 +175,37 @@ def test_a_sentence_model_is_looked_for_only_if_a_signal_uses_it(overrides, need
     monkeypatch.setattr(models, "find", asked.append)
     preflight.on_this_machine(load("arithmetic", ["reward.embedder=./sentences", "reward.weights={}", *overrides]))
     assert ("./sentences" in asked) == needed
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "labelling={method: majority, temperature: 0, k: 1}",
+        "reward.answers={temperature: 0, k: 1}",
+        "reward={signals: {confidence: {}}, answers: {temperature: 0}}",
+        "generator={model: world:base, method: none, sampling: {temperature: 0}}",
+    ],
+)
+def test_a_single_draw_may_be_greedy(override):
+    plan(load("arithmetic", [override]))
+
+
+@pytest.mark.parametrize(
+    "override", ["domain=code", "evaluation.others={c: {source: openai/openai_humaneval, domain: code}}"]
+)
+def test_a_missing_sandbox_is_said_before_a_run(override, monkeypatch):
+    monkeypatch.setattr(sandbox.shutil, "which", lambda name: None)
+    key = "domain" if override.startswith("domain") else "evaluation.others.c.domain"
+    with pytest.raises(ConfigError, match=f"^{key}: bwrap is not on PATH; "):
+        preflight.on_this_machine(
+            load("code" if key == "domain" else "arithmetic", [override, "engine={name: transformers}"])
+        )
+
+
+def test_a_missing_checker_is_said_before_a_run(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"^domain: math-verify is not installed: run pip install"):
+        preflight.on_this_machine(load("math", ["engine={name: transformers}"]))
 
 
 def test_a_domain_that_computes_may_label():

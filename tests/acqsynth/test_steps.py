@@ -336,6 +336,14 @@ def test_a_run_of_an_older_layout_is_refused(tmp_path, folder):
             ask(pair("x")[0])
 
 
+def test_a_damaged_record_is_one_sentence(tmp_path):
+    Store(tmp_path).run(Step("seeds", "a", text, {"value": "x"}))
+    (tmp_path / "00-seeds/a/stage.json").write_text("{")
+    told = f"^{tmp_path}/00-seeds/a/stage.json is damaged; remove the folder {tmp_path}/00-seeds/a and run again$"
+    with pytest.raises(StepError, match=told):
+        Store(tmp_path).run(Step("seeds", "a", text, {"value": "x"}))
+
+
 def test_an_unknown_model_is_one_sentence(tmp_path):
     step = Step("seeds", "a", text, {"value": "x", "model": Model(str(tmp_path))})
     with pytest.raises(StepError, match=rf"00-seeds/a: model: {tmp_path} holds no model \(no config.json\)"):

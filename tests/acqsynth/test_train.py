@@ -143,6 +143,28 @@ def test_a_student_learns_and_its_folder_is_a_model(sums, student_path, tmp_path
     assert said[-1].startswith("step 80 of 80: loss ")
 
 
+def test_samples_that_do_not_fit_are_counted(sums, student_path, tmp_path):
+    """Bytes are tokens. TRL drops a row whose prompt alone fills max_length. Replay does not count."""
+    rows = [*SAMPLES[:6], Sample("1+" * 30 + "1", "31"), Sample("1+1", "2", "and so on " * 6)]
+    options = QUICK | {"max_length": 50, "max_steps": 1, "save_strategy": "no"}
+    output = train.sft(str(student_path), sums, rows, tmp_path, options, replay=REPLAY, replay_share=0.5)
+    counts = json.loads((output / "rows.json").read_text())
+    assert counts == {"learnt": 7, "dropped": 1, "cut": 1, "max_length": 50}
+    with pytest.raises(ValueError, match="samples: expected a prompt that leaves room in max_length = 50 tokens"):
+        train.sft(str(student_path), sums, rows[6:7], tmp_path, options)
+
+
+def test_a_student_with_few_positions_learns_what_fits(sums, tiny_model, tokenizer, tmp_path, caplog):
+    tiny_model("GPT2", eos_token_id=tokenizer.eos_token_id).save_pretrained(tmp_path / "student")  # 64 positions
+    tokenizer.save_pretrained(tmp_path / "student")
+    rows = [*SAMPLES[:3], Sample("1+1", "2", "and so on " * 9)]
+    options = QUICK | {"max_steps": 1, "save_strategy": "no"}
+    output = train.sft(str(tmp_path / "student"), sums, rows, tmp_path / "out", options)
+    counts = json.loads((output / "rows.json").read_text())
+    assert counts == {"learnt": 4, "dropped": 0, "cut": 1, "max_length": 64}
+    assert "max_length is 64 instead of 2048, the student's positions" in caplog.text
+
+
 def test_the_loss_is_that_of_the_completion(sums, student_path, tmp_path):
     options = QUICK | {"max_steps": 1, "save_strategy": "no"}
     train.sft(str(student_path), sums, SAMPLES[:1], tmp_path, options)

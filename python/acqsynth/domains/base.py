@@ -16,6 +16,7 @@ Messages = list[dict[str, str]]  #: chat turns, each ``{"role", "content"}``
 Row = Mapping[str, Any]  #: row of a data set
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")  #: suffixes of local files
+_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character of UTF-16, which no file can hold
 #: A final answer stated in words, up to the end of its line.
 STATED = re.compile(
     r"(?<![/\w])answer(?:\s+is\b\s*+:?+|\s*+:)[\s*]*+(?!(?:the\s+)?(?:final\s+|correct\s+)?answer(?:\s+is\b|\s*:))"
@@ -203,6 +204,9 @@ class Domain(ABC):
         """A short reason why a parsed sample is not a question of this domain, or None if nothing is wrong."""
         return None
 
+    def require(self) -> None:  # noqa: B027  (most domains need nothing)
+        """Raises RuntimeError if a program or package that checks answers is missing on this machine."""
+
     def verify(self, samples: Sequence[Sample]) -> list[bool | None]:
         """Whether each sample's own answer is right; None if the domain cannot tell."""
         return [None] * len(samples)
@@ -249,9 +253,9 @@ def is_local(source: str) -> bool:
 def text(row: Row, column: str) -> str:
     """The stripped text of a column, with plain line ends; ValueError if it is missing, empty or not text."""
     value = row.get(column)
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf:
         value = str(value)  # a csv file does not distinguish 5 from "5"
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str) or not value.strip() or _SURROGATE.search(value):
         raise ValueError(f"{column}: expected text, got {value!r:.60}")
     return value.replace("\r\n", "\n").strip()
 

@@ -170,6 +170,10 @@ class Code(Domain):
         passed = dict(zip(jobs, self._passed(list(jobs.values())), strict=True))
         return [passed.get(i, False) for i in range(len(answers))]
 
+    def require(self) -> None:
+        if not self.unsafe_without_sandbox:
+            sandbox.require()
+
     def verify(self, samples: Sequence[Sample]) -> list[bool | None]:
         """Whether each sample's answer passes its tests, and the tests depend on the answer.
 

@@ -82,6 +82,9 @@ class Math(Domain):
     def __init__(self, checker: MathChecker | None = None) -> None:
         self.checker = checker or MathChecker()
 
+    def require(self) -> None:
+        self.checker.require()
+
     def generator_prompt(self, shown: Sequence[Sample]) -> Messages:
         return ask_for_sample(
             "one new mathematical problem that has exactly one final answer",

@@ -70,10 +70,14 @@ class MathChecker:
         """
         if not pairs:
             return []
-        if importlib.util.find_spec("math_verify") is None:
-            raise RuntimeError('math-verify is not installed: run pip install "acqcore[train]"')
+        self.require()
         with ThreadPoolExecutor(min(self.workers, len(pairs))) as pool:
             return list(pool.map(lambda pair: self._equal(*pair), pairs))
+
+    def require(self) -> None:
+        """Raises RuntimeError if math-verify is not installed."""
+        if importlib.util.find_spec("math_verify") is None:
+            raise RuntimeError('math-verify is not installed: run pip install "acqcore[train]"')
 
     def close(self) -> None:
         """Ends the idle workers; the next check starts new ones."""

@@ -77,12 +77,14 @@ class TransformersEngine(Engine):
         draws = 1 if greedy else sampling.n
         rows = [row for row in ids for _ in range(draws)]
         room = [min(sampling.max_tokens, limit - len(row)) if limit else sampling.max_tokens for row in rows]
+        eos = eos_ids(self.tokenizer, self.model.generation_config)
         done: dict[int, Completion] = {}
         with self._generating():
             for number, batch in enumerate(batches([len(row) for row in rows], room, self.batch_tokens)):
                 seed = int(numpy.random.SeedSequence([sampling.seed, number]).generate_state(1)[0])
                 torch.manual_seed(seed)
-                done.update(zip(batch, self._batch([rows[i] for i in batch], room[batch[0]], sampling), strict=True))
+                drawn = self._batch([rows[i] for i in batch], room[batch[0]], sampling, eos)
+                done.update(zip(batch, drawn, strict=True))
         groups = [[done[i * draws + draw] for draw in range(draws)] for i in range(len(ids))]
         return [group * sampling.n for group in groups] if greedy else groups
 
@@ -165,8 +167,7 @@ class TransformersEngine(Engine):
             raise ValueError(f"weights: expected those of {type(self.model).__name__}, {said}")
         self.model.load_state_dict(state, strict=False)
 
-    def _batch(self, rows: list[list[int]], room: int, sampling: Sampling) -> list[Completion]:
-        eos = eos_ids(self.tokenizer, self.model.generation_config)
+    def _batch(self, rows: list[list[int]], room: int, sampling: Sampling, eos: list[int]) -> list[Completion]:
         pad = self.tokenizer.pad_token_id
         if pad is None:
             pad = eos[0] if eos else 0  # masked, so any token will do
@@ -178,14 +179,11 @@ class TransformersEngine(Engine):
             input_ids=tokens.to(self.model.device),
             attention_mask=mask.to(self.model.device),
             logits_processor=LogitsProcessorList([] if kept is None else [kept]),
-            # The model's own generation configuration must not override Sampling.
             generation_config=GenerationConfig(
                 do_sample=sampling.temperature > 0,
                 temperature=sampling.temperature or 1.0,
                 top_p=sampling.top_p,
                 top_k=0,
-                repetition_penalty=1.0,
-                no_repeat_ngram_size=0,
                 max_new_tokens=room,
                 eos_token_id=eos or None,
                 pad_token_id=pad,
@@ -203,18 +201,24 @@ class TransformersEngine(Engine):
 
     @contextmanager
     def _generating(self) -> Iterator[None]:
-        """Evaluation mode without gradients and with a forked random state; restores everything on exit."""
+        """Evaluation mode without gradients, with a forked random state and a plain generation configuration: the
+        model's own would fill in what Sampling does not set, such as ``min_p``. Restores everything on exit."""
         modules = list(self.model.modules())
         flags = [module.training for module in modules]
+        configured = [(module, module.generation_config) for module in modules if "generation_config" in vars(module)]
         device = self.model.device
         for module in modules:
             module.training = False
+        for module, _ in configured:
+            module.generation_config = GenerationConfig()
         try:
             with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
                 yield
         finally:
             for module, flag in zip(modules, flags, strict=True):
                 module.training = flag
+            for module, own in configured:
+                module.generation_config = own
 
 
 def batches(lengths: Sequence[int], room: Sequence[int], budget: int) -> Iterator[list[int]]:

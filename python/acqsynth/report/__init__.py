@@ -88,6 +88,11 @@ def write_report(
     found["training"] = metrics.training([read_log(model) for model in first]) if first else None
     tables = [read_table(path) for model in trained for path in sorted(model.glob("completions/*.parquet"))]
     found["samples"] = metrics.samples(tables or [read_table(arms[main].written[0] / "samples.parquet")])
+    for name, arm in arms.items():
+        drawn = metrics.sum_counts([read_json(folder / "counts.json") for folder in arm.trained or arm.written])
+        if (share := metrics.unscored(drawn)) > metrics.MANY:
+            said = f"{name}: {metrics.percent(share)} of the completions could not be scored and counted for nothing."
+            found["verdict"].append({"kind": "note", "text": said})
     if constant := metrics.constant_signals(tables):
         said = f"{', '.join(constant)} gave every completion the same value and did not affect the reward."
         found["verdict"].append({"kind": "note", "text": said})

@@ -20,6 +20,7 @@ from acqsynth.evaluate import FEWEST, accuracy_by_skill, accuracy_interval, chan
 IN_DISTRIBUTION = "in_distribution"
 KNOWN = 0.8  #: base student's accuracy from which a skill counts as known and can be forgotten
 STUDENT = "student"
+MANY = 0.05  #: share of completions without a score from which the report says so
 
 
 @dataclass(frozen=True)
@@ -257,15 +258,20 @@ def samples(tables: Sequence[Mapping[str, Sequence[Any]]], n: int = 5) -> dict[s
 
 
 def constant_signals(tables: Sequence[Mapping[str, Sequence[Any]]]) -> list[str]:
-    """Signals with the same value for every scored completion; ``tables`` as in :func:`samples`."""
-    seen: dict[str, set[float]] = {}
+    """Signals with the same value for all scored completions, at least two; ``tables`` as in :func:`samples`."""
+    seen: dict[str, list[float]] = {}
     for table in tables:
         for key, column in table.items():
             if key.startswith("reward_"):
                 numbers = (value for value in column if isinstance(value, float) and math.isfinite(value))
-                seen.setdefault(key.removeprefix("reward_"), set()).update(numbers)
-    scored = sum(len(table["reward"]) for table in tables if "reward" in table)
-    return [name for name, values in seen.items() if len(values) == 1 and scored > 1]
+                seen.setdefault(key.removeprefix("reward_"), []).extend(numbers)
+    return [name for name, values in seen.items() if len(values) > 1 and len(set(values)) == 1]
+
+
+def unscored(counts: Mapping[str, Any]) -> float:
+    """The share of a training's or a selection's completions on which a part of the reward failed."""
+    failed = counts.get("masked", 0) + counts.get("dropped", {}).get("a scorer failed", 0)
+    return float(failed / counts["completions"]) if failed else 0.0
 
 
 def _flat(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -153,44 +154,64 @@ class Rewards:
         return {name: Spread.within(self.components[name], errors, self.groups) for name, errors in self.stderr.items()}
 
 
-def set_floor(entries: Sequence[Entry], bounded: bool) -> None:
-    """Sets the totals of gated entries, below those of valid ones; to 0 if totals are ``bounded`` by 0 and 1."""
+def set_floor(entries: Sequence[Entry], bounded: bool, lowest_ever: float) -> None:
+    """Sets the totals of gated entries, below those of valid ones and below ``lowest_ever`` if that is finite; to 0 if
+    totals are ``bounded`` by 0 and 1, or none is known."""
     gated = [entry for entry in entries if entry.rejected_by is not None]
     known = [(entry.group, entry.total) for entry in entries if entry.rejected_by is None and entry.total is not None]
-    if bounded or not known:
+    if bounded or (not known and lowest_ever == math.inf):
         for entry in gated:
             entry.total = 0.0
         return
     totals = [total for _, total in known]
-    step = statistics.pstdev(totals) or 1.0
+    step = (statistics.pstdev(totals) if totals else 0.0) or 1.0
     lowest: dict[Hashable, float] = {}
     for group, total in known:
         lowest[group] = min(total, lowest.get(group, total))
     for entry in gated:
-        entry.total = lowest.get(entry.group, min(totals)) - step
+        least = lowest_ever if lowest_ever < math.inf else lowest.get(entry.group, min(totals))
+        entry.total = least - step
+
+
+class BrokenPartError(RuntimeError):
+    """A signal or gate that has never worked: it would mask every sample."""
 
 
 class Guard:
-    """Calls signals and gates; one that raises masks samples instead of ending the run."""
+    """Calls signals and gates; one that raises masks samples instead of ending the run, if it has ever worked."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.failures = 0  #: number of calls that have raised
+        self._worked: set[str] = set()
+        self._failed: Counter[str] = Counter()  # samples on which a part failed before it ever worked
 
     def __call__(
-        self, part: str, function: Callable[[Any], Sequence[Any]], samples: Sequence[Any], *, singly: bool = True
+        self,
+        part: str,
+        function: Callable[[Any], Sequence[Any]],
+        samples: Sequence[Any],
+        *,
+        singly: bool = True,
+        needed: bool = False,
     ) -> Sequence[Any]:
         """The function's values for n samples; None for samples it fails on.
 
         A function that fails on a :class:`Batch` is retried one sample at a time, so that a bad sample masks only
         itself; it gives up if the first ``_TRIES`` samples all fail. ``singly=False`` disables the retry, as for a
         function that compares the samples.
+
+        Raises:
+            BrokenPartError: a ``needed`` part has failed on all samples so far, at least ``_TRIES``.
         """
         if not samples:
             return []
         try:
-            return _called(part, function, samples)
+            values = _called(part, function, samples)
+            self._worked.add(part)
+            return values
         except Exception as error:
+            cause = error
             logger.exception("%s: %r failed on %d samples", self.name, part, len(samples))
             self.failures += 1
             singly = singly and not isinstance(error, _WrongLengthError)
@@ -200,11 +221,16 @@ class Guard:
             for i, sample in enumerate(samples):
                 try:
                     [found[i]] = _called(part, function, samples.part([sample]))
+                    self._worked.add(part)
                     failed = 0
                 except Exception:
                     failed += 1
                     if failed == _TRIES and all(value is None for value in found):
                         break
+        self._failed[part] += len(samples)
+        if needed and part not in self._worked and self._failed[part] >= _TRIES:
+            told = f"{self.name}: {part!r} failed on each of its first {self._failed[part]} samples"
+            raise BrokenPartError(f"{told}: {type(cause).__name__}: {cause}") from cause
         return found
 
 

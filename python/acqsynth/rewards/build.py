@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +25,7 @@ from acqsynth.rewards.signals import Diversity, Gradient, Proximity, Signal, acq
 from acqsynth.rewards.texts import NgramEmbedder, SentenceEmbedder
 
 ANSWER_SIGNALS = ("confidence", "answer_variance", "semantic_entropy", "learnability")
+SCORING = ("reduction", "backend", "batch_tokens", "max_length", "device")
 DEFAULT_SIGNALS: dict[str, dict[str, Any]] = {
     "mutual_information": INFORMATION,
     "influence": {},
@@ -57,6 +60,8 @@ def build(
     wanted = DEFAULT_SIGNALS if config.signals is None else config.signals
     weights = config.weights or (DEFAULT_WEIGHTS if config.signals is None else None)
     scoring = dict(config.scoring)
+    if unknown := [name for name in scoring if name not in SCORING]:
+        raise ValueError(f"scoring: unknown {unknown[0]!r}, expected some of {', '.join(SCORING)}")
     majority = config.labelling is not None and config.labelling.method == "majority"
     sampled = [name for name in ANSWER_SIGNALS if name in wanted]
     answering: Engine | None = None
@@ -66,6 +71,8 @@ def build(
     if sampled:
         options = {"top2": "confidence" in wanted, **config.answers}
         drawn = _named("answers", SampledAnswers, answering, domain, **options)
+        if drawn.sampling.temperature == 0 and drawn.k > 1 and sampled != ["confidence"]:
+            raise ValueError("answers: temperature: expected more than 0, as equal answers always agree, or k of 1")
     aim = seeds if reference is None else reference
     signals = _signals(config, wanted, domain, student, drawn, seeds, aim, scoring)
     if config.paper_compat:
@@ -197,8 +204,10 @@ def _signals(
 def _embedder(name: str) -> Any:
     if name == "ngram":
         return NgramEmbedder()
+    if "/" not in name and (near := difflib.get_close_matches(name, ("ngram", "minilm"), 1)) and name not in near:
+        raise ValueError(f"embedder: unknown {name!r}, did you mean {near[0]}?")
     try:
-        return SentenceEmbedder(None if name == "minilm" else name)
+        return SentenceEmbedder(None if name == "minilm" else os.path.expanduser(name))
     except FileNotFoundError as error:
         raise ValueError(f"embedder: {error}") from error
 

@@ -54,6 +54,7 @@ class PaperReward(ComposedReward):
     def _score(self, texts: Sequence[str | None], groups: Sequence[Hashable], update: bool, by_runs: bool) -> Rewards:
         """As :meth:`ComposedReward.score`; ``update`` has no effect, as the paper's signals always update."""
         rewards = Rewards([], [], {signal.name: [] for signal in self.signals}, {"parses": []})
+        self.scored += len(texts)
         for text in texts:
             sample, value, total = self._released(text)
             rewards.total.append(total)

@@ -9,10 +9,13 @@ GRPO, best-of-n and DPO share it. A call with n completions takes these steps:
    replaces, such as by a labelled one, passes the earlier gates again.
 2. Signals score the samples that passed. A scorer that fails, on one sample or on all, masks: the sample's total is
    None, and the sample is excluded from all statistics. Failures are counted and logged, and never become a number.
+   A weighted signal or a gate that fails on all of its first samples, at least three, raises
+   :class:`acqsynth.rewards.batch.BrokenPartError`: it would mask every sample.
 3. Each signal's value is normalised against samples of similar length (:class:`acqsynth.rewards.fusion.LengthBins`).
 4. :func:`acqsynth.rewards.fusion.fuse` combines the signals. A gated sample gets the floor: 0 under ``rank`` and
    ``quantile``, whose values are above 0; otherwise one standard deviation of the call below the lowest of its group
-   (of the call, if none of the group passed). So it never outranks or ties with a valid sample of its group.
+   (of the call, if none of the group passed; under ``raw``, of all calls so far). So it never outranks or ties with a
+   valid sample of its group. While no sample has passed, it is 0.
 5. Archives add the samples that passed.
 
 The published method adds a format bonus to one signal (:mod:`acqsynth.rewards.paper`). Here the format is a gate,
@@ -21,6 +24,7 @@ because a signal can outweigh a bonus, and text that is not a question has the l
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from functools import partial
 from itertools import groupby
@@ -116,6 +120,8 @@ class ComposedReward(TrlReward):
         self.sync = sync
         self.length_bins = {name: LengthBins() for name in sorted(chosen)}
         self.history: dict[str, list[float]] = {name: [] for name in names}
+        self.scored = 0  #: number of texts scored so far, without evaluation and probes
+        self._lowest = math.inf  # of the totals of all calls
         self._guard = Guard(name)
 
     @classmethod
@@ -236,7 +242,9 @@ class ComposedReward(TrlReward):
         """Archives, histories, length statistics and counts, for ``torch.save``."""
         return {
             "masked": self.masked,
+            "scored": self.scored,
             "failures": self.failures,
+            "lowest": self._lowest,
             "history": {name: list(values) for name, values in self.history.items()},
             "length_bins": {name: bins.state_dict() for name, bins in self.length_bins.items()},
             "parts": {key: part.state_dict() for key, part in self._stateful().items()},
@@ -253,6 +261,7 @@ class ComposedReward(TrlReward):
             if set(state[key]) != set(ours):
                 raise ValueError(f"state: expected {key} {sorted(ours)}, got {sorted(state[key])}")
         self.masked, self._guard.failures = state["masked"], state["failures"]
+        self.scored, self._lowest = state["scored"], state["lowest"]
         self.history = {name: list(values) for name, values in state["history"].items()}
         for name, bins in self.length_bins.items():
             bins.load_state_dict(state["length_bins"][name])
@@ -296,6 +305,7 @@ class ComposedReward(TrlReward):
                 if hasattr(part, "accept"):
                     self._guard(part.name, partial(_accept, part), accepted, singly=False)
         mine = ranks[own]
+        self.scored += len(mine) if update else 0
         self.masked += sum(entry.total is None for entry in mine)
         rewards = Rewards.of(mine, [signal.name for signal in self.signals], self._gate_names())
         if update:
@@ -349,8 +359,9 @@ class ComposedReward(TrlReward):
                         entry.stderr[signal.name] = error
 
     def _ask(self, part: Any, function: Callable[[Any], Sequence[Any]], samples: Batch) -> Sequence[Any]:
-        # A part that compares the samples cannot be retried on single ones.
-        return self._guard(part.name, function, samples, singly=not getattr(part, "set_level", False))
+        # A part that compares the samples cannot be retried on single ones; a signal of weight 0 masks nothing.
+        singly, needed = not getattr(part, "set_level", False), part in self.gates or part.name in self.weights
+        return self._guard(part.name, function, samples, singly=singly, needed=needed)
 
     def _total(self, entries: Sequence[Entry], update: bool) -> None:
         valid = [entry for entry in entries if entry.valid]
@@ -371,7 +382,12 @@ class ComposedReward(TrlReward):
         if update:
             for name, column in columns.items():
                 self.history[name] = [*self.history[name], *(v for v in column if v is not None)][-HISTORY:]
-        set_floor(entries, self.fusion in BOUNDED)
+        lowest = math.inf
+        if self.fusion == "raw":  # its totals of different calls are comparable
+            lowest = min([self._lowest, *(total for total in totals if total is not None)])
+            if update:
+                self._lowest = lowest
+        set_floor(entries, self.fusion in BOUNDED, lowest)
 
     def _parts(self) -> list[Any]:
         return [*self.signals, *self.gates]

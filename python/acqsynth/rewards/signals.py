@@ -217,8 +217,8 @@ class Proximity(Published):
     ) -> None:
         if not seeds:
             raise ValueError("seeds: expected at least one sample")
-        if clusters < 1:
-            raise ValueError(f"clusters: expected at least 1, got {clusters}")
+        if not isinstance(clusters, int) or clusters < 1:
+            raise ValueError(f"clusters: expected at least 1, got {clusters!r}")
         self.embed = embed
         self.texts = [sample.question for sample in seeds]
         self.clusters = clusters

@@ -40,7 +40,7 @@ from acqsynth.serve.schema import (
     served_acquisitions,
     template_variables,
 )
-from acqsynth.serve.students import Loaded, Question, Students, Values, text_size
+from acqsynth.serve.students import Loaded, Question, Students, Values, kind_of_sample, text_size
 
 logger = logging.getLogger(__name__)
 
@@ -120,8 +120,9 @@ class Service:
         loop = asyncio.get_running_loop()
         rows: list[acqcore.Row] = []
         errors: dict[int, str] = {}
+        kind = next((kind for kind in map(kind_of_sample, samples) if kind is not None), None)
         for chunk in _chunks(samples, limits.max_characters):  # other requests are served between chunks
-            found = await loop.run_in_executor(self._encoding, loaded.encode, chunk, limits, max_length)
+            found = await loop.run_in_executor(self._encoding, loaded.encode, chunk, limits, max_length, kind)
             errors |= {len(rows) + i: message for i, message in found[1].items()}
             rows += found[0]
         picked = [i for i in range(len(rows)) if i not in errors]

@@ -122,7 +122,7 @@ class ScorerClient:
     async def score(
         self,
         samples: Sequence[Any],
-        acquisitions: Sequence[str],
+        acquisitions: str | Sequence[str],
         *,
         arguments: Mapping[str, Mapping[str, Any]] | None = None,
         reduction: str = "mean",
@@ -138,8 +138,9 @@ class ScorerClient:
         Raises:
             ScorerError: the server rejects the request, or is not a scorer.
         """
+        acquisitions = [acquisitions] if isinstance(acquisitions, str) else list(acquisitions)
         question = {
-            "acquisitions": list(acquisitions),
+            "acquisitions": acquisitions,
             "acquisition_args": dict(arguments or {}),
             "reduction": reduction,
             "max_length": max_length,

@@ -15,8 +15,11 @@ import torch
 
 import acqcore
 from acqcore import Reduction
+from acqcore.students.tables import kind_of
 from acqsynth.serve.middleware import ServiceError
 from acqsynth.serve.options import Limits
+
+Kind = tuple[str, ...]
 
 EMPTY = acqcore.Row(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
 
@@ -34,18 +37,23 @@ class Loaded:
         return {"name": self.name, "version": self.version, "fingerprint": self.fingerprint}
 
     def encode(
-        self, samples: Sequence[Any], limits: Limits, max_length: int | None
+        self, samples: Sequence[Any], limits: Limits, max_length: int | None, kind: Kind | None
     ) -> tuple[list[acqcore.Row], dict[int, str]]:
         """Rows of n samples, and errors of those that cannot be scored: index -> message; their rows are empty.
 
         Args:
             limits: ``max_length`` and ``max_characters`` limit each sample.
             max_length: truncate to this many tokens, as in ``acqcore.score``.
+            kind: that of the request's samples; others are errors.
         """
         most = limits.max_characters
         limit = min(limits.max_length, self.student.max_length or limits.max_length)
         sizes = [text_size(sample) for sample in samples]
         errors = {i: f"{size} characters, at most {most} are tokenized" for i, size in enumerate(sizes) if size > most}
+        for i, sample in enumerate(samples):
+            if (other := kind_of_sample(sample)) not in (None, kind):
+                expected, got = (" and ".join(keys or ()) or "a string" for keys in (kind, other))
+                errors.setdefault(i, f"expected {expected} as in the samples before it, got {got}")
         rows = [EMPTY] * len(samples)
 
         def encode(picked: list[int]) -> None:
@@ -73,6 +81,11 @@ class Loaded:
                 except Exception as error:
                     errors[i] = f"{type(error).__name__}: {error}"[:500]
         return rows, errors
+
+
+def kind_of_sample(sample: Any) -> Kind | None:
+    """The keys that define a sample's kind, none for a string; None for an unknown kind."""
+    return () if isinstance(sample, str) else kind_of(sample) if isinstance(sample, Mapping) else None
 
 
 class Values(NamedTuple):

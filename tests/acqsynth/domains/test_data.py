@@ -52,6 +52,19 @@ def test_an_integer_of_any_length_that_nobody_reads_is_no_fault(math, tmp_path):
     assert row["x"][1] == {"y": 12}
 
 
+def test_a_long_integer_is_read_whole(math, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "What is 10^400?", "answer": 1' + "0" * 400 + "}\n")
+    assert math.load(str(path))[0].answer == "1" + "0" * 400
+
+
+def test_half_a_surrogate_pair_names_its_row(math, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "a?", "answer": "5"}\n{"question": "a \\ud83d b?", "answer": "5"}\n')
+    with pytest.raises(ValueError, match=r"rows\.jsonl: row 2: question: expected text, got 'a \\ud83d b\?'"):
+        math.load(str(path))
+
+
 @pytest.mark.parametrize("line", ["[" * 100_000, '{"a": ' * 50_000, '{"question": "\udcff"', "\x00", '"' * 100])
 def test_a_line_that_cannot_be_read_is_named(math, tmp_path, line):
     path = tmp_path / "rows.jsonl"

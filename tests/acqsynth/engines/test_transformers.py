@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedTokenizerFast
 
 from acqsynth.engines import Sampling
@@ -106,6 +107,36 @@ def test_what_the_generation_configuration_asks_for_does_not_bend_sampling(engin
     before = texts(engine.generate(PROMPTS, Sampling(max_tokens=12)))
     engine.model.generation_config.update(repetition_penalty=5.0, top_k=1, temperature=0.1)
     assert texts(engine.generate(PROMPTS, Sampling(max_tokens=12))) == before
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"min_p": 0.9},
+        {"typical_p": 0.01},
+        {"num_beams": 2},
+        {"num_return_sequences": 2},
+        {"suppress_tokens": list(range(2, 250))},
+        {"guidance_scale": 3.0},
+        {"stop_strings": ["a", "e"]},
+        {"return_dict_in_generate": True},
+    ],
+)
+def test_nor_do_fields_that_sampling_does_not_have(engine, asked):
+    before = texts(engine.generate(PROMPTS, Sampling(n=2, max_tokens=12)))
+    own = engine.model.generation_config
+    for name, value in asked.items():
+        setattr(own, name, value)
+    assert texts(engine.generate(PROMPTS, Sampling(n=2, max_tokens=12))) == before
+    assert engine.model.generation_config is own
+
+
+def test_an_adapter_keeps_its_generation_configuration(engine):
+    before = texts(engine.generate(PROMPTS, Sampling(max_tokens=12)))
+    engine.model.generation_config.min_p = 0.9
+    engine.model = get_peft_model(engine.model, LoraConfig(target_modules=["q_proj"]))
+    assert texts(engine.generate(PROMPTS, Sampling(max_tokens=12))) == before
+    assert engine.model.generation_config.min_p == engine.model.get_base_model().generation_config.min_p == 0.9
 
 
 def test_any_of_several_end_tokens_ends(engine):

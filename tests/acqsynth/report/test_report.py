@@ -360,7 +360,15 @@ def test_a_signal_of_one_value_is_named():
     ]
     assert measures.constant_signals(tables) == ["x"]
     assert measures.constant_signals([{"reward": [0.1], "reward_x": [0.0]}]) == []
+    gated = {"reward": [0.1, -1.0], "reward_x": [0.5, None], "reward_gate": ["", "parses"]}
+    assert measures.constant_signals([gated]) == []
     assert measures.constant_signals([{"question": ["1+1"]}]) == []
+
+
+def test_the_share_without_a_score():
+    assert measures.unscored({"completions": 8, "masked": 2}) == 0.25
+    assert measures.unscored({"completions": 8, "dropped": {"a scorer failed": 4, "gate new": 1}}) == 0.5
+    assert measures.unscored({"completions": 8}) == measures.unscored({}) == 0.0
 
 
 def test_metrics_are_those_of_the_answers():

@@ -18,6 +18,7 @@ from fakes import Log, Told, trained, written
 import acqcore
 from acqsynth.domains import Sample
 from acqsynth.rewards import ComposedReward, Diversity, Learnability, NgramEmbedder, SampledAnswers
+from acqsynth.rewards.batch import BrokenPartError
 from acqsynth.rewards.fusion import BOUNDED, METHODS, fuse
 from acqsynth.rewards.gates import Check, Labelled, New, sample_gates
 from acqsynth.rewards.reward import DEFAULT_WEIGHTS
@@ -103,7 +104,8 @@ def test_a_failed_sample_is_masked_and_left_out(domain):
 
 
 def test_a_scorer_that_raises_masks_what_it_was_asked(domain, caplog):
-    reward = plain(domain, Told("a", {}), Told("b", VALUES))
+    reward = plain(domain, Told("a", {"9": 1.0}), Told("b", VALUES | {"9": 1.0}))
+    assert reward.score([text(9)], ["p"]).total == [0.5]
     with caplog.at_level(logging.ERROR):
         rewards = reward.score([*TEXTS, "broken"], [*GROUPS, "q"])
     assert rewards.total == [None] * 6 + [0.0]
@@ -127,14 +129,58 @@ def test_one_sample_that_a_scorer_raises_for_masks_itself_alone(domain, bad):
     assert [total is None for total in rewards.total] == [i == bad for i in range(6)]
     compares = Told("a", values)
     compares.set_level = True
-    assert plain(domain, compares).score(TEXTS, GROUPS).total == [None] * 6
-    assert len(compares.asked) == 1
+    reward = plain(domain, compares)
+    worked = [text for i, text in enumerate(TEXTS) if i != bad]
+    assert None not in reward.score(worked, ["p"] * 5).total
+    assert reward.score(TEXTS, GROUPS).total == [None] * 6
+    assert len(compares.asked) == 2
     for set_level, calls in ((True, 1), (False, 7)):
         errs = Told("a", VALUES, values)
         errs.set_level = set_level
         rewards = plain(domain, errs).score(TEXTS, GROUPS)
         assert None not in rewards.total
         assert errs.asked_errors == calls
+
+
+BROKEN = r"reward: '{}' failed on each of its first {} samples: OSError: no such student"
+
+
+@pytest.mark.parametrize("set_level", [False, True])
+def test_a_part_that_has_never_worked_raises(domain, set_level):
+    """It would mask every sample of the run. Three samples of one call or of several are enough to tell."""
+
+    def broken(samples):
+        raise OSError("no such student")
+
+    broken.name, broken.set_level = "broken", set_level
+    for options in ({"signals": [broken, Told("a", VALUES)]}, {"signals": [Told("a", VALUES)], "gates": [broken]}):
+        with pytest.raises(BrokenPartError, match=BROKEN.format("broken", 6)):
+            ComposedReward(domain, **options).score(TEXTS, GROUPS)
+        reward = ComposedReward(domain, **options)
+        assert reward.score(TEXTS[:1], ["p"]).total == reward.score(["bad", *TEXTS[:1]], ["p"] * 2).total[1:] == [None]
+        with pytest.raises(BrokenPartError, match=BROKEN.format("broken", 3)):
+            reward.score(TEXTS[:1], ["p"])
+    logged_only = plain(domain, broken, Told("a", VALUES), weights={"broken": 0})
+    assert None not in logged_only.score(TEXTS, GROUPS).total
+
+
+def test_a_student_that_is_not_there_is_raised(domain):
+    reward = ComposedReward.default(domain, "/no/such/student", seeds=[Sample("What is it?", "1")])
+    texts = [written(f"How many shells of {i} kinds are in {i + 2} boxes?", i) for i in range(3, 6)]
+    with pytest.raises(BrokenPartError, match=r"failed on each of its first 3 samples: .*/no/such/student"):
+        reward([[{"role": "user", "content": "p"}]] * 3, texts)
+
+
+def test_the_raw_floor_is_below_the_samples_of_all_calls(domain):
+    """Trainers such as verl send one sample a call, so the call of a gated sample has no valid one."""
+    odd = Check("odd", lambda sample: sample.answer not in "14")
+    reward = plain(domain, Told("a", {"0": -3.0, "2": -5.0, "3": 4.0}), gates=[odd], fusion="raw")
+    totals = [reward.score([text(i)], [i]).total[0] for i in (1, 0, 1, 2, 3)]
+    assert totals == [0.0, -3.0, -4.0, -5.0, 4.0]
+    again = plain(domain, Told("a", {"3": 4.0}), gates=[odd], fusion="raw")
+    again.load_state_dict(reward.state_dict())
+    assert again.score([text(3), text(1)], ["p", "q"], update=False).total == [4.0, -6.0]
+    assert (again.scored, reward.scored) == (5, 5)
 
 
 class Picture:
@@ -177,6 +223,8 @@ def test_rows_that_are_no_samples_are_refused(domain, rows):
 
 def test_a_gate_that_raises_or_cannot_tell_masks(domain):
     def broken(samples):
+        if len(samples) < 3:
+            return [True] * len(samples)
         raise OSError("the sandbox is gone")
 
     def unsure(samples):
@@ -184,7 +232,9 @@ def test_a_gate_that_raises_or_cannot_tell_masks(domain):
 
     for gate, expected in ((broken, [None] * 3), (unsure, [0.5, 0.0, None])):
         gate.name = gate.__name__
+        gate.set_level = True
         reward = plain(domain, Told("a", VALUES), gates=[gate])
+        reward.score(TEXTS[:1], GROUPS[:1], update=False)
         assert reward.score(TEXTS[:3], GROUPS[:3]).total == expected
     domain.parse = lambda text: 1 / 0
     reward = plain(domain, Told("a", VALUES))
@@ -234,6 +284,7 @@ def test_a_signal_of_the_wrong_length_is_a_failure(domain):
 
     short.name = "short"
     reward = plain(domain, short)
+    assert None not in reward.score(TEXTS[:1], GROUPS[:1]).total
     assert reward.score(TEXTS, GROUPS).total == [None] * 6
     assert reward.failures == 1
 

@@ -157,7 +157,7 @@ class TestSeveralRewards:
         assert saved(prompts=["p"], completions=["a long text"]) == [0.5]
         assert saved(prompts=["p"], completions=["a long text"]) == [-0.5]  # no longer new
         restored.load_state_dict(saved.state_dict())
-        assert restored(prompts=["p"], completions=["a long text"]) == [-0.5]
+        assert [made(prompts=["p"], completions=["a long text"]) for made in (saved, restored)] == [[-0.5]] * 2
         assert restored.state_dict() == saved.state_dict()
         with pytest.raises(ValueError, match=r"state: expected that of rewards \['0'\], got \[\]"):
             combined([made(), third]).load_state_dict(combined([first, third]).state_dict())

@@ -155,6 +155,16 @@ class TestSamples:
         assert [error["index"] for error in answer["errors"]] == [5, 6]
         assert answer["n_tokens"] == [max(len(text) - 1, 0) if len(text) <= 60 else 0 for text in samples]
 
+    def test_samples_of_several_chunks_are_of_one_kind(self, post):
+        pair = {"prompt": "a fox\n", "completion": "runs"}
+        samples = [[pair, "b" * 50, pair], ["b" * 50, pair, "c" * 50]]
+        answers = [post("/score", {"samples": each}, limits={"max_characters": 60}).json() for each in samples]
+        told = "expected {} as in the samples before it, got {}"
+        kinds = ["prompt and completion", "a string"]
+        assert answers[0]["errors"] == [{"index": 1, "message": told.format(*kinds)}]
+        assert answers[1]["errors"] == [{"index": 1, "message": told.format(*kinds[::-1])}]
+        assert [answer["valid"] for answer in answers] == [[True, False, True]] * 2
+
     @pytest.mark.parametrize("error", [KeyError("x"), RecursionError(), AttributeError("strip")])
     def test_whatever_one_sample_raises_is_its_own(self, post, student, error):
         tokenizer = student.tokenizer

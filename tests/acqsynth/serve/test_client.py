@@ -134,6 +134,13 @@ def test_answers_come_back_in_order_however_they_are_split(reached):
     assert len(server.asked) == 7
 
 
+def test_one_acquisition_may_be_named_alone(reached):
+    reached(server := Server(200))
+    values = asyncio.run(ScorerClient(URL).score(["3"], "entropy")).values
+    assert values == {"entropy": [3.0]}
+    assert json.loads(server.asked[0].content)["acquisitions"] == ["entropy"]
+
+
 def test_the_token_is_sent(reached, monkeypatch):
     server = Server(200)
     reached(server)
