@@ -18,6 +18,7 @@ import torch
 
 import acqcore
 from acqcore.cli import main
+from acqcore.files.table import write_rows
 
 TEXTS = ["The quick brown fox", "a fox", "The answer is 5.", "def add(a, b): return a + b", "the lazy dog"]
 
@@ -524,6 +525,45 @@ def test_prompts_and_completions_that_are_conversations_in_a_csv(command, tmp_pa
         [[once], [twice]] = read(first), read(again)
         assert float(once["entropy"]) == pytest.approx(twice["entropy"], rel=1e-5)
         assert int(once["n_tokens"]) == twice["n_tokens"]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet", "csv"])
+def test_json_that_is_text(suffix, command, student, tmp_path, read):
+    """Prompt and completion of a csv are conversations only if both are; text of other files is text, as in Python."""
+    user, reply, records = '[{"role":"u","content":"a"}]', '[{"role":"a","content":"b"}]', '[{"role":"a","name":"b"}]'
+    rows = [
+        {"prompt": "List the users as JSON.", "completion": records},
+        {"prompt": "A fox", "completion": reply},
+        {"prompt": user, "completion": " fox"},
+        {"prompt": user, "completion": records},
+        *([] if suffix == "csv" else [{"prompt": user, "completion": reply}]),
+    ]
+    data = tmp_path / f"given.{suffix}"
+    write_rows(data, rows, ["prompt", "completion"], tmp_path / "none.jsonl")
+    assert main(command([], data=data, acquisitions="loss")) == 0
+    scores = acqcore.score(str(student), rows, "loss", backend="eager")
+    found = read(tmp_path / "out.jsonl")
+    assert [row["n_tokens"] for row in found] == scores.n_tokens.tolist()
+    assert [row["loss"] for row in found] == pytest.approx(scores["loss"].tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize("levels", [250, 400, 900, 3000])
+def test_deeply_nested_json_text(levels, command, tmp_path, read):
+    """It is the error of a row that needs messages or tools, and text elsewhere; the other rows are scored."""
+    deep, turns = "[" * levels + "]" * levels, conversation({"x": 1})["messages"]
+    good = {"messages": turns, "tools": None}
+    rows = [{**good, "messages": deep}, good, {**good, "tools": deep}, {**good, "messages": deep[:levels]}, good]
+    main(command(rows))
+    found = read(tmp_path / "out.jsonl")
+    assert [row["valid"] for row in found] == [False, True, False, False, True]
+    assert found[0]["error"] == found[3]["error"] == "messages: expected a list of messages, got str"
+    assert "tools" in found[2]["error"].lower()
+    rows = [{"prompt": "a", "completion": deep}, {"prompt": "a", "completion": deep[:levels]}]
+    for name in ("texts.csv", "texts.jsonl"):
+        write_rows(tmp_path / name, rows, ["prompt", "completion"], tmp_path / "none.jsonl")
+        out = tmp_path / f"scored-{name}.jsonl"
+        assert main(command([], data=tmp_path / name, out=out, max_length=9)) == 0
+        assert [row["n_tokens"] for row in read(out)] == [8, 8]
 
 
 class TestOutput:

@@ -36,6 +36,7 @@ class Record:
     line: int
     values: dict[str, Any]
     error: str | None = None
+    from_csv: bool = False  # so lists are JSON text
 
 
 @dataclass(frozen=True)
@@ -239,24 +240,35 @@ def _open(path: Path, line: int = 1, offset: int | None = None) -> Iterator[tupl
         yield _csv_records(lines, header, line), text.tell
 
 
-def _json_object(line: bytes) -> dict[str, Any]:
-    """Parse a line as a JSON object. Integers of more than ``_DIGITS`` digits are read as text.
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON text. Integers of more than ``_DIGITS`` digits are read as text.
 
     Raises:
-        ValueError: invalid JSON or UTF-8, another type than an object, excessive nesting.
+        ValueError: invalid JSON or UTF-8, excessive nesting.
     """
     try:
-        values = json.loads(line, parse_int=lambda digits: int(digits) if len(digits) <= _DIGITS else digits)
+        value = json.loads(text, parse_int=lambda digits: int(digits) if len(digits) <= _DIGITS else digits)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} (column {error.colno})") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8: {error.reason} (byte {error.start + 1})") from None
     except (ValueError, RecursionError, MemoryError) as error:
         raise ValueError(f"not JSON: {error}") from None
+    opened = text.count(b"[") + text.count(b"{") if isinstance(text, bytes) else text.count("[") + text.count("{")
+    if opened > _DEEPEST and _depth(value) > _DEEPEST:
+        raise ValueError(f"nested deeper than {_DEEPEST} levels")
+    return value
+
+
+def _json_object(line: bytes) -> dict[str, Any]:
+    """Parse a line as a JSON object.
+
+    Raises:
+        ValueError: as :func:`parse_json`; another type than an object.
+    """
+    values = parse_json(line)
     if not isinstance(values, dict):
         raise ValueError(f"expected a JSON object, got {type(values).__name__}")
-    if line.count(b"[") + line.count(b"{") > _DEEPEST and _depth(values) > _DEEPEST:
-        raise ValueError(f"nested deeper than {_DEEPEST} levels")
     return values
 
 
@@ -307,7 +319,7 @@ def _csv_records(lines: Iterator[str], header: Sequence[str], first: int) -> Ite
         if beyond is not None:
             yield Record(number, {}, f"expected {len(header)} cells as in the header, got {len(header) + len(beyond)}")
             continue
-        yield Record(number, values)
+        yield Record(number, values, from_csv=True)
 
 
 def choose_columns(

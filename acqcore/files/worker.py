@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
 import os
 import platform
 import sys
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 
 from acqcore import checks
-from acqcore.files.data import Block, Reader, Record
+from acqcore.files.data import Block, Reader, Record, parse_json
 from acqcore.files.parts import Parts
 from acqcore.files.table import column_types, write_block
 from acqcore.scoring.plan import Plan
@@ -289,7 +288,8 @@ def encode_records(
 
 
 def sample_of(record: Record, columns: Mapping[str, str]) -> dict[str, Any]:
-    """The record as a sample; conversations stored as JSON text, as in csv files, are parsed."""
+    """The record as a sample. Messages, tools and template variables stored as JSON text are parsed, and prompt and
+    completion of a csv if both are conversations; in other files their text is text to score."""
     sample = {key: record.values.get(column) for column, key in columns.items()}
     for key in ("messages", *BESIDE):
         value = sample.get(key)
@@ -297,10 +297,11 @@ def sample_of(record: Record, columns: Mapping[str, str]) -> dict[str, Any]:
             sample.pop(key, None)
         elif isinstance(value, str):
             with contextlib.suppress(ValueError):
-                sample[key] = json.loads(value)
-    for key in ("prompt", "completion"):
-        if (turns := _conversation(sample.get(key))) is not None:
-            sample[key] = turns
+                sample[key] = parse_json(value)
+    if record.from_csv and "prompt" in sample:
+        turns = {key: _conversation(sample[key]) for key in ("prompt", "completion")}
+        if all(turns.values()):
+            sample.update(turns)
     return sample
 
 
@@ -309,10 +310,13 @@ def _conversation(text: Any) -> list[Any] | None:
     if not isinstance(text, str) or not text.startswith("["):
         return None
     try:
-        found = json.loads(text)
+        found = parse_json(text)
     except ValueError:
         return None
-    is_one = found and all(isinstance(turn, dict) and isinstance(turn.get("role"), str) for turn in found)
+    is_one = all(
+        isinstance(turn, dict) and isinstance(turn.get("role"), str) and ("content" in turn or "tool_calls" in turn)
+        for turn in found
+    )
     return list(found) if is_one else None
 
 

@@ -187,7 +187,7 @@ def template_options(index: int, sample: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(tools, str):
         try:
             tools = plain(json.loads(tools or "null"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise TypeError(f"samples[{index}]: tools: expected a list of tools or its JSON text: {error}") from None
     if tools is not None and not isinstance(tools, list):
         raise TypeError(f"samples[{index}]: tools: expected a list of tools, got {checks.describe(tools)}")

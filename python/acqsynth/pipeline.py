@@ -114,7 +114,7 @@ def plan(config: Config) -> Plan:
         reference = rows / ("reference.parquet" if config.data.reference else "seeds.parquet")
         return Scoring(
             config.reward, config.domain, config.engine, scorer, rows / "seeds.parquet", evaluation, reference,
-            [Model(name) for name in (teacher, embedder) if name],
+            tuple(Model(name) for name in (teacher, embedder) if name),
         )  # fmt: skip
 
     # Omitted when off, so that earlier runs without the option stay valid.
@@ -176,7 +176,7 @@ def plan(config: Config) -> Plan:
             trained = train(of_round, seed + i, model, student)
             model = trained / "model"
             share = _share(questions, i, config.rounds)
-            asking = writing(seed + i, scoring=scoring(student), generator=model, n=share, earlier=asked[:])
+            asking = writing(seed + i, scoring=scoring(student), generator=model, n=share, earlier=tuple(asked))
             written = step("generate", of_round, write_questions, writing=asking)
             asked.append(written / "samples.parquet")
             rows_of.append(label(of_round, written, seed, student or own_student))

@@ -28,7 +28,7 @@ from acqsynth.config import (
     Source,
     ValidityConfig,
 )
-from acqsynth.domains import Domain, Sample, domain as find_domain
+from acqsynth.domains import Domain, Messages, Sample, domain as find_domain
 from acqsynth.engines import Engine, Sampling
 from acqsynth.evaluate import Evaluation, evaluate, evaluate_by_likelihood
 from acqsynth.label import Labeller
@@ -38,6 +38,7 @@ from acqsynth.report.metrics import IN_DISTRIBUTION
 from acqsynth.rewards.batch import Batch, numbers
 from acqsynth.rewards.fusion import fuse
 from acqsynth.rewards.gates import sample_gates
+from acqsynth.rewards.texts import NearCopies
 from acqsynth.seeds import load_source
 from acqsynth.steps import StepContext, StepError, read_json, read_rows, read_table, write_rows, write_table
 
@@ -242,20 +243,20 @@ def write_questions(context: StepContext, *, writing: Writing, mistakes: Path | 
     ``mistakes``: a student's answers to the held-out rows. Only rows it got wrong are shown, weak skills more often.
     """
     pool = read_rows(writing.held_out)
-    domain, reward = writing.scoring.find_domain(), writing.scoring.build(pool)
     if mistakes is not None:
         pool = sample_mistakes(pool, read_table(mistakes)["right"], max(writing.n, writing.shown), writing.seed)
-    engine = _engine(writing.scoring.engine, writing.generator)
-    earlier = [sample for path in writing.earlier for sample in read_rows(path)]
+    domain, engine = writing.scoring.find_domain(), _engine(writing.scoring.engine, writing.generator)
+    prompts, shown = _prompts(writing, domain, pool)
+    reward, asked = writing.scoring.build(shown), _earlier(writing)
 
     def chunk(start: int, some: Sequence[Any]) -> dict[str, Any]:
         sampling = _sampling(writing.sampling, 1, writing.seed + start)
-        made = write.write(engine, domain, some, sampling, rows=len(some), gates=reward.gates, earlier=earlier)
+        made = write.write(engine, domain, some, sampling, rows=len(some), gates=reward.gates, asked=asked)
         rows = [{"sample": asdict(sample), "scores": {}} for sample in made.rows]
         return {"rows": rows, "completions": made.completions, "dropped": made.dropped}
 
-    chunks = context.chunks("samples", _asked(writing, pool), CHUNK, chunk, reward)
-    _write_kept(context, chunks, writing.n, near=write.drops_near_copies(reward.gates), later=bool(writing.earlier))
+    chunks = context.chunks("samples", prompts, CHUNK, chunk, reward)
+    _write_kept(context, chunks, writing.n, asked, later=bool(writing.earlier))
 
 
 def select_questions(context: StepContext, *, writing: Writing, candidates: int, spent: Sequence[Path]) -> None:
@@ -267,12 +268,13 @@ def select_questions(context: StepContext, *, writing: Writing, candidates: int,
     if spent:
         drawn = sum(read_json(path)["completions"] for path in spent)
         candidates = max(2, math.ceil((drawn + writing.n) / writing.n))
-    pool = read_rows(writing.held_out)
-    reward, engine = writing.scoring.build(pool), _engine(writing.scoring.engine, writing.generator)
+    domain, engine = writing.scoring.find_domain(), _engine(writing.scoring.engine, writing.generator)
+    prompts, shown = _prompts(writing, domain, read_rows(writing.held_out))
+    reward, asked = writing.scoring.build(shown), _earlier(writing)
 
     def chunk(start: int, some: Sequence[Any]) -> dict[str, Any]:
         sampling = _sampling(writing.sampling, candidates, writing.seed + start)
-        made = write.best(engine, some, reward, sampling, rows=len(some))
+        made = write.best(engine, some, reward, sampling, rows=len(some), asked=asked)
         rows = []
         for best in made.rows:
             parts = {f"reward_{name}": value for name, value in best.components.items()}
@@ -280,14 +282,20 @@ def select_questions(context: StepContext, *, writing: Writing, candidates: int,
             rows.append({"sample": asdict(best.sample), "scores": {"reward": best.total, **parts}})
         return {"rows": rows, "completions": made.completions, "dropped": made.dropped}
 
-    chunks = context.chunks("samples", _asked(writing, pool), CHUNK, chunk, reward)
-    _write_kept(context, chunks, writing.n, near=write.drops_near_copies(reward.gates))
+    _write_kept(context, context.chunks("samples", prompts, CHUNK, chunk, reward), writing.n, asked)
 
 
-def _asked(writing: Writing, pool: Sequence[Sample]) -> list[Any]:
-    shown = min(writing.shown, len(pool))
-    domain = writing.scoring.find_domain()
-    return write.prompts(domain, pool, writing.n, shown=shown, turns=writing.turns, seed=writing.seed)
+def _prompts(writing: Writing, domain: Domain, pool: Sequence[Sample]) -> tuple[list[Messages], list[Sample]]:
+    """The prompts, and the rows of the pool that they show."""
+    hands = write.deal(domain, pool, writing.n, shown=min(writing.shown, len(pool)), seed=writing.seed)
+    shown = {sample.question: sample for hand in hands for sample in hand}
+    return [write.prompt(domain, hand, writing.turns) for hand in hands], list(shown.values())
+
+
+def _earlier(writing: Writing) -> NearCopies:
+    asked = write.questions()
+    asked.add(sample.question for path in writing.earlier for sample in read_rows(path))
+    return asked
 
 
 def random_rows(context: StepContext, *, real: Path, n: int, seed: int) -> None:
@@ -325,15 +333,16 @@ def sample_mistakes(pool: Sequence[Sample], right: Sequence[bool], n: int, seed:
 
 
 def _write_kept(
-    context: StepContext, chunks: Iterable[Mapping[str, Any]], n: int, *, near: bool, later: bool = False
+    context: StepContext, chunks: Iterable[Mapping[str, Any]], n: int, asked: NearCopies, *, later: bool = False
 ) -> None:
-    """Writes the samples of all chunks, each question once, and the counts of kept and dropped completions. A later
-    round may be empty, so that the run can go on with the rows of earlier ones."""
+    """Writes the samples of all chunks and the counts of kept and dropped completions. Questions of chunks finished
+    before a kill are added to ``asked``, so that the next chunk does not repeat them. A later round may be empty, so
+    that the run can go on with the rows of earlier ones."""
     rows: list[Mapping[str, Any]] = []
-    asked = write.questions()
     completions, dropped = 0, Counter[str]()
     for chunk in chunks:
-        rows += [row for row in chunk["rows"] if write.is_new(Sample(**row["sample"]), asked, dropped, near=near)]
+        rows += chunk["rows"]
+        asked.add(row["sample"]["question"] for row in chunk["rows"])
         completions += chunk["completions"]
         dropped.update(chunk["dropped"])
         context.say(f"{len(rows)} samples of {n} from {completions} completions")

@@ -448,7 +448,9 @@ def _plain(value: Any) -> Any:
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {entry.name: _plain(getattr(value, entry.name)) for entry in dataclasses.fields(value)}
+        # A field at its default is omitted, so that runs from before it existed stay valid.
+        parts = ((entry, getattr(value, entry.name)) for entry in dataclasses.fields(value))
+        return {entry.name: _plain(part) for entry, part in parts if part != entry.default}
     if isinstance(value, Mapping):
         return {str(key): _plain(part) for key, part in value.items()}
     if isinstance(value, list | tuple):

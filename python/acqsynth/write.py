@@ -39,36 +39,43 @@ def prompts(
     Raises:
         ValueError: n is below 1, or shown is negative or above the number of seeds.
     """
+    return [prompt(domain, hand, turns) for hand in deal(domain, seeds, n, shown=shown, seed=seed)]
+
+
+def deal(domain: Domain, seeds: Sequence[Sample], n: int, *, shown: int, seed: int) -> list[list[Sample]]:
+    """The seeds that each of the n prompts of :func:`prompts` shows."""
     if n < 1:
         raise ValueError(f"n: expected at least 1, got {n}")
     if not 0 <= shown <= len(seeds):
         raise ValueError(f"shown: expected 0 to {len(seeds)}, the number of seeds, got {shown}")
     shuffle = random.Random(seed).shuffle
     groups = domain.hands(seeds) if shown else [[]]
+    sizes = [min(shown, len({sample.question for sample in group})) for group in groups]
     decks: list[list[int]] = [[] for _ in groups]
     order: list[int] = []
-    asked: list[Messages] = []
+    hands: list[list[Sample]] = []
     for _ in range(n):
         if not order:
             order = list(range(len(groups)))
             shuffle(order)
         group = order.pop()
-        examples = _deal(groups[group], decks[group], shown, shuffle)
-        if turns and examples:
-            request = domain.request(examples)
-            earlier = [[*request, {"role": "assistant", "content": domain.tagged(sample)}] for sample in examples]
-            asked.append([message for turn in (*earlier, request) for message in turn])
-        else:
-            asked.append(domain.generator_prompt(examples))
-    return asked
+        hands.append(_hand(groups[group], decks[group], sizes[group], shuffle))
+    return hands
 
 
-def _deal(pool: Sequence[Sample], deck: list[int], shown: int, shuffle: Callable[[list[int]], None]) -> list[Sample]:
-    """Takes up to ``shown`` cards with different questions from the deck. If it has none left, a fresh one takes its
-    place."""
+def prompt(domain: Domain, examples: Sequence[Sample], turns: bool) -> Messages:
+    """The prompt of :func:`prompts` that shows the examples."""
+    if not turns or not examples:
+        return domain.generator_prompt(examples)
+    request = domain.request(examples)
+    earlier = [[*request, {"role": "assistant", "content": domain.tagged(sample)}] for sample in examples]
+    return [message for turn in (*earlier, request) for message in turn]
+
+
+def _hand(pool: Sequence[Sample], deck: list[int], size: int, shuffle: Callable[[list[int]], None]) -> list[Sample]:
+    """Takes ``size`` cards with different questions from the deck. If it has none left, a fresh one takes its place."""
     hand: dict[str, Sample] = {}
-    different = len({sample.question for sample in pool})
-    while len(hand) < min(shown, different):
+    while len(hand) < size:
         # A card whose question is already in the hand waits for the next prompt.
         place = next((i for i, card in enumerate(deck) if pool[card].question not in hand), None)
         if place is None:
@@ -104,7 +111,7 @@ def write(
     *,
     rows: int,
     gates: Sequence[Any] = (),
-    earlier: Sequence[Sample] = (),
+    asked: NearCopies | None = None,
     rounds: int = 8,
 ) -> WriteResult[Sample]:
     """Samples that parse, have no fault, pass the gates and ask a new question: with the gate ``new`` no near copy of
@@ -117,18 +124,17 @@ def write(
         sampling: how completions are drawn; its seed is that of the first round.
         rows: number of rows wanted.
         gates: as in :mod:`acqsynth.rewards.gates`, in order; those with an archive add the rows kept.
-        earlier: samples whose questions count as asked.
+        asked: questions asked before; those of the rows kept are added.
         rounds: maximum number of rounds; after that the result is returned incomplete, with a warning. A round uses as
             many prompts as are likely to suffice, each at most once.
 
     Raises:
         ValueError: rows, rounds or the number of prompts is below 1.
     """
-    asked = questions()
-    asked.add(sample.question for sample in earlier)
-    near = drops_near_copies(gates)
+    asked = questions() if asked is None else asked
+    near = any(gate.name == "new" for gate in gates)
 
-    def keep(picked: Sequence[Messages], sampling: Sampling, dropped: Counter[str]) -> list[Sample]:
+    def keep(picked: Sequence[Messages], sampling: Sampling, room: int, dropped: Counter[str]) -> list[Sample]:
         samples = []
         for sample in (domain.parse(draw.text) for group in engine.generate(picked, sampling) for draw in group):
             fault = "does not parse" if sample is None else domain.fault(sample)
@@ -136,7 +142,7 @@ def write(
                 dropped[str(fault)] += 1
             else:
                 samples.append(sample)
-        kept = [sample for sample in passing(gates, samples, dropped) if is_new(sample, asked, dropped, near=near)]
+        kept = _first_new(passing(gates, samples, dropped), lambda sample: sample, room, asked, dropped, near=near)
         for gate in gates:
             if hasattr(gate, "accept"):
                 gate.accept(kept)
@@ -229,13 +235,14 @@ def best(
     sampling: Sampling,
     *,
     rows: int,
+    asked: NearCopies | None = None,
     rounds: int = 8,
 ) -> WriteResult[Candidate]:
     """Rejection sampling: keeps the best candidate of each prompt by the reward.
 
     Args:
         engine: engine of the generator, which is not trained.
-        prompts, rows, rounds: as in :func:`write`.
+        prompts, rows, asked, rounds: as in :func:`write`.
         reward: scores candidates; those that a gate rejects or a scorer fails on are never kept.
         sampling: its ``n`` is the number of candidates per prompt.
 
@@ -245,19 +252,17 @@ def best(
     Raises:
         ValueError: rows, rounds or the number of prompts is below 1.
     """
-    asked = questions()
+    asked = questions() if asked is None else asked
 
-    def keep(picked: Sequence[Messages], sampling: Sampling, dropped: Counter[str]) -> list[Candidate]:
-        kept = []
+    def keep(picked: Sequence[Messages], sampling: Sampling, room: int, dropped: Counter[str]) -> list[Candidate]:
+        chosen = []
         for group in candidates(engine, picked, reward, sampling):
             dropped.update(reason for candidate in group if (reason := candidate.rejected_by))
             valid = sorted((c for c in group if c.rejected_by is None), key=_total, reverse=True)
             dropped["not the best of its prompt"] += len(valid[1:])
-            for candidate in valid[:1]:
-                assert candidate.sample is not None
-                if is_new(candidate.sample, asked, dropped, near="new" in candidate.gates):
-                    kept.append(candidate)
-        return kept
+            chosen += valid[:1]
+        near = any("new" in candidate.gates for candidate in chosen)
+        return _first_new(chosen, _sample, room, asked, dropped, near=near)
 
     return _draw_until(prompts, keep, sampling, rows=rows, rounds=rounds, per_prompt=1)
 
@@ -266,16 +271,17 @@ def _total(candidate: Candidate) -> float:
     return -math.inf if candidate.total is None else candidate.total
 
 
+def _sample(candidate: Candidate) -> Sample:
+    assert candidate.sample is not None
+    return candidate.sample
+
+
 def questions() -> NearCopies:
     """An empty set of questions that drops none, however many are added."""
     return NearCopies(capacity=sys.maxsize)
 
 
-def drops_near_copies(gates: Sequence[Any]) -> bool:
-    return any(gate.name == "new" for gate in gates)
-
-
-def is_new(sample: Sample, asked: NearCopies, dropped: Counter[str], *, near: bool = True) -> bool:
+def is_new(sample: Sample, asked: NearCopies, dropped: Counter[str], *, near: bool) -> bool:
     """Whether the question is no near copy of one asked before, or without ``near`` has another normal form; adds it
     if so, and counts it as dropped if not."""
     if asked.find(sample.question) is not None if near else sample.question in asked:
@@ -285,18 +291,37 @@ def is_new(sample: Sample, asked: NearCopies, dropped: Counter[str], *, near: bo
     return True
 
 
+def _first_new(
+    rows: Sequence[T],
+    sample_of: Callable[[T], Sample],
+    room: int,
+    asked: NearCopies,
+    dropped: Counter[str],
+    *,
+    near: bool,
+) -> list[T]:
+    """The first ``room`` rows that ask a new question; only these count as asked."""
+    kept: list[T] = []
+    for row in rows:
+        if len(kept) == room:
+            dropped["surplus"] += 1
+        elif is_new(sample_of(row), asked, dropped, near=near):
+            kept.append(row)
+    return kept
+
+
 def _draw_until(
     prompts: Sequence[Messages],
-    keep: Callable[[Sequence[Messages], Sampling, Counter[str]], list[T]],
+    keep: Callable[[Sequence[Messages], Sampling, int, Counter[str]], list[T]],
     sampling: Sampling,
     *,
     rows: int,
     rounds: int,
     per_prompt: int,
 ) -> WriteResult[T]:
-    """Calls ``keep`` in rounds until there are enough rows. ``keep`` draws for some prompts, returns the rows kept and
-    counts those dropped. ``sampling`` is that of the first round; later rounds use the following seeds. A prompt yields
-    at most ``per_prompt`` rows."""
+    """Calls ``keep`` in rounds until there are enough rows. ``keep`` draws for some prompts, returns the rows kept, at
+    most as many as are still wanted, and counts those dropped. ``sampling`` is that of the first round; later rounds
+    use the following seeds. A prompt yields at most ``per_prompt`` rows."""
     for name, value in (("rows", rows), ("rounds", rounds), ("prompts", len(prompts))):
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
@@ -307,15 +332,12 @@ def _draw_until(
         rate = max(len(result.rows) / offered, _LEAST_RATE) if offered else 1.0
         asked = min(len(prompts), math.ceil((rows - len(result.rows)) / (rate * per_prompt)))
         picked = [prompts[(next_prompt + i) % len(prompts)] for i in range(asked)]
-        result.rows += keep(picked, replace(sampling, seed=sampling.seed + result.rounds), dropped)
+        room = rows - len(result.rows)
+        result.rows += keep(picked, replace(sampling, seed=sampling.seed + result.rounds), room, dropped)
         next_prompt = (next_prompt + asked) % len(prompts)
         offered += asked * per_prompt
         result.completions += asked * sampling.n
         result.rounds += 1
-    surplus = len(result.rows) - rows
-    if surplus > 0:
-        dropped["surplus"] += surplus
-        del result.rows[rows:]
     result.dropped = {reason: count for reason, count in dropped.most_common() if count}
     if result.incomplete:
         reasons = ", ".join(f"{count} {reason}" for reason, count in result.dropped.items())

@@ -6,6 +6,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import random
 import shutil
 import sys
 import time
@@ -348,9 +349,14 @@ def test_nothing_written_is_one_sentence(fakes, recipe, monkeypatch):
 
 
 def test_a_later_round_that_repeats_itself_adds_no_rows(fakes, recipe, monkeypatch):
-    def converged(*arguments, earlier, **options):
+    first = []
+
+    def converged(*arguments, asked, **options):
+        if not len(asked):
+            first.append(asked)
         repeats = SimpleNamespace(rows=[], completions=45, dropped={"repeats a question": 45})
-        return repeats if earlier else fake_run.write(*arguments, earlier=earlier, **options)
+        of_first_round = any(asked is each for each in first)
+        return fake_run.write(*arguments, asked=asked, **options) if of_first_round else repeats
 
     monkeypatch.setattr(write, "write", converged)
     plan, store, _ = run(recipe, "rounds=2", "baselines=[no_rl]", "evaluation.validity.batches=0")
@@ -363,7 +369,7 @@ def test_a_later_round_that_repeats_itself_adds_no_rows(fakes, recipe, monkeypat
     assert metrics["arms"]["grpo"]["written"]["kept"] == kept
     assert metrics["arms"]["grpo"]["written"]["dropped"]["repeats a question"] == 45
     said: list[str] = []
-    stages._write_kept(StepContext(recipe.parent, said.append), [], 8, near=True, later=True)
+    stages._write_kept(StepContext(recipe.parent, said.append), [], 8, write.questions(), later=True)
     assert "adds no rows: set fewer rounds or a higher generator.sampling.temperature" in said[-1]
 
 
@@ -494,17 +500,74 @@ def test_a_round_asks_no_question_of_an_earlier_one(writing, tmp_path, monkeypat
     assert asked("two", later) == [f"{n}+9" for n in range(58, 66)]
 
 
-def test_a_question_is_kept_once_whatever_its_chunk(tmp_path):
-    def row(question):
-        return {"sample": {"question": question, "answer": "1", "reasoning": "", "extra": {}}, "scores": {}}
+@pytest.mark.parametrize("selected", [False, True])
+def test_repeats_of_an_earlier_chunk_are_replaced(writing, tmp_path, monkeypatch, scripted, selected):
+    """Without the gate new too, and a killed step goes on to the same rows."""
+    monkeypatch.setattr(stages, "CHUNK", 5)
+    ungated = replace(writing.scoring, reward=writing.scoring.reward.model_copy(update={"gates": ["sound"]}))
+    write_rows(tmp_path / "earlier.parquet", [Sample(f"{n}+9", str(n + 9)) for n in range(50, 60)])
+    asking = replace(writing, scoring=ungated, n=25, earlier=[tmp_path / "earlier.parquet"])
 
-    chunks = [["1+1", "How much is 20+30?"], ["1+1", "**How much is 20+30?**", "How much is 20+31?"]]
-    made = [{"rows": [row(each) for each in some], "completions": 4, "dropped": {}} for some in chunks]
-    stages._write_kept(StepContext(tmp_path), made, 8, near=True)
+    def asked(folder, killed_at=0):
+        calls = itertools.count(1)
+
+        def says(prompt, i, seed):
+            if next(calls) == killed_at:
+                raise KeyboardInterrupt
+            drawn = random.Random(f"{prompt} {i} {seed}").randint(50, 110)
+            return written(f"{drawn}+9", drawn + 9)
+
+        monkeypatch.setattr(stages, "_engine", lambda *arguments: scripted(says))
+        folder.mkdir(exist_ok=True)
+        if selected:
+            stages.select_questions(StepContext(folder), writing=asking, candidates=2, spent=())
+        else:
+            stages.write_questions(StepContext(folder), writing=asking)
+        counts = json.loads((folder / "counts.json").read_text())
+        return [sample.question for sample in read_rows(folder / "samples.parquet")], counts
+
+    whole, counts = asked(tmp_path / "whole")
+    assert len(set(whole)) == len(whole) == counts["kept"] == 25
+    assert {int(question[:-2]) for question in whole}.isdisjoint(range(50, 60))
+    assert counts["dropped"]["repeats a question"] > 5
+    assert counts["dropped"]["surplus"] > 0
+    for killed_at in (12, 40, counts["completions"]):
+        with pytest.raises(KeyboardInterrupt):
+            asked(tmp_path / str(killed_at), killed_at)
+        assert asked(tmp_path / str(killed_at)) == (whole, counts)
+
+
+@pytest.mark.parametrize("selected", [False, True])
+def test_the_gate_new_gets_the_rows_shown(writing, tmp_path, monkeypatch, scripted, selected):
+    """A held-out row that no prompt shows may be asked, and earlier questions are read once, not for each chunk."""
+    monkeypatch.setattr(stages, "CHUNK", 2)
+    write_rows(tmp_path / "held_out.parquet", [Sample(f"{n}+9", str(n + 9)) for n in range(20, 60)])
+    numbers = itertools.cycle(range(20, 60))
+    engine = scripted(lambda prompt, i, seed: written(f"{(n := next(numbers))}+9", n + 9))
+    monkeypatch.setattr(stages, "_engine", lambda *arguments: engine)
+    made = []
+    monkeypatch.setattr(write, "questions", lambda of=write.questions: made.append(of()) or made[-1])
+    if selected:
+        stages.select_questions(StepContext(tmp_path), writing=writing, candidates=2, spent=())
+    else:
+        stages.write_questions(StepContext(tmp_path), writing=writing)
+    shown = {prompt[0]["content"].split()[1] for prompts, _ in engine.calls for prompt in prompts}
     found = [sample.question for sample in read_rows(tmp_path / "samples.parquet")]
-    assert found == ["1+1", "How much is 20+30?", "How much is 20+31?"]
-    counts = json.loads((tmp_path / "counts.json").read_text())
-    assert counts == {"wanted": 8, "kept": 3, "completions": 8, "dropped": {"repeats a question": 2}}
+    assert len(shown) == len(found) == 8
+    assert shown.isdisjoint(found)
+    assert len(made) == 1
+
+
+def test_settings_omit_what_a_recipe_does_not_use(tmp_path):
+    """So that a run begun before an option existed stays valid without it."""
+    plan = plan_of("arithmetic", "rounds=2", f"output={tmp_path}")
+    first, second = plan.of("generate")[:2]
+    settings = [step.settings()["writing"] for step in (first, second)]
+    assert "earlier" not in settings[0]
+    assert settings[1]["earlier"] == [f"{first}/samples.parquet"]
+    assert all("models" not in each["scoring"] for each in settings)
+    plan = plan_of("arithmetic", f"reward.embedder={tmp_path}", f"output={tmp_path}")
+    assert plan.of("train")[0].settings()["scoring"]["models"] == [str(tmp_path)]
 
 
 def test_answers_by_likelihood(student_path, tmp_path):

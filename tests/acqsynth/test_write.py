@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
 
 import pytest
@@ -9,7 +10,7 @@ from fakes import written
 from acqsynth.domains import Sample
 from acqsynth.engines import Sampling
 from acqsynth.rewards.gates import Check, Labelled, New
-from acqsynth.write import best, candidates, passing, prompts, write
+from acqsynth.write import best, candidates, passing, prompts, questions, write
 
 SEEDS = [Sample(f"{i}+{i}", str(2 * i)) for i in range(7)]
 ASK = [[{"role": "user", "content": f"prompt {i}"}] for i in range(4)]
@@ -35,6 +36,15 @@ def test_a_repeated_seed_is_shown_more_often_but_once_in_a_prompt(sums, shown):
     used = Counter(question for hand in hands for question in hand)
     assert used[often.question] >= used[seldom.question] >= used[rare.question] > 0
     assert used[often.question] > used[rare.question] or shown >= 3
+
+
+def test_prompts_of_many_seeds_take_linear_time(sums):
+    """Guards against a pass over all seeds for each prompt, half a minute; not a benchmark."""
+    seeds = [Sample(f"{i}+{i}", str(2 * i)) for i in range(20_000)]
+    begin = time.process_time()
+    asked = prompts(sums, seeds, 20_000, shown=1, seed=0)
+    assert {prompt[0]["content"].split()[1] for prompt in asked} == {seed.question for seed in seeds}
+    assert time.process_time() - begin < 5
 
 
 def test_the_seed_decides_the_order(sums):
@@ -144,8 +154,11 @@ def test_copies_within_one_round_are_dropped(sums, scripted, gates, kept):
 def test_earlier_questions_are_not_asked_again(sums, scripted):
     texts = iter([written(question, 31) for question in (COPIES[0], *OTHERS, "1+1")])
     engine = scripted(lambda prompt, i, seed: next(texts))
-    found = write(engine, sums, ASK, Sampling(), rows=4, rounds=1, earlier=[Sample(BAKER, "31"), Sample("1+1", "3")])
+    asked = questions()
+    asked.add([BAKER, "1+1"])
+    found = write(engine, sums, ASK, Sampling(), rows=4, rounds=1, asked=asked)
     assert [sample.question for sample in found.rows] == OTHERS
+    assert asked.texts() == [BAKER, "1+1", *OTHERS]
     assert found.dropped == {"repeats a question": 2}
 
 
@@ -167,10 +180,13 @@ def test_rounds_go_on_with_new_seeds_until_there_are_enough(sums, scripted):
 
 
 def test_a_round_asks_no_more_prompts_than_it_needs(sums, scripted):
-    engine = scripted(lambda prompt, i, seed: written(f"{i}+{prompt[0]['content'][-1]}", i))
-    found = write(engine, sums, ASK, Sampling(n=3), rows=4)
+    engine = scripted(lambda prompt, i, seed: written(f"{i}+{prompt[0]['content'][-1]}", i + 5))
+    asked, gate = questions(), Large()
+    found = write(engine, sums, ASK, Sampling(n=3), rows=4, gates=[gate], asked=asked)
     assert [len(asked) for asked, _ in engine.calls] == [2]
     assert found.dropped == {"surplus": 2}
+    # A surplus question may be asked again.
+    assert asked.texts() == gate.archive == [sample.question for sample in found.rows]
     assert len(found.rows) == 4
 
 

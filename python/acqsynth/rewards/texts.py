@@ -11,11 +11,11 @@ import itertools
 import os
 import re
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 
@@ -43,6 +43,8 @@ _FUNCTION_WORDS = frozenset(
 )
 _NEGATIONS = frozenset({"no", "not", "never", "without", "except", "cannot", "neither", "nor"})
 _PUNCTUATION = re.compile(r"(?<!\d)[.,]|[.,](?!\d)|[;:!?'\"]")
+
+K = TypeVar("K", bound=Hashable)
 
 #: n texts -> ``[n, d]`` float32 unit rows on the CPU.
 Embedder: TypeAlias = Callable[[Sequence[str]], torch.Tensor]
@@ -149,6 +151,15 @@ class _Held:
     numbers: Counter[Fraction]
     readings: Counter[Fraction]
 
+    @functools.cached_property
+    def distinct(self) -> frozenset[Fraction]:
+        return frozenset(self.numbers)
+
+    @functools.cached_property
+    def values(self) -> frozenset[Fraction]:
+        """The values that its numbers may have."""
+        return frozenset([*self.numbers, *self.readings])
+
     def differs(self, other: _Held) -> bool:
         """Whether the other text has other numbers in place of some of these."""
         missing = self.numbers - other.numbers - (other.readings - self.readings)
@@ -164,7 +175,7 @@ class _Held:
 
     @functools.cached_property
     def meaning(self) -> list[str]:
-        return _MEANING.findall(self.form)
+        return [word for word in _MEANING.findall(self.form) if not _COUNT.fullmatch(word)]
 
 
 def _without(words: Sequence[str], others: Sequence[str]) -> list[str]:
@@ -200,7 +211,7 @@ class NearCopies:
         ValueError: a threshold, n or capacity out of range.
 
     Sources: Broder 1997 (shingles); Chaudhuri, Ganti & Kaushik 2006 (a set with enough overlap contains one of the
-    rarest elements, so only few lists are read).
+    rarest elements, so only few lists are read); Xiao et al. 2008 (bounds by the place of the first hit and by size).
     """
 
     def __init__(
@@ -215,7 +226,10 @@ class NearCopies:
         self.capacity = capacity
         self.same_numbers = same_numbers
         self._texts: dict[int, _Held] = {}
+        self._forms: set[str] = set()
         self._holders: dict[str, set[int]] = {}  # shingle -> texts
+        self._with_number: dict[Fraction, set[int]] = {}  # number or reading -> texts
+        self._by_number: dict[Fraction | None, set[int]] = {}  # a number of the text, the rarest, or None -> texts
         self._order: deque[int] = deque()
         self._next = 0
 
@@ -223,30 +237,45 @@ class NearCopies:
         return len(self._texts)
 
     def __contains__(self, text: str) -> bool:
-        return self._has(self._read(text))
+        return normal_form(text) in self._forms
 
     def add(self, texts: Iterable[str]) -> None:
         """Adds texts, skipping those already present."""
         for text in texts:
-            new = self._read(text)
-            if self._has(new):
+            new = _read(text, self.n)
+            if new.form in self._forms:
                 continue
             if len(self._order) == self.capacity:
                 self._drop(self._order.popleft())
             self._texts[self._next] = new
-            for shingle in new.shingles:
-                self._holders.setdefault(shingle, set()).add(self._next)
+            self._forms.add(new.form)
+            rarest = min(new.numbers, key=lambda number: len(self._with_number.get(number, ())), default=None)
+            _enter(self._by_number, [rarest], self._next)
+            _enter(self._with_number, new.values, self._next)
+            _enter(self._holders, new.shingles, self._next)
             self._order.append(self._next)
             self._next += 1
 
     def find(self, text: str) -> str | None:
         """The most similar stored text that ``text`` is a near copy of, or None."""
-        asked_of = self._read(text)
-        shingles = asked_of.shingles
-        # An overlap of at least t |S| allows |S| - t |S| misses, so one of the ``asked`` shingles must be a hit.
-        asked = len(shingles) - int(self.threshold * len(shingles)) + 1
-        rarest = sorted(shingles, key=lambda shingle: len(self._holders.get(shingle, ())))[:asked]
-        candidates = {i for shingle in rarest for i in self._holders.get(shingle, ())}
+        asked = _read(text, self.n)
+        shingles = asked.shingles
+        alike = self._alike(asked) if self.same_numbers and asked.numbers else None
+        candidates: set[int] = set()
+        met: set[int] = set()
+        for place, shingle in enumerate(sorted(shingles, key=lambda shingle: len(self._holders.get(shingle, ())))):
+            # A text first met here shares at most the shingles from here on.
+            left = len(shingles) - place
+            if left / len(shingles) < self.threshold:
+                break
+            holders = self._holders.get(shingle, set())
+            fresh = (holders if alike is None else holders & alike) - met
+            met |= fresh
+            for i in fresh:
+                size = len(self._texts[i].shingles)
+                most = min(left, size)
+                if most / (len(shingles) + size - most) >= self.threshold:
+                    candidates.add(i)
         best, found = self.threshold, None
         for i in sorted(candidates):
             held = self._texts[i]
@@ -254,7 +283,7 @@ class NearCopies:
             jaccard = common / (len(shingles) + len(held.shingles) - common)
             if jaccard < best or (found is not None and jaccard == best):
                 continue
-            if (self.same_numbers and held.differs(asked_of)) or held.reworded(asked_of):
+            if (self.same_numbers and held.differs(asked)) or held.reworded(asked):
                 continue
             best, found = jaccard, held.text
         return found
@@ -263,21 +292,41 @@ class NearCopies:
         """The stored texts, oldest first."""
         return [self._texts[i].text for i in self._order]
 
-    def _has(self, new: _Held) -> bool:
-        return any(self._texts[i].form == new.form for i in self._holders.get(next(iter(new.shingles)), ()))
-
-    def _read(self, text: str) -> _Held:
-        form = normal_form(text)
-        plain = "".join(spelled(form))
-        shingles = frozenset(plain[i : i + self.n] for i in range(max(1, len(plain) - self.n + 1)))
-        return _Held(text, form, shingles, numbers(form), readings(form))
+    def _alike(self, new: _Held) -> set[int]:
+        """The texts with all numbers of ``new``, which has some, those with no others, and those without numbers; all
+        others differ from it."""
+        more = set.intersection(*(self._with_number.get(number, set()) for number in new.numbers))
+        fewer = {i for number in new.values for i in self._by_number.get(number, ())}
+        fewer = {i for i in fewer if self._texts[i].distinct <= new.values}
+        return more | fewer | self._by_number.get(None, set())
 
     def _drop(self, i: int) -> None:
-        for shingle in self._texts.pop(i).shingles:
-            holders = self._holders[shingle]
-            holders.discard(i)
-            if not holders:
-                del self._holders[shingle]
+        old = self._texts.pop(i)
+        self._forms.discard(old.form)
+        _leave(self._holders, old.shingles, i)
+        _leave(self._with_number, old.values, i)
+        _leave(self._by_number, [*old.numbers, None], i)
+
+
+@functools.lru_cache(maxsize=1)  # a text is often looked for and then added
+def _read(text: str, n: int) -> _Held:
+    form = normal_form(text)
+    plain = "".join(spelled(form))
+    shingles = frozenset(plain[i : i + n] for i in range(max(1, len(plain) - n + 1)))
+    return _Held(text, form, shingles, numbers(form), readings(form))
+
+
+def _enter(index: dict[K, set[int]], keys: Iterable[K], i: int) -> None:
+    for key in keys:
+        index.setdefault(key, set()).add(i)
+
+
+def _leave(index: dict[K, set[int]], keys: Iterable[K], i: int) -> None:
+    for key in keys:
+        held = index.get(key, set())
+        held.discard(i)
+        if not held:
+            index.pop(key, None)
 
 
 class Contamination:

@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import pytest
 
-from acqsynth.normal_form import normal_form, readings, spelled
-from acqsynth.rewards.texts import Contamination, NearCopies, words
+from acqsynth.normal_form import normal_form, numbers, readings, spelled
+from acqsynth.rewards.texts import Contamination, NearCopies, _read, words
 
 SHELLS = "Ada has 12 shells and finds 30 more on the beach. How many shells does she have now?"
 
@@ -41,6 +41,57 @@ def test_found_as_by_comparing_with_every_text():
             hits += 1
             assert jaccard(text, found) == jaccard(text, best)
     assert 30 <= hits < len(asked)
+
+
+def by_comparing(stored, text, threshold, same_numbers):
+    """The definition of ``find``, compared with each stored text."""
+
+    def shingles(form):
+        plain = "".join(spelled(form))
+        return {plain[i : i + 5] for i in range(max(1, len(plain) - 4))}
+
+    def replaced(one, other):
+        """Whether one form has other numbers in place of some of the other's."""
+        (a, b), (more, others) = map(numbers, (one, other)), map(readings, (one, other))
+        return bool(a - b - (others - more)) and bool(b - a - (more - others))
+
+    form, best, found = normal_form(text), threshold, None
+    for each in stored:
+        other = normal_form(each)
+        index = len(shingles(form) & shingles(other)) / len(shingles(form) | shingles(other))
+        better = index >= best if found is None else index > best
+        reworded = _read(each, 5).reworded(_read(text, 5))
+        if better and not reworded and not (same_numbers and replaced(other, form)):
+            best, found = index, each
+    return found
+
+
+@pytest.mark.parametrize("same_numbers", [True, False])
+@pytest.mark.parametrize(("threshold", "most"), [(0.8, 9), (0.8, 99), (0.5, 5), (1.0, 3)])
+def test_no_shortcut_changes_what_is_found(threshold, most, same_numbers):
+    rng = random.Random(most)
+    templates = [
+        "A shop sells {} pens at {} cents and pears at {} cents. Tom buys {} apples. What does he pay?",
+        "Pens cost {0} cent at {1} cents, or {2} cents. How much are {3}?",
+        "A cat meets {0} fox, {0} dog and {1} geese behind the hills.",
+        "It was {0} cat.",
+    ]  # filled with numbers and function words: other content words make another question
+    count = [lambda: "two", lambda: "3 dozen", lambda: "2k", lambda: "1 2", lambda: "", lambda: "10^3"]
+    count += [lambda: str(rng.randint(0, most))] * 24
+
+    def text():
+        rest = [rng.choice(count)() for _ in range(3)]
+        return rng.choice(templates).format(rng.choice(["a", "the", "this", "your", "12"]), *rest)
+
+    copies, hits = NearCopies(threshold, capacity=80, same_numbers=same_numbers), 0
+    for new in (text() for _ in range(250)):
+        found = copies.find(new)
+        assert found == by_comparing(copies.texts(), new, threshold, same_numbers)
+        hits += found is not None
+        if found is None or rng.random() < 0.5:
+            copies.add([new])
+    assert 20 < hits < 240
+    assert len(copies) == 80
 
 
 def test_a_copy_in_other_numbers_is_another_exercise():
@@ -369,6 +420,18 @@ def test_thousands_of_texts_in_a_moment():
     copies.add(stock)
     assert [copies.find(text) for text in stock[::50]] == stock[::50]
     assert time.process_time() - begin < 20
+
+
+def test_thousands_of_questions_from_one_template_in_a_moment():
+    """Guards against comparing each with every other one, which would take minutes; not a benchmark."""
+    rng = random.Random(0)
+    copies, begin = NearCopies(), time.process_time()
+    for _ in range(4000):
+        a, b, n, m = (rng.randint(2, most) for most in (999, 999, 99, 99))
+        text = f"A shop sells apples at {a} cents each and pears at {b} cents each. A customer buys {n} apples and {m} "
+        assert copies.find(text + "pears. How many cents does the customer pay in total?") is None
+        copies.add([text + "pears. How many cents does the customer pay in total?"])
+    assert time.process_time() - begin < 15
 
 
 def test_wrong_arguments():

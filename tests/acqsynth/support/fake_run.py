@@ -145,7 +145,7 @@ def questions(domain, prompts, sampling):
     return [Sample(f"{n}+{sampling.seed % 7}", "0") for n in numbers]
 
 
-def write(engine, domain, prompts, sampling, *, rows, gates, earlier):
+def write(engine, domain, prompts, sampling, *, rows, gates, asked):
     reached("write")
     made = [s for s in questions(domain, prompts, sampling) if all(gate([s])[0] for gate in gates)]
     for gate in gates:
@@ -153,7 +153,7 @@ def write(engine, domain, prompts, sampling, *, rows, gates, earlier):
     return SimpleNamespace(rows=made, completions=len(prompts) + 3, dropped={"does not parse": 3})
 
 
-def best(engine, prompts, reward, sampling, *, rows):
+def best(engine, prompts, reward, sampling, *, rows, asked):
     reached("best")
     made = [s for s in questions(Sums(), prompts, sampling) if reward.gates[0]([s])[0]]
     reward.gates[0].accept(made)
@@ -205,8 +205,8 @@ def sft(student, domain, samples, output, options, **rest):
     return output
 
 
-def prompts(domain, seeds, n, *, shown, turns, seed):
-    return [domain.generator_prompt([seeds[(i + seed) % len(seeds)], seeds[(i // 7) % len(seeds)]]) for i in range(n)]
+def deal(domain, seeds, n, *, shown, seed):
+    return [[seeds[(i + seed) % len(seeds)], seeds[(i // 7) % len(seeds)]] for i in range(n)]
 
 
 def install(put, figures=False):
@@ -221,7 +221,7 @@ def install(put, figures=False):
     put(labels, "label", label)
     if not figures:
         put(page, "_figures", lambda metrics: defaultdict(lambda: None))
-    for module, functions in ((writing, (prompts, write, best)), (train, (grpo, sft))):
+    for module, functions in ((writing, (deal, write, best)), (train, (grpo, sft))):
         for function in functions:
             put(module, function.__name__, function)
 
