@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 import torch
 
-from acqcore import checks
 from acqcore.backends import Backend, Gram, HeadRows
 from acqcore.backends.base import DrawRows
 from acqcore.head import Head, compute_dtype
@@ -91,8 +90,7 @@ def visit(
     own = known
     if draws is not None:
         state, index = empty_state(hidden)
-        in_range = checks.targets_in_range(targets, head.vocab_size)
-        backend.stats_and_mixture(HeadRows(hidden, head, in_range, temperature, state, index), draws, gram)
+        backend.stats_and_mixture(HeadRows(hidden, head, draws.targets, temperature, state, index), draws, gram)
         own = stats_of(hidden, targets, state, index, compute_dtype(hidden.dtype, head.weight.dtype))
     elif own is None or gram is not None:
         own = own_stats(hidden, head, targets, temperature, backend, gram)

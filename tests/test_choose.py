@@ -78,7 +78,8 @@ def test_labels_that_others_predict_take_turns(choose, student, tmp_path, capsys
     texts = [f"{text} {i}" for i in range(4) for text in ("The quick brown fox", "which drug helps?")]
     rows: list[dict[str, Any]] = [{"text": text, "intent": ("animal", 7)[i % 2]} for i, text in enumerate(texts)]
     rows[2]["intent"] = 7
-    rows.append({"text": "a fox", "intent": None})
+    rows[3]["intent"] = 7.0  # as written by tables with missing cells
+    rows += [{"text": "a fox", "intent": None}, {"text": "a fox", "intent": ""}, {"text": "a fox", "intent": 0.5}]
     assert main(choose(rows, n=4, label_column="intent")) == 0
     labels = torch.tensor([row["intent"] == "animal" for row in rows[:8]]).long()
     trust = acqcore.label_trust(acqcore.prompt_embedding(str(student), texts), labels)
@@ -86,10 +87,12 @@ def test_labels_that_others_predict_take_turns(choose, student, tmp_path, capsys
     assert trust.argmin() == 2
     found = sorted(read(tmp_path / "out.jsonl"), key=lambda row: row["rank"])
     assert [row["row"] for row in found] == expected
-    assert [type(row["intent"]) for row in found] in ([str, int] * 2, [int, str] * 2)
+    turns = [row["intent"] for row in found]
+    assert turns in (["animal", 7] * 2, [7, "animal"] * 2)
     err = capsys.readouterr().err
     assert f"{int((trust > 0).sum())} of 8 labels agree" in err
-    assert "intent: expected a string or an int, got None" in err
+    for got in ("None", "''", "0.5"):
+        assert f"intent: expected a string or an int, got {got}" in err
 
 
 def test_labels_of_equal_prompts(choose, tmp_path, capsys, read):
@@ -163,7 +166,7 @@ def test_a_data_set_by_name(choose, student, tmp_path, monkeypatch, read):
 
 
 def test_a_column_of_scores_needs_no_student(choose, tmp_path, capsys, read):
-    values = [1.5, None, 3, "x", 3, -2, float("inf")]
+    values = [1.5, None, 3, "x", 3, -2, float("inf"), 10**400]
     rows = [{"row": 10 + i, "score": value} for i, value in enumerate(values)]
     words = choose(rows, signal="score", student=None, backend=None)
     assert main(words) == 0
@@ -174,7 +177,7 @@ def test_a_column_of_scores_needs_no_student(choose, tmp_path, capsys, read):
         {"row": 14, "score": 3, "rank": 2},
     ]
     errors = capsys.readouterr().err.splitlines()
-    assert [error.split(": ")[1] for error in errors] == ["line 2", "line 4", "line 7"]
+    assert [error.split(": ")[1] for error in errors] == ["line 2", "line 4", "line 7", "line 8"]
     assert errors[1].endswith("score: expected a finite number, got 'x'")
 
 

@@ -139,6 +139,20 @@ def test_a_hook_set_between_calls_acts_once(name, tiny_model):
     torch.testing.assert_close(again, anew)
 
 
+def test_a_branch_behind_a_norm_that_was_zero(tiny_model):
+    """A first call finds no branch behind norms that scale by zero; a later one, with other weights, does."""
+    ids, model = _ids(7, 4), tiny_model("Gemma2")
+    expected = _score(copy.deepcopy(model), ids, "mutual_information")["mutual_information"]
+    norms = [block.post_attention_layernorm for block in model.model.layers]
+    kept = [norm.weight.detach().clone() for norm in norms]
+    for norm in norms:
+        norm.weight.data.fill_(-1.0)  # Gemma's norms scale by 1 + weight
+    _score(model, ids, "mutual_information")
+    for norm, weight in zip(norms, kept, strict=True):
+        norm.weight.data.copy_(weight)
+    torch.testing.assert_close(_score(model, ids, "mutual_information")["mutual_information"], expected)
+
+
 def test_the_model_is_left_as_found(tiny_model):
     model = tiny_model("Llama").train()
     _score(model, _ids(4, 6), layers=1)

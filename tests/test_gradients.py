@@ -168,7 +168,25 @@ def uncalled_factors(small_model):
     return model
 
 
-@pytest.mark.parametrize("make", [experts_with_adapters, uncalled_factors])
+class Gated(torch.nn.Module):
+    """A gate, closed at first, before a weight used by its module and in a function."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.up, self.factors_gate = torch.nn.Linear(size, size, bias=False), torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.factors_gate * torch.nn.functional.linear(self.up(x).tanh(), self.up.weight.t())
+
+
+def gated(small_model):
+    model = small_model("llama", vocab_size=320)
+    model.model.norm.mixed = Gated(model.config.hidden_size)
+    model.model.norm.register_forward_hook(lambda module, args, out: out + module.mixed(out))
+    return model
+
+
+@pytest.mark.parametrize("make", [experts_with_adapters, uncalled_factors, gated])
 def test_a_gradient_that_was_zero_in_an_earlier_call(make, small_model):
     """A factor's gradient is zero as long as its partner is, as in LoRA before training."""
     model, samples = make(small_model), make_samples()

@@ -192,6 +192,15 @@ class TestVerification:
         hook.remove()
         assert acqcore.Student.from_model(model).head.softcap == 2.0
 
+    def test_a_learned_scale_of_the_logits(self, tiny_model):
+        model = tiny_model("Llama")
+        model.logit_gain = torch.nn.Parameter(torch.tensor(1.0))
+        _on_logits(lambda z: z * model.logit_gain)(model)
+        assert_own_logits(model)
+        model.logit_gain.data.fill_(2.0)
+        assert acqcore.Student.from_model(model).head.scale == pytest.approx(2.0)
+        assert_own_logits(model)
+
     @pytest.mark.parametrize("kind", ["slots", "unhashable"])
     def test_any_callable_may_replace_a_forward(self, kind, tiny_model):
         model = tiny_model("Llama")

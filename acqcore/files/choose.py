@@ -185,7 +185,7 @@ def _read_column(options: argparse.Namespace, pool: _Pool) -> None:
         message = record_error(record, {name: "score"})
         try:
             value = math.nan if message else float(record.values[name])
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             value = math.nan
         if math.isfinite(value):
             pool.indices.append(index)
@@ -209,10 +209,18 @@ def _tokenize(options: argparse.Namespace, pool: _Pool) -> None:
     for index, record in enumerate(pool.records):
         if index not in pool.errors and of_label is not None:
             label = record.values.get(of_label)
-            if not isinstance(label, str | int):
+            if _label(label) is None:
                 pool.errors[index] = f"{of_label}: expected a string or an int, got {label!r:.60}"
     pool.indices = [i for i in range(len(rows)) if i not in pool.errors]
     pool.rows = [rows[i] for i in pool.indices]
+
+
+def _label(value: Any) -> str | None:
+    """A label's name; None for an empty text, as of a missing csv cell, and other values. Tables with missing cells
+    store ints as floats."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value) or None if isinstance(value, str | int) else None
 
 
 def _print_errors(options: argparse.Namespace, pool: _Pool, errors: Mapping[int, str]) -> None:
@@ -256,8 +264,9 @@ def _pick(options: argparse.Namespace, pool: _Pool) -> list[int]:
     assert signal is not None
     if options.label_column is None:
         return select(signal, options.n).tolist()
-    names = [str(pool.records[i].values[options.label_column]) for i in pool.indices]
-    labels = torch.tensor([sorted(set(names)).index(name) for name in names])
+    names = [_label(pool.records[i].values[options.label_column]) for i in pool.indices]
+    number = {name: i for i, name in enumerate(dict.fromkeys(sorted(filter(None, names))))}
+    labels = torch.tensor([number[name] for name in names if name is not None])
     vectors = prompt_embedding(
         pool.student, pool.rows, batch_tokens=options.batch_tokens, max_length=options.max_length
     )

@@ -69,6 +69,7 @@ class Probe:
         self._tied = tied
         self._done = False
         self._touched: set[str] = set()  # names of parameters with any gradient in the probe
+        self._nonzero: set[str] = set()  # and with one that is not 0
         rows, length = SHAPE
         length = min(length, student.max_length or length)
         with torch.inference_mode(False):  # autograd saves the tokens
@@ -104,7 +105,8 @@ class Probe:
                 self.take_one_by_one()
             self._refuse_unseen()
             self._leave_unseen()
-            if capture.used:  # otherwise later samples may still reach the parameters
+            # Otherwise later samples may still reach the parameters, or a gate that is 0 for now may open.
+            if capture.used and self._touched <= self._nonzero:
                 if len(known) == KEPT_FINDINGS:
                     known.clear()
                 known[state] = self._findings()
@@ -117,7 +119,7 @@ class Probe:
         self._touched.clear()
         failed = self._compare(self._tokens[:1])
         if failed is None:
-            failed = capture.used = self._touched = set(capture.names.values())
+            failed = capture.used = self._touched = self._nonzero = set(capture.names.values())
             self._require_graph()
         ruled = {name for m, own in capture.owners.items() if is_linear(m) or is_embedding(m) for name in own.values()}
         capture.by_autograd = {p: name for p, name in capture.names.items() if name in failed or name not in ruled}
@@ -160,7 +162,10 @@ class Probe:
         def receive(parameter: torch.Tensor, gradient: torch.Tensor) -> None:
             self._touched.add(capture.names[parameter])
             scale = 1.0 if capture.factor is None else float(capture.factor[sample])
-            squares[capture.names[parameter]] += float((gradient.double() * scale).square().sum())
+            square = float((gradient.double() * scale).square().sum())
+            squares[capture.names[parameter]] += square
+            if square:
+                self._nonzero.add(capture.names[parameter])
 
         try:
             with (

@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from acqcore.students.sharding import altered, matrix_owners, unwrapped
+from acqcore.students.sharding import altered, is_dtensor, matrix_owners, unwrapped
 
 #: Maximum depth of a branch inside its block.
 DEPTH = 6
@@ -33,6 +33,7 @@ class _Known:
     signature: tuple[int, ...]  # ids of its modules at that time
     blocks: list[str]
     branches: list[list[str]] | None = None
+    scales: tuple[int, ...] = ()  # of the blocks when the branches were found
     skips: dict[int, tuple[tuple[Any, ...], bool]] = field(default_factory=dict)  # alterations at that time, verdict
 
 
@@ -65,18 +66,21 @@ class Blocks:
         """
         if self._module is None:
             return []
-        known = self._known(forward)
-        if known.branches is None:
+        known, blocks = self._known(forward), self.found(forward)
+        scales = _scales(blocks)
+        if known.branches is None or known.scales != scales:
             names = {module: name for name, module in self._module.named_modules()}
-            found = _Analysis(self._module, self.found(forward), forward).branches()
+            found = _Analysis(self._module, blocks, forward).branches()
+            known.scales = scales
             known.branches = [[names[branch] for branch in of_block] for of_block in found]
         return [[self._module.get_submodule(name) for name in of_block] for of_block in known.branches]
 
     def skippable(self, count: int, forward: Callable[[], Any], check: Callable[[], bool]) -> bool:
         """Whether the first ``count`` modules that draws share may return stored outputs; ``check`` decides, again only
-        once the model is altered."""
+        once the model is altered or a gate opens."""
         assert self._module is not None
-        known, state = self._known(forward), altered(self._module)
+        known = self._known(forward)
+        state = (*altered(self._module), *_scales(self.found(forward)))
         if count not in known.skips or known.skips[count][0] != state:
             known.skips[count] = state, check()
         return known.skips[count][1]
@@ -90,6 +94,16 @@ class Blocks:
             known = _Known(signature, [names[block] for block in _streaming(self._module, forward)])
             _KNOWN[self._module] = known
         return known
+
+
+def _scales(blocks: Iterable[nn.Module]) -> tuple[int, ...]:
+    """Order of magnitude, at most 0, of each norm's weight, bias and gate in the blocks: one near 0 hides a branch."""
+    vectors = [p.detach() for block in blocks for p in block.parameters() if p.dim() < 2 and not is_dtensor(p)]
+    small = [p for p in vectors if p.is_floating_point() and p.numel() and not p.is_meta]
+    if not small:
+        return ()
+    largest = torch.stack([p.abs().max().to(small[0].device, torch.float32) for p in small])
+    return tuple(largest.clamp(1e-30, 1).log10().round().int().tolist())
 
 
 def stream(values: Iterable[Any]) -> torch.Tensor | None:

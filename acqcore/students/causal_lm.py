@@ -36,6 +36,9 @@ LIMITS = ("max_position_embeddings", "max_target_positions", "max_seq_len")
 
 ADVICE = "use acqcore.Student(trunk, head)"
 
+#: Parameters outside the trunk of up to this many entries count as learned numbers, such as a logit scale.
+FEW = 16
+
 #: Most states of a model whose logit map is kept.
 KEPT_STATES = 16
 
@@ -217,9 +220,14 @@ class CausalLM:
 
     def _state(self) -> tuple[Any, ...]:
         """State that may change how the logits follow from the hidden states: numbers of the configuration and the
-        model, and alterations of the modules outside the trunk."""
+        model, including learned ones, and alterations of the modules outside the trunk."""
         pruned = set() if self.trunk is self._causal else {self.trunk}
-        outside = [alterations(module) for _, module in self._model.named_modules(memo=pruned)]
+        modules = [module for _, module in self._model.named_modules(memo=pruned)]
+        outside = [alterations(module) for module in modules]
+        for module in modules if pruned else [self._causal]:
+            learned = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+            few = [t for t in learned if t.numel() <= FEW and not is_dtensor(t) and not t.is_meta]
+            outside += [tuple(t.flatten().tolist()) for t in few]
         owners = (self.config, self._causal)
         numbers = [(k, v) for owner in owners for k, v in vars(owner).items() if isinstance(v, int | float | None)]
         return (self.vocab_size, *outside, *numbers)

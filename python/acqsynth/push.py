@@ -23,6 +23,8 @@ from acqsynth.report.metrics import STUDENT, percent, points, span
 from acqsynth.steps import StepError, Store, read_table, write_table
 
 HUB = "hub:"  #: prefix of repository targets
+# Files of a model folder that are not the model's: a pickle of this machine's paths, and counts that the card states.
+_OF_TRAINING = ("training_args.bin", "rows.json")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 #: Options of trainers and engines that hold credentials, unlike ``eos_token`` and similar names.
 _SECRET = re.compile(r"(.*_)?(hub|hf|auth|access|api)_(token|key)|token|password|secret", re.IGNORECASE)
@@ -131,7 +133,7 @@ def _write_model(
     n, generator, seed = max(recipe["student"]["rows"]), recipe["generator"]["seeds"][0], recipe["student"]["seeds"][0]
     fitted = Store(run).path(plan.arms[plan.main].fits[STUDENT, n, generator, seed]) / "model"
     for path in fitted.iterdir():
-        if path.is_file() and path.name != "training_args.bin":  # a pickle of this machine's paths
+        if path.is_file() and path.name not in _OF_TRAINING:
             shutil.copy(path, target)
     base = recipe["student"]["model"]
     data = ModelCardData(
