@@ -19,6 +19,7 @@ from acqcore.students.causal_lm import CausalLM, innermost
 from acqcore.students.loading import check_request, load_model, load_tokenizer
 from acqcore.students.packing import Lengths
 from acqcore.students.sharding import DataParallel, altered, gathered, is_dtensor
+from acqcore.students.uncompiled import uncompiled
 
 #: Length of the test row that decides whether prompts may run separately, and the position of its cut.
 CUT_LENGTH, CUT = 8, 3
@@ -97,6 +98,7 @@ class Student:
                 are not a scaled and capped product, a model that is not causal.
         """
         checks.module("model", model)
+        model = getattr(model, "_orig_mod", model)  # of torch.compile and accelerate's compile_regions
         causal = CausalLM(model)
         student = cls.__new__(cls)
         student.trunk = causal.trunk
@@ -307,9 +309,9 @@ class Student:
 
     @contextmanager
     def scoring(self) -> Iterator[None]:
-        """Context in evaluation mode without gradients, :meth:`alone`; each module's training flag is restored
-        afterwards."""
-        with self.alone():
+        """Context in evaluation mode without gradients, :meth:`alone` and uncompiled; each module's training flag is
+        restored afterwards."""
+        with self.alone(), uncompiled():
             modules = list(self._module.modules()) if self._module is not None else []
             flags = [module.training for module in modules]
             # Set one by one: eval() and train() give every submodule the root's mode, and some classes override them.
