@@ -24,8 +24,8 @@ from acqcore.students.sharding import (
 )  # fmt: skip
 from acqcore.vocab_parallel import summed
 
-#: Largest allowed difference between the model's logits and ours, relative to the largest logit. Both use the same
-#: hidden states, so only the product and the logit map are rounded differently.
+#: Largest allowed difference between the model's logits and ours, relative to the largest without bias. Both use the
+#: same hidden states, so only the product and the logit map are rounded differently.
 PROBE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 
 #: Names of the key-value cache in a model's arguments and outputs, across versions of transformers.
@@ -190,9 +190,8 @@ class CausalLM:
         with torch.no_grad():
             own = self._whole(self.logits(ids), head)
             hidden = gathered(self.hidden(ids))
-            ours = head.logits(hidden.to(head.weight.device).flatten(0, 1)).view(*ids.shape, -1)
-            if head.group is not None:  # only eight tokens, once per model: all ranks must agree on the verdict
-                ours = _in_vocabulary(ours, head)
+            ours = _logits(hidden, head)
+            product = ours if head.bias is None else _logits(hidden, replace(head, bias=None))
         tolerance = max(PROBE_TOLERANCE[hidden.dtype], PROBE_TOLERANCE[head.weight.dtype])
         self._check_product(hidden)
         advice = f"acqcore does not know how it changes them; {ADVICE}"
@@ -202,11 +201,12 @@ class CausalLM:
                 f"{list(ours.shape)}: {advice}"
             )
         own = own.to(ours)
-        error, largest = float((own - ours).abs().max()), float(own.abs().max())
-        if not error <= tolerance * largest:
+        largest = float(product.abs().max())
+        error = _excess(own, ours, tolerance, largest)
+        if error is not None:
             raise ValueError(
                 f"model: the logits of {self.name} differ from those of its trunk and head by {error:.3g} (largest "
-                f"logit {largest:.3g}): {advice}"
+                f"logit without bias {largest:.3g}): {advice}"
             )
         before = hidden[:, :-1].double()
         if not float((before[0] - before[1]).abs().max()) <= tolerance * float(before.abs().max()):
@@ -238,11 +238,12 @@ class CausalLM:
             return
         hidden = hidden.to(layer.weight)
         product = torch.nn.functional.linear(hidden, layer.weight, layer.bias).double()
-        error = (layer(hidden).double() - product).abs().max()
-        if not bool(error <= torch.finfo(hidden.dtype).eps * product.abs().max()):
+        largest = float(torch.nn.functional.linear(hidden, layer.weight).abs().max())
+        error = _excess(layer(hidden).double(), product, torch.finfo(hidden.dtype).eps, largest)
+        if error is not None:
             raise ValueError(
                 f"model: the output embedding of {self.name} differs from the product with its weight by "
-                f"{float(error):.3g}; {ADVICE}"
+                f"{error:.3g}; {ADVICE}"
             )
 
     def _run(
@@ -318,6 +319,23 @@ def _runnable(model: Any) -> Any:
             model = model.module
         else:
             return model
+
+
+def _logits(
+    hidden: torch.Tensor,  # [B, T, D]
+    head: Head,
+) -> torch.Tensor:
+    """Logits of all ranks, ``[B, T, V]``; for few tokens."""
+    logits = head.logits(hidden.to(head.weight.device).flatten(0, 1)).view(*hidden.shape[:2], -1)
+    return logits if head.group is None else _in_vocabulary(logits, head)  # all ranks must agree on a verdict
+
+
+def _excess(a: torch.Tensor, b: torch.Tensor, tolerance: float, largest: float) -> float | None:
+    """The largest difference of two logits if it exceeds ``tolerance``, relative to ``largest`` or to those two if
+    they are larger, as a bias that masks tokens makes them; else None. Equal infinities do not differ."""
+    error = (a - b).abs().where(a != b, 0)
+    allowed = tolerance * torch.minimum(a.abs(), b.abs()).clamp_min(largest)
+    return None if bool((error <= allowed).all()) else float(error.where(~(error <= allowed), 0).max())
 
 
 def _in_vocabulary(
