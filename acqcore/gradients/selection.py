@@ -99,7 +99,8 @@ def select_linear(student: Student, layers: int | str) -> Selection:
     whole_parameters(student, "layers")
     count = len(blocks) if isinstance(layers, str) else layers
     checks.enough_blocks("layers", count, len(blocks))
-    within = {module for block in blocks[len(blocks) - count :] for module in block.modules() if is_linear(module)}
+    members = {module for block in blocks[len(blocks) - count :] for module in block.modules()}
+    within = set(filter(is_linear, members))
     assert student._module is not None
     names = {
         module.weight: f"{name}.weight"
@@ -107,7 +108,9 @@ def select_linear(student: Student, layers: int | str) -> Selection:
         if module in within and isinstance(module.weight, torch.Tensor)
     }
     if not names:
-        raise ValueError("layers: expected linear layers in the student's blocks, found none")
+        others = sorted({type(module).__name__ for module in members if isinstance(module, nn.Linear)})
+        found = f"only {', '.join(others)} with a forward of its own" if others else "none"
+        raise ValueError(f"layers: expected linear layers in the student's blocks, found {found}")
     checks.differentiable(names)
     return Selection(names, None)
 
