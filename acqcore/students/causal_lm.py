@@ -83,6 +83,11 @@ class CausalLM:
                 limits.append(table.num_embeddings - table.padding_idx - 1)
         return min(limits, default=None)
 
+    @property
+    def _device(self) -> torch.device:
+        """Device of the first parameter that is not offloaded."""
+        return next(parameter.device for parameter in self._model.parameters() if not parameter.is_meta)
+
     def hidden(
         self,
         input_ids: torch.Tensor,  # [B, T] int64
@@ -129,7 +134,12 @@ class CausalLM:
         rows = getattr(embedding, "num_embeddings", self.vocab_size)
         #: Valid token ids are below this.
         self.token_ids = min(self.vocab_size, rows)
-        if weight.device.type == "meta":  # no values to probe
+        if weight.is_meta:  # no values to probe
+            if any(hasattr(module, "_hf_hook") for module in self._model.modules()):  # of accelerate
+                raise ValueError(
+                    f"model: the output embedding of {self.name} is offloaded; load the model without a device_map, or "
+                    "with one that keeps the output embedding on a device"
+                )
             return
         known, state = _MAPS.setdefault(self._model, {}), self._state()
         if state not in known:
@@ -149,7 +159,7 @@ class CausalLM:
         else:  # the head's hooks, which gather its logits, run
             columns = torch.arange(len(head.weight), device=known.device) + head.vocab_start
         given = known[columns % len(known)]  # [v]
-        ids = torch.arange(4, device=next(self._model.parameters()).device)[None] % self.token_ids
+        ids = torch.arange(4, device=self._device)[None] % self.token_ids
         try:
             output = self._run(ids, lambda hidden: given.to(hidden.device).expand(*hidden.shape[:-1], -1))[1]
         except torch.OutOfMemoryError:
@@ -186,7 +196,7 @@ class CausalLM:
             return
         head = self.head()
         ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]]) * max(1, self.token_ids // 7) % self.token_ids
-        ids = ids.to(next(self._model.parameters()).device)
+        ids = ids.to(self._device)
         with torch.no_grad():
             own = self._whole(self.logits(ids), head)
             hidden = gathered(self.hidden(ids))

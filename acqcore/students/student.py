@@ -94,8 +94,8 @@ class Student:
 
         Raises:
             TypeError: not a module with an output embedding.
-            ValueError: an encoder-decoder, an unknown adapter on the head, a quantised output embedding, logits that
-                are not a scaled and capped product, a model that is not causal.
+            ValueError: an encoder-decoder, an unknown adapter on the head, a quantised or offloaded output
+                embedding, logits that are not a scaled and capped product, a model that is not causal.
         """
         checks.module("model", model)
         model = getattr(model, "_orig_mod", model)  # of torch.compile and accelerate's compile_regions
@@ -163,11 +163,12 @@ class Student:
 
     @property
     def device(self) -> torch.device:
-        """Device of the token ids: that of the trunk's first parameter, else the head's."""
+        """Device of the token ids: that of the trunk's first parameter that is not offloaded, else the head's."""
         for module in (self.trunk, self._module):
             if isinstance(module, torch.nn.Module):
                 for parameter in module.parameters():
-                    return parameter.device
+                    if not parameter.is_meta:
+                        return parameter.device
         return self.head.weight.device
 
     @property
