@@ -416,8 +416,13 @@ def token_weights(value: Any, targets: torch.Tensor) -> None:
 
 
 def differentiable(names: Mapping[torch.Tensor, str]) -> None:
-    """Every parameter is floating point: a quantised one has no gradient."""
+    """Every parameter is floating point and on a device: a quantised or an offloaded one has no gradient."""
     for parameter, name in names.items():
+        if parameter.is_meta:
+            raise ValueError(
+                f"parameters: {name} is offloaded, and offloaded weights have no gradients; load the student without "
+                "a device_map, on a device with enough memory"
+            )
         if not parameter.is_floating_point():
             raise ValueError(
                 f"parameters: {name} is {describe(parameter)}, which has no gradient; 'trainable' leaves out "

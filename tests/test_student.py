@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
@@ -240,6 +241,30 @@ class TestVerification:
         ):
             acqcore.Student.from_model(model)
         acqcore.Student.from_model(model, verify=False)
+
+    @pytest.mark.parametrize("masked", [-math.inf, -1e30])
+    def test_a_bias_that_masks_tokens(self, masked, tiny_model):
+        """It neither fails the comparison nor widens its tolerance."""
+        model, ids = tiny_model("Llama"), torch.arange(5, 17)[None]
+        model.lm_head.bias = torch.nn.Parameter(torch.zeros(320).index_fill(0, torch.arange(4), masked))
+        model.lm_head.register_forward_hook(lambda *_: None)
+        logits = model(input_ids=ids).logits[0, :-1].double()
+        found = acqcore.score(model, {"input_ids": ids}, ["loss", "entropy"])
+        expected = torch.nn.functional.cross_entropy(logits, ids[0, 1:])
+        torch.testing.assert_close(found["loss"][0].double(), expected, rtol=1e-5, atol=0)
+        entropy = torch.distributions.Categorical(logits=logits[:, 4:]).entropy().mean()
+        torch.testing.assert_close(found["entropy"][0].double(), entropy, rtol=1e-5, atol=0)
+        hook = model.lm_head.register_forward_hook(lambda _, args, output: output + args[0][..., :1])
+        with pytest.raises(ValueError, match="output embedding of LlamaForCausalLM differs from the product"):
+            acqcore.Student.from_model(model)
+        hook.remove()
+
+        def shift(_, args, kwargs, output):  # of tokens that the search for scale and softcap does not use
+            output.logits = output.logits + (kwargs["input_ids"] > 9)[..., None]
+
+        model.register_forward_hook(shift, with_kwargs=True)
+        with pytest.raises(ValueError, match="differ from those of its trunk and head by 1 "):
+            acqcore.Student.from_model(model)
 
     def test_hooks_that_only_look_are_allowed(self, tiny_model):
         model, seen = tiny_model("Llama").to(torch.bfloat16), []

@@ -115,13 +115,14 @@ class Capture:
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Context with hooks installed and ``requires_grad`` set only on parameters left to autograd or unseen."""
-        parameters = {p: p.requires_grad for m in self.modules for p in m._parameters.values() if p is not None}
+        places = [(m, key, p.requires_grad) for m in self.modules for key, p in m._parameters.items() if p is not None]
         with ExitStack() as stack:
-            for parameter, required in parameters.items():
-                wanted = parameter in self.by_autograd or parameter in self.unseen
+            whole = {*self.by_autograd, *self.unseen}
+            for module, key, required in places:  # not by parameter: a forward replaces offloaded ones
+                wanted = module._parameters[key] in whole
                 if required != wanted:
-                    parameter.requires_grad_(wanted)
-                    stack.callback(parameter.requires_grad_, required)
+                    _require(module, key, wanted)
+                    stack.callback(_require, module, key, required)
             for owner in self.owners:
                 stack.callback(owner.register_forward_hook(self._after_forward, with_kwargs=True).remove)
             for site in self._sites:
@@ -361,6 +362,13 @@ class Tap(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             own = gradient.sum(0, keepdim=True) if ctx.shared else gradient
         return own, None, None, None, None  # the leaf only marks where the backward ends
+
+
+def _require(module: nn.Module, key: str, gradient: bool) -> None:
+    """Set a parameter's ``requires_grad``."""
+    parameter = module._parameters[key]
+    assert parameter is not None
+    parameter.requires_grad_(gradient)
 
 
 @contextmanager

@@ -42,8 +42,8 @@ def select_parameters(student: Student, head: Head, parameters: str | int) -> Se
     """The parameters specified by ``parameters``; see :func:`acqcore.grad_norm`.
 
     Raises:
-        ValueError: more blocks than the trunk has, no trainable parameter, a quantised parameter, a student with
-            parameters sharded over processes.
+        ValueError: more blocks than the trunk has, no trainable parameter, a quantised or offloaded parameter, a
+            student with parameters sharded over processes.
     """
     if parameters == "head":
         return Selection({}, "head")
@@ -59,9 +59,9 @@ def select_parameters(student: Student, head: Head, parameters: str | int) -> Se
             "(tensor parallel, FSDP, ZeRO-3) only 'head' is supported"
         )
     assert isinstance(trunk, nn.Module)
+    blocks = student.blocks if isinstance(parameters, int) else []  # first: a forward replaces offloaded parameters
     names: dict[torch.Tensor, str] = {p: name for name, p in module.named_parameters()}
     if isinstance(parameters, int):
-        blocks = student.blocks
         checks.enough_blocks("parameters", parameters, len(blocks))
         last = {p for block in blocks[-parameters:] for p in block.parameters()}
         names = {p: name for p, name in names.items() if p in last}
@@ -91,15 +91,16 @@ def select_linear(student: Student, layers: int | str) -> Selection:
     """The weights of the linear layers in the last ``layers`` blocks, or in every block (``"all"``).
 
     Raises:
-        ValueError: a trunk with no blocks or too few, no linear layer in them, a student with parameters sharded over
-            processes.
+        ValueError: a trunk with no blocks or too few, no linear layer in them, an offloaded one, a student with
+            parameters sharded over processes.
     """
     blocks = student.blocks
     checks.some_blocks(len(blocks))
     whole_parameters(student, "layers")
     count = len(blocks) if isinstance(layers, str) else layers
     checks.enough_blocks("layers", count, len(blocks))
-    within = {module for block in blocks[len(blocks) - count :] for module in block.modules() if is_linear(module)}
+    members = {module for block in blocks[len(blocks) - count :] for module in block.modules()}
+    within = set(filter(is_linear, members))
     assert student._module is not None
     names = {
         module.weight: f"{name}.weight"
@@ -107,7 +108,9 @@ def select_linear(student: Student, layers: int | str) -> Selection:
         if module in within and isinstance(module.weight, torch.Tensor)
     }
     if not names:
-        raise ValueError("layers: expected linear layers in the student's blocks, found none")
+        others = sorted({type(module).__name__ for module in members if isinstance(module, nn.Linear)})
+        found = f"only {', '.join(others)} with a forward of its own" if others else "none"
+        raise ValueError(f"layers: expected linear layers in the student's blocks, found {found}")
     checks.differentiable(names)
     return Selection(names, None)
 

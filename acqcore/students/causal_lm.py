@@ -24,8 +24,8 @@ from acqcore.students.sharding import (
 )  # fmt: skip
 from acqcore.vocab_parallel import summed
 
-#: Largest allowed difference between the model's logits and ours, relative to the largest logit. Both use the same
-#: hidden states, so only the product and the logit map are rounded differently.
+#: Largest allowed difference between the model's logits and ours, relative to the largest without bias. Both use the
+#: same hidden states, so only the product and the logit map are rounded differently.
 PROBE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 
 #: Names of the key-value cache in a model's arguments and outputs, across versions of transformers.
@@ -86,6 +86,11 @@ class CausalLM:
                 limits.append(table.num_embeddings - table.padding_idx - 1)
         return min(limits, default=None)
 
+    @property
+    def _device(self) -> torch.device:
+        """Device of the first parameter that is not offloaded."""
+        return next(parameter.device for parameter in self._model.parameters() if not parameter.is_meta)
+
     def hidden(
         self,
         input_ids: torch.Tensor,  # [B, T] int64
@@ -132,7 +137,12 @@ class CausalLM:
         rows = getattr(embedding, "num_embeddings", self.vocab_size)
         #: Valid token ids are below this.
         self.token_ids = min(self.vocab_size, rows)
-        if weight.device.type == "meta":  # no values to probe
+        if weight.is_meta:  # no values to probe
+            if any(hasattr(module, "_hf_hook") for module in self._model.modules()):  # of accelerate
+                raise ValueError(
+                    f"model: the output embedding of {self.name} is offloaded; load the model without a device_map, or "
+                    "with one that keeps the output embedding on a device"
+                )
             return
         known, state = _MAPS.setdefault(self._model, {}), self._state()
         if state not in known:
@@ -152,7 +162,7 @@ class CausalLM:
         else:  # the head's hooks, which gather its logits, run
             columns = torch.arange(len(head.weight), device=known.device) + head.vocab_start
         given = known[columns % len(known)]  # [v]
-        ids = torch.arange(4, device=next(self._model.parameters()).device)[None] % self.token_ids
+        ids = torch.arange(4, device=self._device)[None] % self.token_ids
         try:
             output = self._run(ids, lambda hidden: given.to(hidden.device).expand(*hidden.shape[:-1], -1))[1]
         except torch.OutOfMemoryError:
@@ -189,13 +199,12 @@ class CausalLM:
             return
         head = self.head()
         ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]]) * max(1, self.token_ids // 7) % self.token_ids
-        ids = ids.to(next(self._model.parameters()).device)
+        ids = ids.to(self._device)
         with torch.no_grad():
             own = self._whole(self.logits(ids), head)
             hidden = gathered(self.hidden(ids))
-            ours = head.logits(hidden.to(head.weight.device).flatten(0, 1)).view(*ids.shape, -1)
-            if head.group is not None:  # only eight tokens, once per model: all ranks must agree on the verdict
-                ours = _in_vocabulary(ours, head)
+            ours = _logits(hidden, head)
+            product = ours if head.bias is None else _logits(hidden, replace(head, bias=None))
         tolerance = max(PROBE_TOLERANCE[hidden.dtype], PROBE_TOLERANCE[head.weight.dtype])
         self._check_product(hidden)
         advice = f"acqcore does not know how it changes them; {ADVICE}"
@@ -205,11 +214,12 @@ class CausalLM:
                 f"{list(ours.shape)}: {advice}"
             )
         own = own.to(ours)
-        error, largest = float((own - ours).abs().max()), float(own.abs().max())
-        if not error <= tolerance * largest:
+        largest = float(product.abs().max())
+        error = _excess(own, ours, tolerance, largest)
+        if error is not None:
             raise ValueError(
                 f"model: the logits of {self.name} differ from those of its trunk and head by {error:.3g} (largest "
-                f"logit {largest:.3g}): {advice}"
+                f"logit without bias {largest:.3g}): {advice}"
             )
         before = hidden[:, :-1].double()
         if not float((before[0] - before[1]).abs().max()) <= tolerance * float(before.abs().max()):
@@ -246,11 +256,12 @@ class CausalLM:
             return
         hidden = hidden.to(layer.weight)
         product = torch.nn.functional.linear(hidden, layer.weight, layer.bias).double()
-        error = (layer(hidden).double() - product).abs().max()
-        if not bool(error <= torch.finfo(hidden.dtype).eps * product.abs().max()):
+        largest = float(torch.nn.functional.linear(hidden, layer.weight).abs().max())
+        error = _excess(layer(hidden).double(), product, torch.finfo(hidden.dtype).eps, largest)
+        if error is not None:
             raise ValueError(
                 f"model: the output embedding of {self.name} differs from the product with its weight by "
-                f"{float(error):.3g}; {ADVICE}"
+                f"{error:.3g}; {ADVICE}"
             )
 
     def _run(
@@ -326,6 +337,23 @@ def _runnable(model: Any) -> Any:
             model = model.module
         else:
             return model
+
+
+def _logits(
+    hidden: torch.Tensor,  # [B, T, D]
+    head: Head,
+) -> torch.Tensor:
+    """Logits of all ranks, ``[B, T, V]``; for few tokens."""
+    logits = head.logits(hidden.to(head.weight.device).flatten(0, 1)).view(*hidden.shape[:2], -1)
+    return logits if head.group is None else _in_vocabulary(logits, head)  # all ranks must agree on a verdict
+
+
+def _excess(a: torch.Tensor, b: torch.Tensor, tolerance: float, largest: float) -> float | None:
+    """The largest difference of two logits if it exceeds ``tolerance``, relative to ``largest`` or to those two if
+    they are larger, as a bias that masks tokens makes them; else None. Equal infinities do not differ."""
+    error = (a - b).abs().where(a != b, 0)
+    allowed = tolerance * torch.minimum(a.abs(), b.abs()).clamp_min(largest)
+    return None if bool((error <= allowed).all()) else float(error.where(~(error <= allowed), 0).max())
 
 
 def _in_vocabulary(

@@ -19,6 +19,7 @@ from acqcore.students.causal_lm import CausalLM, innermost
 from acqcore.students.loading import check_request, load_model, load_tokenizer
 from acqcore.students.packing import Lengths
 from acqcore.students.sharding import DataParallel, altered, gathered, is_dtensor
+from acqcore.students.uncompiled import uncompiled
 
 #: Length of the test row that decides whether prompts may run separately, and the position of its cut.
 CUT_LENGTH, CUT = 8, 3
@@ -93,10 +94,11 @@ class Student:
 
         Raises:
             TypeError: not a module with an output embedding.
-            ValueError: an encoder-decoder, an unknown adapter on the head, a quantised output embedding, logits that
-                are not a scaled and capped product, a model that is not causal.
+            ValueError: an encoder-decoder, an unknown adapter on the head, a quantised or offloaded output
+                embedding, logits that are not a scaled and capped product, a model that is not causal.
         """
         checks.module("model", model)
+        model = getattr(model, "_orig_mod", model)  # of torch.compile and accelerate's compile_regions
         causal = CausalLM(model)
         student = cls.__new__(cls)
         student.trunk = causal.trunk
@@ -161,11 +163,12 @@ class Student:
 
     @property
     def device(self) -> torch.device:
-        """Device of the token ids: that of the trunk's first parameter, else the head's."""
+        """Device of the token ids: that of the trunk's first parameter that is not offloaded, else the head's."""
         for module in (self.trunk, self._module):
             if isinstance(module, torch.nn.Module):
                 for parameter in module.parameters():
-                    return parameter.device
+                    if not parameter.is_meta:
+                        return parameter.device
         return self.head.weight.device
 
     @property
@@ -307,9 +310,9 @@ class Student:
 
     @contextmanager
     def scoring(self) -> Iterator[None]:
-        """Context in evaluation mode without gradients, :meth:`alone`; each module's training flag is restored
-        afterwards."""
-        with self.alone():
+        """Context in evaluation mode without gradients, :meth:`alone` and uncompiled; each module's training flag is
+        restored afterwards."""
+        with self.alone(), uncompiled():
             modules = list(self._module.modules()) if self._module is not None else []
             flags = [module.training for module in modules]
             # Set one by one: eval() and train() give every submodule the root's mode, and some classes override them.
