@@ -212,6 +212,18 @@ FEVER = "A 54-year-old man has fever and cough and a history of asthma. Which dr
         (HEART, "Does a treatment", "Please: does treatment", True),
         (LIST, "specified", "speci fied", True),
         (f"{EGGS} It is 12 + 34.", "+", "-", False),
+        (HEART, "survival", "survjval", True),
+        (HEART, "chronic", "chronicc", True),
+        (FEVER, "asthma", "anaemia", False),
+        (FEVER, "cough", "qcough", True),
+        (FEVER, "54-year-old", "54/year/old", True),
+        (LIST, "function", "fumction", True),
+        (EGGS, "chickens", "things", True),
+        (EGGS, "farmer", "Zoltan", True),
+        (EGGS, "morning", "evening", True),
+        (EGGS, "before the market opens", "after the market opens", False),
+        (EGGS, "equal", "unequal", False),
+        (EGGS, "chickens in the morning", "geese in the evening", False),
     ],
 )
 def test_other_words_make_another_question(text, part, other, copy):
