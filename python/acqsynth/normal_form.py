@@ -28,6 +28,8 @@ _SMALL_CAPITALS = ("ᴀʙᴄᴅᴇꜰɢʜɪᴊᴋʟᴍɴᴏᴘʀꜱᴛᴜᴠᴡ�
 _SIGNS = ("‐‑‒–—―−﹣－‘’‚‛′ʹʼ“”„‟″⁄∕÷×∙·•。、", "---------'''''''\"\"\"\"\"///x***.,")
 _ALIKE = {
     **{ord(a): b for pair in (_CAPITALS, _SMALL, _SMALL_CAPITALS, _SIGNS) for a, b in zip(*pair, strict=True)},
+    **{0x2776 + i: str(i % 10 + 1) for i in range(30)},  # circled numbers
+    **dict(zip(map(ord, "➕➖➗✖"), "+-/x", strict=True)),
     **{0x1F1E6 + i: letter for i, letter in enumerate("abcdefghijklmnopqrstuvwxyz")},  # regional indicators
 }
 _INVISIBLE = frozenset({"Cf", "Cs", "Co", "Cn", "Cc"})
@@ -35,16 +37,19 @@ _INVISIBLE = frozenset({"Cf", "Cs", "Co", "Cn", "Cc"})
 _BLANK = frozenset(
     "\u034f\u115f\u1160\u180b\u180c\u180d\u2800\u3164\uffa0\U0001d159" + "".join(map(chr, range(0xE0100, 0xE01F0)))
 )
-_ORNAMENTS = re.compile(  # accents and emoji
-    "[\u0300-\u036f\u0483-\u0489\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe00-\ufe0f\ufe20-\ufe2f\u2600-\u27bf"
+_ORNAMENTS = re.compile(  # accents and emoji, without chess pieces and card suits
+    "[\u0300-\u036f\u0483-\u0489\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe00-\ufe0f\ufe20-\ufe2f"
+    "\u2600-\u2653\u2668-\u27bf"
     "\U0001f300-\U0001faff]"
 )
 
 _COMMENT = re.compile(r"<!--(?:[^-<]++|-(?!->)|<(?!!--))*+-->")
-_TAG = re.compile(r"</?([a-z][\w-]*+)(?:\s[^<>]*)?/?>")
+_TAG = re.compile(r"<([a-z][\w-]*+)>[^\w<>]*+</\1>|</?([a-z][\w-]*+)(?:\s[^<>]*)?/?>")  # a pair around nothing first
 _CLOSING = re.compile(r"</([a-z][\w-]*+)\s*+>|<([a-z][\w-]*+)/>")
 _KNOWN_TAG = re.compile("[biuspa]|em|strong|sub|sup|span|br|hr|wbr|img|div|font|mark|code|small|big|tt|del|ins")
-_LINK = re.compile(r"!?\[([^\[\]]*+)\]\([^()\s]*+\)")
+_LINK = re.compile(  # with an address; "[x+1](x-2)" is a product
+    r"!?\[([^\[\]]*+)\]\((?:https?:|mailto:|\.{0,2}/|#|(?:[\w-]++\.)++[a-z]{2})[^()\s]*+\)"
+)
 # "f.a.r.m.e.r. h.a.s.", longer than "e.g." and a list of options
 _DOTTED = re.compile(r"(?<!\w)(?:[^\W\d_]\.\s?){3}(?:\w\.\s?){5,}")
 _COMMAND = re.compile(
@@ -88,13 +93,15 @@ def normal_form(text: str) -> str:
     """The text as gates compare it: lower case, single spaces, numbers by value, no markup, no numbering."""
     plain = visible(_RAISED.sub(r"^\g<0>", html.unescape(text)))
     if not plain.isascii():
-        plain = _ORNAMENTS.sub("", plain).translate(_ALIKE)
+        plain = _ORNAMENTS.sub("", plain.translate(_ALIKE))
         plain = unicodedata.normalize("NFC", "".join(map(_digit, plain)))
     plain = plain.casefold().translate(_ALIKE)
     if "<" in plain:
         plain = _COMMENT.sub("", plain)
         closed = {name for names in _CLOSING.findall(plain) for name in names}  # "x <y and z> w" is no tag
-        plain = _TAG.sub(lambda found: "" if found[1] in closed or _KNOWN_TAG.fullmatch(found[1]) else found[0], plain)
+        plain = _TAG.sub(
+            lambda found: "" if found[2] in closed or _KNOWN_TAG.fullmatch(found[1] or found[2]) else found[0], plain
+        )
     plain = _LINK.sub(r"\1", _DOTTED.sub(lambda found: found[0].replace(".", ""), plain))
     plain = _COMMAND.sub("", plain)
     plain = _MARK.sub(r"\1", " ".join(_LINE.sub("", plain).split()))

@@ -21,13 +21,17 @@ from acqsynth.domains.base import Domain, Layout, Messages, Row, Sample, text, w
 INTENTS = "intents:"
 
 _MARKER = r"(?:intent|label|category|class|topic)"
-# What a student may write around a label: its marker, bold, quotes, a full stop.
-_AROUND = re.compile(rf"^(?:{_MARKER}\s*:)?[\s\"'“‘]*|[\s\"'”’.]*$", re.IGNORECASE)
 
 
 def spoken(label: str) -> str:
     """The label with spaces for underscores: ``card arrival`` for ``card_arrival``."""
     return " ".join(label.replace("_", " ").split())
+
+
+def _bare(name: str) -> str:
+    """Without what a student may write around a label: its marker, bold, quotes, a full stop."""
+    plain = re.sub(rf"^{_MARKER}\s*:", "", name.replace("**", ""))
+    return plain.lstrip(" \"'“‘").rstrip(" \"'”’.") or name
 
 
 def _labelled(question: str, label: str) -> Sample:
@@ -73,9 +77,12 @@ class Classification(Domain):
         for label in labels or ():
             if not label.strip() or "\n" in label.strip():
                 raise ValueError(f"labels: expected names of one line, got {label!r:.60}")
-            other = self._labels.setdefault(self.canonical(label), label)
+            other = self._labels.setdefault(spoken(label).casefold(), label)
             if other != label:
                 raise ValueError(f"labels: {other!r} and {label!r} are the same name")
+        self._by_bare: dict[str, str] = {}  # or nothing, where several labels have the same bare name
+        for name in self._labels:
+            self._by_bare[_bare(name)] = "" if _bare(name) in self._by_bare else name
 
     @property
     def labels(self) -> list[str]:
@@ -116,9 +123,13 @@ class Classification(Domain):
         return lines[0].strip() if lines else None
 
     def canonical(self, answer: str) -> str:
-        """In lower case, without ``category:`` before it and without bold, quotes and full stop around it."""
+        """In lower case, without ``category:`` before it and without bold, quotes and full stop around it, unless that
+        is a label, or several labels differ in nothing else."""
         plain = spoken(answer).casefold()
-        return _AROUND.sub("", plain.replace("**", "")) or plain
+        if plain in self._labels:
+            return plain
+        bare = _bare(plain)
+        return self._by_bare.get(bare, bare) or plain
 
     def solution(self, sample: Sample) -> str:
         """The label alone, with spaces for underscores."""

@@ -117,8 +117,8 @@ class NoLeak:
     An answer of at least four words (counting signs), or reasoning of at least eight, leaks if the question contains
     all of it. Shorter answers occur in many honest questions, so they leak only if the question calls them the answer:
     "answer", "solution" or "result", at most three of "is", ":", "=" and the like, then the answer. The text of an
-    option in a list of options ("B) ...") is not a leak, nor is "answer:" before the list, a number of decimal places,
-    the points for a correct answer, a letter in a box that shows the form of the answer, or a box that "is drawn".
+    option in a list of options ("B) ...") is not a leak, nor is "answer:" before the list or, where the question does
+    not ask how many, a number of decimal places.
 
     Args:
         domain: its canonical form of the answer is searched for as well, and the final part if equivalent: the 5 of
@@ -135,7 +135,9 @@ class NoLeak:
         return [not self._leaks(sample) for sample in samples]
 
     def _leaks(self, sample: Sample) -> bool:
-        asked = _NO_STATEMENT.sub(" ", visible(sample.question))
+        asked = visible(sample.question)
+        if "how many" not in asked.casefold():
+            asked = _PLACES.sub(" ", asked)
         options = list(_OPTION.finditer(asked))
         told = words(normal_form(_OPTION.sub(" ", asked) if len(options) > 1 else asked))
         # "The answer is:" before a list states none of its options, but "The answer is B." before or after it does.
@@ -405,14 +407,8 @@ _BOX = re.compile(
     r"(?<![-+*/]\s)(?<![-+*/])\\f?boxed\s*+\{(?=\s*+[^\s}])(?!\s*+\\[hv]?phantom)"
     r"(?:[^{}]++|\{(?:[^{}]++|\{[^{}]*+\})*+\})*+\}(?!\s*[-+*/=])"
 )
-# What looks like a stated answer, but describes its form, its score or a picture.
-_NO_STATEMENT = re.compile(
-    r"\b\d+ (?:decimals?|significant)\b|"
-    r"(?<!\bthe )\b(?:correct|right) answer *[-\u2013\u2014=:]+ *[-+]?\d+ (?:points?|marks?)\b|"
-    r"\b(?:write|give|express|enter|put|such|like|form)\b[^.?!\n\\]{0,80}\\boxed *\{(?:[^\w{}]|\b[A-Za-z]\b)+\}|"
-    r"\\boxed *\{[^{}]*\}\$? (?:is|are|was|were) (?:drawn|written|shown|printed|painted|placed)\b",
-    re.IGNORECASE,
-)
+# The form of an answer, unless the question asks how many.
+_PLACES = re.compile(r"\b\d+ (?:decimals?|significant)\b", re.IGNORECASE)
 _HASHES = re.compile(r"(?<=\n)####[ \t]*\S.*$", re.MULTILINE)  # in the first line it is a heading
 _DASHED = re.compile(
     r"(?:^|(?<=[.?!:;]))[ \t]*(?P<open>\()?(?:the )?(?:final |correct )?ans(?:wer)?\s+"

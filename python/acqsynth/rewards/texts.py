@@ -5,6 +5,7 @@ The latter two compare the normal form of texts (:mod:`acqsynth.normal_form`).
 
 from __future__ import annotations
 
+import difflib
 import functools
 import importlib.util
 import itertools
@@ -42,6 +43,16 @@ _FUNCTION_WORDS = frozenset(
     )
 )
 _NEGATIONS = frozenset({"no", "not", "never", "without", "except", "cannot", "neither", "nor"})
+_OPPOSITES = (
+    "increase decrease, left right, up down, north south, east west, more less, more fewer, most least, most fewest, "
+    "higher lower, highest lowest, larger smaller, largest smallest, greater smaller, greater less, longer shorter, "
+    "longest shortest, older younger, before after, first last, ascending descending, maximum minimum, max min, "
+    "even odd, positive negative, true false, add subtract, multiply divide, sum product, sum difference, sine cosine, "
+    "row column, horizontal vertical, buy sell, agonist antagonist"
+)
+_OPPOSED = frozenset(frozenset(_ENDING.sub("", word) for word in pair.split()) for pair in _OPPOSITES.split(", "))
+_NEGATED = re.compile(r"^(?:contra|non|un|in|im|ir)(?=\w{4})|(?<=^hyp)(?:er|o)")
+_CHANGE = 25  # texts of at least so many words for each changed one are copies
 _PUNCTUATION = re.compile(r"(?<!\d)[.,]|[.,](?!\d)|[;:!?'\"]")
 
 K = TypeVar("K", bound=Hashable)
@@ -166,16 +177,19 @@ class _Held:
         return bool(missing and other.numbers - self.numbers - (self.readings - other.readings))
 
     def reworded(self, other: _Held) -> bool:
-        """Whether the other text has other content words in place of some of these, or a negation more or less."""
+        """Whether the other text has other content words in place of many of these, an opposite, another operator, or
+        a negation more or less."""
         lost, gained = _without(self.meaning, other.meaning), _without(other.meaning, self.meaning)
         if "".join(lost) == "".join(gained):  # "after noon"
             return False
-        changed = all(not _FUNCTION_WORDS.issuperset(words) for words in (lost, gained))
-        return changed or not _NEGATIONS.isdisjoint(lost + gained)
+        if not _NEGATIONS.isdisjoint(lost + gained) or any(_opposed(a, b) for a in lost for b in gained):
+            return True
+        changed = min(_unlike(lost, gained), _unlike(gained, lost))
+        return changed * _CHANGE > len(self.meaning)
 
     @functools.cached_property
     def meaning(self) -> list[str]:
-        return [word for word in _MEANING.findall(self.form) if not _COUNT.fullmatch(word)]
+        return [word for word in _MEANING.findall(" ".join(spelled(self.form))) if not _COUNT.fullmatch(word)]
 
 
 def _without(words: Sequence[str], others: Sequence[str]) -> list[str]:
@@ -190,16 +204,28 @@ def _without(words: Sequence[str], others: Sequence[str]) -> list[str]:
     return lacking
 
 
+def _opposed(word: str, other: str) -> bool:
+    if not (word.isalpha() or other.isalpha()):  # operators
+        return True
+    stems = frozenset(_ENDING.sub("", each) for each in (word, other))
+    return stems in _OPPOSED or _NEGATED.sub("", word) == _NEGATED.sub("", other)
+
+
+def _unlike(words: Sequence[str], others: Sequence[str]) -> int:
+    """How many content words are unlike the others: no misspelling of one."""
+    return sum(not difflib.get_close_matches(word, others, 1, 0.8) for word in set(words) - _FUNCTION_WORDS)
+
+
 class NearCopies:
     """A bounded set of texts that finds near copies of a new text.
 
     Shingles are runs of ``n`` characters of the normal form without spaces and signs between words. Two texts are near
     copies if the Jaccard index of their shingles is at least ``threshold``, unless the new one has other numbers in
     place of some: an exercise with different numbers is a new exercise, one with an extra number, or with numbers left
-    out or in words, is not. Numbers compare by value. Likewise, other content words in place of some, or one more or
-    less negation, make another question: ``decrease`` for ``increase``, ``left`` for ``right``. Words added, left out,
-    moved, split or inflected, and other function words, do not. ``text in copies`` tests whether a text with the same
-    normal form is stored.
+    out or in words, is not. Numbers compare by value. Likewise, other content words in place of more than one word in
+    25, an opposite, another operator, or a negation more or less make another question: ``decrease`` for ``increase``,
+    ``left`` for ``right``. Words added, left out, moved, split, misspelt or inflected, and other function words, do
+    not. ``text in copies`` tests whether a text with the same normal form is stored.
 
     Args:
         threshold: in (0, 1].

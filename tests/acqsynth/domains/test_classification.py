@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import time
 from collections import Counter
 
 import pytest
@@ -264,3 +265,21 @@ def test_real_intents_pass(name, labels, share, shared_data):
     assert len(found.labels) == labels
     assert all(found.equivalent(rows, [found.answer_of(found.solution(sample)) for sample in rows]))
     assert sum(found.fault(sample) is not None for sample in rows) <= share * len(rows)
+
+
+def test_labels_that_differ_in_a_dot_or_quotes_are_read_exactly():
+    names = ["C", "C.", "U.S.", "U.S", '"quoted"', "topic: quoted", "card_arrival."]
+    rows = Classification(names)
+    assert rows.labels == names
+    for name in names:
+        assert rows.parse(f"<question>\nhello there\n</question>\n<answer>\n{name}\n</answer>").answer == name
+    assert rows.canonical("**Card arrival**") == rows.canonical("card_arrival.")
+    for unclear in ('"C"', "**U.S.**", "quoted"):
+        assert rows.canonical(unclear) not in map(rows.canonical, names)
+
+
+def test_what_stands_around_a_label_is_read_in_linear_time():
+    begin = time.process_time()
+    for sign in ('."', ". ", "**", " '"):
+        Classification(["a"]).canonical(sign * 50_000 + "x")
+    assert time.process_time() - begin < 2

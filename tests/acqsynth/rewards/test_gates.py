@@ -215,6 +215,9 @@ class TestNoLeak:
             "Correct answer = 372",
             r"Write it as \boxed{372}.",
             r"\boxed{372} is the result.",
+            "Correct answer: 372 points",
+            r"The answer \boxed{372} is shown here.",
+            "How many decimals has it? The answer is 372 decimals.",
         ],
     )
     def test_the_marks_of_a_final_answer_leak(self, marked):
@@ -240,10 +243,8 @@ class TestNoLeak:
             (r"Give the answer as \boxed{n} where n is a number: 12 * 31?", "372"),
             ("Find the radius of a circle of area 13. (Answer - 2 decimal places)", "2"),
             ("Find the radius of a circle of area 13. Answer: 3 significant figures.", "3"),
-            (r"The number \boxed{12} is drawn in a box. How many dozen eggs make 144 eggs?", "12"),
-            (r"Solve x+1=3. Write it as \boxed{x = n}.", "n"),
-            ("Which letter is first? End with one letter such as `\\boxed{A}`.", "A"),
-            ("Correct answer = 5 points\nWrong answer = -2 points\nAnn had 3 right. What is her score?", "5"),
+            (r"The number \boxed{144} is drawn in a box. How many dozen eggs make so many eggs?", "12"),
+            ("Correct answer = 5 points\nWrong answer = -2 points\nAnn had 3 right. What is her score?", "15"),
         ],
     )
     def test_other_marks_are_no_leak(self, question, answer):
@@ -253,6 +254,7 @@ class TestNoLeak:
         gate = NoLeak(find_domain("medical"))
         assert not passes(gate, "Does aspirin thin the blood? Answer - yes", "yes")
         assert not passes(gate, "Does aspirin thin the blood? \\boxed{yes}", "yes")
+        assert not passes(gate, "Which drug thins blood? Write \\boxed{C}.\nA) zinc\nB) iron\nC) heparin", "C) heparin")
         assert passes(gate, "Does aspirin thin the blood? Answer - yes or no.", "yes")
 
     @pytest.mark.parametrize("part", ["\\boxed{", "\\boxed{1}", "{", "#### ", "Answer - ", ". ", "write "])

@@ -135,7 +135,10 @@ DISGUISES: dict[str, Callable[[str], str]] = {
     "comments": lambda text: "<!-- x -->".join(text[i : i + 12] for i in range(0, len(text), 12)),
     "rare tags": lambda text: " ".join(f"<kbd>{word}</kbd>" for word in text.split()),
     "made-up tags": lambda text: " ".join(f"<q2 x='y'>{word}</q2><e/>" for word in text.split()),
-    "links": lambda text: " ".join(f"[{word}](x)" for word in text.split()),
+    "links": lambda text: " ".join(f"[{word}](https://x.org/a?b=1)" for word in text.split()),
+    "anchors": lambda text: " ".join(f"[{word}](#x)" for word in text.split()),
+    "hosts": lambda text: " ".join(f"[{word}](x.org)" for word in text.split()),
+    "negative circled digits": lambda text: text.translate(str.maketrans("123", "❶❷❸")),
     "dots": lambda text: re.sub(r"(\w)", r"\1.", text),
     "decomposed accents": lambda text: text.replace("e", "e\u0301"),
     "accents": lambda text: text.replace("e", "é").replace("o", "ö"),
@@ -212,6 +215,18 @@ FEVER = "A 54-year-old man has fever and cough and a history of asthma. Which dr
         (HEART, "Does a treatment", "Please: does treatment", True),
         (LIST, "specified", "speci fied", True),
         (f"{EGGS} It is 12 + 34.", "+", "-", False),
+        (HEART, "survival", "survjval", True),
+        (HEART, "chronic", "chronicc", True),
+        (FEVER, "asthma", "anaemia", False),
+        (FEVER, "cough", "qcough", True),
+        (FEVER, "54-year-old", "54/year/old", True),
+        (LIST, "function", "fumction", True),
+        (EGGS, "chickens", "things", True),
+        (EGGS, "farmer", "Zoltan", True),
+        (EGGS, "morning", "evening", True),
+        (EGGS, "before the market opens", "after the market opens", False),
+        (EGGS, "equal", "unequal", False),
+        (EGGS, "chickens in the morning", "geese in the evening", False),
     ],
 )
 def test_other_words_make_another_question(text, part, other, copy):
@@ -330,6 +345,12 @@ def assert_same(text, other, new=True):
         ("Is [3, 5] closed?", "Is (3, 5) closed?"),
         ("Is x <y and z> w?", "Is x w?"),
         ("Is it a List<int>?", "Is it a List<str>?"),
+        ("Expand [x+1](x-2).", "Expand [x+1](x+5)."),
+        ("Evaluate f[1](2.5).", "Evaluate f[1](3.5)."),
+        ("What is 5 ➕ 3?", "What is 5 ➖ 3?"),
+        ("What is 12 ✖ 3?", "What is 12 ➗ 3?"),
+        ("What is ❺ + ❷?", "What is ❸ + ❷?"),
+        ("What closes <h1>…</h1>?", "What closes <h2>…</h2>?"),
     ],
 )
 def test_signs_of_formulas_count(a, b):
@@ -371,7 +392,7 @@ def test_texts_that_differ_in_a_number_stay_apart(a, b):
         "\u200b",
         "(1",
         " 1",
-        *("<!--", "<!---", "</b", "<b>", "'", "[", "[a](", "a.", "a/", "abc / ", "🙂", "a_"),
+        *("<!--", "<!---", "</b", "<b>", "<c></c>", "'", "[", "[a](", "[a](b.", "a.", "a/", "abc / ", "🙂", "a_"),
         "-",
         "1,111,",
         "\n>",
@@ -387,6 +408,11 @@ def test_the_normal_form_takes_linear_time(part):
     begin = time.process_time()
     readings(normal_form(part * (100_000 // len(part))))
     assert time.process_time() - begin < 5
+
+
+@pytest.mark.parametrize(("a", "b"), [("♠", "♥"), ("♔", "♕")])
+def test_card_suits_and_chess_pieces_count(a, b):
+    assert normal_form(f"What does {a} stand for?") != normal_form(f"What does {b} stand for?")
 
 
 def test_the_oldest_make_room():
