@@ -247,10 +247,11 @@ class Store:
         self.say(f"[{step}] starts: {reason}")
         begin = time.perf_counter()
         partial = self._partial(step)
-        begun = {"layout": LAYOUT, "made_from": self._made_from(step)}
+        made_from = self._made_from(step)
+        begun = {"layout": LAYOUT, "made_from": made_from}
         with self._user_errors(step):
             earlier = _read_stage(partial)
-            if earlier is None or _first_change(earlier["made_from"], begun["made_from"]) is not None:
+            if earlier is None or _first_change(earlier["made_from"], made_from) is not None:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
                 write_json(partial / _MANIFEST, begun)
