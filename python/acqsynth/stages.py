@@ -259,14 +259,16 @@ def write_questions(context: StepContext, *, writing: Writing, mistakes: Path | 
     _write_kept(context, chunks, writing.n, asked, later=bool(writing.earlier))
 
 
-def select_questions(context: StepContext, *, writing: Writing, candidates: int, spent: Sequence[Path]) -> None:
+def select_questions(
+    context: StepContext, *, writing: Writing, candidates: int, spent: Path | Sequence[Path] | None
+) -> None:
     """Rejection sampling: writes ``samples.parquet``, the best of several completions per prompt, and ``counts.json``.
 
-    ``spent``: counts of the rounds of a training run; instead of ``candidates`` per prompt, as many completions are
-    drawn as training and writing used together.
+    ``spent``: counts of a training run's round or rounds; instead of ``candidates`` per prompt, as many completions
+    are drawn as training and writing used together.
     """
     if spent:
-        drawn = sum(read_json(path)["completions"] for path in spent)
+        drawn = sum(read_json(path)["completions"] for path in ([spent] if isinstance(spent, Path) else spent))
         candidates = max(2, math.ceil((drawn + writing.n) / writing.n))
     domain, engine = writing.scoring.find_domain(), _engine(writing.scoring.engine, writing.generator)
     prompts, shown = _prompts(writing, domain, read_rows(writing.held_out))

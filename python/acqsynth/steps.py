@@ -39,6 +39,7 @@ LAYOUT = 3  #: version of ``stage.json``
 
 _MANIFEST = "stage.json"
 _WORK = "work"
+_CHECKS = ("settings.replay", "settings.per_batch")  # of the step that reads rows
 T = TypeVar("T")
 
 
@@ -216,7 +217,8 @@ class Store:
         expected = self._made_from(step)
         if manifest is None:
             begun = _read_stage(self._partial(step))
-            return "was interrupted, resumes" if begun and begun["made_from"] == expected else "never ran"
+            resumes = begun is not None and _first_change(begun["made_from"], expected) is None
+            return "was interrupted, resumes" if resumes else "never ran"
         if (changed := _first_change(manifest["made_from"], expected)) is not None:
             return changed
         for name, (size, _) in manifest["artefacts"].items():
@@ -245,9 +247,11 @@ class Store:
         self.say(f"[{step}] starts: {reason}")
         begin = time.perf_counter()
         partial = self._partial(step)
-        begun = {"layout": LAYOUT, "made_from": self._made_from(step)}
+        made_from = self._made_from(step)
+        begun = {"layout": LAYOUT, "made_from": made_from}
         with self._user_errors(step):
-            if _read_stage(partial) != begun:
+            earlier = _read_stage(partial)
+            if earlier is None or _first_change(earlier["made_from"], made_from) is not None:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
                 write_json(partial / _MANIFEST, begun)
@@ -503,14 +507,18 @@ def _stamp(path: Path) -> Any:
 
 
 def _first_change(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> str | None:
-    """The first difference between two manifests, as a reason."""
+    """The first difference between two manifests, as a reason. An empty value is as good as none, and checks change no
+    artefact, so that runs from before an option or a check existed stay valid."""
     for key in [*now, *(key for key in before if key not in now)]:
         old, new = before.get(key), now.get(key)
-        if old == new:
-            continue
         inner = f"{path}{key}"
+        added_or_removed = key not in before or key not in now
+        if old == new or (added_or_removed and (inner in _CHECKS or {**before, **now}[key] in ([], {}))):
+            continue
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            return _first_change(old, new, f"{inner}.")
+            if (found := _first_change(old, new, f"{inner}.")) is not None:
+                return found
+            continue
         section, _, name = inner.partition(".")
         return f"{name or section} changed"
     return None

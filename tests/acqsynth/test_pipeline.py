@@ -156,10 +156,10 @@ def test_arms_share_what_reads_the_same(fakes, recipe):
         assert len(set(names)) == len(names)
     grpo = plan_of(recipe, "baselines=[no_rl, best_of_n]")
     selected = next(step for step in grpo.of("generate") if step.name == "best_of_n")
-    assert [spent.step for spent in selected.arguments["spent"]] == grpo.arms["grpo"].trained
+    assert [selected.arguments["spent"].step] == grpo.arms["grpo"].trained
     best = plan_of(recipe, "generator.method=best_of_n", "baselines=[best_of_n, no_rl]")
     assert list(best.arms) == ["best_of_n", "no_rl"]
-    assert best.arms["best_of_n"].written[0].arguments["spent"] == []
+    assert best.arms["best_of_n"].written[0].arguments["spent"] is None
 
 
 def test_all_arms_learn_equal_rows_with_equal_settings(fakes, recipe):
@@ -568,6 +568,24 @@ def test_settings_omit_what_a_recipe_does_not_use(tmp_path):
     assert all("models" not in each["scoring"] for each in settings)
     plan = plan_of("arithmetic", f"reward.embedder={tmp_path}", f"output={tmp_path}")
     assert plan.of("train")[0].settings()["scoring"]["models"] == [str(tmp_path)]
+
+
+def test_a_finished_run_from_before_its_options_stays_valid(fakes, recipe):
+    """Earlier records list empty options, and lack the checks for shortages."""
+    plan, store, _ = run(recipe, "baselines=[best_of_n]", "student.replay=0.2")
+    for step in plan.steps:
+        path = store.path(step) / "stage.json"
+        record = json.loads(path.read_text())
+        settings = record["made_from"]["settings"]
+        for section in (settings, settings.get("writing", {})):
+            if "scoring" in section:
+                section["scoring"]["models"] = []
+        if "writing" in settings:
+            settings["writing"]["earlier"] = []
+        if step.stage == "seeds":
+            del settings["replay"], settings["per_batch"]
+        path.write_text(json.dumps(record))
+    assert [Store(store.output).reason(step) for step in plan.steps] == [None] * len(plan.steps)
 
 
 def test_answers_by_likelihood(student_path, tmp_path):

@@ -6,7 +6,7 @@ import logging
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_TRIES = 3  # failures on consecutive single samples before the signal or gate itself is considered broken
+_TRIES = 3  # samples on which a signal or gate fails before it is itself considered broken
 
 
 class Batch(list[Sample]):
@@ -184,7 +184,16 @@ class Guard:
         self.name = name
         self.failures = 0  #: number of calls that have raised
         self._worked: set[str] = set()
-        self._failed: Counter[str] = Counter()  # samples on which a part failed before it ever worked
+        self._failed: Counter[str] = Counter()  # samples on which a needed part failed before it ever worked
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"failures": self.failures, "worked": sorted(self._worked), "failed": dict(self._failed)}
+
+    def load_state_dict(self, state: Mapping[str, Any], parts: Iterable[str]) -> None:
+        """Restores a state; in one that does not tell, all ``parts`` have worked."""
+        self.failures = state["failures"]
+        self._worked = set(state.get("worked", parts))
+        self._failed = Counter(state.get("failed", {}))
 
     def __call__(
         self,
@@ -198,11 +207,11 @@ class Guard:
         """The function's values for n samples; None for samples it fails on.
 
         A function that fails on a :class:`Batch` is retried one sample at a time, so that a bad sample masks only
-        itself; it gives up if the first ``_TRIES`` samples all fail. ``singly=False`` disables the retry, as for a
-        function that compares the samples.
+        itself; it gives up if the first, the middle and the last sample all fail. ``singly=False`` disables the retry,
+        as for a function that compares the samples; its failures on fewer than ``_TRIES`` samples do not count.
 
         Raises:
-            BrokenPartError: a ``needed`` part has failed on all samples so far, at least ``_TRIES``.
+            BrokenPartError: a ``needed`` part has failed on all samples tried so far, at least ``_TRIES``.
         """
         if not samples:
             return []
@@ -214,23 +223,25 @@ class Guard:
             cause = error
             logger.exception("%s: %r failed on %d samples", self.name, part, len(samples))
             self.failures += 1
+            tried = len(samples) if singly or len(samples) >= _TRIES else 0
             singly = singly and not isinstance(error, _WrongLengthError)
         found: list[Any] = [None] * len(samples)
         if len(samples) > 1 and isinstance(samples, Batch) and singly:
-            failed = 0
-            for i, sample in enumerate(samples):
+            tried = 0
+            for i in dict.fromkeys((0, len(samples) // 2, len(samples) - 1, *range(len(samples)))):
+                if tried == _TRIES and all(value is None for value in found):
+                    break
+                tried += 1
                 try:
-                    [found[i]] = _called(part, function, samples.part([sample]))
+                    [found[i]] = _called(part, function, samples.part([samples[i]]))
                     self._worked.add(part)
-                    failed = 0
                 except Exception:
-                    failed += 1
-                    if failed == _TRIES and all(value is None for value in found):
-                        break
-        self._failed[part] += len(samples)
-        if needed and part not in self._worked and self._failed[part] >= _TRIES:
-            told = f"{self.name}: {part!r} failed on each of its first {self._failed[part]} samples"
-            raise BrokenPartError(f"{told}: {type(cause).__name__}: {cause}") from cause
+                    continue
+        if needed and part not in self._worked:
+            self._failed[part] += tried
+            if self._failed[part] >= _TRIES:
+                told = f"{self.name}: {part!r} failed on each of the {self._failed[part]} samples tried"
+                raise BrokenPartError(f"{told}: {type(cause).__name__}: {cause}") from cause
         return found
 
 

@@ -204,10 +204,12 @@ def _signals(
 def _embedder(name: str) -> Any:
     if name == "ngram":
         return NgramEmbedder()
-    if "/" not in name and (near := difflib.get_close_matches(name, ("ngram", "minilm"), 1)) and name not in near:
-        raise ValueError(f"embedder: unknown {name!r}, did you mean {near[0]}?")
+    path = os.path.expanduser(name)
+    if name != "minilm" and "/" not in name and not os.path.exists(path):
+        for known in difflib.get_close_matches(name.lower(), ("ngram", "minilm"), 1, cutoff=0.9):
+            raise ValueError(f"embedder: unknown {name!r}, did you mean {known}?")
     try:
-        return SentenceEmbedder(None if name == "minilm" else os.path.expanduser(name))
+        return SentenceEmbedder(None if name == "minilm" else path)
     except FileNotFoundError as error:
         raise ValueError(f"embedder: {error}") from error
 

@@ -52,9 +52,9 @@ class PaperReward(ComposedReward):
         super().__init__(domain, signals, fusion="raw", length_normalised=False, name=name)
 
     def _score(self, texts: Sequence[str | None], groups: Sequence[Hashable], update: bool, by_runs: bool) -> Rewards:
-        """As :meth:`ComposedReward.score`; ``update`` has no effect, as the paper's signals always update."""
+        """As :meth:`ComposedReward.score`; ``update`` only counts, as the paper's signals always update."""
         rewards = Rewards([], [], {signal.name: [] for signal in self.signals}, {"parses": []})
-        self.scored += len(texts)
+        self.scored += len(texts) if update else 0
         for text in texts:
             sample, value, total = self._released(text)
             rewards.total.append(total)

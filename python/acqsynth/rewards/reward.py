@@ -9,8 +9,8 @@ GRPO, best-of-n and DPO share it. A call with n completions takes these steps:
    replaces, such as by a labelled one, passes the earlier gates again.
 2. Signals score the samples that passed. A scorer that fails, on one sample or on all, masks: the sample's total is
    None, and the sample is excluded from all statistics. Failures are counted and logged, and never become a number.
-   A weighted signal or a gate that fails on all of its first samples, at least three, raises
-   :class:`acqsynth.rewards.batch.BrokenPartError`: it would mask every sample.
+   A weighted signal or a gate that has failed on all samples so far, at least three, raises
+   :class:`acqsynth.rewards.batch.BrokenPartError`, on all ranks under ``sync``: it would mask every sample.
 3. Each signal's value is normalised against samples of similar length (:class:`acqsynth.rewards.fusion.LengthBins`).
 4. :func:`acqsynth.rewards.fusion.fuse` combines the signals. A gated sample gets the floor: 0 under ``rank`` and
    ``quantile``, whose values are above 0; otherwise one standard deviation of the call below the lowest of its group
@@ -36,7 +36,7 @@ import acqcore
 from acqsynth.domains import Domain, Sample
 from acqsynth.engines import Engine
 from acqsynth.rewards.answers import Learnability, SampledAnswers
-from acqsynth.rewards.batch import Batch, Entry, Guard, Rewards, numbers, set_floor
+from acqsynth.rewards.batch import Batch, BrokenPartError, Entry, Guard, Rewards, numbers, set_floor
 from acqsynth.rewards.fusion import BOUNDED, HISTORY, METHODS, LengthBins, checked_weights, fuse
 from acqsynth.rewards.gates import Gate, Label, default_gates, require_samples
 from acqsynth.rewards.signals import Diversity, Signal, acquisition_signals
@@ -243,7 +243,7 @@ class ComposedReward(TrlReward):
         return {
             "masked": self.masked,
             "scored": self.scored,
-            "failures": self.failures,
+            **self._guard.state_dict(),
             "lowest": self._lowest,
             "history": {name: list(values) for name, values in self.history.items()},
             "length_bins": {name: bins.state_dict() for name, bins in self.length_bins.items()},
@@ -260,8 +260,10 @@ class ComposedReward(TrlReward):
         for key, ours in (("parts", stateful), ("length_bins", self.length_bins), ("history", self.history)):
             if set(state[key]) != set(ours):
                 raise ValueError(f"state: expected {key} {sorted(ours)}, got {sorted(state[key])}")
-        self.masked, self._guard.failures = state["masked"], state["failures"]
-        self.scored, self._lowest = state["scored"], state["lowest"]
+        self._guard.load_state_dict(state, (part.name for part in self._parts()))
+        self.masked = state["masked"]
+        # Older states lack these.
+        self.scored, self._lowest = state.get("scored", 0), state.get("lowest", math.inf)
         self.history = {name: list(values) for name, values in state["history"].items()}
         for name, bins in self.length_bins.items():
             bins.load_state_dict(state["length_bins"][name])
@@ -286,13 +288,7 @@ class ComposedReward(TrlReward):
                 "generator for the expected format",
                 self.domain.name,
             )
-        for i, gate in enumerate(self.gates):
-            valid = [(entry, entry.sample) for entry in local if entry.valid]
-            self._gate(gate, [entry for entry, _ in valid], batch)
-            replaced = [entry for entry, sample in valid if entry.sample is not sample]
-            for earlier in self.gates[:i]:
-                self._gate(earlier, [entry for entry in replaced if entry.valid], batch)
-        ranks, own = self._gathered(local, batch)
+        ranks, own = self._gathered(local, batch, update)
         entries = [entry for rank in ranks for entry in rank]
         if by_runs:
             for j, (_, members) in enumerate(groupby(entries, key=lambda entry: entry.group)):
@@ -305,10 +301,10 @@ class ComposedReward(TrlReward):
                 if hasattr(part, "accept"):
                     self._guard(part.name, partial(_accept, part), accepted, singly=False)
         mine = ranks[own]
-        self.scored += len(mine) if update else 0
-        self.masked += sum(entry.total is None for entry in mine)
         rewards = Rewards.of(mine, [signal.name for signal in self.signals], self._gate_names())
         if update:
+            self.scored += len(mine)
+            self.masked += rewards.total.count(None)
             self._watch.add(rewards.spread)
         return rewards
 
@@ -321,8 +317,8 @@ class ComposedReward(TrlReward):
         else:
             entry.sample, entry.masked = parsed, parsed is None
 
-    def _gate(self, gate: Gate, asked: Sequence[Entry], batch: Batch) -> None:
-        for entry, verdict in zip(asked, self._ask(gate, gate, _samples(asked, batch)), strict=True):
+    def _gate(self, gate: Gate, asked: Sequence[Entry], batch: Batch, update: bool) -> None:
+        for entry, verdict in zip(asked, self._ask(gate, gate, _samples(asked, batch), update), strict=True):
             if verdict is None:
                 entry.masked = True
             elif isinstance(verdict, Sample):
@@ -330,38 +326,56 @@ class ComposedReward(TrlReward):
             elif not verdict:
                 entry.rejected_by = gate.name
 
-    def _gathered(self, local: list[Entry], batch: Batch) -> tuple[list[list[Entry]], int]:
-        """The entries of each rank with the signals' values, and this process's rank."""
-        on_each = [signal for signal in self.signals if not getattr(signal, "set_level", False)]
-        on_all = [signal for signal in self.signals if signal not in on_each]
-        valid = [entry for entry in local if entry.valid]
-        samples = _samples(valid, batch)
-        self._value(on_each, valid, samples)
-        distributed = torch.distributed
-        if not (self.sync and distributed.is_available() and distributed.is_initialized()):
-            self._value(on_all, valid, samples)
-            return [local], 0
-        ranks: list[Any] = [None] * distributed.get_world_size()
-        distributed.all_gather_object(ranks, local)
-        valid = [entry for rank in ranks for entry in rank if entry.valid]
-        self._value(on_all, valid, _samples(valid, batch))
-        return ranks, distributed.get_rank()
+    def _judge(self, local: Sequence[Entry], batch: Batch, update: bool) -> None:
+        """The gates and the signals that do not compare samples, on the texts of this process."""
+        for i, gate in enumerate(self.gates):
+            valid = [(entry, entry.sample) for entry in local if entry.valid]
+            self._gate(gate, [entry for entry, _ in valid], batch, update)
+            replaced = [entry for entry, sample in valid if entry.sample is not sample]
+            for earlier in self.gates[:i]:
+                self._gate(earlier, [entry for entry in replaced if entry.valid], batch, update)
+        self._value([signal for signal in self.signals if not _compares(signal)], local, batch, update)
 
-    def _value(self, signals: Sequence[Signal], valid: Sequence[Entry], samples: Batch) -> None:
+    def _gathered(self, local: list[Entry], batch: Batch, update: bool) -> tuple[list[list[Entry]], int]:
+        """The entries of each rank with the signals' values, and this process's rank."""
+        distributed = torch.distributed
+        synced = self.sync and distributed.is_available() and distributed.is_initialized()
+        broken = None
+        try:
+            self._judge(local, batch, update)
+        except BrokenPartError as error:
+            if not synced:
+                raise
+            broken = error  # raised on all ranks: the others would wait for this one
+        found: list[Any] = [(local, broken)]
+        if synced:
+            found = [None] * distributed.get_world_size()
+            distributed.all_gather_object(found, (local, broken))
+        for _, failure in found:
+            if failure is not None:
+                raise failure
+        ranks = [entries for entries, _ in found]
+        entries = [entry for rank in ranks for entry in rank]
+        self._value([signal for signal in self.signals if _compares(signal)], entries, batch, update)
+        return ranks, distributed.get_rank() if synced else 0
+
+    def _value(self, signals: Sequence[Signal], entries: Sequence[Entry], batch: Batch, update: bool) -> None:
+        valid = [entry for entry in entries if entry.valid]
+        samples = _samples(valid, batch)
         for signal in signals:
-            values = self._ask(signal, partial(numbers, signal), samples)
+            values = self._ask(signal, partial(numbers, signal), samples, update)
             for entry, value in zip(valid, values, strict=True):
                 entry.values[signal.name] = value
             if hasattr(signal, "stderr") and any(value is not None for value in values):
-                errors = self._ask(signal, partial(numbers, signal.stderr), samples)
+                errors = self._ask(signal, partial(numbers, signal.stderr), samples, update)
                 for entry, error in zip(valid, errors, strict=True):
                     if error is not None:
                         entry.stderr[signal.name] = error
 
-    def _ask(self, part: Any, function: Callable[[Any], Sequence[Any]], samples: Batch) -> Sequence[Any]:
-        # A part that compares the samples cannot be retried on single ones; a signal of weight 0 masks nothing.
-        singly, needed = not getattr(part, "set_level", False), part in self.gates or part.name in self.weights
-        return self._guard(part.name, function, samples, singly=singly, needed=needed)
+    def _ask(self, part: Any, function: Callable[[Any], Sequence[Any]], samples: Batch, update: bool) -> Sequence[Any]:
+        # A signal of weight 0 masks nothing, nor does a failed probe.
+        needed = update and (part in self.gates or part.name in self.weights)
+        return self._guard(part.name, function, samples, singly=not _compares(part), needed=needed)
 
     def _total(self, entries: Sequence[Entry], update: bool) -> None:
         valid = [entry for entry in entries if entry.valid]
@@ -410,6 +424,11 @@ def _check_names(argument: str, parts: Sequence[Any], taken: str) -> None:
         if name in seen:
             raise ValueError(f"{argument}: the name {name!r} is duplicated or reserved, rename one of them")
         seen.add(name)
+
+
+def _compares(part: Any) -> bool:
+    """Whether a signal or gate compares the samples of a call, so that single ones cannot be retried."""
+    return bool(getattr(part, "set_level", False))
 
 
 def _accept(part: Any, samples: Sequence[Sample]) -> Sequence[Sample]:

@@ -126,6 +126,19 @@ def test_signals_are_those_named_in_their_order(domain, student_path):
     assert by_name["confidence"].answers.sampling.top2
 
 
+EMBEDDERS = {"ngrams": "ngram", "MiniLM": "minilm", "minilm2": "minilm", "my-ngram": None, "minilm-v2": None, "gpt2": None}
+
+
+@pytest.mark.parametrize(("name", "meant"), EMBEDDERS.items())
+def test_a_misspelt_embedder_is_told_unless_it_is_a_folder(domain, tmp_path, monkeypatch, name, meant):
+    monkeypatch.chdir(tmp_path)
+    config = RewardConfig(signals={"diversity": {}}, embedder=name)
+    with pytest.raises(ValueError, match=f"'{name}', did you mean {meant}") if meant else nullcontext():
+        check(config, domain)
+    (tmp_path / name).mkdir()
+    check(config, domain)
+
+
 @pytest.mark.parametrize(
     ("signal", "released", "needs"),
     [

@@ -8,6 +8,7 @@ import logging
 import pickle
 import statistics
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -142,7 +143,7 @@ def test_one_sample_that_a_scorer_raises_for_masks_itself_alone(domain, bad):
         assert errs.asked_errors == calls
 
 
-BROKEN = r"reward: '{}' failed on each of its first {} samples: OSError: no such student"
+BROKEN = r"reward: 'broken' failed on each of the {} samples tried: OSError: no such student"
 
 
 @pytest.mark.parametrize("set_level", [False, True])
@@ -154,20 +155,52 @@ def test_a_part_that_has_never_worked_raises(domain, set_level):
 
     broken.name, broken.set_level = "broken", set_level
     for options in ({"signals": [broken, Told("a", VALUES)]}, {"signals": [Told("a", VALUES)], "gates": [broken]}):
-        with pytest.raises(BrokenPartError, match=BROKEN.format("broken", 6)):
+        with pytest.raises(BrokenPartError, match=BROKEN.format(6 if set_level else 3)):
             ComposedReward(domain, **options).score(TEXTS, GROUPS)
         reward = ComposedReward(domain, **options)
+        for _ in range(3):
+            assert reward.score(TEXTS, GROUPS, update=False).total == [None] * 6
         assert reward.score(TEXTS[:1], ["p"]).total == reward.score(["bad", *TEXTS[:1]], ["p"] * 2).total[1:] == [None]
-        with pytest.raises(BrokenPartError, match=BROKEN.format("broken", 3)):
-            reward.score(TEXTS[:1], ["p"])
+        assert (reward.scored, reward.masked) == (3, 2)
+        with nullcontext() if set_level else pytest.raises(BrokenPartError, match=BROKEN.format(3)):
+            reward.score(TEXTS[:1], ["p"])  # a part that compares samples may need several
     logged_only = plain(domain, broken, Told("a", VALUES), weights={"broken": 0})
     assert None not in logged_only.score(TEXTS, GROUPS).total
+
+
+def test_three_bad_samples_do_not_break_a_signal(domain):
+    """The first, the middle and the last sample are tried first."""
+    reward = plain(domain, Told("a", {answer: VALUES[answer] for answer in "345"}), fusion="raw")
+    assert reward.score(TEXTS, GROUPS).total == [None, None, None, 10.0, 30.0, 20.0]
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_a_resumed_run_knows_what_has_worked(domain, older):
+    state = (reward := plain(domain, Told("a", VALUES))).state_dict()
+    if not older:
+        reward.score(TEXTS, GROUPS)
+        state = reward.state_dict()
+    for key in ("worked", "failed", "scored", "lowest") if older else ():
+        del state[key]
+    again = plain(domain, Told("a", {}))
+    again.load_state_dict(state)
+    assert again.score(TEXTS, GROUPS).total == [None] * 6
+    assert again.scored == (6 if older else 12)
+
+
+def test_failures_before_a_part_worked_are_kept(domain):
+    reward = plain(domain, Told("a", {}))
+    reward.score(TEXTS[:2], GROUPS[:2])
+    again = plain(domain, Told("a", {}))
+    again.load_state_dict(reward.state_dict())
+    with pytest.raises(BrokenPartError, match="failed on each of the 3 samples tried"):
+        again.score(TEXTS[:1], ["p"])
 
 
 def test_a_student_that_is_not_there_is_raised(domain):
     reward = ComposedReward.default(domain, "/no/such/student", seeds=[Sample("What is it?", "1")])
     texts = [written(f"How many shells of {i} kinds are in {i + 2} boxes?", i) for i in range(3, 6)]
-    with pytest.raises(BrokenPartError, match=r"failed on each of its first 3 samples: .*/no/such/student"):
+    with pytest.raises(BrokenPartError, match=r"failed on each of the 3 samples tried: .*/no/such/student"):
         reward([[{"role": "user", "content": "p"}]] * 3, texts)
 
 

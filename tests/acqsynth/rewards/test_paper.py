@@ -54,7 +54,10 @@ def test_the_bonus_can_be_traded_for_the_signal(domain):
 
 def test_every_exception_is_minus_five(domain, constant):
     texts = [QUESTION + "<answer>7</answer>", QUESTION + "<answer>8</answer>"]
-    assert PaperReward(domain, constant).score(texts, ["p", "p"]).total == [pytest.approx(2.982), -5]
+    for update in (True, False):
+        released = PaperReward(domain, constant)
+        assert released.score(texts, ["p", "p"], update=update).total == [pytest.approx(2.982), -5]
+        assert released.scored == 2 * update
     corrected = ComposedReward(domain, [constant])
     assert corrected.score(texts, ["p", "p"]).total == [0.5, None]
     assert corrected.masked == 1

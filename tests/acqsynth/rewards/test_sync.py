@@ -8,6 +8,7 @@ import torch
 from fakes import PlainDomain
 
 from acqsynth.rewards import ComposedReward, Diversity, NgramEmbedder
+from acqsynth.rewards.batch import BrokenPartError
 from acqsynth.rewards.gates import Check, New
 
 TOPICS = ("a saddle", "a violin", "iron ore", "copper", "a window", "gardens", "a rocket", "tunnels")
@@ -49,6 +50,31 @@ def on_rank(rank, store):
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     return found
+
+
+def broken_on_first(rank, store):
+    """What each of two ranks raises; a signal fails on the first alone."""
+
+    def fails(samples):
+        if rank == 0:
+            raise OSError("no such student")
+        return [1.0] * len(samples)
+
+    fails.name = "fails"
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    reward = ComposedReward(PlainDomain(), [fails], sync=True)
+    try:
+        reward(["p"] * 4, [f"<question>{question}</question><answer>7</answer>" for question in CALLS[0][:4]])
+    except BrokenPartError as error:
+        return str(error)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_all_ranks_raise_what_one_does(tmp_path):
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        told = pool.starmap_async(broken_on_first, [(rank, tmp_path / "store") for rank in (0, 1)]).get(60)
+    assert told == ["reward: 'fails' failed on each of the 3 samples tried: OSError: no such student"] * 2
 
 
 def test_two_ranks_are_one(tmp_path):
