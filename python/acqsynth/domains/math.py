@@ -34,7 +34,9 @@ _NUMBER = re.compile(
     r"(?<![\w.^])([-+]?(?>\d{1,3}(?:,\d{3}(?!\d))++|\d++)(?:\.\d++)?+(?:[eE][-+]?\d{1,3}(?!\d))?+"
     r"(?:\s*+/\s*+\d++(?:\.\d++)?+)?+)(\w*+)"
 )
-_SIZE = re.compile(r"(\d \w+ of) \d[\d.,]*[A-Za-z]+(?= [a-z])")  # of what is counted: "2 cartons of 1L milk"
+_SIZE = re.compile(  # of what is counted: "2 cartons of 1L milk"
+    r"(\d (?!(?:out|instead|total|because|ahead|short)\b)\w+ of) \d[\d.,]*[A-Za-z]+(?= [a-z])"
+)
 _CALCULATION = re.compile(r"<<[^<>\n]*>>")  # GSM8K's calculator annotations
 
 _TASKS = re.compile(

@@ -68,6 +68,9 @@ def math():
         # units glued to numbers
         ("The bag weighs 2.5kg.", "2.5"),
         ("Therefore Brian needs 2 cartons of 1L milk.", "2"),
+        ("Tom has 4 bags of 5kg each.", "4"),
+        ("On day 3 instead of 5km run", "5"),
+        ("So 3 out of 4kg remain.", "4"),
         ("Brian drinks a total of 1L milk.", "1"),
         ("It costs 1,234km", "1,234"),
         ("Tom has 3 bags, so in total 15kg.", "15"),
