@@ -402,6 +402,16 @@ def test_any_other_equation_is_wrong(math, answer):
         ("-0.3", "-1/3 = -0.3", True),
         ("1", "2/3 = 1", False),
         ("12.5%", "1/8 = 12.5%", True),
+        ("200/3", "200/3 \u2248 66.67", True),
+        ("\\frac{200}{3}", "\\frac{200}{3} \\approx 66.67", True),
+        ("200/3 \u2248 66.67", "\\frac{200}{3}", True),
+        ("200/3 \u2248 67", "200/3 \u2248 66.67", True),
+        ("200/3 cm", "200/3 \u2248 66.67 cm", True),
+        ("200/3 kg", "200/3 \u2248 66.67 cm", False),
+        ("67", "200/3 \u2248 67", True),
+        ("66", "200/3 \u2248 66", False),
+        ("100/3", "200/3 \u2248 66.67", False),
+        ("200/3", "200/3 = 66.67", False),
     ],
 )
 def test_signs_and_rounding_of_an_equation(math, gold, equation, right):
