@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from typing import ClassVar
 
 from acqsynth.domains.base import STATED, Domain, Layout, Messages, Row, Sample, ask_for_sample, text
 from acqsynth.domains.math_check import MathChecker
-from acqsynth.domains.quantities import UNDERSTOOD, closed_sides, compare, is_glued_unit, quantity, rounded
+from acqsynth.domains.quantities import (
+    UNDERSTOOD,
+    closed_sides,
+    compare,
+    exact,
+    is_approximate,
+    is_glued_unit,
+    quantity,
+    rounded,
+)
 
 _HASHES = re.compile(r"^####[ \t]*(\S.*)$", re.MULTILINE)
 _SENTENCE_END = re.compile(r"\.(?=\s|$)|[,;]?\s+(?:because|since|so|which|as)\b")
@@ -34,7 +44,9 @@ _NUMBER = re.compile(
     r"(?<![\w.^])([-+]?(?>\d{1,3}(?:,\d{3}(?!\d))++|\d++)(?:\.\d++)?+(?:[eE][-+]?\d{1,3}(?!\d))?+"
     r"(?:\s*+/\s*+\d++(?:\.\d++)?+)?+)(\w*+)"
 )
-_SIZE = re.compile(r"(\d \w+ of) \d[\d.,]*[A-Za-z]+(?= [a-z])")  # of what is counted: "2 cartons of 1L milk"
+_SIZE = re.compile(  # of what is counted: "2 cartons of 1L milk"
+    r"(\d (?!(?:out|instead|total|because|ahead|short)\b)\w+ of) \d[\d.,]*[A-Za-z]+(?= [a-z])"
+)
 _CALCULATION = re.compile(r"<<[^<>\n]*>>")  # GSM8K's calculator annotations
 
 _TASKS = re.compile(
@@ -125,10 +137,10 @@ class Math(Domain):
         return found.form + (unit if unit == "%" else f" {unit}" if unit else "")
 
     def equivalent(self, gold: Sequence[Sample], answers: Sequence[str | None]) -> list[bool]:
-        """Whether canonical forms are equal, or math-verify finds equality (numbers to six decimals) and units agree.
+        r"""Whether canonical forms are equal, or math-verify finds equality (numbers to six decimals) and units agree.
 
         Of a true equation without variables, such as ``3 + 4 = 7``, the last side counts, which may be rounded to its
-        decimals; a false one equals nothing.
+        decimals; a false one equals nothing. Of ``200/3 \approx 67``, the first side counts as well.
         A missing unit agrees with any; different units do not agree. A percentage also equals its value: ``50%`` is
         ``0.5``. Answers in words must be the same words: math-verify would read them as products of letters, equal in
         any order.
@@ -138,9 +150,11 @@ class Math(Domain):
         """
         golds = [_final(sample.answer) for sample in gold]
         given = [i for i, answer in enumerate(answers) if answer is not None]
-        pairs = self._without_workings([(golds[i], str(answers[i])) for i in given])
-        right = dict(zip(given, self._equal(pairs), strict=True))
-        return [right.get(i, False) for i in range(len(answers))]
+        readings = self._without_workings([(golds[i], str(answers[i])) for i in given])
+        unread = [(i, pair) for i, read in zip(given, readings, strict=True) for pair in read]
+        equal = self._equal([pair for _, pair in unread])
+        right = {i for (i, _), true in zip(unread, equal, strict=True) if true}
+        return [i in right for i in range(len(answers))]
 
     def _equal(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
         """Whether the second of each pair equals the first, the true answer."""
@@ -156,18 +170,27 @@ class Math(Domain):
             equal[i] = equal[i] or result
         return equal
 
-    def _without_workings(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-        """The pairs, with ``3 + 4 = 7`` replaced by ``7`` where the other answer is no equation."""
+    def _without_workings(self, pairs: Sequence[tuple[str, str]]) -> list[list[tuple[str, str]]]:
+        """The readings of each pair, with ``3 + 4 = 7`` replaced by ``7`` where the other answer is no equation, and
+        ``200/3 ≈ 67`` by ``67`` or ``200/3``."""
         sides = {
             (i, k): closed_sides(pair[k]) for i, pair in enumerate(pairs) for k in (0, 1) if "=" not in pair[1 - k]
         }
         claims = [
-            (place, (found[-1], rounded(side, found[-1]))) for place, found in sides.items() for side in found[:-1]
+            (place, (found[-1], rounded(side, found[-1], is_approximate(pairs[place[0]][place[1]]))))
+            for place, found in sides.items()
+            for side in found[:-1]
         ]
         holds = self._equal([claim for _, claim in claims])
         refuted = {place for (place, _), true in zip(claims, holds, strict=True) if not true}
-        last = {place: found[-1] for place, found in sides.items() if found and place not in refuted}
-        return [(last.get((i, 0), truth), last.get((i, 1), given)) for i, (truth, given) in enumerate(pairs)]
+
+        def read(i: int, k: int) -> list[str]:
+            answer, found = pairs[i][k], sides.get((i, k))
+            if not found or (i, k) in refuted:
+                return [answer]
+            return [found[-1], exact(found)] if is_approximate(answer) else [found[-1]]
+
+        return [list(itertools.product(read(i, 0), read(i, 1))) for i in range(len(pairs))]
 
     def verify(self, samples: Sequence[Sample]) -> list[bool | None]:
         """False if the reasoning states a different final answer than the sample's; otherwise None, as this domain

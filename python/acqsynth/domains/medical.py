@@ -27,7 +27,8 @@ _LETTER = re.compile(r"(?i:(?:the\s+)?(?:option|choice)\s+)?\(?([A-Da-d])(?:[).:
 _DECISION = re.compile(r"(yes|no|maybe)\b(?!\s+\w)", re.IGNORECASE)
 # Two different choices, not the article "a" or a "no" before a noun.
 _SEVERAL = re.compile(
-    r"\(?([A-D]|yes|no|maybe)\)?\s*(?:,(?!\s*no\s+\w)|/|&|\bor\b|\band\b)\s*\(?(?!\1\b)"
+    r"\(?([A-D]|yes|no|maybe)\)?\s*(?:,(?!\s*no\s+(?!(?:yes|no|maybe|or|and)\b)\w)|,\s*no(?=\s+(?:yes|maybe)\b)|/|&|\bor\b|\band\b)"
+    r"\s*\(?(?!\1\b)"
     r"(?:[b-d]|(?-i:A)|a(?=\))|yes|no|maybe)\b",
     re.IGNORECASE,
 )
@@ -51,7 +52,10 @@ _MARKED = re.compile(
 _DECIDED = re.compile(rf"\(?(yes|no|maybe)\b{_ENDS}", re.IGNORECASE)
 _CLAUSE = re.compile(_VERB + r"|\s+(?!(?:or|and)\b)[a-z]|\s*[:\u2013\u2014-]\s+\S")
 _COMBINED = re.compile(r"\b(?i:all|both|none)\b|\b[A-D](?:,| and\b| &)")  # an option that names others
-_DENIED = re.compile(r"[^.;\n]*?\b(?:not|wrong|incorrect|false|unlikely|excluded)\b", re.IGNORECASE)
+_WRONG = r"(?:wrong|incorrect|false|unlikely|excluded)\b"
+_DENIED = re.compile(  # once: "not wrong" denies nothing
+    rf"(?![^.;\n]*(?:not|n['’]t)\s+(?:be\s+)?(?:\w+\s+)?{_WRONG})[^.;\n]*?\b(?:not\b|{_WRONG})", re.IGNORECASE
+)
 _CONTRAST = re.compile(
     r"\.\s|\b(?:as|not|than|over|to|excluding|eliminating|ruling|rejecting|unlike|instead|while|whereas|but|nor)\b",
     re.IGNORECASE,

@@ -106,7 +106,7 @@ _APPROXIMATELY = re.compile(r"\\approx(?![A-Za-z])")
 _CLOSED = re.compile(
     r"(?=.*\d)(?:(?<=\d),(?=\d{3}(?!\d))|[\d\s.+\-*/^!(){}\[\]]|\\(?:times|cdot|div|frac|sqrt|pi)(?![A-Za-z]))+"
 )
-_DECIMALS = re.compile(r"[-+]?[\d,]*\.(\d+)")
+_DECIMALS = re.compile(r"[-+]?[\d,]*(?:\.(\d+))?")
 _INNER_CURRENCY = re.compile(r"\\?\$(?=[\d.])")
 _MOST_SIDES = 6  # each may take a check by math-verify
 # Two letters alone are a product, except "no".
@@ -335,13 +335,24 @@ def closed_sides(answer: str) -> list[str]:
     return sides if closed and 2 <= len(sides) <= _MOST_SIDES else []
 
 
-def rounded(side: str, last: str) -> str:
-    """A side of an equation in LaTeX, rounded like the last side if that has decimals: ``200/3 = 66.67`` is true."""
+def is_approximate(answer: str) -> bool:
+    return bool(_APPROXIMATELY.search(_in_ascii(answer)))
+
+
+def exact(sides: list[str]) -> str:
+    """The first side of an equation with the unit of the last: ``200/3 cm`` of ``200/3 ≈ 66.67 cm``."""
+    unit = () if quantity(sides[0]).unit else quantity(sides[-1]).unit
+    return " ".join([sides[0], *unit])
+
+
+def rounded(side: str, last: str, whole: bool) -> str:
+    """A side of an equation in LaTeX, rounded like the last side if that has decimals (``200/3 = 66.67`` is true), or,
+    if ``whole``, is an integer."""
     value, result = quantity(side), quantity(last)
     decimals = _DECIMALS.fullmatch(result.plain)
-    if value.unit or result.unit == ("%",) or not decimals:
+    if value.unit or result.unit == ("%",) or not decimals or not (decimals[1] or whole):
         return side
-    shift = f"10^{{{len(decimals[1])}}}"
+    shift = f"10^{{{len(decimals[1] or '')}}}"
     return rf"\frac{{\lfloor ({value.plain}) \cdot {shift} + \frac{{1}}{{2}} \rfloor}}{{{shift}}}"
 
 

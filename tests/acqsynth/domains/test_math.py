@@ -68,6 +68,9 @@ def math():
         # units glued to numbers
         ("The bag weighs 2.5kg.", "2.5"),
         ("Therefore Brian needs 2 cartons of 1L milk.", "2"),
+        ("Tom has 4 bags of 5kg each.", "4"),
+        ("On day 3 instead of 5km run", "5"),
+        ("So 3 out of 4kg remain.", "4"),
         ("Brian drinks a total of 1L milk.", "1"),
         ("It costs 1,234km", "1,234"),
         ("Tom has 3 bags, so in total 15kg.", "15"),
@@ -399,6 +402,16 @@ def test_any_other_equation_is_wrong(math, answer):
         ("-0.3", "-1/3 = -0.3", True),
         ("1", "2/3 = 1", False),
         ("12.5%", "1/8 = 12.5%", True),
+        ("200/3", "200/3 \u2248 66.67", True),
+        ("\\frac{200}{3}", "\\frac{200}{3} \\approx 66.67", True),
+        ("200/3 \u2248 66.67", "\\frac{200}{3}", True),
+        ("200/3 \u2248 67", "200/3 \u2248 66.67", True),
+        ("200/3 cm", "200/3 \u2248 66.67 cm", True),
+        ("200/3 kg", "200/3 \u2248 66.67 cm", False),
+        ("67", "200/3 \u2248 67", True),
+        ("66", "200/3 \u2248 66", False),
+        ("100/3", "200/3 \u2248 66.67", False),
+        ("200/3", "200/3 = 66.67", False),
     ],
 )
 def test_signs_and_rounding_of_an_equation(math, gold, equation, right):
