@@ -99,22 +99,34 @@ def sft(
         peft_config=lora,
         callbacks=list(callbacks),
     )
-    learnt = _learnt(trainer.train_dataset, len(samples), config.max_length)
+    learnt = _learnt(trainer.train_dataset, rows[: len(samples)], trainer.processing_class, config)
     _run(trainer, output)
     if trainer.is_world_process_zero():
         write_json(output / ROWS, learnt)
     return output
 
 
-def _learnt(prepared: Any, n: int, max_length: int | None) -> dict[str, int | None]:
-    """The numbers of samples that TRL kept, dropped or may have cut, of n. Packed rows are neither dropped nor cut."""
-    if "own" not in prepared.column_names:
-        return {"learnt": n, "dropped": 0, "cut": 0, "max_length": max_length}
-    lengths = [len(ids) for ids, own in zip(prepared["input_ids"], prepared["own"], strict=True) if own]
+def _learnt(prepared: Any, rows: Sequence[Row], tokenizer: Any, config: Any) -> dict[str, int | None]:
+    """The numbers of the samples' rows that TRL kept, dropped or may have cut."""
+    most = config.max_length
+    if "own" in prepared.column_names:
+        lengths = [len(ids) for ids, own in zip(prepared["input_ids"], prepared["own"], strict=True) if own]
+    elif config.packing_strategy == "bfd":  # packs do not tell rows apart; a completion past max_length is not learnt
+        lengths = [
+            min(most, len(_tokens(tokenizer, [*row["prompt"], *row["completion"]])))
+            for row in rows
+            if len(_tokens(tokenizer, row["prompt"], add_generation_prompt=True)) < most
+        ]
+    else:  # other packs continue a row in the next
+        return {"learnt": len(rows), "dropped": 0, "cut": 0, "max_length": most}
     if not lengths:
-        raise ValueError(f"samples: expected a prompt that leaves room in max_length = {max_length} tokens")
-    cut = sum(length == max_length for length in lengths)
-    return {"learnt": len(lengths), "dropped": n - len(lengths), "cut": cut, "max_length": max_length}
+        raise ValueError(f"samples: expected a prompt that leaves room in max_length = {most} tokens")
+    cut = sum(length == most for length in lengths)
+    return {"learnt": len(lengths), "dropped": len(rows) - len(lengths), "cut": cut, "max_length": most}
+
+
+def _tokens(tokenizer: Any, messages: Messages, **options: Any) -> list[int]:
+    return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"])
 
 
 def sample_replay(replay: Sequence[Row], share: float, n: int, seed: int) -> list[Row]:

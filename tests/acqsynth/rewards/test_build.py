@@ -126,9 +126,7 @@ def test_signals_are_those_named_in_their_order(domain, student_path):
     assert by_name["confidence"].answers.sampling.top2
 
 
-EMBEDDERS = {
-    "ngrams": "ngram", "MiniLM": "minilm", "minilm2": "minilm", "my-ngram": None, "minilm-v2": None, "gpt2": None,
-}  # fmt: skip
+EMBEDDERS = {"ngrams": "ngram", "MiniLM": "minilm", "minilm2": "minilm", "my-ngram": None, "minilm-v2": None}
 
 
 @pytest.mark.parametrize(("name", "meant"), EMBEDDERS.items())
