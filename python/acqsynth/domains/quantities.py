@@ -125,7 +125,7 @@ def quantity(answer: str) -> Quantity:
     """Reads an answer; one longer than ``LONGEST`` characters is compared only as text."""
     if len(answer) > LONGEST:
         return Quantity(" ".join(answer.split()), answer, ())
-    plain, unit = _with_unit(_plain(answer))
+    plain, unit = _alternatives(_plain(answer))
     number = _rational(plain)
     if number is not None:
         while unit and unit[0] in SCALES:
@@ -137,6 +137,22 @@ def quantity(answer: str) -> Quantity:
         return Quantity(form, plain, unit)
     plain = _plain(answer)
     return Quantity(_without_spaces(plain), plain, ())
+
+
+def _alternatives(plain: str) -> tuple[str, tuple[str, ...]]:
+    """As :func:`_with_unit`, with alternatives in one order: ``x = 3 or x = -2`` and ``x = 3 or -2`` become
+    ``x = -2 or 3``."""
+    if " or " not in plain:
+        return _with_unit(plain)
+    parts = [_with_unit(part) for part in plain.split(" or ")]
+    values = [_EQUALS.split(part) for part, _ in parts]
+    units = {unit for _, unit in parts if unit}
+    names = {name.strip() for name, *rest in values if rest}
+    unit = next(iter(units), ())
+    if len(units) > 1 or len(names) > 1 or any(len(value) > 2 for value in values) or SCALES.keys() & unit:
+        return " or ".join(sorted(plain.split(" or "))), ()
+    name = "".join(f"{name} = " for name in names)
+    return name + " or ".join(sorted(value[-1].strip() for value in values)), unit
 
 
 def _with_unit(plain: str) -> tuple[str, tuple[str, ...]]:
@@ -254,7 +270,7 @@ def compare(truth: Quantity, given: Quantity) -> bool | list[tuple[str, str]]:
         return True
     if not _agree(truth.unit, given.unit):
         return False
-    if truth.form == given.form:
+    if truth.form == given.form or any(a == b for a, b in _sides(truth.plain, given.plain)):
         return True
     if {truth.unit, given.unit} & {("am",), ("pm",)}:
         return False  # 10:30 is not a ratio
@@ -364,7 +380,7 @@ def _plain(answer: str) -> str:
             plain = plain[len(opens) : -len(closes)].strip()
     plain = re.sub(r"^\$([^$]+)\$(?=\s*[A-Za-z])", r"\1 ", plain)  # "$18$ eggs"
     plain = _LAYOUT.sub("", plain.replace(r"\%", "%").replace("{,}", ",").replace("\\ ", " "))
-    plain = " or ".join(sorted(_ZEROS.sub("", _SEPARATOR.sub(", ", plain)).split(" or ")))
+    plain = _ZEROS.sub("", _SEPARATOR.sub(", ", plain))
     plain = _FIRST_ARGUMENT.sub(r"\\\1{\2\3}", _FRAC.sub(r"\\frac", plain))
     plain = _SECOND_ARGUMENT.sub(r"\\frac\1{\2}", plain)
     if whole := re.fullmatch(r"\\(?:text|mathrm|textbf)\{([^{}]*)\}", plain):
