@@ -96,6 +96,14 @@ def test_a_label_is_learnt_as_in_the_seeds(scripted, text):
     assert asked.solution(found.sample) == "card arrival"
 
 
+@pytest.mark.parametrize("text", ["\\boxed{the answer is 5}", "#### the answer is 5", "The answer is: #### 5"])
+def test_an_answer_that_is_marked_twice_is_labelled(scripted, text):
+    asked = domain("math")
+    [found] = label(scripted(lambda prompt, i, seed: text), asked, [Sample("What is 2 + 3?", "7")], k=2)
+    assert (found.sample.answer, found.sample.reasoning) == ("5", text)
+    assert asked.verify([found.sample]) == [None]
+
+
 def test_it_abstains_from_an_answer_that_is_not_read_back(scripted):
     text = "The answer is 7}"  # which no box can hold
     [found] = label(scripted(lambda prompt, i, seed: text), domain("math"), [Sample("What is 3 + 4?", "7")], k=2)

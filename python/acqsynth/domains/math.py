@@ -117,7 +117,7 @@ class Math(Domain):
         """
         stated = _stated(completion)
         if stated is not None:
-            return stated
+            return _final(stated)
         short = [words for words in _statements(completion) if 0 < len(words.split()) <= _WORDY]
         return next(reversed(_numbers(completion) or short), None)
 
@@ -200,7 +200,7 @@ class Math(Domain):
             _stated(sample.reasoning, words=bool(_WORDED.fullmatch(final)))
             for sample, final in zip(samples, finals, strict=True)
         ]
-        agree = self.equivalent(samples, [one or final for one, final in zip(stated, finals, strict=True)])
+        agree = self.equivalent(samples, [_final(one or final) for one, final in zip(stated, finals, strict=True)])
         return [None if agrees else False for agrees in agree]
 
     def fault(self, sample: Sample) -> str | None:
