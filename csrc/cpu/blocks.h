@@ -5,8 +5,6 @@
 
 namespace acqcore::ACQCORE_ISA {
 
-constexpr int kPlane = kPanelRows * kTile + 2 * kLanes;  // a panel's products with one block, padded against aliasing
-
 // The blocks of a row's columns.
 struct Blocks {
   Inner inner;    // packed in whole blocks

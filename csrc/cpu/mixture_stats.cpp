@@ -18,7 +18,6 @@ namespace {
 
 constexpr int64_t kPackedBytes = 16 << 20;   // limit on packed hidden states
 constexpr int64_t kKeptBytes = 128 << 20;    // limit on logits kept between the passes
-constexpr int kDrawn = kPanelRows * kTile + 2 * kLanes;  // a row panel's logits in one draw, padded against aliasing
 
 struct Plan {
   Inner inner;
@@ -45,7 +44,7 @@ Plan make_plan(const MixtureStatsArgs& args, int64_t scored) {
   const int64_t row_blocks = greater(1, ceil_div(4 * args.head.threads, p.splits));
   p.block_rows = ceil_div(ceil_div(p.chunk_rows, row_blocks), kPanelRows) * kPanelRows;
   if (p.buffered) {
-    const int64_t waiting = kBufferBytes / (4 * kDrawn * args.draws) * kPanelRows;
+    const int64_t waiting = kBufferBytes / (4 * kPlane * args.draws) * kPanelRows;
     p.block_rows = lesser(p.block_rows, greater(kPanelRows, waiting));
   }
   return p;
@@ -65,7 +64,7 @@ struct Chunk {
 // Per-thread scratch.
 struct Workspace {
   float* weights;     // [kTile / kPanelColumns, depth, kPanelColumns]
-  float* logits;      // [1 or block_rows / kPanelRows, K, kDrawn], rows kTile apart
+  float* logits;      // [1 or block_rows / kPanelRows, K, kPlane], rows kTile apart
   LaneState* lanes;   // [block_rows, K]
   bool* keep;         // [2 units]
 };
@@ -102,25 +101,25 @@ void pack_draws(const MixtureStatsArgs& args, const Plan& plan, const Chunk& chu
 
 // Multiplies a panel of rows by one member's packed weights, units [k0, k0 + k).
 void multiply(const MixtureStatsArgs& args, const Plan& plan, const Chunk& chunk, const Workspace& ws, int64_t panel,
-              int member, int width, int64_t k0, int64_t k, float* z /* [K, kDrawn] */) {
+              int member, int width, int64_t k0, int64_t k, float* z /* [K, kPlane] */) {
   const int64_t plane = plan.inner.units * kPanelRows;
   const float* hidden = chunk.hidden + panel * args.draws * plane + k0 * kPanelRows;
   const int first = args.members > 1 ? member : 0;
   const int last = args.members > 1 ? member + 1 : args.draws;
   for (int d = first; d < last; ++d) {
-    multiply_panel(plan.inner, hidden + d * plane, ws.weights, width, k, k0 > 0, z + d * kDrawn);
+    multiply_panel(plan.inner, hidden + d * plane, ws.weights, width, k, k0 > 0, z + d * kPlane);
   }
 }
 
 // Folds a tile's complete logits of a row, and keeps them.
 void fold_row(const MixtureStatsArgs& args, const Transform* transforms, const Chunk& chunk, int64_t row, int64_t tile,
-              int width, float* z /* [K, kDrawn] */, LaneState* lanes /* [K] */) {
+              int width, float* z /* [K, kPlane] */, LaneState* lanes /* [K] */) {
   const int n = static_cast<int>(ceil_div(width, kLanes) * kLanes);
   const HeadArgs& head = args.head;
   const int64_t first = head.vocab_start + tile * kTile;
   const int64_t target = head.targets ? head.targets[chunk.rows[row]] - first : -1;
   for (int k = 0; k < args.draws; ++k) {
-    float* logits = z + k * kDrawn;
+    float* logits = z + k * kPlane;
     transforms[k](logits, width, tile * kTile);
     if (target >= 0 && target < width) lanes[k].target = logits[target];
     fold(logits, n, first, lanes[k]);
@@ -141,7 +140,7 @@ void fold_split(const MixtureStatsArgs& args, const Plan& plan, const Transform*
         const bool whole = m + 1 == args.members && k0 + plan.inner.depth >= plan.inner.units;
         pack_weights(args.weights[m], plan.inner, t * kTile, width, k0, k, ws.weights);
         for (int64_t row = begin; row < end; row += kPanelRows) {
-          float* z = ws.logits + (plan.buffered ? (row - begin) / kPanelRows * args.draws * kDrawn : 0);
+          float* z = ws.logits + (plan.buffered ? (row - begin) / kPanelRows * args.draws * kPlane : 0);
           multiply(args, plan, chunk, ws, row / kPanelRows, m, width, k0, k, z);
           for (int64_t i = row; whole && i < lesser(row + kPanelRows, end); ++i) {  // while the row is in L1
             fold_row(args, transforms, chunk, i, t, width, z + (i - row) * kTile, ws.lanes + (i - begin) * args.draws);
@@ -200,7 +199,7 @@ bool mixture_stats(const MixtureStatsArgs& args) {
   const Plan plan = make_plan(args, scored);
   const int64_t planes = plan.buffered ? plan.block_rows / kPanelRows * args.draws : args.draws;
   const auto carve = [&](Arena& arena) {
-    return Workspace{arena.take<float>(kTile * plan.inner.depth), arena.take<float>(planes * kDrawn),
+    return Workspace{arena.take<float>(kTile * plan.inner.depth), arena.take<float>(planes * kPlane),
                      arena.take<LaneState>(plan.block_rows * args.draws), arena.take<bool>(2 * plan.inner.units + 4)};
   };
   Chunk chunk{};

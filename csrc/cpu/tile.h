@@ -8,6 +8,7 @@
 namespace acqcore::ACQCORE_ISA {
 
 constexpr int kTile = 8 * kPanelColumns;  // columns per tile
+constexpr int kPlane = kPanelRows * kTile + 2 * kLanes;  // a panel's products with a tile, padded against aliasing
 constexpr int64_t kDepth = 640;           // inner units packed at a time, so that a tile's weights stay in L2
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -53,7 +53,7 @@ def on_rank(rank, store):
 
 
 def broken_on_first(rank, store):
-    """What each of two ranks raises; a signal fails on the first alone."""
+    """The error that each of two ranks raises if a signal fails on the first one only."""
 
     def fails(samples):
         if rank == 0:
