@@ -325,6 +325,7 @@ def tiny_model():
         "Cohere": {"logit_scale": 0.25},
         "Granite": {"logits_scaling": 3.0},
         "Phi": {"partial_rotary_factor": 0.5},  # its head has a bias
+        "JetMoe": {"kv_channels": 16, "num_local_experts": 4},  # creates a block's MLP before its attention
     }
 
     def build(kind, **config):

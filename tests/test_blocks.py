@@ -36,6 +36,7 @@ def named_branches(model: Any) -> list[list[str]]:
         ("bert", ["attention.output.dense", "output.dense"]),
         ("gpt2", ["attn", "mlp"]),
         ("falcon", ["self_attention", "mlp"]),
+        ("jetmoe", ["self_attention", "mlp"]),  # which it creates in the other order
     ],
 )
 def test_branches_are_what_a_block_adds_to_the_stream(kind, expected, small_model):

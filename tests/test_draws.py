@@ -14,7 +14,7 @@ from acqcore.acquisitions import REGISTRY
 from benchmarks import toy_student
 
 NAMES = ["mutual_information", "predictive_entropy", "expected_entropy", "variation_ratio", "bald_quadratic"]
-KINDS = ["Llama", "Qwen2", "Qwen3", "Gemma2", "Gemma3", "GPT2", "Cohere", "Granite", "Phi"]
+KINDS = ["Llama", "Qwen2", "Qwen3", "Gemma2", "Gemma3", "GPT2", "Cohere", "Granite", "Phi", "JetMoe"]
 
 
 def _ids(*lengths: int) -> list[torch.Tensor]:
@@ -47,7 +47,7 @@ def test_trunk_dropout_is_that_of_single_forwards(kind, layers, tiny_model, drop
     """Batched draws from cached activations of padded samples match one forward per draw and sample."""
     model = tiny_model(kind)
     blocks = acqcore.Student.from_model(model).blocks
-    names = ("attn", "mlp") if kind == "GPT2" else ("self_attn", "mlp")
+    names = ({"GPT2": "attn", "JetMoe": "self_attention"}.get(kind, "self_attn"), "mlp")
     sites = [(2 * i + j + 1, getattr(block, name)) for i, block in enumerate(blocks) for j, name in enumerate(names)]
     branches = sites[-2:] if layers == 1 else sites
     ids = _ids(7, 3, 12)

@@ -181,25 +181,28 @@ class TestVerification:
     def test_changes_between_two_calls(self, tiny_model):
         model = tiny_model("Gemma2")
         assert_own_logits(model)
+        kept = acqcore.Student.from_model(model)
         for cap in (None, 1.0, 2.0):
             model.config.final_logit_softcapping = cap
             assert_own_logits(model)
-            assert acqcore.Student.from_model(model).head.softcap == cap
+            assert acqcore.Student.from_model(model).head.softcap == kept.head.softcap == cap
         model.resize_token_embeddings(300)
-        assert acqcore.Student.from_model(model).head.vocab_size == 300
+        assert acqcore.Student.from_model(model).head.vocab_size == kept.head.vocab_size == 300
         hook = _on_logits(lambda z: z.cumsum(1))(model)
-        with pytest.raises(ValueError, match="changes the logits"):
-            acqcore.Student.from_model(model)
+        for student in (model, kept):
+            with pytest.raises(ValueError, match="changes the logits"):
+                acqcore.score(student, {"input_ids": torch.arange(5)[None]})
         hook.remove()
-        assert acqcore.Student.from_model(model).head.softcap == 2.0
+        assert acqcore.Student.from_model(model).head.softcap == kept.head.softcap == 2.0
 
     def test_a_learned_scale_of_the_logits(self, tiny_model):
         model = tiny_model("Llama")
         model.logit_gain = torch.nn.Parameter(torch.tensor(1.0))
         _on_logits(lambda z: z * model.logit_gain)(model)
         assert_own_logits(model)
+        kept = acqcore.Student.from_model(model)
         model.logit_gain.data.fill_(2.0)
-        assert acqcore.Student.from_model(model).head.scale == pytest.approx(2.0)
+        assert acqcore.Student.from_model(model).head.scale == kept.head.scale == pytest.approx(2.0)
         assert_own_logits(model)
 
     @pytest.mark.parametrize("kind", ["slots", "unhashable"])

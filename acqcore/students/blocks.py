@@ -190,7 +190,8 @@ class _Analysis:
                 break
         self._drop_swallowed(found)
         self._check(found)
-        return list(found.values())
+        executed = list(self._run({}, [c for of_block in found.values() for c in of_block]))
+        return [sorted(of_block, key=executed.index) for of_block in found.values()]
 
     def _children(self, module: nn.Module) -> list[nn.Module]:
         found: list[nn.Module] = []

@@ -118,19 +118,19 @@ class CausalLM:
         return gathered(logits)
 
     def head(self) -> Head:
-        """The current head. A collective under FSDP and ZeRO-3."""
-        placed = placed_projection(self._causal, self.data_parallel)
-        if self._map.columns is not None:
-            placed["vocab_size"] = self._map.columns
-        return Head(**placed, softcap=self._map.softcap, scale=self._map.scale)
-
-    def read_logit_map(self) -> None:
-        """Determine the scale and softcap of the model's logits, once per state of a model.
+        """The current head, with the scale and softcap of the model's logits, which are determined once per state of a
+        model. A collective under FSDP and ZeRO-3.
 
         Raises:
             ValueError: the model changes its logits in any other way.
         """
         placed = placed_projection(self._causal, self.data_parallel)
+        self._read_logit_map(placed)
+        if self._map.columns is not None:
+            placed["vocab_size"] = self._map.columns
+        return Head(**placed, softcap=self._map.softcap, scale=self._map.scale)
+
+    def _read_logit_map(self, placed: dict[str, Any]) -> None:
         weight = placed["weight"]
         self.vocab_size: int = placed.get("vocab_size", len(weight))
         embedding = getattr(self._causal, "get_input_embeddings", lambda: None)()
@@ -188,8 +188,8 @@ class CausalLM:
             raise refused
         return found if count == self.vocab_size else replace(found, columns=count)
 
-    def verify(self) -> None:
-        """Compare trunk and head with the model's own logits, and check causality, once per state of a model.
+    def verify(self, head: Head) -> None:
+        """Compare trunk and current head with the model's own logits, and check causality, once per state of a model.
 
         Raises:
             ValueError: the logits differ, or a token sees later tokens.
@@ -197,7 +197,6 @@ class CausalLM:
         known, state = _VERIFIED.setdefault(self._model, set()), self._state()
         if state in known:
             return
-        head = self.head()
         ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]]) * max(1, self.token_ids // 7) % self.token_ids
         ids = ids.to(self._device)
         with torch.no_grad():

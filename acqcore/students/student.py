@@ -60,6 +60,7 @@ class Student:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self._find_head: Callable[[], Head] = lambda: head
+        self._verify: Callable[[Head], None] | None = None
         self._vocab_size = head.vocab_size
         # A key-value cache would only waste memory.
         options = {"use_cache": False} if hasattr(getattr(trunk, "config", None), "use_cache") else {}
@@ -78,7 +79,8 @@ class Student:
         """The student inside a transformers causal language model, or a PEFT model around one.
 
         Its hidden states are the output embedding's input when the model runs, PEFT wrapper included. The scale and
-        softcap of the logits are determined by one forward in which the output embedding returns known values.
+        softcap of the logits are determined by one forward in which the output embedding returns known values,
+        repeated once the model changes in what they depend on.
 
         Parameters are shared with the model, so the student follows its training. Sharded models stay sharded:
 
@@ -90,7 +92,7 @@ class Student:
         Args:
             model: any ``...ForCausalLM``; LoRA layers and ``modules_to_save`` are applied, including those of the head.
             tokenizer: default for ``score``.
-            verify: compare the model's logits with those of trunk and head on a few tokens, once per model object.
+            verify: compare the model's logits with those of trunk and head on a few tokens, once per state of it.
 
         Raises:
             TypeError: not a module with an output embedding.
@@ -110,12 +112,11 @@ class Student:
         student._logits = causal.logits
         student._continued = causal.continued if causal.cache and causal.data_parallel is None else None
         student._find_head = causal.head
+        student._verify = causal.verify if verify else None
         student._blocks = Blocks(model)
         student._lengths = Lengths(model)
-        with student.scoring(), student.in_step():
-            causal.read_logit_map()
-            if verify:
-                causal.verify()
+        with student.in_step():
+            student.head  # noqa: B018
         student._vocab_size = causal.token_ids
         return student
 
@@ -147,7 +148,11 @@ class Student:
     def head(self) -> Head:
         """The current head. An unmerged adapter is added to a ``[V, D]`` copy of its weight. Under FSDP and ZeRO-3 the
         head is gathered by a collective."""
-        return self._find_head()
+        with self.scoring():
+            head = self._find_head()
+            if self._verify is not None:
+                self._verify(head)
+        return head
 
     @property
     def sharded(self) -> bool:
