@@ -114,6 +114,12 @@ def test_needs_that_are_no_needs(needs):
         acqcore.register("wrong", needs=needs)
 
 
+@pytest.mark.parametrize("options", [dict, RequiredOptions(1.0), None])
+def test_options_that_are_no_options(options):
+    with pytest.raises(TypeError, match="options: expected a dataclass that extends acqcore"):
+        acqcore.register("wrong", options=options)
+
+
 def test_an_unknown_over():
     with pytest.raises(ValueError, match="over: unknown 'tokens'"):
         acqcore.register("wrong", over="tokens")
