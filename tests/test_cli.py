@@ -408,9 +408,12 @@ def test_launched_processes_do_not_all_score_everything(command, refused, monkey
 def test_a_folder_as_output(command, tmp_path, read):
     pytest.importorskip("pyarrow")
     out = tmp_path / "scores"
-    out.mkdir()
+    for folder in (out, tmp_path / "scores.tmp"):
+        folder.mkdir()
+    (tmp_path / "scores.tmp" / "notes.txt").touch()
     arguments = command([{"text": text} for text in TEXTS], out=out, block_rows=3)
     assert main(arguments) == 0
+    assert (tmp_path / "scores.tmp" / "notes.txt").exists()
     assert sorted(path.name for path in out.iterdir()) == ["part-000000.parquet", "part-000001.parquet"]
     assert [row["text"] for row in read(out)] == TEXTS
     assert not (tmp_path / "scores.parts").exists()

@@ -382,7 +382,9 @@ def test_unknown_extension(tmp_path):
         (["tools", "messages"], {}, {"messages": "messages", "tools": "tools"}),
         (["text"], {}, {"text": "text"}),
         (["q", "a", "text"], {"prompt": "q", "completion": "a"}, {"q": "prompt", "a": "completion"}),
-        (["q", "a", "text"], {"text": "a"}, {"a": "text"}),
+        (["q", "a", "tools"], {"prompt": "q", "completion": "a"}, {"q": "prompt", "a": "completion", "tools": "tools"}),
+        (["tools", "a"], {"prompt": "tools", "completion": "a"}, {"tools": "prompt", "a": "completion"}),
+        (["q", "a", "text", "tools"], {"text": "a"}, {"a": "text"}),
     ],
 )
 def test_columns(present, options, chosen):

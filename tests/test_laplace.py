@@ -126,6 +126,19 @@ def test_isotropic_is_the_same_with_equal_variances(tiny_model):
     torch.testing.assert_close(got["mutual_information"], expected["mutual_information"], rtol=1e-4, atol=0)
 
 
+def test_an_adapter_that_does_nothing_yet_adds_nothing(tiny_model):
+    """Its B is 0, and so are the gradients of its A and their Fisher information."""
+    peft = pytest.importorskip("peft")
+    model, samples, found = tiny_model("Llama"), _samples(2, 0), []
+    for adapted in (model, peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["o_proj"]))):
+        posterior = acqcore.laplace_posterior(adapted, samples)
+        factors = {n: (r, 0 * c) if "lora_B" in n else (r, c) for n, (r, c) in posterior.factors.items()}
+        options = LinearOptions("laplace", reference=LaplacePosterior(factors, "all"))
+        scores = acqcore.score(adapted, samples, "mutual_information", acquisition_args={"mutual_information": options})
+        found.append(scores["mutual_information"])
+    torch.testing.assert_close(found[1], found[0])
+
+
 def test_bad_arguments(tiny_model):
     model, samples = tiny_model("Llama"), _samples(2, 0)
     with pytest.raises(TypeError, match=r"reference: expected the result of acqcore\.laplace_posterior, got NoneType"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from unittest import mock
 
 import pytest
@@ -114,6 +114,19 @@ def test_needs_that_are_no_needs(needs):
         acqcore.register("wrong", needs=needs)
 
 
+@pytest.mark.parametrize("options", [dict, RequiredOptions(1.0), None])
+def test_options_that_are_no_options(options):
+    with pytest.raises(TypeError, match="options: expected a dataclass that extends acqcore"):
+        acqcore.register("wrong", options=options)
+
+
 def test_an_unknown_over():
     with pytest.raises(ValueError, match="over: unknown 'tokens'"):
         acqcore.register("wrong", over="tokens")
+
+
+def test_an_unknown_over_from_a_function(register):
+    register(1.0)
+    wrong = replace(REGISTRY[NAME], over=lambda options: "tokens")
+    with mock.patch.dict(REGISTRY, {NAME: wrong}), pytest.raises(ValueError, match="over: unknown 'tokens'"):
+        acqcore.check_request(NAME)

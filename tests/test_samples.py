@@ -108,7 +108,9 @@ class TestTensors:
 
     @pytest.mark.parametrize("side", ["left", "right"])
     def test_padding_on_any_side(self, side, encoded):
-        rows = encoded(self.padded(side), None)
+        samples = self.padded(side)
+        positions = (samples["attention_mask"].cumsum(dim=1) - 1).clamp_min(0)
+        rows = encoded({**samples, "position_ids": positions, "token_type_ids": positions}, None)
         assert [tuple(row.ids.tolist()) for row in rows] == list(self.IDS)
         assert [row.targets.tolist() for row in rows] == [[-100, 6, 7, 8], [-100, 10, 11]]
 
@@ -142,10 +144,23 @@ class TestTensors:
                 ValueError,
                 "samples[1]: token id 320 is outside the student's vocabulary of 320",
             ),
+            *(
+                (
+                    {"input_ids": torch.ones(1, 2).long(), "attention_mask": torch.tensor([mask])},
+                    ValueError,
+                    'samples["attention_mask"]: expected 1 for real tokens and 0 for padding, got an additive mask or',
+                )
+                for mask in ([0.0, -1e9], [0, -10000], [1, 2])
+            ),
             (
-                {"input_ids": torch.ones(1, 2).long(), "attention_mask": torch.tensor([[0.0, -1e9]])},
+                {"input_ids": torch.ones(1, 4).long(), "position_ids": torch.tensor([[0, 1, 0, 1]])},
                 ValueError,
-                'samples["attention_mask"]: expected 1 for real tokens and 0 for padding, got an additive mask',
+                'samples["position_ids"]: expected 0, 1, 2, ... in each row, got others; give each of several packed',
+            ),
+            (
+                {"input_ids": torch.ones(1, 4).long(), "pixel_values": torch.ones(1, 3, 8, 8)},
+                ValueError,
+                'samples["pixel_values"]: expected token ids alone',
             ),
             *(
                 (

@@ -134,8 +134,9 @@ class TestEveryVectorMethod:
         x = torch.eye(6).repeat(5, 1)
         assert sorted(i % 6 for i in acqcore.select(x, 6, method).tolist()) == list(range(6))
 
-    def test_one_candidate(self, method):
-        assert acqcore.select(torch.ones(1, 4), 1, method).tolist() == [0]
+    @pytest.mark.parametrize("length", [0, 4])
+    def test_one_candidate(self, length, method):
+        assert acqcore.select(torch.ones(1, length), 1, method).tolist() == [0]
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
     def test_dtypes(self, method, dtype):

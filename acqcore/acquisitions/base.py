@@ -102,8 +102,11 @@ def register(
     ...     return (1 - 2 * stats.top1_prob) ** options.power
 
     Raises:
-        ValueError: the function has no docstring, or an unknown ``over``. TypeError: ``needs`` that are not needs.
+        ValueError: the function has no docstring, or an unknown ``over``. TypeError: ``needs`` that are not needs,
+            ``options`` that do not extend :class:`acqcore.acquisitions.Options`.
     """
+    if not (isinstance(options, type) and issubclass(options, Options)):
+        raise TypeError(f"options: expected a dataclass that extends acqcore.acquisitions.Options, got {options!r}")
     if not callable(over):
         checks.literal("over", over, Over)
     for need in needs if isinstance(needs, tuple) else (needs,):

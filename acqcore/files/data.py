@@ -326,7 +326,7 @@ def choose_columns(
     present: Collection[str], prompt: str | None, completion: str | None, text: str | None
 ) -> dict[str, str]:
     """Map columns to keys of a sample: the named columns, else the first of ``KINDS`` that is present, plus the columns
-    that a chat template also reads.
+    that a chat template also reads, unless a text is named.
 
     Raises:
         ValueError: only one of prompt and completion, one column for both, text combined with them, a named column that
@@ -338,10 +338,11 @@ def choose_columns(
         raise ValueError("--text-column: cannot be combined with --prompt-column and --completion-column")
     if prompt is not None and prompt == completion:
         raise ValueError(f"--completion-column: expected another column than --prompt-column, got {prompt!r} for both")
+    beside = {name: name for name in BESIDE if name in present}
     if prompt is not None and completion is not None:
         chosen = {prompt: "prompt", completion: "completion"}
     elif text is not None:
-        chosen = {text: "text"}
+        chosen, beside = {text: "text"}, {}
     else:
         kind = kind_of(present)
         if kind is None:
@@ -350,8 +351,8 @@ def choose_columns(
                 f"{', '.join(present) or 'none'}; name them with --prompt-column and --completion-column, or "
                 "--text-column"
             )
-        return {column: column for column in (*kind, *(name for name in BESIDE if name in present))}
+        chosen = {column: column for column in kind}
     for column in chosen:
         if column not in present:
             raise ValueError(f"data: no column {column!r}, expected one of {', '.join(present) or 'none'}")
-    return chosen
+    return {**beside, **chosen}

@@ -187,12 +187,13 @@ def _storable(kind: Any, levels: int = _LEVELS) -> bool:
 
 def join(blocks: Sequence[Path], out: Path, columns: Sequence[str]) -> None:
     """Join the parts written by :func:`write_block` into one file, or, if ``out`` has no extension, into a folder of
-    parquet files with one schema. Replaces ``out`` atomically; in a folder it replaces only parts.
+    parquet files with one schema. Replaces ``out`` atomically, from a file beside the first part; in a folder it
+    replaces only parts.
 
     Raises:
         OSError: ``out`` is a folder that contains other files.
     """
-    temporary = out.with_name(out.name + ".tmp")
+    temporary = blocks[0].with_name(f"block-joined{out.suffix}")
     if out.suffix in (".jsonl", ".csv"):
         if out.suffix == ".csv":
             with temporary.open("w", newline="", encoding="utf-8") as text:

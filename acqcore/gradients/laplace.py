@@ -3,7 +3,8 @@
 The diagonal of a layer's Fisher information is approximated by the rank-one matrix with the same marginals,
 ``F_ij ~ F r_i c_j``, where r and c have mean 1. K-FAC's diagonal agrees if activations and gradients are independent.
 After n tokens the posterior variance, with each factor damped, is ``1 / (n F (r_i + d) (c_j + d))``. It has rank one,
-so ``sum_ij var_ij G_ij^2`` is the ghost norm of scaled inputs and output gradients.
+so ``sum_ij var_ij G_ij^2`` is the ghost norm of scaled inputs and output gradients. A layer without Fisher information,
+such as the first factor of an adapter whose second is still 0, has variance 0: it adds nothing.
 
 Sources: MacKay 1992 (Laplace approximation); Martens & Grosse 2015 (K-FAC, factored damping).
 """
@@ -44,7 +45,10 @@ class LaplacePosterior:
         """Build from the sums of each weight's Fisher diagonal over its inputs ``[P]`` and outputs ``[Q]``."""
         factors = {}
         for name, (rows, columns) in marginals.items():
-            mean = (rows.sum() / (len(rows) * len(columns))).clamp_min(torch.finfo(torch.float64).tiny)
+            if not rows.any():
+                factors[name] = torch.zeros(len(rows)), torch.zeros(len(columns))
+                continue
+            mean = rows.sum() / (len(rows) * len(columns))
             of_rows = observations * mean * (rows / rows.mean() + damping)
             factors[name] = of_rows.reciprocal().float(), (columns / columns.mean() + damping).reciprocal().float()
         return cls(factors, layers)

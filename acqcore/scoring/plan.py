@@ -75,6 +75,7 @@ class Plan:
         asked = tuple((entry, entry.options.of(entry.name, arguments.get(entry.name, {}))) for entry in records)
         for entry, options in asked:
             needs, over = entry.needed(options), entry.values_over(options)
+            checks.literal("over", over, Over)
             if over == "average" and reduction not in ("mean", "sum"):
                 raise ValueError(
                     f"reduction: {entry.name!r} has no token values with these arguments, expected 'mean' or "

@@ -158,7 +158,7 @@ def _k_center(
     k: int,
 ) -> torch.Tensor:
     chosen = torch.empty(k, dtype=torch.int64, device=vectors.device)
-    nearest = torch.full_like(vectors[:, 0], torch.inf)  # [n] distance to the nearest chosen vector; -1 if chosen
+    nearest = vectors.new_full((len(vectors),), torch.inf)  # [n] distance to the nearest chosen vector; -1 if chosen
     pick = distances(vectors, vectors.mean(dim=0)).argmin()
     for j in range(k):
         chosen[j] = pick
@@ -220,7 +220,7 @@ def _facility_location(
 ) -> torch.Tensor:
     n = len(vectors)
     unit = directions(vectors).to(vectors.dtype)
-    covered = torch.zeros_like(unit[:, 0])  # [n] similarity to the nearest chosen vector
+    covered = unit.new_zeros(n)  # [n] similarity to the nearest chosen vector
 
     kept = unit @ unit.T if n * n <= _KEPT_ELEMENTS else None
 

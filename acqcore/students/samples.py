@@ -82,6 +82,9 @@ class Row:
         return int((self.targets != checks.IGNORE_INDEX).int().argmax()) - 1
 
 
+#: Beginnings of the keys of tensors that a student sees besides token ids.
+_UNSEEN = ("pixel_values", "input_features", "inputs_embeds")
+
 EMPTY = Row(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
 
 
@@ -390,15 +393,20 @@ def _tensor_rows(samples: Mapping[str, Any]) -> list[Row]:
             'samples: expected a list, a mapping of tensors with "input_ids", or of columns such as "text", '
             f"got keys {keys}"
         )
-    for key in ("input_ids", "attention_mask", "labels"):
+    for key in samples:
+        if str(key).startswith(_UNSEEN):
+            raise ValueError(f'samples["{key}"]: expected token ids alone, as nothing else is given to the student')
+    for key in ("input_ids", "attention_mask", "labels", "position_ids"):
         value = samples.get(key)
         if value is None and key != "input_ids":
             continue
         name = f'samples["{key}"]'
         if not isinstance(value, torch.Tensor) or (value.is_floating_point() and key != "attention_mask"):
             raise TypeError(f"{name}: expected an integer tensor [B, T], got {checks.describe(value)}")
-        if value.is_floating_point() and not bool(((value == 0) | (value == 1)).all()):
-            raise ValueError(f"{name}: expected 1 for real tokens and 0 for padding, got an additive mask")
+        if key == "attention_mask" and not bool(((value == 0) | (value == 1)).all()):
+            raise ValueError(
+                f"{name}: expected 1 for real tokens and 0 for padding, got an additive mask or that of packed texts"
+            )
         if value.dim() != 2:
             raise ValueError(f"{name}: expected shape [B, T], got {checks.describe(value)}")
         if value.shape != samples["input_ids"].shape:
@@ -410,6 +418,12 @@ def _tensor_rows(samples: Mapping[str, Any]) -> list[Row]:
     keep = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.cpu().bool()
     labels = samples.get("labels")
     targets = input_ids if labels is None else labels.cpu().long()
+    positions = samples.get("position_ids")
+    if positions is not None and bool((positions.cpu() != keep.long().cumsum(dim=1) - 1)[keep].any()):
+        raise ValueError(
+            'samples["position_ids"]: expected 0, 1, 2, ... in each row, got others; give each of several packed texts '
+            "a row of its own"
+        )
     rows = []
     for ids, target, kept in zip(input_ids, targets, keep, strict=True):
         ids, target = ids[kept], target[kept].clone()
