@@ -58,9 +58,10 @@ class Scoring:
     engine: EngineConfig
     student: Any  #: the model that scores
     seeds: Any  #: rows shown to the generator in training
-    evaluation: Any  #: rows that no sample may repeat
+    evaluation: Any  #: rows for in-distribution accuracy, which no sample may repeat
     reference: Any  #: rows whose loss should fall, for influence
     models: Sequence[Any] = ()  #: the other models that it loads, so that a change of their files is noticed
+    other_evaluation: Sequence[Any] = ()  #: the rows of the other evaluation sets, which no sample may repeat either
 
     def find_domain(self) -> Domain:
         """The domain, completed by the seeds."""
@@ -76,7 +77,7 @@ class Scoring:
             str(self.student),
             self.engine,
             seeds=read_rows(self.seeds),
-            evaluation=read_rows(self.evaluation),
+            evaluation=[row for path in (self.evaluation, *self.other_evaluation) for row in read_rows(path)],
             reference=read_rows(self.reference),
             shown=shown,
         )

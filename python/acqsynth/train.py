@@ -90,7 +90,7 @@ def sft(
         config.max_length = positions
     rows = training_rows(domain, samples)
     if replay:
-        rows += sample_replay(replay, replay_share, len(samples), config.seed)
+        rows += sample_replay(replay, replay_share, rows, config.seed)
     own = [i < len(samples) for i in range(len(rows))]
     trainer = SFTTrainer(
         model=student,
@@ -129,9 +129,12 @@ def _tokens(tokenizer: Any, messages: Messages, **options: Any) -> list[int]:
     return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"])
 
 
-def sample_replay(replay: Sequence[Row], share: float, n: int, seed: int) -> list[Row]:
-    """Draws enough rows to make up ``share`` of the total, given n other rows."""
-    return random.Random(seed).sample(list(replay), replay_count(len(replay), share, n))
+def sample_replay(replay: Sequence[Row], share: float, rows: Sequence[Row], seed: int) -> list[Row]:
+    """Draws rows to make up ``share`` of the total beside ``rows``, which are repeated only if others run out."""
+    count = replay_count(len(replay), share, len(rows))
+    learnt = {json.dumps(row) for row in rows}
+    drawn = random.Random(seed).sample(list(replay), len(replay))
+    return sorted(drawn, key=lambda row: json.dumps(row) in learnt)[:count]
 
 
 def replay_count(available: int, share: float, n: int) -> int:

@@ -24,6 +24,7 @@ from acqsynth import config as recipes, label, pipeline, stages, write
 from acqsynth.cli import main
 from acqsynth.config import EngineConfig, LabellingConfig, RewardConfig, SamplingConfig
 from acqsynth.domains import Sample
+from acqsynth.rewards import build
 from acqsynth.stages import Replay, Scoring, Writing
 from acqsynth.steps import StepContext, StepError, Store, read_rows, read_table, write_rows
 
@@ -306,6 +307,21 @@ def test_rows_of_an_evaluation_set_are_left_out(fakes, recipe):
     replay = [row.question for row in read_rows(store.output / "00-seeds/rows/replay.parquet")]
     assert replay == [f"{n}+1" for n in range(3040, 3060)]
     assert sizes["evaluation-in_distribution"] == {"rows": 150, "left_out": 0}
+
+
+def test_no_sample_repeats_a_row_of_any_evaluation_set(fakes, recipe, monkeypatch):
+    """The gate of every reward gets the rows of all sets, not only of the recipe's own."""
+    refused = []
+
+    def make(*arguments, evaluation, made=build.build, **rows):
+        refused.append({row.question for row in evaluation})
+        return made(*arguments, **rows)
+
+    monkeypatch.setattr(build, "build", make)
+    run(recipe, "baselines=[best_of_n]")
+    sets = {f"{n}+1" for n in (*range(1000, 1150), *range(3000, 3040))}
+    # Two checks without rows, then to train, write, select and test signals.
+    assert refused == [{"question"}] * 2 + [sets] * 4
 
 
 def test_a_row_disguised_by_other_signs_is_left_out(fakes, recipe, monkeypatch):
