@@ -214,7 +214,7 @@ def train_generator(
             engine=lambda: _engine(scoring.engine, generator),
             callbacks=callbacks,
         )
-        drawn = prompts * candidates[1]
+        drawn, masked = prompts * candidates[1], read_json(output / train.PAIRS)["masked"]
     else:
         refresh = None
         if scoring.reward.refresh_steps:
@@ -231,8 +231,8 @@ def train_generator(
                 lambda: _fused(_values(reward, seeds[:_PROBE]), reward),
             )
         train.grpo(str(generator), asked, reward, output, options, refresh=refresh, callbacks=callbacks)
-        drawn = reward.scored
-    context.write("counts.json", {"completions": drawn, "masked": reward.masked})
+        drawn, masked = reward.scored, reward.masked
+    context.write("counts.json", {"completions": drawn, "masked": masked})
 
 
 # --- generate ---------------------------------------------------------------------------------------------------------

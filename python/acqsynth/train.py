@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINT = "checkpoint-"
 ROWS = "rows.json"  #: of a student: the numbers of samples learnt, dropped as too long, and cut
+PAIRS = "pairs.json"  #: of a generator trained by DPO: the numbers of pairs and of candidates without a score
 REWARD_STATE = "reward_state.pt"  #: written last to a checkpoint, so its presence means the checkpoint is complete
 
 Row = dict[str, Messages]  #: ``{"prompt", "completion"}``
@@ -209,8 +210,8 @@ def dpo(
     engine: Callable[[], Engine],
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Path:
-    """Trains ``generator`` by DPO on pairs of its own candidates. ``pairs.parquet`` stores the pairs; a resumed run
-    reads them instead of drawing again.
+    """Trains ``generator`` by DPO on pairs of its own candidates. ``pairs.parquet`` stores the pairs, ``PAIRS`` their
+    number; a resumed run reads them instead of drawing again.
 
     Args:
         generator: path or hub id.
@@ -227,8 +228,9 @@ def dpo(
     output = Path(output)
     config, lora = configuration("dpo", options or {}, output)
     table = output / "pairs.parquet"
-    if not table.is_file():
-        rows = pairs(candidates(engine(), prompts, reward, sampling))
+    if not (output / PAIRS).is_file():
+        groups = candidates(engine(), prompts, reward, sampling)
+        rows = pairs(groups)
         if not rows:
             raise ValueError(
                 "prompts: expected a prompt whose best candidate passes the gates and beats the worst, "
@@ -236,8 +238,9 @@ def dpo(
             )
         logger.info("%d pairs from %d prompts", len(rows), len(prompts))
         output.mkdir(parents=True, exist_ok=True)
-        datasets.Dataset.from_list(rows).to_parquet(table.with_suffix(".part"))
-        table.with_suffix(".part").rename(table)
+        datasets.Dataset.from_list(rows).to_parquet(table)
+        masked = sum(candidate.total is None for group in groups for candidate in group)
+        write_json(output / PAIRS, {"pairs": len(rows), "masked": masked})  # last: the table is complete
     data = datasets.Dataset.from_parquet(str(table), keep_in_memory=True)
     trainer = DPOTrainer(
         model=generator,

@@ -498,9 +498,10 @@ def test_two_steps_of_dpo_and_what_they_leave(student_path, engine, answer_rewar
 def test_a_killed_run_keeps_its_pairs(student_path, engine, answer_reward, tmp_path):
     arguments = (str(student_path), ASK[:4], answer_reward, tmp_path / "out", DPO)
     with pytest.raises(KeyboardInterrupt):
-        train.dpo(*arguments, sampling=Sampling(n=3), engine=lambda: engine, callbacks=[KillAt(1)])
-    train.dpo(*arguments, sampling=Sampling(n=3), engine=lambda: engine)
+        train.dpo(*arguments, sampling=Sampling(n=14), engine=lambda: engine, callbacks=[KillAt(1)])
+    train.dpo(*arguments, sampling=Sampling(n=14), engine=lambda: engine)
     assert len(engine.calls) == 1
+    assert json.loads((tmp_path / "out" / train.PAIRS).read_text()) == {"pairs": 4, "masked": 4}
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
