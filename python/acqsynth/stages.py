@@ -35,8 +35,8 @@ from acqsynth.label import Labeller
 from acqsynth.normal_form import normal_form
 from acqsynth.preflight import validity_reward
 from acqsynth.report.metrics import IN_DISTRIBUTION
-from acqsynth.rewards.batch import Batch, numbers
-from acqsynth.rewards.fusion import fuse
+from acqsynth.rewards.batch import Batch, numbers, sample_length
+from acqsynth.rewards.fusion import LengthBins, fuse
 from acqsynth.rewards.gates import sample_gates
 from acqsynth.rewards.texts import NearCopies
 from acqsynth.seeds import load_source
@@ -228,7 +228,7 @@ def train_generator(
                 Path(scoring.reward.refresh_from or output),
                 context.scratch / "students",
                 use,
-                lambda: _fused(_values(reward, seeds[:_PROBE]), reward),
+                lambda: _fused(_values(reward, seeds[:_PROBE]), reward, seeds[:_PROBE]),
             )
         train.grpo(str(generator), asked, reward, output, options, refresh=refresh, callbacks=callbacks)
         drawn, masked = reward.scored, reward.masked
@@ -312,7 +312,7 @@ def filter_rows(context: StepContext, *, scoring: Scoring, real: Path, n: int) -
     one group. Gates are skipped, as the rows are real."""
     pool, reward = read_rows(real), scoring.build()
     columns = _joined(context.chunks("scores", pool, 4 * CHUNK, lambda start, some: _values(reward, some)))
-    totals = _fused(columns, reward)
+    totals = _fused(columns, reward, pool)
     order = [i for _, i in sorted((-total, i) for i, total in enumerate(totals) if total is not None)[:n]]
     if not order:
         raise StepError("none of the real rows could be scored")
@@ -584,11 +584,13 @@ def _values(reward: Any, samples: Sequence[Sample]) -> dict[str, list[float | No
     return {signal.name: numbers(signal, batch) for signal in reward.signals}
 
 
-def _fused(columns: Mapping[str, Sequence[float | None]], reward: Any) -> list[float | None]:
+def _fused(columns: Mapping[str, Sequence[float | None]], reward: Any, samples: Sequence[Sample]) -> list[float | None]:
     """Fuses the signals' values of samples like the reward, as one group."""
     weighted = {name: columns[name] for name in reward.weights}  # a signal of weight 0 is only logged
-    n = len(next(iter(weighted.values())))
-    return fuse(weighted, [0] * n, reward.fusion, reward.weights)
+    lengths = [sample_length(sample) for sample in samples]
+    for name in weighted.keys() & set(reward.length_bins):
+        weighted[name] = LengthBins()(weighted[name], lengths)
+    return fuse(weighted, [0] * len(samples), reward.fusion, reward.weights)
 
 
 def _joined(chunks: Iterable[Mapping[str, Sequence[Any]]]) -> dict[str, list[Any]]:

@@ -24,7 +24,7 @@ from acqsynth import config as recipes, label, pipeline, stages, write
 from acqsynth.cli import main
 from acqsynth.config import EngineConfig, LabellingConfig, RewardConfig, SamplingConfig
 from acqsynth.domains import Sample
-from acqsynth.rewards import build
+from acqsynth.rewards import ComposedReward, build
 from acqsynth.stages import Replay, Scoring, Writing
 from acqsynth.steps import StepContext, StepError, Store, read_rows, read_table, write_rows
 
@@ -650,11 +650,23 @@ def test_a_student_tells_the_rows_it_did_not_learn(scoring, student_path, tmp_pa
 
 
 def test_rows_are_ranked_by_the_weights_of_the_reward():
-    reward = SimpleNamespace(fusion="raw", weights={"entropy": 2.0, "margin": -1.0})
+    reward = SimpleNamespace(fusion="raw", weights={"entropy": 2.0, "margin": -1.0}, length_bins={})
     logged_only = [None, 50.0, -50.0, 0.0]
     columns = {"entropy": [3.0, 1.0, None, 2.0], "margin": [0.0, 9.0, 5.0, 1.0], "loss": logged_only}
-    fused = stages._fused(columns, reward)
+    fused = stages._fused(columns, reward, SEEDS[:4])
     assert fused == [6.0, -7.0, None, 3.0]
+
+
+def test_rows_are_ranked_after_their_lengths_effect_is_removed(sums):
+    """As the reward does in training: a sum over tokens grows with the length, which would rank the longest first."""
+    rows = [Sample("+".join("1" * n), str(n)) for n in (2, 4, 8, 16) for _ in range(40)]
+    surplus = [[0.0, 3.0, 1.0, 2.0][i % 4] for i in range(len(rows))]
+    columns = {"loss": [len(row.question) + more for row, more in zip(rows, surplus, strict=True)]}
+    reward = ComposedReward(sums, [Recorded("loss", [])])
+    totals = stages._fused(columns, reward, rows)
+    first = sorted(range(len(rows)), key=lambda i: -totals[i])[:40]
+    assert {len(rows[i].question) for i in first} == {3, 7, 15, 31}
+    assert {surplus[i] for i in first} == {3.0}
 
 
 KILLED = ["train-checkpoint 1", "write 2", "label 1", "fit 3", "generate 9", "best 2"]
