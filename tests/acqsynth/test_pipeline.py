@@ -236,6 +236,13 @@ def test_rejection_sampling_spends_what_training_did(fakes, recipe):
     assert table["reward_size"] == [1.0] * counts["kept"]
 
 
+def test_the_report_counts_the_samples_of_every_generator(fakes, recipe):
+    options = ("generator.method=best_of_n", "generator.seeds=[0, 3]", "baselines=[]")
+    plan, store, _ = run(recipe, *options, "evaluation.validity.batches=0")
+    metrics = json.loads((store.path(plan.report / "metrics.json")).read_text())
+    assert metrics["samples"]["scored"] == metrics["arms"]["best_of_n"]["written"]["kept"] > 100
+
+
 def test_rejection_sampling_spends_what_all_rounds_of_its_seed_did(fakes, recipe):
     plan = plan_of(recipe, "baselines=[best_of_n]", "rounds=2", "generator.seeds=[0, 3]")
     spent = [[str(each) for each in step.arguments["spent"]] for step in plan.arms["best_of_n"].written]
