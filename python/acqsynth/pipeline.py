@@ -110,11 +110,11 @@ def plan(config: Config) -> Plan:
 
     def scoring(student: Any = None) -> Scoring:
         scorer = student or Model(config.reward.student or config.student.model)
-        evaluation = rows / f"evaluation-{IN_DISTRIBUTION}.parquet"
+        evaluation, *other_evaluation = (rows / f"evaluation-{name}.parquet" for name in found.sets)
         reference = rows / ("reference.parquet" if config.data.reference else "seeds.parquet")
         return Scoring(
             config.reward, config.domain, config.engine, scorer, rows / "seeds.parquet", evaluation, reference,
-            tuple(Model(name) for name in (teacher, embedder) if name),
+            tuple(Model(name) for name in (teacher, embedder) if name), tuple(other_evaluation),
         )  # fmt: skip
 
     # Omitted when off, so that earlier runs without the option stay valid.

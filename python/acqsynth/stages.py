@@ -35,8 +35,8 @@ from acqsynth.label import Labeller
 from acqsynth.normal_form import normal_form
 from acqsynth.preflight import validity_reward
 from acqsynth.report.metrics import IN_DISTRIBUTION
-from acqsynth.rewards.batch import Batch, numbers
-from acqsynth.rewards.fusion import fuse
+from acqsynth.rewards.batch import Batch, numbers, sample_length
+from acqsynth.rewards.fusion import LengthBins, fuse
 from acqsynth.rewards.gates import sample_gates
 from acqsynth.rewards.texts import NearCopies
 from acqsynth.seeds import load_source
@@ -58,9 +58,10 @@ class Scoring:
     engine: EngineConfig
     student: Any  #: the model that scores
     seeds: Any  #: rows shown to the generator in training
-    evaluation: Any  #: rows that no sample may repeat
+    evaluation: Any  #: rows for in-distribution accuracy, which no sample may repeat
     reference: Any  #: rows whose loss should fall, for influence
     models: Sequence[Any] = ()  #: the other models that it loads, so that a change of their files is noticed
+    other_evaluation: Sequence[Any] = ()  #: the rows of the other evaluation sets, which no sample may repeat either
 
     def find_domain(self) -> Domain:
         """The domain, completed by the seeds."""
@@ -76,7 +77,7 @@ class Scoring:
             str(self.student),
             self.engine,
             seeds=read_rows(self.seeds),
-            evaluation=read_rows(self.evaluation),
+            evaluation=[row for path in (self.evaluation, *self.other_evaluation) for row in read_rows(path)],
             reference=read_rows(self.reference),
             shown=shown,
         )
@@ -213,7 +214,7 @@ def train_generator(
             engine=lambda: _engine(scoring.engine, generator),
             callbacks=callbacks,
         )
-        drawn = prompts * candidates[1]
+        drawn, masked = prompts * candidates[1], read_json(output / train.PAIRS)["masked"]
     else:
         refresh = None
         if scoring.reward.refresh_steps:
@@ -227,11 +228,11 @@ def train_generator(
                 Path(scoring.reward.refresh_from or output),
                 context.scratch / "students",
                 use,
-                lambda: _fused(_values(reward, seeds[:_PROBE]), reward),
+                lambda: _fused(_values(reward, seeds[:_PROBE]), reward, seeds[:_PROBE]),
             )
         train.grpo(str(generator), asked, reward, output, options, refresh=refresh, callbacks=callbacks)
-        drawn = reward.scored
-    context.write("counts.json", {"completions": drawn, "masked": reward.masked})
+        drawn, masked = reward.scored, reward.masked
+    context.write("counts.json", {"completions": drawn, "masked": masked})
 
 
 # --- generate ---------------------------------------------------------------------------------------------------------
@@ -311,7 +312,7 @@ def filter_rows(context: StepContext, *, scoring: Scoring, real: Path, n: int) -
     one group. Gates are skipped, as the rows are real."""
     pool, reward = read_rows(real), scoring.build()
     columns = _joined(context.chunks("scores", pool, 4 * CHUNK, lambda start, some: _values(reward, some)))
-    totals = _fused(columns, reward)
+    totals = _fused(columns, reward, pool)
     order = [i for _, i in sorted((-total, i) for i, total in enumerate(totals) if total is not None)[:n]]
     if not order:
         raise StepError("none of the real rows could be scored")
@@ -583,11 +584,13 @@ def _values(reward: Any, samples: Sequence[Sample]) -> dict[str, list[float | No
     return {signal.name: numbers(signal, batch) for signal in reward.signals}
 
 
-def _fused(columns: Mapping[str, Sequence[float | None]], reward: Any) -> list[float | None]:
+def _fused(columns: Mapping[str, Sequence[float | None]], reward: Any, samples: Sequence[Sample]) -> list[float | None]:
     """Fuses the signals' values of samples like the reward, as one group."""
     weighted = {name: columns[name] for name in reward.weights}  # a signal of weight 0 is only logged
-    n = len(next(iter(weighted.values())))
-    return fuse(weighted, [0] * n, reward.fusion, reward.weights)
+    lengths = [sample_length(sample) for sample in samples]
+    for name in weighted.keys() & set(reward.length_bins):
+        weighted[name] = LengthBins()(weighted[name], lengths)
+    return fuse(weighted, [0] * len(samples), reward.fusion, reward.weights)
 
 
 def _joined(chunks: Iterable[Mapping[str, Sequence[Any]]]) -> dict[str, list[Any]]:

@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINT = "checkpoint-"
 ROWS = "rows.json"  #: of a student: the numbers of samples learnt, dropped as too long, and cut
+PAIRS = "pairs.json"  #: of a generator trained by DPO: the numbers of pairs and of candidates without a score
 REWARD_STATE = "reward_state.pt"  #: written last to a checkpoint, so its presence means the checkpoint is complete
 
 Row = dict[str, Messages]  #: ``{"prompt", "completion"}``
@@ -90,7 +91,7 @@ def sft(
         config.max_length = positions
     rows = training_rows(domain, samples)
     if replay:
-        rows += sample_replay(replay, replay_share, len(samples), config.seed)
+        rows += sample_replay(replay, replay_share, rows, config.seed)
     own = [i < len(samples) for i in range(len(rows))]
     trainer = SFTTrainer(
         model=student,
@@ -129,9 +130,12 @@ def _tokens(tokenizer: Any, messages: Messages, **options: Any) -> list[int]:
     return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"])
 
 
-def sample_replay(replay: Sequence[Row], share: float, n: int, seed: int) -> list[Row]:
-    """Draws enough rows to make up ``share`` of the total, given n other rows."""
-    return random.Random(seed).sample(list(replay), replay_count(len(replay), share, n))
+def sample_replay(replay: Sequence[Row], share: float, rows: Sequence[Row], seed: int) -> list[Row]:
+    """Draws rows to make up ``share`` of the total beside ``rows``, which are repeated only if others run out."""
+    count = replay_count(len(replay), share, len(rows))
+    learnt = {json.dumps(row) for row in rows}
+    drawn = random.Random(seed).sample(list(replay), len(replay))
+    return sorted(drawn, key=lambda row: json.dumps(row) in learnt)[:count]
 
 
 def replay_count(available: int, share: float, n: int) -> int:
@@ -206,8 +210,8 @@ def dpo(
     engine: Callable[[], Engine],
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Path:
-    """Trains ``generator`` by DPO on pairs of its own candidates. ``pairs.parquet`` stores the pairs; a resumed run
-    reads them instead of drawing again.
+    """Trains ``generator`` by DPO on pairs of its own candidates. ``pairs.parquet`` stores the pairs, ``PAIRS`` their
+    number; a resumed run reads them instead of drawing again.
 
     Args:
         generator: path or hub id.
@@ -224,8 +228,9 @@ def dpo(
     output = Path(output)
     config, lora = configuration("dpo", options or {}, output)
     table = output / "pairs.parquet"
-    if not table.is_file():
-        rows = pairs(candidates(engine(), prompts, reward, sampling))
+    if not (output / PAIRS).is_file():
+        groups = candidates(engine(), prompts, reward, sampling)
+        rows = pairs(groups)
         if not rows:
             raise ValueError(
                 "prompts: expected a prompt whose best candidate passes the gates and beats the worst, "
@@ -233,8 +238,9 @@ def dpo(
             )
         logger.info("%d pairs from %d prompts", len(rows), len(prompts))
         output.mkdir(parents=True, exist_ok=True)
-        datasets.Dataset.from_list(rows).to_parquet(table.with_suffix(".part"))
-        table.with_suffix(".part").rename(table)
+        datasets.Dataset.from_list(rows).to_parquet(table)
+        masked = sum(candidate.total is None for group in groups for candidate in group)
+        write_json(output / PAIRS, {"pairs": len(rows), "masked": masked})  # last: the table is complete
     data = datasets.Dataset.from_parquet(str(table), keep_in_memory=True)
     trainer = DPOTrainer(
         model=generator,

@@ -24,6 +24,7 @@ from acqsynth import config as recipes, label, pipeline, stages, write
 from acqsynth.cli import main
 from acqsynth.config import EngineConfig, LabellingConfig, RewardConfig, SamplingConfig
 from acqsynth.domains import Sample
+from acqsynth.rewards import ComposedReward, build
 from acqsynth.stages import Replay, Scoring, Writing
 from acqsynth.steps import StepContext, StepError, Store, read_rows, read_table, write_rows
 
@@ -235,6 +236,13 @@ def test_rejection_sampling_spends_what_training_did(fakes, recipe):
     assert table["reward_size"] == [1.0] * counts["kept"]
 
 
+def test_the_report_counts_the_samples_of_every_generator(fakes, recipe):
+    options = ("generator.method=best_of_n", "generator.seeds=[0, 3]", "baselines=[]")
+    plan, store, _ = run(recipe, *options, "evaluation.validity.batches=0")
+    metrics = json.loads((store.path(plan.report / "metrics.json")).read_text())
+    assert metrics["samples"]["scored"] == metrics["arms"]["best_of_n"]["written"]["kept"] > 100
+
+
 def test_rejection_sampling_spends_what_all_rounds_of_its_seed_did(fakes, recipe):
     plan = plan_of(recipe, "baselines=[best_of_n]", "rounds=2", "generator.seeds=[0, 3]")
     spent = [[str(each) for each in step.arguments["spent"]] for step in plan.arms["best_of_n"].written]
@@ -306,6 +314,21 @@ def test_rows_of_an_evaluation_set_are_left_out(fakes, recipe):
     replay = [row.question for row in read_rows(store.output / "00-seeds/rows/replay.parquet")]
     assert replay == [f"{n}+1" for n in range(3040, 3060)]
     assert sizes["evaluation-in_distribution"] == {"rows": 150, "left_out": 0}
+
+
+def test_no_sample_repeats_a_row_of_any_evaluation_set(fakes, recipe, monkeypatch):
+    """The gate of every reward gets the rows of all sets, not only of the recipe's own."""
+    refused = []
+
+    def make(*arguments, evaluation, made=build.build, **rows):
+        refused.append({row.question for row in evaluation})
+        return made(*arguments, **rows)
+
+    monkeypatch.setattr(build, "build", make)
+    run(recipe, "baselines=[best_of_n]")
+    sets = {f"{n}+1" for n in (*range(1000, 1150), *range(3000, 3040))}
+    # Two checks without rows, then to train, write, select and test signals.
+    assert refused == [{"question"}] * 2 + [sets] * 4
 
 
 def test_a_row_disguised_by_other_signs_is_left_out(fakes, recipe, monkeypatch):
@@ -634,11 +657,23 @@ def test_a_student_tells_the_rows_it_did_not_learn(scoring, student_path, tmp_pa
 
 
 def test_rows_are_ranked_by_the_weights_of_the_reward():
-    reward = SimpleNamespace(fusion="raw", weights={"entropy": 2.0, "margin": -1.0})
+    reward = SimpleNamespace(fusion="raw", weights={"entropy": 2.0, "margin": -1.0}, length_bins={})
     logged_only = [None, 50.0, -50.0, 0.0]
     columns = {"entropy": [3.0, 1.0, None, 2.0], "margin": [0.0, 9.0, 5.0, 1.0], "loss": logged_only}
-    fused = stages._fused(columns, reward)
+    fused = stages._fused(columns, reward, SEEDS[:4])
     assert fused == [6.0, -7.0, None, 3.0]
+
+
+def test_rows_are_ranked_after_their_lengths_effect_is_removed(sums):
+    """As the reward does in training: a sum over tokens grows with the length, which would rank the longest first."""
+    rows = [Sample("+".join("1" * n), str(n)) for n in (2, 4, 8, 16) for _ in range(40)]
+    surplus = [[0.0, 3.0, 1.0, 2.0][i % 4] for i in range(len(rows))]
+    columns = {"loss": [len(row.question) + more for row, more in zip(rows, surplus, strict=True)]}
+    reward = ComposedReward(sums, [Recorded("loss", [])])
+    totals = stages._fused(columns, reward, rows)
+    first = sorted(range(len(rows)), key=lambda i: -totals[i])[:40]
+    assert {len(rows[i].question) for i in first} == {3, 7, 15, 31}
+    assert {surplus[i] for i in first} == {3.0}
 
 
 KILLED = ["train-checkpoint 1", "write 2", "label 1", "fit 3", "generate 9", "best 2"]

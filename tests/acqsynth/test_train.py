@@ -6,6 +6,7 @@ import asyncio
 import importlib.util
 import json
 import math
+import random
 import shutil
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -115,15 +116,21 @@ def test_rows_are_what_a_student_is_asked_and_says(sums):
     ]
 
 
-def test_replay_is_a_share_of_all_rows():
-    drawn = train.sample_replay(REPLAY, 0.2, 16, seed=0)
+def test_replay_is_a_share_of_all_rows(sums):
+    rows = train.training_rows(sums, SAMPLES)
+    drawn = train.sample_replay(REPLAY, 0.2, rows, seed=0)
     assert len(drawn) == 4
     assert all(row in REPLAY for row in drawn)
-    assert drawn == train.sample_replay(REPLAY, 0.2, 16, seed=0) != train.sample_replay(REPLAY, 0.2, 16, seed=1)
+    assert drawn == train.sample_replay(REPLAY, 0.2, rows, seed=0) != train.sample_replay(REPLAY, 0.2, rows, seed=1)
     with pytest.raises(ValueError, match=r"replay_share: expected a share in \[0, 1\), got 1.0"):
-        train.sample_replay(REPLAY, 1.0, 16, seed=0)
+        train.sample_replay(REPLAY, 1.0, rows, seed=0)
     with pytest.raises(ValueError, match=r"replay: expected 16 rows for a share of 0.5 beside 16 samples, got 9"):
-        train.sample_replay(REPLAY, 0.5, 16, seed=0)
+        train.sample_replay(REPLAY, 0.5, rows, seed=0)
+    # Rows learnt anyway are repeated only if there are no others.
+    for seed in range(5):
+        beside = random.Random(seed).sample(REPLAY, 5)  # as the arm of random real rows draws them
+        assert not any(row in beside for row in train.sample_replay(REPLAY, 0.4, beside, seed))
+        assert sum(row in beside for row in train.sample_replay(REPLAY, 0.5, beside, seed)) == 1
 
 
 def test_a_student_learns_and_its_folder_is_a_model(sums, student_path, tmp_path):
@@ -491,9 +498,10 @@ def test_two_steps_of_dpo_and_what_they_leave(student_path, engine, answer_rewar
 def test_a_killed_run_keeps_its_pairs(student_path, engine, answer_reward, tmp_path):
     arguments = (str(student_path), ASK[:4], answer_reward, tmp_path / "out", DPO)
     with pytest.raises(KeyboardInterrupt):
-        train.dpo(*arguments, sampling=Sampling(n=3), engine=lambda: engine, callbacks=[KillAt(1)])
-    train.dpo(*arguments, sampling=Sampling(n=3), engine=lambda: engine)
+        train.dpo(*arguments, sampling=Sampling(n=14), engine=lambda: engine, callbacks=[KillAt(1)])
+    train.dpo(*arguments, sampling=Sampling(n=14), engine=lambda: engine)
     assert len(engine.calls) == 1
+    assert json.loads((tmp_path / "out" / train.PAIRS).read_text()) == {"pairs": 4, "masked": 4}
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 

@@ -40,9 +40,10 @@ async def compute_score(
     """Scores one completion.
 
     Args:
-        data_source, ground_truth, options: passed by verl; ignored.
+        data_source: the row's data set; each counts its ``index`` from 0.
         solution_str: the generator's completion.
-        extra_info: its ``uid``, ``prompt`` or ``index`` identifies the group.
+        ground_truth, options: passed by verl; ignored.
+        extra_info: its ``uid``, ``prompt`` or ``index`` identifies the group within the data set.
 
     Returns:
         ``score``, then 0 or 1 for ``masked`` and ``gated``, then each signal (NaN if it has no value). The keys are the
@@ -53,7 +54,7 @@ async def compute_score(
     """
     info = extra_info or {}
     group = next((_key(info[key]) for key in GROUP_KEYS if info.get(key) is not None), None)
-    return _as_dict(await scorer_from_environment().ask(solution_str, group))
+    return _as_dict(await scorer_from_environment().ask(solution_str, (data_source, group)))
 
 
 class AcquisitionRewardManager:

@@ -87,7 +87,7 @@ def write_report(
     first = trained[: recipe["rounds"]]  # of the generator's first seed
     found["training"] = metrics.training([read_log(model) for model in first]) if first else None
     tables = [read_table(path) for model in trained for path in sorted(model.glob("completions/*.parquet"))]
-    found["samples"] = metrics.samples(tables or [read_table(arms[main].written[0] / "samples.parquet")])
+    found["samples"] = metrics.samples(tables or [read_table(each / "samples.parquet") for each in arms[main].written])
     for name, arm in arms.items():
         drawn = metrics.sum_counts([read_json(folder / "counts.json") for folder in arm.trained or arm.written])
         if (share := metrics.unscored(drawn)) > metrics.MANY:

@@ -217,14 +217,12 @@ def validity(batches: Sequence[Mapping[str, Any]], **bootstrap: Any) -> dict[str
     names = list(batches[0]["scores"]) if batches else []
     signals = {}
     for name in names:
-        scored = [(b["scores"][name], b["gain"]) for b in batches if b["scores"][name] is not None]
-        column, gains = [s for s, _ in scored], [g for _, g in scored]
-        interval = signal_validity({name: column}, gains, **bootstrap)[name]
-        best = max(batches, key=lambda b: -math.inf if b["scores"][name] is None else b["scores"][name])
+        scored = [(b["scores"][name], b["gain"], b["skill"]) for b in batches if b["scores"][name] is not None]
+        interval = signal_validity({name: [s for s, _, _ in scored]}, [g for _, g, _ in scored], **bootstrap)[name]
         signals[name] = {
             "correlation": None if interval is None else asdict(interval),
             "batches": len(scored),
-            "first": best["skill"],
+            "first": max(scored, key=lambda batch: batch[0], default=(None,))[-1],
         }
     return {"signals": signals, "batches": [dict(batch) for batch in batches]}
 

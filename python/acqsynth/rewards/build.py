@@ -58,7 +58,7 @@ def build(
     """
     domain = domain.with_seeds(seeds)
     wanted = DEFAULT_SIGNALS if config.signals is None else config.signals
-    weights = config.weights or (DEFAULT_WEIGHTS if config.signals is None else None)
+    weights = (DEFAULT_WEIGHTS if config.signals is None else {}) | config.weights
     scoring = dict(config.scoring)
     if unknown := [name for name in scoring if name not in SCORING]:
         raise ValueError(f"scoring: unknown {unknown[0]!r}, expected some of {', '.join(SCORING)}")
@@ -67,12 +67,10 @@ def build(
     answering: Engine | None = None
     if engine is not None and (sampled or majority):
         answering = student_engine(engine, student, scoring)
-    drawn: Any = None
-    if sampled:
-        options = {"top2": "confidence" in wanted, **config.answers}
-        drawn = _named("answers", SampledAnswers, answering, domain, **options)
-        if drawn.sampling.temperature == 0 and drawn.k > 1 and sampled != ["confidence"]:
-            raise ValueError("answers: temperature: expected more than 0, as equal answers always agree, or k of 1")
+    options = {"top2": "confidence" in wanted, **config.answers}
+    drawn = _named("answers", SampledAnswers, answering, domain, **options)
+    if drawn.sampling.temperature == 0 and drawn.k > 1 and sampled not in ([], ["confidence"]):
+        raise ValueError("answers: temperature: expected more than 0, as equal answers always agree, or k of 1")
     aim = seeds if reference is None else reference
     signals = _signals(config, wanted, domain, student, drawn, seeds, aim, scoring)
     if config.paper_compat:
@@ -86,7 +84,7 @@ def build(
         evaluation=evaluation,
         label=_label(config, domain, engine, student, answering),
         student=student,
-        answers=drawn,
+        answers=drawn if sampled else None,
         **scoring,
     )
     return ComposedReward(domain, signals, gates=_picked(gates, config.gates), fusion=config.fusion, weights=weights)

@@ -138,6 +138,7 @@ class ComposedReward(TrlReward):
         answers: Mapping[str, Any] | None = None,
         label: Label | None = None,
         scoring: Mapping[str, Any] | None = None,
+        weights: Mapping[str, float] | None = None,
         **options: Any,
     ) -> ComposedReward:
         """The signals of ``DEFAULT_WEIGHTS`` behind the default gates.
@@ -154,7 +155,8 @@ class ComposedReward(TrlReward):
             label: maps n samples to labelled samples, with None for those that have no label; by default samples keep
                 the generator's answers.
             scoring: options of Scorer.
-            options: options of ComposedReward.
+            weights: signal -> weight that replaces the one in ``DEFAULT_WEIGHTS``.
+            options: other options of ComposedReward.
         """
         require_samples("seeds", seeds)
         if reference is not None and not isinstance(reference, acqcore.Reference):
@@ -171,8 +173,8 @@ class ComposedReward(TrlReward):
         signals.append(Diversity(embed or NgramEmbedder()))
         rows = {"seeds": seeds, "evaluation": evaluation}
         gates = default_gates(domain, **rows, label=label, student=student, answers=drawn, **passes)
-        weights = {signal.name: DEFAULT_WEIGHTS[signal.name] for signal in signals}
-        return cls(domain, signals, **({"gates": gates, "weights": weights} | options))
+        default = {signal.name: DEFAULT_WEIGHTS[signal.name] for signal in signals}
+        return cls(domain, signals, **({"gates": gates} | options | {"weights": default | dict(weights or {})}))
 
     def score(self, texts: Sequence[str | None], groups: Sequence[Hashable], *, update: bool = True) -> Rewards:
         """Scores n texts.

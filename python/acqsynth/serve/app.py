@@ -285,7 +285,7 @@ def create_app(service: Service) -> FastAPI:
                 "stderr": {name: [row.stderr.get(name) for row in values] for name in estimated},
                 "n_tokens": n_tokens,
                 "valid": [None not in row.values for row in values],
-                "errors": [{"index": i, "message": message} for i, message in sorted(errors.items())],
+                "errors": [{"index": i, "message": _printable(message)} for i, message in sorted(errors.items())],
             }
         )
 
@@ -339,6 +339,11 @@ def _chunks(samples: Sequence[Any], characters: int) -> Iterator[list[Any]]:
         chunk.append(sample)
         total += size
     yield chunk
+
+
+def _printable(message: str) -> str:
+    """Half a surrogate pair, which a template may quote, has no UTF-8."""
+    return message.encode(errors="backslashreplace").decode()
 
 
 def _logistic(x: float) -> float:

@@ -218,7 +218,7 @@ class ScorerClient:
             least, well = 0.0, False
             try:
                 response = await http.post(f"{self.url}/score", json=body)
-            except httpx.TransportError as error:
+            except httpx.RequestError as error:
                 reason = f"{self._proxy()}{type(error).__name__}: {error}"
             else:
                 if response.status_code not in _AGAIN:
@@ -243,13 +243,14 @@ class ScorerClient:
             answer = response.json()
         except ValueError:
             answer = None
-        if not isinstance(answer, dict) or not {"values", "n_tokens"} <= set(answer):
+        if not (isinstance(answer, dict) and isinstance(answer.get("values"), dict) and "n_tokens" in answer):
             raise ScorerError(f"{self.url}: expected the response of a scorer, got something else")
         return answer
 
-    def _column(self, column: list[Any], chunk: list[Any]) -> list[Any]:
-        if len(column) != len(chunk):
-            raise ScorerError(f"{self.url}: expected {len(chunk)} values, one per sample, got {len(column)}")
+    def _column(self, column: Any, chunk: list[Any]) -> list[Any]:
+        if not isinstance(column, list) or len(column) != len(chunk):
+            got = len(column) if isinstance(column, list) else type(column).__name__
+            raise ScorerError(f"{self.url}: expected {len(chunk)} values, one per sample, got {got}")
         return column
 
     def __repr__(self) -> str:

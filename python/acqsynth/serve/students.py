@@ -15,13 +15,11 @@ import torch
 
 import acqcore
 from acqcore import Reduction
+from acqcore.students.tables import kind_of
 from acqsynth.serve.middleware import ServiceError
 from acqsynth.serve.options import Limits
 
 Kind = tuple[str, ...]
-
-#: Keys of a sample, in the order in which ``acqcore.score`` looks for them.
-KINDS: tuple[Kind, ...] = (("prompt", "completion"), ("messages",), ("question", "answer"), ("text",))
 
 EMPTY = acqcore.Row(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
 
@@ -89,8 +87,7 @@ def kind_of_sample(sample: Any) -> Kind | None:
     """The keys that define a sample's kind, none for a string; None for an unknown kind."""
     if isinstance(sample, str):
         return ()
-    named = sample if isinstance(sample, Mapping) else ()
-    return next((kind for kind in KINDS if all(key in named for key in kind)), None)
+    return kind_of(sample) if isinstance(sample, Mapping) else None
 
 
 class Values(NamedTuple):

@@ -26,7 +26,7 @@ async def batch(texts, infos=None):
     """Scores a batch as verl's reward worker does: one task per sample and a single gather."""
     calls = [
         verl.compute_score(
-            data_source="acqsynth",
+            data_source=infos[i].get("of", "acqsynth") if infos else "acqsynth",
             solution_str=solution,
             ground_truth="",
             extra_info=infos[i] if infos else {"index": i},
@@ -63,8 +63,12 @@ def test_a_fixed_set_of_keys(built):
     assert np.isfinite(scores).all()
 
 
-def test_a_masked_sample_gets_the_mean_of_its_group(built):
-    infos = [{"prompt": [{"role": "user", "content": name}]} for name in "aaabb"]
+@pytest.mark.parametrize(
+    "info",
+    [lambda name: {"prompt": [{"role": "user", "content": name}]}, lambda name: {"index": np.int64(0), "of": name}],
+)
+def test_a_masked_sample_gets_the_mean_of_its_group(built, info):
+    infos = [info(name) for name in "aaabb"]
     scores = [r["score"] for r in asyncio.run(batch([text(a) for a in (2, 6, 13, 50, 60)], infos))]
     assert scores == [2, 6, 4, 50, 60]
 

@@ -430,11 +430,12 @@ def test_counts_of_rounds_are_added():
 
 def test_validity_leaves_out_what_could_not_be_scored():
     batches = [
-        {"skill": "a", "rows": 4, "scores": {"x": 1.0, "y": None}, "gain": 0.1},
-        {"skill": "b", "rows": 4, "scores": {"x": 3.0, "y": 2.0}, "gain": 0.3},
-        {"skill": "c", "rows": 4, "scores": {"x": 2.0, "y": 1.0}, "gain": 0.2},
+        {"skill": "a", "rows": 4, "scores": {"x": 1.0, "y": None, "z": None}, "gain": 0.1},
+        {"skill": "b", "rows": 4, "scores": {"x": 3.0, "y": 2.0, "z": None}, "gain": 0.3},
+        {"skill": "c", "rows": 4, "scores": {"x": 2.0, "y": 1.0, "z": None}, "gain": 0.2},
     ]
     found = measures.validity(batches, **BOOTSTRAP)["signals"]
     assert found["x"]["correlation"]["mean"] == pytest.approx(1.0)
     assert found["x"]["first"] == "b"
     assert found["y"] == {"correlation": None, "batches": 2, "first": "b"}
+    assert found["z"] == {"correlation": None, "batches": 0, "first": None}

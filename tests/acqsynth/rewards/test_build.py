@@ -27,10 +27,10 @@ def reward(config, domain, student, engine=EngineConfig()):  # noqa: B008
 
 
 def test_the_default_reward(domain, student_path):
-    made = reward(RewardConfig(answers={"k": 2}, reference=3), domain, student_path)
+    made = reward(RewardConfig(answers={"k": 2}, reference=3, weights={"influence": 0.5}), domain, student_path)
     assert [signal.name for signal in made.signals] == ["mutual_information", "influence", "learnability", "diversity"]
     assert made.fusion == "z"
-    assert made.weights == DEFAULT_WEIGHTS
+    assert made.weights == DEFAULT_WEIGHTS | {"influence": 0.5}
     assert made.signals[2].answers.k == 2
     assert "not_in_evaluation" in [gate.name for gate in made.gates]
 
@@ -171,10 +171,11 @@ def test_the_released_reward(domain, student_path):
         (RewardConfig(signals={"entropi": {}}), "^signals: unknown 'entropi', expected one of confidence"),
         (RewardConfig(signals={"entropy": {}}, gates=["sond"]), "^gates: unknown 'sond', expected one of sound"),
         (RewardConfig(gates=["sond"]), "^gates: unknown 'sond', expected one of sound"),
+        (RewardConfig(signals={"entropy": {}}, answers={"kk": 4}), "^answers: .*unexpected keyword argument 'kk'"),
     ],
 )
 def test_an_unknown_part_is_named(domain, student_path, config, sentence):
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises((TypeError, ValueError), match=sentence):
         check(config, domain)
 
 

@@ -470,6 +470,8 @@ class TestDefault:
         assert list(drawn.weights) == ["mutual_information", "learnability", "diversity"]
         assert drawn.fusion == "rank"
         assert "0.1 diversity" in repr(drawn)
+        lighter = ComposedReward.default(domain, path, seeds=seeds, engine=engine, weights={"learnability": 0.5})
+        assert lighter.weights == {"mutual_information": 1.0, "learnability": 0.5, "diversity": 0.1}
         assert "gates parses, sound" in repr(drawn)
         alone = ComposedReward.default(domain, path, seeds=seeds)
         assert list(alone.weights) == ["mutual_information", "diversity"]

@@ -165,7 +165,7 @@ class TestSamples:
         assert answers[1]["errors"] == [{"index": 1, "message": told.format(*kinds[::-1])}]
         assert [answer["valid"] for answer in answers] == [[True, False, True]] * 2
 
-    @pytest.mark.parametrize("error", [KeyError("x"), RecursionError(), AttributeError("strip")])
+    @pytest.mark.parametrize("error", [KeyError("x"), RecursionError(), AttributeError("strip"), ValueError("\ud800")])
     def test_whatever_one_sample_raises_is_its_own(self, post, student, error):
         tokenizer = student.tokenizer
 

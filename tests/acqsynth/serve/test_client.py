@@ -154,7 +154,11 @@ def test_the_token_is_sent(reached, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "failure", [408, 429, 500, 502, 503, 504, httpx.ConnectError("refused"), httpx.RemoteProtocolError("cut off")]
+    "failure",
+    [
+        *(408, 429, 500, 502, 503, 504),
+        *(httpx.ConnectError("refused"), httpx.RemoteProtocolError("cut off"), httpx.DecodingError("broken gzip")),
+    ],
 )
 def test_what_may_get_better_is_asked_again(reached, failure, caplog):
     server = Server(failure, failure, 200)
@@ -182,6 +186,8 @@ def test_what_can_not_is_raised_at_once(reached, status):
         httpx.Response(200, json=[1]),
         httpx.Response(200, json={"rewards": [1.0]}),
         httpx.Response(200, json={"values": {"loss": [1.0, 2.0]}, "n_tokens": [1, 2]}),
+        httpx.Response(200, json={"values": [1.0], "n_tokens": [1]}),
+        httpx.Response(200, json={"values": {"loss": None}, "n_tokens": [1]}),
     ],
 )
 def test_another_servers_answer_is_no_score(reached, answer):
