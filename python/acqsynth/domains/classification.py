@@ -31,7 +31,7 @@ def spoken(label: str) -> str:
 def _bare(name: str) -> str:
     """Without what a student may write around a label: its marker, bold, quotes, a full stop."""
     plain = re.sub(rf"^{_MARKER}\s*:", "", name.replace("**", ""))
-    return plain.lstrip(" \"'“‘").rstrip(" \"'”’.") or name
+    return plain.lstrip(" \"'`*“‘").rstrip(" \"'`*”’.") or name
 
 
 def _labelled(question: str, label: str) -> Sample:

@@ -22,8 +22,13 @@ _OPTIONS = [
     for before, after in ((r"^[ \t]*", "[).:]"), (r"(?<!\S)", r"\)"), (r"(?<!\S)", r"\."), (r"(?<!\S)", ":"))
 ]
 _BOXED = re.compile(r"\\boxed\{(?:\\text(?:bf)?\{)?([^{}]*)\}?\}")
-# A letter alone or with its mark ("B", "(b)", "B) aspirin"), not the article in "A fever"; or a decision with a mark.
-_LETTER = re.compile(r"(?i:(?:the\s+)?(?:option|choice)\s+)?\(?([A-Da-d])(?:[).:]|$)")
+# A letter alone, with its mark or instead of another ("B", "(b)", "B) aspirin", "B, not C"), not the article in "A
+# fever"; or a decision with a mark.
+_LETTER = re.compile(
+    r"(?i:(?:the\s+)?(?:option|choice)\s+)?"
+    r"\(?([A-Da-d])(?:[).:]|(?:,?\s+(?:(?:and\s+)?not|rather than)\s+\(?[A-D]\)?\.?)?$)"
+)
+_QUOTED = re.compile(r"['\"`“‘]([^'\"`“”‘’]+)['\"`”’]\.?")
 _DECISION = re.compile(r"(yes|no|maybe)\b(?!\s+\w)", re.IGNORECASE)
 # Two different choices, not the article "a" or a "no" before a noun.
 _SEVERAL = re.compile(
@@ -188,7 +193,8 @@ class Medical(Domain):
 
 
 def _without_bold(answer: str) -> str:
-    return answer.replace("**", "").strip(" \t\n*")
+    """Without bold and without quotes around the whole."""
+    return _QUOTED.sub(r"\1", plain) if _QUOTED.fullmatch(plain := answer.replace("**", "").strip(" \t\n*")) else plain
 
 
 def _words(text: str) -> str:

@@ -20,6 +20,8 @@ _LITERAL = re.compile(r"0(?:[xX][0-9A-Fa-f]+|[oO][0-7]+|[bB][01]+)")
 _FIRST_ARGUMENT = re.compile(r"\\(frac|sqrt)(?:\s*(\d)|\s+([A-Za-z]))")
 _SECOND_ARGUMENT = re.compile(r"\\frac(\{[^{}]*\})\s*([0-9A-Za-z])")
 _LAYOUT = re.compile(r"\\left(?![A-Za-z])|\\right(?![A-Za-z])|\\[!,;:]|~")
+_DOLLARS = re.compile(r"(?<!\\)\$((?:[^$\\]|\\.)++)\$(?![\d.])")
+_ROOT = re.compile(r"√\s*([\d.]*\d|[A-Za-z]|\([^()]*\))")
 _DEGREE = re.compile(r"\^\{?\\circ\}?|\\degree(?![A-Za-z])|°")
 _CURRENCY = re.compile(r"^([-+]?)\s*(\\?\$|€|£|¥)\s*(?=[\d.])")
 _CURRENCY_LAST = re.compile(r"(?<=\d)\s*(\\?\$|€|£|¥)$")
@@ -33,7 +35,8 @@ _UNIT = re.compile(
     r"(?<=[\d})])(\s*+)((?=[A-Za-z\\])(?:\\(?:text|textrm|mathrm|mbox)\{[A-Za-z .,/-]++\}|[A-Za-z ./-])++)"
     r"(?:\^\{?([23])\}?)?$"
 )
-_SEPARATOR = re.compile(r"\s*+,?\s*+\\(?:text|textrm|mathrm|mbox)\{,?\s*+(?:and|or)\s*+\}")
+_SEPARATOR = re.compile(r"\s*+,?\s*+\\(?:text|textrm|mathrm|mbox)\{,?\s*+(and|or)\s*+\}\s*+")
+_ALTERNATIVE = re.compile(r"(?<!\s),?\s+(?:or|and)\s+|,\s*(?=[A-Za-z]\w*\s*=)")
 _TEXT = re.compile(r"\\(?:text|textrm|mathrm|mbox)\{([^{}]*)\}")
 #: Number words that multiply the number before them.
 SCALES = {
@@ -104,7 +107,7 @@ _TIMES = re.compile(r"(?<=\d)(?<!\b0)\s*x\s*(?=\d)")  # not in 0x10
 _APPROXIMATELY = re.compile(r"\\approx(?![A-Za-z])")
 # Numbers and operations; commas only in thousands.
 _CLOSED = re.compile(
-    r"(?=.*\d)(?:(?<=\d),(?=\d{3}(?!\d))|[\d\s.+\-*/^!(){}\[\]]|\\(?:times|cdot|div|frac|sqrt|pi)(?![A-Za-z]))+"
+    r"(?=.*(?:\d|\\pi))(?:(?<=\d),(?=\d{3}(?!\d))|[\d\s.+\-*/^!(){}\[\]]|\\(?:times|cdot|div|frac|sqrt|pi)(?![A-Za-z]))+"
 )
 _DECIMALS = re.compile(r"[-+]?[\d,]*(?:\.(\d+))?")
 _INNER_CURRENCY = re.compile(r"\\?\$(?=[\d.])")
@@ -140,19 +143,18 @@ def quantity(answer: str) -> Quantity:
 
 
 def _alternatives(plain: str) -> tuple[str, tuple[str, ...]]:
-    """As :func:`_with_unit`, with alternatives in one order: ``x = 3 or x = -2`` and ``x = 3 or -2`` become
-    ``x = -2 or 3``."""
-    if " or " not in plain:
-        return _with_unit(plain)
-    parts = [_with_unit(part) for part in plain.split(" or ")]
+    """As :func:`_with_unit`, with alternatives as a list in one order: ``x = 3 or x = -2`` and ``x = 3 and -2`` become
+    ``x = -2, 3``."""
+    parts = [_with_unit(part) for part in _ALTERNATIVE.split(plain)]
     values = [_EQUALS.split(part) for part, _ in parts]
     units = {unit for _, unit in parts if unit}
     names = {name.strip() for name, *rest in values if rest}
     unit = next(iter(units), ())
-    if len(units) > 1 or len(names) > 1 or any(len(value) > 2 for value in values) or SCALES.keys() & unit:
-        return " or ".join(sorted(plain.split(" or "))), ()
-    name = "".join(f"{name} = " for name in names)
-    return name + " or ".join(sorted(value[-1].strip() for value in values)), unit
+    listed = not (_SEVERAL.search(plain) or any(len(value) > 2 or _WORDS.fullmatch(value[-1]) for value in values))
+    if len(parts) > 1 and listed and len(units) < 2 and len(names) < 2 and not SCALES.keys() & unit:
+        name = "".join(f"{name} = " for name in names)
+        return name + ", ".join(sorted(value[-1].strip() for value in values)), unit
+    return (" or ".join(sorted(plain.split(" or "))), ()) if " or " in plain else _with_unit(plain)
 
 
 def _with_unit(plain: str) -> tuple[str, tuple[str, ...]]:
@@ -375,12 +377,13 @@ def rounded(side: str, last: str, whole: bool) -> str:
 def _plain(answer: str) -> str:
     """An answer without delimiters and layout."""
     plain = re.sub(r"(?<!\.)\.$", "", _in_ascii(answer).strip().strip("*")).strip()
-    for opens, closes in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
+    for opens, closes in (("$$", "$$"), (r"\(", r"\)"), (r"\[", r"\]")):
         if plain.startswith(opens) and plain.endswith(closes) and len(plain) > len(opens) + len(closes):
             plain = plain[len(opens) : -len(closes)].strip()
-    plain = re.sub(r"^\$([^$]+)\$(?=\s*[A-Za-z])", r"\1 ", plain)  # "$18$ eggs"
+    plain = _DOLLARS.sub(r"\1", plain).strip()  # "$18$ eggs", not "$5 or $7"
+    plain = re.sub(r"^\\approx(?![A-Za-z])", "", plain)
     plain = _LAYOUT.sub("", plain.replace(r"\%", "%").replace("{,}", ",").replace("\\ ", " "))
-    plain = _ZEROS.sub("", _SEPARATOR.sub(", ", plain))
+    plain = _ZEROS.sub("", _SEPARATOR.sub(lambda found: " or " if found[1] == "or" else ", ", plain))
     plain = _FIRST_ARGUMENT.sub(r"\\\1{\2\3}", _FRAC.sub(r"\\frac", plain))
     plain = _SECOND_ARGUMENT.sub(r"\\frac\1{\2}", plain)
     if whole := re.fullmatch(r"\\(?:text|mathrm|textbf)\{([^{}]*)\}", plain):
@@ -395,7 +398,8 @@ def _in_ascii(answer: str) -> str:
         return answer
     plain = "".join(char for char in answer if unicodedata.category(char) != "Cf")
     plain = _RAISED.sub(lambda match: "^{" + unicodedata.normalize("NFKC", match[0]) + "}", plain)
-    return unicodedata.normalize("NFKC", _AFTER_DIGIT.sub(" ", plain)).translate(SIGNS)
+    plain = unicodedata.normalize("NFKC", _AFTER_DIGIT.sub(" ", plain)).translate(SIGNS)
+    return _ROOT.sub(r"\\sqrt{\1}", plain)
 
 
 def _rational(plain: str) -> Fraction | None:

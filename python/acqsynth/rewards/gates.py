@@ -408,7 +408,7 @@ _BOX = re.compile(
     r"(?:[^{}]++|\{(?:[^{}]++|\{[^{}]*+\})*+\})*+\}(?!\s*[-+*/=])"
 )
 # The form of an answer, unless the question asks how many.
-_PLACES = re.compile(r"\b\d+ (?:decimals?|significant)\b", re.IGNORECASE)
+_PLACES = re.compile(r"\b\d+ (?:decimals|decimal places?|significant (?:figures?|digits?))\b", re.IGNORECASE)
 _HASHES = re.compile(r"(?<=\n)####[ \t]*\S.*$", re.MULTILINE)  # in the first line it is a heading
 _DASHED = re.compile(
     r"(?:^|(?<=[.?!:;]))[ \t]*(?P<open>\()?(?:the )?(?:final |correct )?ans(?:wer)?\s+"

@@ -179,17 +179,18 @@ class _Held:
     def reworded(self, other: _Held) -> bool:
         """Whether the other text has other content words in place of many of these, an opposite, another operator, or
         a negation more or less."""
-        lost, gained = _without(self.meaning, other.meaning), _without(other.meaning, self.meaning)
+        lost, gained = _without(self.words, other.words), _without(other.words, self.words)
         if "".join(lost) == "".join(gained):  # "after noon"
             return False
+        lost, gained = ([word for word in words if not _COUNT.fullmatch(word)] for words in (lost, gained))
         if not _NEGATIONS.isdisjoint(lost + gained) or any(_opposed(a, b) for a in lost for b in gained):
             return True
         changed = min(_unlike(lost, gained), _unlike(gained, lost))
-        return changed * _CHANGE > len(self.meaning)
+        return changed * _CHANGE > len(self.words)
 
     @functools.cached_property
-    def meaning(self) -> list[str]:
-        return [word for word in _MEANING.findall(" ".join(spelled(self.form))) if not _COUNT.fullmatch(word)]
+    def words(self) -> list[str]:
+        return _MEANING.findall(" ".join(spelled(self.form)))
 
 
 def _without(words: Sequence[str], others: Sequence[str]) -> list[str]:
@@ -213,7 +214,7 @@ def _opposed(word: str, other: str) -> bool:
 
 def _unlike(words: Sequence[str], others: Sequence[str]) -> int:
     """How many content words are unlike the others: no misspelling of one."""
-    return sum(not difflib.get_close_matches(word, others, 1, 0.8) for word in set(words) - _FUNCTION_WORDS)
+    return sum(not difflib.get_close_matches(word, set(others), 1, 0.8) for word in set(words) - _FUNCTION_WORDS)
 
 
 class NearCopies:
@@ -241,7 +242,7 @@ class NearCopies:
     """
 
     def __init__(
-        self, threshold: float = 0.8, *, n: int = 5, capacity: int = 20_000, same_numbers: bool = True
+        self, threshold: float = 0.8, *, n: int = 4, capacity: int = 20_000, same_numbers: bool = True
     ) -> None:
         if not 0 < threshold <= 1:
             raise ValueError(f"threshold: expected a Jaccard index in (0, 1], got {threshold}")

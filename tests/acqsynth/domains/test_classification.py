@@ -40,7 +40,14 @@ def row(text, label):
         ("refund not showing up", "Refund_not_showing_up", True),
         *(
             (text, "card_arrival", True)
-            for text in ("card arrival.", "**card arrival**", '"card arrival"', "'Card arrival'.")
+            for text in (
+                "card arrival.",
+                "**card arrival**",
+                "`card arrival`",
+                "*card arrival*",
+                '"card arrival"',
+                "'Card arrival'.",
+            )
         ),
         *(
             (f"{marker} card arrival", "card_arrival", True)

@@ -31,6 +31,8 @@ def rows(path, *content):
     ("completion", "answer", "canonical"),
     [
         ("The answer is B.", "B.", "B"),
+        ("The answer is A, not B.", "A, not B.", "A"),
+        ("The answer is 'B'.", "B", "B"),
         ("It thins. The answer is (c) Rest", "(c) Rest", "C"),
         ("Answer: A\nNo. Answer: D) None of these", "D) None of these", "D"),
         ("**Answer:** B", "B", "B"),

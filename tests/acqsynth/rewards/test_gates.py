@@ -218,6 +218,7 @@ class TestNoLeak:
             "Correct answer: 372 points",
             r"The answer \boxed{372} is shown here.",
             "How many decimals has it? The answer is 372 decimals.",
+            "Correct answer: 372 significant.",
         ],
     )
     def test_the_marks_of_a_final_answer_leak(self, marked):
