@@ -94,8 +94,9 @@ def evaluate_by_likelihood(engine: Any, domain: Domain, rows: Sequence[Sample], 
         raise ValueError(f"engine: the likelihood of labels needs transformers, got {engine.name}")
     texts = [domain.solution(Sample("", label)) for label in labels]
     values = np.array(engine.logprobs([domain.student_prompt(row.question) for row in rows], texts))  # [n, m]
-    best = values.argmax(axis=1).tolist()
-    answers: list[str | None] = [labels[i] for i in best]
+    best = values.argmax(axis=1)
+    read = np.isfinite(values[np.arange(len(rows)), best])  # False for a question too long for the student
+    answers = [labels[i] if fits else None for i, fits in zip(best, read, strict=True)]
     return Evaluation([texts[i] for i in best], answers, domain.equivalent(rows, answers))
 
 

@@ -203,7 +203,9 @@ class Likely:
     name = "likely"
 
     def logprobs(self, prompts, texts):
-        return [[0.0 if prompt[-1]["content"].startswith(f"{text}!") else -1.0 for text in texts] for prompt in prompts]
+        asked = [prompt[-1]["content"] for prompt in prompts]
+        nothing = {text: -math.inf if text.startswith("long") else -1.0 for text in asked}
+        return [[0.0 if text.startswith(f"{label}!") else nothing[text] for label in texts] for text in asked]
 
 
 def test_the_likeliest_label_is_the_answer():
@@ -211,9 +213,10 @@ def test_the_likeliest_label_is_the_answer():
     domain = Classification(labels)
     rows = [Sample(f"{domain.solution(Sample('', label))}! Where?", label) for label in labels]
     rows += [Sample("card arrival! Where?", "card"), Sample("none", "card"), Sample("none", "card_arrival")]
+    rows += [Sample("long", "card")]  # a question without room for a label
     found = evaluate_by_likelihood(Likely(), domain, rows, labels)
-    assert found.answers == [*labels, "card_arrival", "card", "card"]  # ties go to the first
-    assert found.right == [True] * 150 + [False, True, False]
+    assert found.answers == [*labels, "card_arrival", "card", "card", None]  # ties go to the first
+    assert found.right == [True] * 150 + [False, True, False, False]
     assert found.completions[1] == "card arrival"
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, ClassVar
@@ -14,6 +15,8 @@ import torch
 from acqsynth.domains import Messages
 
 NAMES = ("transformers", "vllm")
+logger = logging.getLogger(__name__)
+
 DTYPES = ("auto", "float32", "float64", "float16", "bfloat16")
 
 
@@ -79,7 +82,8 @@ class Engine(ABC):
     @abstractmethod
     def generate(self, prompts: Sequence[str | Messages], sampling: Sampling) -> list[list[Completion]]:
         """``sampling.n`` completions of each prompt, in order. Lists of messages go through the chat template with a
-        generation prompt; strings are used unchanged."""
+        generation prompt; strings are used unchanged. A prompt as long as the model's limit gets empty, unfinished
+        completions and is logged, since one long question must not end a run of hours."""
 
     @abstractmethod
     def reload(self, weights: Any) -> None:
@@ -136,16 +140,12 @@ def check(name: str, options: Mapping[str, Any]) -> None:
 # --- tokens, shared by all engines ------------------------------------------------------------------------------------
 
 
-def encode(tokenizer: Any, prompts: Sequence[str | Messages], limit: int | None) -> list[list[int]]:
+def encode(tokenizer: Any, prompts: Sequence[str | Messages]) -> list[list[int]]:
     """Token ids of each prompt: messages go through the chat template, strings get the special tokens that the
     tokenizer adds to any text.
 
-    Args:
-        limit: maximum tokens of the model; None for no limit.
-
     Raises:
-        ValueError: a prompt is empty or leaves no room for a completion; messages for a tokenizer without a chat
-            template.
+        ValueError: an empty prompt; messages for a tokenizer without a chat template.
     """
     encoded = []
     for i, prompt in enumerate(prompts):
@@ -157,10 +157,33 @@ def encode(tokenizer: Any, prompts: Sequence[str | Messages], limit: int | None)
             ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
         if not ids:
             raise ValueError(f"prompts[{i}]: expected at least one token, got an empty prompt")
-        if limit is not None and len(ids) >= limit:
-            raise ValueError(f"prompts[{i}]: expected fewer than {limit} tokens, the model's limit, got {len(ids)}")
         encoded.append(ids)
     return encoded
+
+
+def leave_room(ids: Sequence[Sequence[int]], needed: int, limit: int | None) -> list[bool]:
+    """Whether each prompt leaves room for ``needed`` tokens within the model's limit; logs those that do not."""
+    fits = [limit is None or len(row) + needed <= limit for row in ids]
+    if not all(fits):
+        logger.warning(
+            "%d of %d prompts, first prompts[%d], are too long for a model of %s tokens and get no completion",
+            fits.count(False), len(fits), fits.index(False), limit,
+        )  # fmt: skip
+    return fits
+
+
+def where_room(
+    ids: list[list[int]],
+    limit: int | None,
+    sampling: Sampling,
+    draw: Callable[[list[list[int]]], list[list[Completion]]],
+) -> list[list[Completion]]:
+    """``draw``'s completions of the prompts that leave room for one; empty, unfinished ones of the others."""
+    fits = leave_room(ids, 1, limit)
+    rows = [row for row, fit in zip(ids, fits, strict=True) if fit]
+    drawn = iter(draw(rows) if rows else [])
+    empty = Completion("", [], False, *(([], []) if sampling.top2 else ()))
+    return [next(drawn) if fit else [empty] * sampling.n for fit in fits]
 
 
 def eos_ids(tokenizer: Any, generation_config: Any) -> list[int]:

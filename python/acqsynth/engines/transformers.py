@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 import acqcore
 from acqsynth.domains import Messages
-from acqsynth.engines import Completion, Engine, Sampling, completion, encode, eos_ids
+from acqsynth.engines import Completion, Engine, Sampling, completion, encode, eos_ids, leave_room, where_room
 from acqsynth.models import load_tokenizer
 
 
@@ -69,10 +71,15 @@ class TransformersEngine(Engine):
         """As in :class:`Engine`.
 
         Raises:
-            ValueError: a prompt is empty or leaves no room for a completion.
+            ValueError: an empty prompt.
         """
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        ids = encode(self.tokenizer, prompts, limit)
+        limit = self._limit()
+        return where_room(encode(self.tokenizer, prompts), limit, sampling, partial(self._draw, sampling, limit))
+
+    def _limit(self) -> int | None:
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    def _draw(self, sampling: Sampling, limit: int | None, ids: list[list[int]]) -> list[list[Completion]]:
         greedy = sampling.temperature == 0
         draws = 1 if greedy else sampling.n
         rows = [row for row in ids for _ in range(draws)]
@@ -100,14 +107,12 @@ class TransformersEngine(Engine):
             at_once: texts per forward pass.
 
         Returns:
-            n lists of m numbers, nats.
+            n lists of m numbers, nats; -inf for a prompt that leaves no room for the longest text, which is logged.
 
         Raises:
-            ValueError: an empty text or prompt, a tokenizer without an end-of-sequence token, or more tokens than the
-                model accepts.
+            ValueError: an empty prompt, an empty or too long text, or a tokenizer without an end-of-sequence token.
         """
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        ids = encode(self.tokenizer, prompts, limit)
+        ids = encode(self.tokenizer, prompts)
         ends = eos_ids(self.tokenizer, self.model.generation_config)
         pieces = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
         if not ends or not all(pieces):
@@ -116,11 +121,16 @@ class TransformersEngine(Engine):
             )
         end = self.tokenizer.eos_token_id if self.tokenizer.eos_token_id is not None else ends[0]
         rows = [[*piece, end] for piece in pieces]
-        if limit and max(map(len, ids), default=0) + max(map(len, rows), default=0) > limit:
-            raise ValueError(f"texts: expected prompt and text within {limit} tokens, the model's limit")
+        limit, longest = self._limit(), max(map(len, rows), default=0)
+        if limit and longest >= limit:
+            raise ValueError(f"texts: expected fewer than {limit} tokens, the model's limit, got {longest}")
+        fits = leave_room(ids, longest, limit)
         parts = [self._padded(rows[i : i + at_once]) for i in range(0, len(rows), at_once)]
         with self._generating():
-            return [self._continued(prompt, parts) for prompt in ids]
+            return [
+                self._continued(prompt, parts) if fit else [-math.inf] * len(rows)
+                for prompt, fit in zip(ids, fits, strict=True)
+            ]
 
     def _padded(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids ``[m, T]``, padded on the right, and the mask of real tokens."""

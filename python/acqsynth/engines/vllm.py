@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from transformers import GenerationConfig
 
 from acqsynth.domains import Messages
-from acqsynth.engines import Completion, Engine, Sampling, completion, encode, eos_ids
+from acqsynth.engines import Completion, Engine, Sampling, completion, encode, eos_ids, where_room
 from acqsynth.models import load_tokenizer
 
 
@@ -73,12 +74,15 @@ class VllmEngine(Engine):
         """As in :class:`Engine`.
 
         Raises:
-            ValueError: a prompt is empty or leaves no room for a completion.
+            ValueError: an empty prompt.
         """
+        limit = self.llm.llm_engine.model_config.max_model_len
+        return where_room(encode(self.tokenizer, prompts), limit, sampling, partial(self._draw, sampling))
+
+    def _draw(self, sampling: Sampling, ids: list[list[int]]) -> list[list[Completion]]:
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
 
-        ids = encode(self.tokenizer, prompts, self.llm.llm_engine.model_config.max_model_len)
         # vLLM varies the seed across the draws of one prompt, but two prompts with equal seeds would share their draws.
         seeds = numpy.random.SeedSequence(sampling.seed).generate_state(len(ids)).tolist()
         greedy = sampling.temperature == 0

@@ -52,19 +52,17 @@ def test_load_by_name(model, tokenizer):
 
 
 def test_encode_messages_and_strings(tokenizer):
-    chat, text = encode(tokenizer, [[{"role": "user", "content": "Hi"}], "Hi"], None)
+    chat, text = encode(tokenizer, [[{"role": "user", "content": "Hi"}], "Hi"])
     assert tokenizer.decode(chat) == "<|user|>Hi</s><|assistant|>"
     assert tokenizer.decode(text) == "Hi"
     with pytest.raises(ValueError, match=r"prompts\[1\]: expected at least one token"):
-        encode(tokenizer, ["a", ""], None)
-    with pytest.raises(ValueError, match=r"prompts\[0\]: expected fewer than 3 tokens, the model's limit, got 3"):
-        encode(tokenizer, ["abc"], 3)
+        encode(tokenizer, ["a", ""])
 
 
 def test_messages_need_a_template(tokenizer):
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     with pytest.raises(ValueError, match=r"prompts\[0\]: expected a string, as the tokenizer has no chat template"):
-        encode(bare, [[{"role": "user", "content": "Hi"}]], None)
+        encode(bare, [[{"role": "user", "content": "Hi"}]])
 
 
 def test_every_end_token_counts(model, tokenizer):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedTokenizerFast
 
-from acqsynth.engines import Sampling
+from acqsynth.engines import Completion, Sampling
 from acqsynth.engines.transformers import TransformersEngine, batches
 
 PROMPTS = ["a", "What is 6 * 7?", "Name a prime that is larger than one hundred.", [{"role": "user", "content": "Hi"}]]
@@ -199,8 +200,20 @@ def test_completions_end_where_the_positions_end(engine):
     short, long = engine.generate(["a", "a" * 15], Sampling(temperature=0.0, max_tokens=12))
     assert long[0].token_ids == alone(engine, "a" * 15, 5)
     assert short[0].token_ids == alone(engine, "a", 12)
-    with pytest.raises(ValueError, match=r"prompts\[0\]: expected fewer than 20 tokens"):
-        engine.generate(["a" * 20], GREEDY)
+
+
+def test_a_prompt_without_room_gets_empty_completions(engine, caplog):
+    """One long question must not end a run: it is logged, and answered by nothing."""
+    engine.model.config.max_position_embeddings = 20
+    sampling = Sampling(n=2, max_tokens=4, seed=3, top2=True)
+    first, long, last = engine.generate(["a", "a" * 20, "b"], sampling)
+    assert long == [Completion("", [], False, [], [])] * 2
+    assert [first, last] == engine.generate(["a", "b"], sampling)
+    assert engine.generate(["a" * 20], GREEDY) == [[Completion("", [], False)]]
+    assert "1 of 3 prompts, first prompts[1], are too long for a model of 20 tokens" in caplog.text
+    scored, unscored = engine.logprobs(["a", "a" * 16], ["1234", "12"])
+    assert unscored == [-math.inf, -math.inf]
+    assert [scored] == engine.logprobs(["a"], ["1234", "12"])
 
 
 def test_nothing_asked_nothing_written(engine):
