@@ -60,6 +60,11 @@ def integer(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected an int, got {describe(value)}")
 
 
+def flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
+
+
 def positive_int(name: str, value: Any) -> None:
     integer(name, value)
     if value < 1:

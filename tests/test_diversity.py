@@ -211,6 +211,14 @@ def test_bad_vectors(x, error, message):
             call(x)
 
 
+@pytest.mark.parametrize(
+    "call", [acqcore.gradient_diversity, lambda v, **o: acqcore.acquisitions.gradient_diversity.DiversityOptions(**o)]
+)
+def test_ordered_is_a_bool(call):
+    with pytest.raises(TypeError, match="ordered: expected True or False, got 'false'"):
+        call(torch.eye(2), ordered="false")
+
+
 def test_bad_ridge():
     for call in (lambda: acqcore.gradient_diversity(torch.eye(2), ridge=-1.0), lambda: acqcore.Archive(ridge=-1.0)):
         with pytest.raises(ValueError, match=r"ridge: expected a number >= 1e-9, got -1\.0"):

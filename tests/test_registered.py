@@ -125,8 +125,16 @@ def test_an_unknown_over():
         acqcore.register("wrong", over="tokens")
 
 
-def test_an_unknown_over_from_a_function(register):
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"over": lambda options: "tokens"}, ValueError, "over: unknown 'tokens'"),
+        ({"needs": lambda options: "rows"}, TypeError, "needs: expected needs, such as RowNeed"),
+        ({"needs": lambda options: None}, TypeError, "needs: expected needs"),
+    ],
+)
+def test_an_unknown_over_or_need_from_a_function(register, change, error, message):
     register(1.0)
-    wrong = replace(REGISTRY[NAME], over=lambda options: "tokens")
-    with mock.patch.dict(REGISTRY, {NAME: wrong}), pytest.raises(ValueError, match="over: unknown 'tokens'"):
+    wrong = replace(REGISTRY[NAME], **change)
+    with mock.patch.dict(REGISTRY, {NAME: wrong}), pytest.raises(error, match=message):
         acqcore.check_request(NAME)

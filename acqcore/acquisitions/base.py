@@ -57,8 +57,7 @@ class Acquisition:
 
     def needed(self, options: Options) -> tuple[Need, ...]:
         """Its needs under ``options``."""
-        needs = self.needs(options) if callable(self.needs) else self.needs
-        return needs if isinstance(needs, tuple) else (needs,)
+        return all_needs(self.needs(options) if callable(self.needs) else self.needs)
 
     def compute(self, options: Options, found: Mapping[Any, Any]) -> torch.Tensor:
         """Its values, given the result of each need."""
@@ -72,6 +71,15 @@ class Acquisition:
         if self.stderr is None:
             return None
         return self.stderr(*(found[need] for need in self.needed(options)), options)
+
+
+def all_needs(given: Any) -> tuple[Need, ...]:
+    """One need or several as a tuple."""
+    needs = given if isinstance(given, tuple) else (given,)
+    for need in needs:
+        if not isinstance(need, get_args(Need)):
+            raise TypeError(f"needs: expected needs, such as RowNeed(), or a function, got {checks.describe(need)}")
+    return needs
 
 
 REGISTRY: dict[str, Acquisition] = {}
@@ -109,9 +117,8 @@ def register(
         raise TypeError(f"options: expected a dataclass that extends acqcore.acquisitions.Options, got {options!r}")
     if not callable(over):
         checks.literal("over", over, Over)
-    for need in needs if isinstance(needs, tuple) else (needs,):
-        if not callable(needs) and not isinstance(need, get_args(Need)):
-            raise TypeError(f"needs: expected needs, such as RowNeed(), or a function, got {checks.describe(need)}")
+    if not callable(needs):
+        all_needs(needs)
 
     def decorate(function: Function) -> Function:
         description = (function.__doc__ or "").strip().split("\n")[0]

@@ -20,6 +20,7 @@ class DiversityOptions(SketchOptions):
 
     def __post_init__(self) -> None:
         checks.ridge(self.ridge)
+        checks.flag("ordered", self.ordered)
 
 
 def reference(

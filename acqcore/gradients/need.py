@@ -42,6 +42,7 @@ class GradientNeed:
         elif self.parameters < 1:
             raise ValueError(f"parameters: expected at least 1 transformer block, got {self.parameters}")
         checks.literal("loss", self.loss, Loss)
+        checks.flag("predicted", self.predicted)
         if self.dim is not None:
             checks.positive_int("dim", self.dim)
         checks.seed(self.seed)

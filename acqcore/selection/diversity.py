@@ -45,11 +45,12 @@ def gradient_diversity(vectors: torch.Tensor, *, ridge: float = 0.01, ordered: b
         ``[n]`` float32 (float64 for float64 inputs) between 0 and log 2.
 
     Raises:
-        TypeError: not a floating-point tensor.
+        TypeError: not a floating-point tensor, or ``ordered`` is not a bool.
         ValueError: not two-dimensional, not finite, ridge below 1e-9.
     """
     checks.vectors("vectors", vectors)
     checks.ridge(ridge)
+    checks.flag("ordered", ordered)
     x = directions(vectors)
     if ordered:
         factor = torch.linalg.cholesky(_ridged(x @ x.T, ridge))
