@@ -1,7 +1,7 @@
 """Do signals follow the ambiguity of real questions? ProtoQA: the answers of 100 people against the student's signals.
 
 ``python -m benchmarks.bench_protoqa --student MODEL --data FILE`` writes ``results/protoqa.json`` and its section of
-``docs/evidence-pool.md``.
+``docs/evidence-pool.md``; with ``--questions N``, ``results/protoqa_N.json`` and the section of that sample.
 
 Protocol, written before the run
 --------------------------------
@@ -42,8 +42,7 @@ from benchmarks import gsm8k, harness
 from benchmarks.pool_report import DOCS, write_section
 from benchmarks.pool_signals import MUTUAL_INFORMATION
 
-PAGE, PICTURE = DOCS / "evidence-pool.md", DOCS / "evidence-protoqa.png"
-BEGIN, END = "<!-- protoqa: written by bench_protoqa -->", "<!-- end of protoqa -->"
+PAGE = DOCS / "evidence-pool.md"
 COVERED, ANSWER_TOKENS, ANSWERS, RESAMPLES = 80, 8, 10, 2000
 EXAMPLES = (
     ("name a fruit that is often red.", "apple"),
@@ -54,6 +53,11 @@ PLAIN = ("entropy", "varentropy", "margin", "gini", "least_confidence", "loss", 
 EPISTEMIC = tuple(MUTUAL_INFORMATION)
 
 Values = npt.NDArray[np.float64]
+
+
+def marks(name: str) -> tuple[str, str]:
+    """The comments around the section of results ``protoqa`` or ``protoqa_N``."""
+    return f"<!-- {name}: written by bench_protoqa -->", f"<!-- end of {name} -->"
 
 
 @dataclass(frozen=True)
@@ -298,13 +302,15 @@ def main() -> None:
     text = table(content["results"], content["questions"], content["all_questions"])
     print(text)
     out = arguments.out
-    harness.write((out or harness.RESULTS) / "protoqa.json", content)
+    sample = "" if arguments.questions is None else f"_{arguments.questions}"
+    name = f"protoqa{sample}" if arguments.render is None else arguments.render.stem
+    harness.write((out or harness.RESULTS) / f"{name}.json", content)
     try:
-        picture(content["results"], PICTURE if out is None else out / PICTURE.name)
+        picture(content["results"], (out or DOCS) / f"evidence-{name.replace('_', '-')}.png")
     except ModuleNotFoundError as error:
         print(f"no plot: {error}; install matplotlib and use --render to draw it")
     if out is None:
-        write_section(PAGE, BEGIN, END, text)
+        write_section(PAGE, *marks(name), text)
 
 
 def measured(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -120,8 +120,8 @@ def test_a_signal_of_ambiguity_is_told_from_noise():
 def test_the_page_has_its_places(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(bench_protoqa.PAGE.read_text())
-    pool_report.write_section(page, bench_protoqa.BEGIN, bench_protoqa.END, "a table")
-    pool_report.write_section(page, bench_protoqa.BEGIN, bench_protoqa.END, "another table")
+    pool_report.write_section(page, *bench_protoqa.marks("protoqa"), "a table")
+    pool_report.write_section(page, *bench_protoqa.marks("protoqa"), "another table")
     text = page.read_text()
     assert text.count("another table") == 1
     assert "a table" not in text
