@@ -20,7 +20,7 @@ async def acquisition(task: Any, trace: Any) -> float:
     verifiers passes the arguments by name.
 
     Args:
-        task: a ``TaskData``; traces with equal ``idx`` or, without one, equal prompts form a group.
+        task: a ``TaskData``; traces with equal ``idx`` and prompts form a group (every environment counts from 0).
         trace: a ``Trace``; its ``last_reply`` is the text.
 
     Returns:
@@ -30,7 +30,7 @@ async def acquisition(task: Any, trace: Any) -> float:
     Raises:
         RuntimeError, ValueError, ImportError, AttributeError, TypeError: the environment names no usable reward.
     """
-    group = task.idx if task.idx is not None else prompt_key(_plain(task.prompt))
+    group = task.idx, prompt_key(_plain(task.prompt))
     return (await scorer_from_environment().ask(trace.last_reply, group)).score
 
 
