@@ -107,10 +107,19 @@ class TestTensors:
         return {"input_ids": ids, "attention_mask": mask}
 
     @pytest.mark.parametrize("side", ["left", "right"])
-    def test_padding_on_any_side(self, side, encoded):
+    @pytest.mark.parametrize(
+        "positions",
+        [
+            lambda mask: (mask.cumsum(dim=1) - 1).masked_fill(mask == 0, 1),
+            lambda mask: torch.arange(mask.shape[1]),
+            lambda mask: torch.arange(mask.shape[1])[None] + 2,
+            lambda mask: torch.arange(mask.shape[1]).expand(3, *mask.shape),
+        ],
+    )
+    def test_padding_on_any_side(self, side, positions, encoded):
         samples = self.padded(side)
-        positions = (samples["attention_mask"].cumsum(dim=1) - 1).clamp_min(0)
-        rows = encoded({**samples, "position_ids": positions, "token_type_ids": positions}, None)
+        samples["position_ids"] = positions(samples["attention_mask"])
+        rows = encoded({**samples, "token_type_ids": samples["attention_mask"], "pixel_values": None}, None)
         assert [tuple(row.ids.tolist()) for row in rows] == list(self.IDS)
         assert [row.targets.tolist() for row in rows] == [[-100, 6, 7, 8], [-100, 10, 11]]
 
@@ -157,10 +166,13 @@ class TestTensors:
                 ValueError,
                 'samples["position_ids"]: expected 0, 1, 2, ... in each row, got others; give each of several packed',
             ),
-            (
-                {"input_ids": torch.ones(1, 4).long(), "pixel_values": torch.ones(1, 3, 8, 8)},
-                ValueError,
-                'samples["pixel_values"]: expected token ids alone',
+            *(
+                ({"input_ids": torch.ones(1, 4).long(), key: value}, ValueError, f'samples["{key}"]: {message}')
+                for key, value, message in (
+                    ("pixel_values", torch.ones(1, 3, 8, 8), "expected token ids alone"),
+                    ("cu_seq_lens_q", torch.tensor([0, 2, 4]), "expected token ids alone"),
+                    ("position_ids", torch.arange(3), "expected [1, 4] as input_ids, got int64 tensor of shape [3]"),
+                )
             ),
             *(
                 (

@@ -82,8 +82,8 @@ class Row:
         return int((self.targets != checks.IGNORE_INDEX).int().argmax()) - 1
 
 
-#: Beginnings of the keys of tensors that a student sees besides token ids.
-_UNSEEN = ("pixel_values", "input_features", "inputs_embeds")
+#: Beginnings of the keys of tensors that change what a model sees besides token ids.
+_UNSEEN = ("pixel_values", "input_features", "inputs_embeds", "cu_seq_lens", "seq_idx")
 
 EMPTY = Row(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
 
@@ -393,10 +393,10 @@ def _tensor_rows(samples: Mapping[str, Any]) -> list[Row]:
             'samples: expected a list, a mapping of tensors with "input_ids", or of columns such as "text", '
             f"got keys {keys}"
         )
-    for key in samples:
-        if str(key).startswith(_UNSEEN):
+    for key, value in samples.items():
+        if str(key).startswith(_UNSEEN) and value is not None:
             raise ValueError(f'samples["{key}"]: expected token ids alone, as nothing else is given to the student')
-    for key in ("input_ids", "attention_mask", "labels", "position_ids"):
+    for key in ("input_ids", "attention_mask", "labels"):
         value = samples.get(key)
         if value is None and key != "input_ids":
             continue
@@ -418,12 +418,8 @@ def _tensor_rows(samples: Mapping[str, Any]) -> list[Row]:
     keep = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.cpu().bool()
     labels = samples.get("labels")
     targets = input_ids if labels is None else labels.cpu().long()
-    positions = samples.get("position_ids")
-    if positions is not None and bool((positions.cpu() != keep.long().cumsum(dim=1) - 1)[keep].any()):
-        raise ValueError(
-            'samples["position_ids"]: expected 0, 1, 2, ... in each row, got others; give each of several packed texts '
-            "a row of its own"
-        )
+    if (positions := samples.get("position_ids")) is not None:
+        _check_positions(positions, keep)
     rows = []
     for ids, target, kept in zip(input_ids, targets, keep, strict=True):
         ids, target = ids[kept], target[kept].clone()
@@ -431,3 +427,20 @@ def _tensor_rows(samples: Mapping[str, Any]) -> list[Row]:
         target[:1] = checks.IGNORE_INDEX
         rows.append(Row(ids, target, ids[:before] if before else None))
     return rows
+
+
+def _check_positions(
+    positions: Any,  # [B, T], or [1, T] or [T] for all rows
+    keep: torch.Tensor,  # [B, T] bool
+) -> None:
+    """Reject positions that start over in a row, as those of packed texts do; they may begin anywhere."""
+    shapes = (keep.shape, (1, keep.shape[1]), keep.shape[1:])
+    if not isinstance(positions, torch.Tensor) or positions.shape[-2:] not in shapes:
+        raise ValueError(
+            f'samples["position_ids"]: expected {list(keep.shape)} as input_ids, got {checks.describe(positions)}'
+        )
+    if bool(((positions.cpu().diff() != 1) & keep[:, 1:] & keep[:, :-1]).any()):
+        raise ValueError(
+            'samples["position_ids"]: expected 0, 1, 2, ... in each row, got others; give each of several packed texts '
+            "a row of its own"
+        )

@@ -37,6 +37,7 @@ _UNIT = re.compile(
 )
 _SEPARATOR = re.compile(r"\s*+,?\s*+\\(?:text|textrm|mathrm|mbox)\{,?\s*+(and|or)\s*+\}\s*+")
 _ALTERNATIVE = re.compile(r"(?<!\s),?\s+(?:or|and)\s+|,\s*(?=[A-Za-z]\w*\s*=)")
+_MIXED = re.compile(r"[-+]?\d+\s+and\s+(?:\d+\s*/|\\frac)")  # "1 and 1/2" may be a sum
 _TEXT = re.compile(r"\\(?:text|textrm|mathrm|mbox)\{([^{}]*)\}")
 #: Number words that multiply the number before them.
 SCALES = {
@@ -102,6 +103,7 @@ _LABEL = re.compile(
 _ZEROS = re.compile(r"(?<=\d)(?<!,\d{3}),(?=0\d\d(?!\d|,\d{3}(?!\d)))")  # never before a part of its own
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _SEVERAL = re.compile(r"\\(?:pm|mp|[lg]eq?|[lg]t|in|cup)(?![A-Za-z])|[<>±]")  # one part here may be several there
+_INEQUALITY = re.compile(r"[<>]|\\[lg](?:eq?|t)(?![A-Za-z])")
 _EQUALS = re.compile(r"(?<![<>!:=\\])=(?!=)")
 _TIMES = re.compile(r"(?<=\d)(?<!\b0)\s*x\s*(?=\d)")  # not in 0x10
 _APPROXIMATELY = re.compile(r"\\approx(?![A-Za-z])")
@@ -143,9 +145,9 @@ def quantity(answer: str) -> Quantity:
 
 
 def _alternatives(plain: str) -> tuple[str, tuple[str, ...]]:
-    """As :func:`_with_unit`, with alternatives as a list in one order: ``x = 3 or x = -2`` and ``x = 3 and -2`` become
-    ``x = -2, 3``."""
-    parts = [_with_unit(part) for part in _ALTERNATIVE.split(plain)]
+    """As :func:`_with_unit`, with alternatives as a set in one order: ``x = 3 or x = -2`` and ``x = 3 and -2`` become
+    ``x = {-2, 3}``."""
+    parts = [_with_unit(part) for part in ([plain] if _MIXED.match(plain) else _ALTERNATIVE.split(plain))]
     values = [_EQUALS.split(part) for part, _ in parts]
     units = {unit for _, unit in parts if unit}
     names = {name.strip() for name, *rest in values if rest}
@@ -153,7 +155,7 @@ def _alternatives(plain: str) -> tuple[str, tuple[str, ...]]:
     listed = not (_SEVERAL.search(plain) or any(len(value) > 2 or _WORDS.fullmatch(value[-1]) for value in values))
     if len(parts) > 1 and listed and len(units) < 2 and len(names) < 2 and not SCALES.keys() & unit:
         name = "".join(f"{name} = " for name in names)
-        return name + ", ".join(sorted(value[-1].strip() for value in values)), unit
+        return rf"{name}\{{{', '.join(sorted(value[-1].strip() for value in values))}\}}", unit
     return (" or ".join(sorted(plain.split(" or "))), ()) if " or " in plain else _with_unit(plain)
 
 
@@ -288,10 +290,13 @@ def compare(truth: Quantity, given: Quantity) -> bool | list[tuple[str, str]]:
 def _of_a_kind(truth: str, given: str) -> bool:
     """Whether two answers may have as many parts, in brackets that may mean the same. math-verify takes ``5,5`` for 5,
     and a set for a pair."""
-    (opens, parts), (others, more) = _parts(truth), _parts(given)
-    brackets = {opens, others}
+    (opens, parts), (opened, more) = _parts(truth), _parts(given)
+    brackets = {opens, opened}
     if brackets == {"{"}:
         return True  # {1,1} is {1}
+    others = [answer for answer in (truth, given) if not _INEQUALITY.search(answer)]
+    if len(others) == 1 and not re.search(r"[(\[]", others[0]):
+        return False  # 3 < x < 4 may be (3, 4), but not 3, 4
     if "[" in brackets and len(brackets) > 1 and (parts, more) == ({1}, {1}):
         return False  # a list of one number is no number
     mixed = "{" in brackets and not brackets.isdisjoint("([")
@@ -300,7 +305,7 @@ def _of_a_kind(truth: str, given: str) -> bool:
 
 def _parts(plain: str) -> tuple[str, set[int]]:
     """The opening bracket around an answer, if any, and the possible numbers of parts: ``2,100`` is one or two."""
-    plain = re.sub(r"\\([{}])", r"\1", plain).strip()
+    plain = re.sub(r"\\([{}])", r"\1", re.sub(r"^[A-Za-z]\s*\\in(?![A-Za-z])", "", plain)).strip()
     depth, commas, certain = 0, [1, 1], [1, 1]  # parts by depth
     whole = plain.startswith(("(", "[", "{"))
     for i, char in enumerate(plain):
@@ -380,7 +385,7 @@ def _plain(answer: str) -> str:
     for opens, closes in (("$$", "$$"), (r"\(", r"\)"), (r"\[", r"\]")):
         if plain.startswith(opens) and plain.endswith(closes) and len(plain) > len(opens) + len(closes):
             plain = plain[len(opens) : -len(closes)].strip()
-    plain = _DOLLARS.sub(r"\1", plain).strip()  # "$18$ eggs", not "$5 or $7"
+    plain = _DOLLARS.sub(r"\1 ", plain).strip()  # "$18$ eggs", not "$5 or $7"
     plain = re.sub(r"^\\approx(?![A-Za-z])", "", plain)
     plain = _LAYOUT.sub("", plain.replace(r"\%", "%").replace("{,}", ",").replace("\\ ", " "))
     plain = _ZEROS.sub("", _SEPARATOR.sub(lambda found: " or " if found[1] == "or" else ", ", plain))

@@ -243,7 +243,8 @@ class ScorerClient:
             answer = response.json()
         except ValueError:
             answer = None
-        if not (isinstance(answer, dict) and isinstance(answer.get("values"), dict) and "n_tokens" in answer):
+        columns = [answer.get("values"), answer.get("stderr", {})] if isinstance(answer, dict) else [None]
+        if not all(isinstance(each, dict) for each in columns) or "n_tokens" not in answer:
             raise ScorerError(f"{self.url}: expected the response of a scorer, got something else")
         return answer
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import json
 import math
@@ -33,6 +34,11 @@ class Loaded:
     fingerprint: str  #: hash of its parameters
     student: acqcore.Student
 
+    @functools.cached_property
+    def vocab_size(self) -> int:
+        """Read once: the head waits for requests that are being scored."""
+        return self.student.head.vocab_size
+
     def described(self) -> dict[str, Any]:
         return {"name": self.name, "version": self.version, "fingerprint": self.fingerprint}
 
@@ -61,7 +67,7 @@ class Loaded:
             found = acqcore.encode(
                 [samples[i] for i in picked],
                 self.student.tokenizer,
-                vocab_size=self.student.head.vocab_size,
+                vocab_size=self.vocab_size,
                 limit=limit,
                 max_length=None if max_length is None else min(max_length, limit),
                 errors=faults,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from fakes import GOOD, LONGER, error_of
 import acqcore
 from acqsynth.parsing import parse_sample
 from acqsynth.serve.middleware import Access
-from acqsynth.serve.students import Question, Values
+from acqsynth.serve.options import Limits
+from acqsynth.serve.students import Loaded, Question, Values
 
 
 class Held:
@@ -328,6 +330,14 @@ class TestStudent:
             expected = acqcore.score(scorer, texts, progress=False)["entropy"].tolist()
             assert answer["values"]["entropy"] == pytest.approx(expected, rel=2e-6)
         assert first["values"]["entropy"][0] != pytest.approx(late["values"]["entropy"][0], rel=1e-3)
+
+
+def test_samples_are_tokenized_while_others_are_scored(student):
+    loaded = Loaded("student", 1, "", student)
+    expected, _ = loaded.encode(["a dog"], Limits(), None, ())
+    with ThreadPoolExecutor(1) as pool, student.alone():
+        rows, _ = pool.submit(loaded.encode, ["a dog"], Limits(), None, ()).result(timeout=20)
+    assert [row.ids.tolist() for row in rows] == [row.ids.tolist() for row in expected]
 
 
 def test_errors_carry_json_that_every_client_reads(ask, serve):

@@ -188,6 +188,7 @@ def test_what_can_not_is_raised_at_once(reached, status):
         httpx.Response(200, json={"values": {"loss": [1.0, 2.0]}, "n_tokens": [1, 2]}),
         httpx.Response(200, json={"values": [1.0], "n_tokens": [1]}),
         httpx.Response(200, json={"values": {"loss": None}, "n_tokens": [1]}),
+        httpx.Response(200, json={"values": {"loss": [1.0]}, "n_tokens": [1], "stderr": [0.1]}),
     ],
 )
 def test_another_servers_answer_is_no_score(reached, answer):
