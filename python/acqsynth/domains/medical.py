@@ -8,8 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
-from typing import Any, ClassVar
+from itertools import groupby, takewhile
+from typing import Any, ClassVar, NamedTuple
 
 from acqsynth.domains.base import STATED, Domain, Layout, Messages, Row, Sample, ask_for_sample, optional, text
 
@@ -22,51 +22,23 @@ _OPTIONS = [
     for before, after in ((r"^[ \t]*", "[).:]"), (r"(?<!\S)", r"\)"), (r"(?<!\S)", r"\."), (r"(?<!\S)", ":"))
 ]
 _BOXED = re.compile(r"\\boxed\{(?:\\text(?:bf)?\{)?([^{}]*)\}?\}")
-# A letter alone, with its mark or instead of another ("B", "(b)", "B) aspirin", "B, not C"), not the article in "A
-# fever"; or a decision with a mark.
-_LETTER = re.compile(
-    r"(?i:(?:the\s+)?(?:option|choice)\s+)?"
-    r"\(?([A-Da-d])(?:[).:]|(?:,?\s+(?:(?:and\s+)?not|rather than)\s+\(?[A-D]\)?\.?)?$)"
-)
 _QUOTED = re.compile(r"['\"`“‘]([^'\"`“”‘’]+)['\"`”’]\.?")
-_DECISION = re.compile(r"(yes|no|maybe)\b(?!\s+\w)", re.IGNORECASE)
-# Two different choices, not the article "a" or a "no" before a noun.
-_SEVERAL = re.compile(
-    r"\(?([A-D]|yes|no|maybe)\)?\s*(?:,(?!\s*no\s+(?!(?:yes|no|maybe|or|and)\b)\w)|,\s*no(?=\s+(?:yes|maybe)\b)|/|&|\bor\b|\band\b)"
-    r"\s*\(?(?!\1\b)"
-    r"(?:[b-d]|(?-i:A)|a(?=\))|yes|no|maybe)\b",
-    re.IGNORECASE,
-)
-# A marked letter whose option's text begins with letters: "B) A", "D) A, B and C", "A) B and T cells".
-_OF_LETTERS = re.compile(r"\(?[A-Da-d][).:]\s+[A-D](?:(?:,|,? and| &)\s+[A-D])*(?:\s+\w[\w ]*)?$")
-_REASON = re.compile(
-    r"(?<!\s)[,;]?\s++(?:because|since)\b|(?:(?<=\b[A-D])|(?<=\byes)|(?<=\bno)|(?<=\bmaybe)),?\s+as\b(?!\s+well\b)",
-    re.IGNORECASE,
-)
-# The parts of a list of choices: what stands between them, what may follow one without its text, and each of them. A
-# mark before a small letter may abbreviate a genus ("B. anthracis"), a capital before a word may be the article.
-_JOINT = re.compile(r"(?:[\s.,;:/&+()\u2013\u2014-]|(?i:or|and)\b)*")
-_JOINED = re.compile(r"[/&+]|\b(?:or|and)\b", re.IGNORECASE)
-_VERB = r"\s+(?:is|are|was|were|would|does|do|has|have|can|cannot|could|wrong|incorrect)\b"
-_LISTED = r"(?=\s*(?:$|[,;/&+()]|[\u2013\u2014-]+\s|(?i:or|and)\b))"
-_ENDS = rf"(?=[.:]|{_LISTED})"
-_MARKED = re.compile(
-    r"(?:(?i:option|choice)\s+)?\(?"
-    rf"(?:([A-D])(?:\)|[.:]?(?={_VERB})|[.:](?!\s+(?!(?:or|and)\b)[a-z])|{_LISTED})|([a-d])\))"
-)
-_DECIDED = re.compile(rf"\(?(yes|no|maybe)\b{_ENDS}", re.IGNORECASE)
-_CLAUSE = re.compile(_VERB + r"|\s+(?!(?:or|and)\b)[a-z]|\s*[:\u2013\u2014-]\s+\S")
-_COMBINED = re.compile(r"\b(?i:all|both|none)\b|\b[A-D](?:,| and\b| &)")  # an option that names others
-_WRONG = r"(?:wrong|incorrect|false|unlikely|excluded)\b"
-_DENIED = re.compile(  # once: "not wrong" denies nothing
-    rf"(?![^.;\n]*(?:not|n['’]t)\s+(?:be\s+)?(?:\w+\s+)?{_WRONG})[^.;\n]*?\b(?:not\b|{_WRONG})", re.IGNORECASE
-)
-_CONTRAST = re.compile(
-    r"\.\s|\b(?:as|not|than|over|to|excluding|eliminating|ruling|rejecting|unlike|instead|while|whereas|but|nor)\b",
-    re.IGNORECASE,
-)
-# A further marked letter in the same sentence, behind a text that is unknown.
-_ALSO = re.compile(rf"(?:[,;/&]|\b(?:or|and)\b)\s*(?:(?:or|and)\s+)?\(?([A-D])\)(?!{_VERB})")
+_SIGNS = ",;:/&+()!?.\u2013\u2014-"
+_PIECE = re.compile(r"\(?\b[A-Da-d]\)|\b[A-Da-d]:|\w+|[,;:/&+()!?\u2013\u2014]|(?<=\s)-|\.(?!\w)")
+_KINDS = {
+    word: kind
+    for kind, words in {
+        "join": "or and / & + plus",
+        "pause": ", : - \u2013 \u2014 but",
+        "stop": ". ; ( ) !",
+        "end": "because since as than over unlike instead while whereas nor preferred excluding eliminating rejecting",
+        "denial": "not cannot wrong incorrect false unlikely excluded",
+        "praise": "also too right correct true possible likely acceptable reasonable",
+        "verb": "is are was were would does do has have can could",
+        "filler": "the option choice letter rather possibly perhaps",
+    }.items()
+    for word in words.split()
+}
 
 
 def _medmcqa(row: Row) -> Sample:
@@ -134,7 +106,7 @@ class Medical(Domain):
                 return _without_bold(found[-1]) or None
         lines = completion.strip().splitlines()
         last = _without_bold(lines[-1]) if lines else ""
-        return last if _choice(last) or _OF_LETTERS.match(last) else None
+        return last if _choice(last, {}) else None
 
     def solution(self, sample: Sample) -> str:
         if self.answer_of(sample.reasoning) == sample.answer:
@@ -145,7 +117,7 @@ class Medical(Domain):
     def canonical(self, answer: str) -> str:
         """An option's letter in upper case, a decision in lower case, or the text in lower case without punctuation."""
         plain = _without_bold(answer)
-        return _choice(plain) or _words(plain)
+        return _choice(plain, {}) or " ".join(_words(plain))
 
     def equivalent(self, gold: Sequence[Sample], answers: Sequence[str | None]) -> list[bool]:
         """Whether letters or decisions agree; an option's full text counts as its letter."""
@@ -177,19 +149,14 @@ class Medical(Domain):
             return None if "?" in sample.question else "nothing is asked"
         if choice not in options:
             return "the answer is none of the options"
-        if len({_words(option) for option in options.values()}) < len(options):
+        if len({tuple(_words(option)) for option in options.values()}) < len(options):
             return "two options are the same"
         return None
 
     def _choice_of(self, sample: Sample, answer: str) -> str:
-        """The canonical answer, with an option's text replaced by its letter. Texts come before letters, so that
-        ``C. difficile`` is an option's text; a letter by itself is a letter, even if it is also a text."""
-        options = sample.extra.get("options", {})
+        """The canonical answer, with an option's text replaced by its letter."""
         plain = _without_bold(answer)
-        for words in map(_words, (plain, _without_reason(plain))):
-            if words not in ("", *LETTERS.lower()) and (letter := _by_text(words, plain, options)):
-                return letter
-        return _choice(plain, options) or _words(plain)
+        return _choice(plain, sample.extra.get("options", {})) or " ".join(_words(plain))
 
 
 def _without_bold(answer: str) -> str:
@@ -197,98 +164,169 @@ def _without_bold(answer: str) -> str:
     return _QUOTED.sub(r"\1", plain) if _QUOTED.fullmatch(plain := answer.replace("**", "").strip(" \t\n*")) else plain
 
 
-def _words(text: str) -> str:
-    """A text in lower case without punctuation."""
-    return re.sub(r"\W+", " ", text).strip().casefold()
+def _expanded(text: str) -> str:
+    return text.replace("\u2019", "'").replace("n't", " not").replace("as well as", "and")
 
 
-def _without_reason(plain: str) -> str:
-    return _REASON.split(plain, maxsplit=1)[0]
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", _expanded(text).casefold())
 
 
-def _by_text(words: str, plain: str, options: Mapping[str, str]) -> str | None:
-    """The letter of the option whose text, behind its letter or alone, a statement is or begins with."""
-    for letter, option in options.items():
-        if words == _words(f"{letter} {option}"):
-            return letter
-    for letter, option in options.items():
-        text = _words(option)
-        begins = len(text) > 1 and _LETTER.match(option) and words.startswith(f"{text} ")
-        if words == text or (begins and not _names_several(plain, options)):
-            return letter
+class _Token(NamedTuple):
+    kind: str  #: "choice", "word" or a kind of ``_KINDS``
+    choice: str = ""  #: letter or decision
+    sure: bool = False  #: a choice whatever follows: "B) ...", "yes, ..."
+
+
+_Texts = list[tuple[str, list[str]]]  # letters and the words of their options
+_Read = tuple[_Token, int]  # a token and the index of the piece behind it
+
+
+def _choice(plain: str, options: Mapping[str, str]) -> str | None:
+    """The single letter or decision that an answer begins with, or None."""
+    tokens = _tokens(plain, options)
+    if not tokens or not tokens[0].choice:
+        return None
+    if _text_names_others(tokens, options) or (not options and _text_is_letters(tokens)):
+        return tokens[0].choice
+    first, *later = _split(tokens, "stop")
+    stated = _claims(first)
+    if not tokens[0].sure and _has_words(stated):  # "A fever", "aspirin and ibuprofen", "no difference"
+        return None
+    stated += [token for sentence in later for token in _claims(sentence, later=True)]
+    return tokens[0].choice if len({token.choice for token in stated if token.choice}) == 1 else None
+
+
+def _text_names_others(tokens: list[_Token], options: Mapping[str, str]) -> bool:
+    """An option of others may list them: "D) All of the above (A, B and C)", but not "D) All of the above or A"."""
+    words = _words(options.get(tokens[0].choice, ""))
+    several = not {"all", "both", "none"}.isdisjoint(words) or sum(word.upper() in LETTERS for word in words) > 1
+    between = takewhile(lambda token: not token.choice, tokens[1:])
+    return several and tokens[0].sure and all(token.kind != "join" for token in between)
+
+
+def _text_is_letters(tokens: list[_Token]) -> bool:
+    """Unmarked letters behind a marked one are its text, which is not known here: "D) A, B and C"."""
+    text = tokens[2:] if tokens[1:2] == [_Token("stop")] else tokens[1:]
+    unmarked = not any(token.sure or token.kind == "stop" for token in text)
+    return tokens[0].choice in LETTERS and tokens[0].sure and unmarked and bool(text and text[0].choice)
+
+
+def _claims(sentence: list[_Token], later: bool = False) -> list[_Token]:
+    """A sentence without the lists of choices that it denies, "C, [A, B and D are wrong]", or, later, explains."""
+    clauses = _split(sentence, "pause")
+    claims: list[_Token] = [] if later else clauses.pop(0)
+    subject: list[_Token] = []
+    for clause in clauses:
+        subject += clause
+        if _has_words(clause):
+            if not _is_denied(subject) and not (later and _is_explanation(subject)):
+                claims += subject
+            subject = []
+    return claims + subject
+
+
+def _is_denied(clause: list[_Token]) -> bool:
+    """ "is wrong", but "is not wrong" denies nothing, and "maybe not" is a hedge."""
+    return sum(token.kind == "denial" for token in clause) % 2 == 1 and all(t.choice != "maybe" for t in clause)
+
+
+def _is_explanation(clause: list[_Token]) -> bool:
+    """ "A. [B treats infections]", but not "A. [C is also right]", "A. [or C in time]" or "no; [maybe in children]"."""
+    return clause[0].kind != "join" and not any(t.kind in ("praise", "denial") or t.choice == "maybe" for t in clause)
+
+
+def _has_words(clause: list[_Token]) -> bool:
+    return any(token.kind not in ("choice", "join") for token in clause)
+
+
+def _split(tokens: list[_Token], kind: str) -> list[list[_Token]]:
+    return [list(part) for split, part in groupby(tokens, lambda token: token.kind == kind) if not split]
+
+
+def _tokens(answer: str, options: Mapping[str, str]) -> list[_Token]:
+    """An answer up to its reason or comparison: "B) Rest, or C because ..." is choice B, pause, join, choice C."""
+    pieces = [*_PIECE.findall(_expanded(answer)), ".", "."]
+    texts = [(letter, words) for letter, text in options.items() if (words := _words(text))]
+    texts.sort(key=lambda item: -len(item[1]))
+    tokens: list[_Token] = []
+    at, listed = 0, True  # listed: no word or verb since the last choice or stop
+    while at < len(pieces) - 2:
+        token, at = (
+            _option(pieces, at, texts, listed)
+            or _letter(pieces, at, tokens, listed)
+            or _decision(pieces, at, tokens)
+            or (_Token(_kind(pieces[at])), at + 1)
+        )
+        if token.kind == "end":
+            break
+        if token.choice and tokens and tokens[-1].kind == "denial":  # "A, not B"
+            return tokens[:-1]
+        if token.kind != "filler":
+            tokens.append(token)
+            listed = token.kind in ("choice", "stop") or (listed and token.kind not in ("word", "verb"))
+    return tokens
+
+
+def _option(pieces: list[str], at: int, texts: _Texts, listed: bool) -> _Read | None:
+    """ "B) aspirin", "B aspirin"; in a list, "aspirin", but not "aspirin poisoning" or a text that is a letter."""
+    letter, marked = _mark(pieces, at)
+    for owner, words in texts:
+        if owner == letter and (marked or len(words[0]) > 1) and (end := _behind(words, pieces, at + 1)):
+            return _Token("choice", letter, marked), end
+    for owner, words in texts:
+        alone = listed and words[0] == _bare(pieces[at]) and "".join(words).upper() not in {*LETTERS}
+        if alone and (end := _behind(words, pieces, at)) and (marked or _kind(pieces[end]) != "word"):
+            return _Token("choice", owner, sure=marked), end  # marked: "C. difficile"
     return None
 
 
-def _choice(plain: str, options: Mapping[str, str] | None = None) -> str | None:
-    """The single letter or decision that a text begins with, or None."""
-    if _SEVERAL.match(plain) or _names_several(plain, options or {}):
+def _letter(pieces: list[str], at: int, before: list[_Token], listed: bool) -> _Read | None:
+    """ "B", "(b)", "A is wrong", but not "hepatitis B", "a fever" or, behind the first choice, "B. anthracis"."""
+    letter, marked = _mark(pieces, at)
+    if not letter or not (listed or marked) or (before and before[-1].kind == "word"):
         return None
-    choice = _without_reason(plain)
-    if letter := _LETTER.match(choice):
-        return letter[1].upper()
-    decision = _DECISION.match(choice)
-    return decision[1].lower() if decision else None
+    follower, second = pieces[at + 1 : at + 3]
+    article = letter == "A" and not marked and _kind(follower) == "word" and len(_bare(follower)) > 1
+    genus = before and follower == "." and second.islower() and _kind(second) == "word" and len(second) > 1
+    return None if article or genus else (_Token("choice", letter, marked), at + 1)
 
 
-def _names_several(plain: str, options: Mapping[str, str]) -> bool:
-    """Whether a text begins with a list of different choices: ``A) aspirin or C``, ``yes; no``. The subject of a
-    further clause is not in the list: ``C. A and B are wrong``, ``A) aspirin, and B) is not``."""
-    texts = _texts(tuple(options.items()))
-    groups: list[set[str]] = []
-    joint, end, begin = "", 0, 0
-    while item := _item(plain, begin, joint, texts, groups):
-        choice, end = item
-        apart = "," in joint and _CLAUSE.match(plain, end) and _DENIED.match(plain, end)
-        if groups and not apart and (_JOINED.search(joint) or (len(groups) > 1 and "," in joint)):
-            groups[-1].add(choice)
-        else:
-            groups.append({choice})
-        between = _JOINT.match(plain, end)
-        joint, begin = (between[0], between.end()) if between else ("", end)
-    if len(groups) > 1 and _CLAUSE.match(plain, end):
-        return len(set().union(*groups[: 1 if _DENIED.match(plain, end) else -1])) > 1
-    if groups and len(groups[0]) == 1 and _COMBINED.search(options.get(next(iter(groups[0])), "")):
-        return False
-    named = set().union(*groups)
-    sentence = _CONTRAST.split(_without_reason(plain[end:]), maxsplit=1)[0]
-    return len(named | set(_ALSO.findall(sentence) if named else ())) > 1
+def _decision(pieces: list[str], at: int, before: list[_Token]) -> _Read | None:
+    """ "yes", "no, ...", "no maybe", but not "no fever" or, behind a letter, "maybe"."""
+    word, follower = pieces[at].lower(), pieces[at + 1].lower()
+    if word not in DECISIONS:
+        return None
+    if before and before[0].choice in LETTERS:
+        return _Token("praise"), at + 1
+    if word == "no" and _kind(follower) == "word" and follower not in DECISIONS:
+        return None
+    return _Token("choice", word, sure=_kind(follower) in ("pause", "stop", "end")), at + 1
 
 
-@lru_cache(maxsize=1024)
-def _texts(options: tuple[tuple[str, str], ...]) -> list[tuple[str, re.Pattern[str], re.Pattern[str]]]:
-    """The letters of options, longest text first, with patterns of the text behind the letter and of the text alone; a
-    text of one letter never stands alone."""
-    spelled = {letter: r"\W+".join(map(re.escape, _words(option).split())) for letter, option in options}
-    return [
-        (
-            letter,
-            re.compile(rf"\(?{letter}[).:]+\W*{option}(?!\w)", re.IGNORECASE),
-            re.compile(option + _ENDS if option not in LETTERS.lower() else r"(?!)", re.IGNORECASE),
-        )
-        for letter, option in sorted(spelled.items(), key=lambda item: -len(item[1]))
-        if option
-    ]
+def _kind(piece: str) -> str:
+    return _KINDS.get(piece.lower(), "word")
 
 
-def _item(
-    plain: str,
-    begin: int,
-    joint: str,
-    texts: Sequence[tuple[str, re.Pattern[str], re.Pattern[str]]],
-    before: Sequence[set[str]],
-) -> tuple[str, int] | None:
-    """The choice at a place of a list, behind ``joint`` and the choices before, and where it ends."""
-    for letter, marked, _ in texts:
-        if found := marked.match(plain, begin):
-            return letter, found.end()
-    if not before or re.search(r"[^\s.]", joint):
-        for letter, _, alone in texts:
-            if found := alone.match(plain, begin):
-                return letter, found.end()
-    if found := _MARKED.match(plain, begin):
-        return (found[1] or found[2]).upper(), found.end()
-    decided = _DECIDED.match(plain, begin) if not before or before[0] <= set(DECISIONS) else None
-    return (decided[1].lower(), decided.end()) if decided else None
+def _bare(piece: str) -> str:
+    return piece.strip(_SIGNS).casefold()
+
+
+def _mark(pieces: list[str], at: int) -> tuple[str, bool]:
+    """The letter at a place, or "", and whether it is marked: "B)", "B:", "B."."""
+    letter = _bare(pieces[at]).upper()
+    return letter if letter in {*LETTERS} else "", pieces[at][-1] in "):" or (pieces[at + 1] == "." != pieces[at + 2])
+
+
+def _behind(words: list[str], pieces: list[str], at: int) -> int | None:
+    """The index behind the words, if they come next, signs aside."""
+    for word in words:
+        while at < len(pieces) and not _bare(pieces[at]):
+            at += 1
+        if at == len(pieces) or _bare(pieces[at]) != word:
+            return None
+        at += 1
+    return at
 
 
 def _options(question: str) -> dict[str, str]:
