@@ -120,6 +120,17 @@ def test_samples_do_not_depend_on_the_batch(form, implementation):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [40, 1500])
+def test_hidden_grad_of_many_rows_is_that_of_each(width, dtype):
+    """A block has several panels of rows; with 1,500 inputs, all wait for their logits before any gradient is added."""
+    case = random_case(300, width, 500).to(dtype)
+    whole = acqcore.hidden_grad(case.hidden, case.head, case.targets, backend="cpu")
+    for i in (0, 31, 32, 149, 150, 299):
+        alone = acqcore.hidden_grad(case.hidden[i : i + 1], case.head, case.targets[i : i + 1], backend="cpu")
+        assert torch.equal(alone[0], whole[i])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_hidden_grad(name, dtype, implementation):
     case = _case(name).to(dtype)
