@@ -35,7 +35,8 @@ _KINDS = {
         "denial": "not cannot wrong incorrect false unlikely excluded",
         "praise": "also too right correct true possible likely acceptable reasonable",
         "verb": "is are was were would does do has have can could",
-        "filler": "the option choice letter rather possibly perhaps",
+        "filler": "the option choice letter rather possibly perhaps probably definitely certainly clearly obviously "
+        "therefore thus hence indeed simply most",
     }.items()
     for word in words.split()
 }
@@ -262,7 +263,7 @@ def _tokens(answer: str, options: Mapping[str, str]) -> list[_Token]:
             break
         if token.choice and tokens and tokens[-1].kind == "denial":  # "A, not B"
             return tokens[:-1]
-        if token.kind != "filler":
+        if token.kind != "filler" and (tokens or token.kind != "praise"):  # "likely B"
             tokens.append(token)
             listed = token.kind in ("choice", "stop") or (listed and token.kind not in ("word", "verb"))
     return tokens
@@ -276,7 +277,8 @@ def _option(pieces: list[str], at: int, texts: _Texts, listed: bool) -> _Read | 
             return _Token("choice", letter, marked), end
     for owner, words in texts:
         alone = listed and words[0] == _bare(pieces[at]) and "".join(words).upper() not in {*LETTERS}
-        if alone and (end := _behind(words, pieces, at)) and (marked or _kind(pieces[end]) != "word"):
+        end = _behind(words, pieces, at) if alone else None
+        if end and (marked or _kind(pieces[end]) != "word" or pieces[end].upper() == f"({owner})"):
             return _Token("choice", owner, sure=marked), end  # marked: "C. difficile"
     return None
 

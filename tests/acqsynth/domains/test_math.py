@@ -98,6 +98,9 @@ def math():
         ("It is 18.So it is.", "18"),
         ("In 1,2345", "2345"),
         ("", None),
+        ("The answer is 5. Wait, the answer is 6.", "6"),
+        ("The answer is 5. I hope the answer is clear.", "5"),
+        ("The answer is 5, as the answer is an integer.", "5"),
         # boxes in boxes
         ("\\boxed{\\boxed{3}}", "3"),
         ("\\boxed{1 + \\boxed{2} }", "2"),

@@ -32,6 +32,13 @@ def rows(path, *content):
     [
         ("The answer is B.", "B.", "B"),
         ("The answer is A, not B.", "A, not B.", "A"),
+        ("The answer is A. Wait, no, the answer is B.", "B.", "B"),
+        ("The answer is A. Correction: the answer is B.", "B.", "B"),
+        ("The answer is A. The answer is not B.", "A. The answer is not B.", "A"),
+        ("The answer is most likely B", "most likely B", "B"),
+        ("The answer is clearly B", "clearly B", "B"),
+        ("The answer is probably no.", "probably no.", "no"),
+        ("The answer is probably A or B", "probably A or B", "probably a or b"),
         ("The answer is 'B'.", "B", "B"),
         ("It thins. The answer is (c) Rest", "(c) Rest", "C"),
         ("Answer: A\nNo. Answer: D) None of these", "D) None of these", "D"),
@@ -196,6 +203,8 @@ SIGNS = {"A": "Fever", "B": "Cough", "C": "Both A and B", "D": "All of the above
         (REMEDIES, "A) Aspirin, B) Warfarin isn't incorrect", None),
         (REMEDIES, "A) Aspirin; however, B) is acceptable", None),
         (REMEDIES, "B) Aspirin", None),
+        (REMEDIES, "Aspirin (A)", "A"),
+        (REMEDIES, "Aspirin (B)", None),
         (REMEDIES, "A, B and C are wrong", "A"),
         (REMEDIES, "A, while B is false", "A"),
         (SIGNS, "D) All of the above (A, B, and C).", "D"),
@@ -281,9 +290,9 @@ def test_decisions_with_more_words(statement, decision):
     "part", ["A) ", "A, ", "yes. ", "or ", "( ", "aspirin, ", ", A", " ", "-", "because ", "option "]
 )
 def test_long_statements_are_read_in_linear_time(part):
-    begin = time.monotonic()
+    begin = time.process_time()
     medical.equivalent([Sample("Which?", "A", extra={"options": DRUGS})], ["A) " + part * (20_000 // len(part))])
-    assert time.monotonic() - begin < 5
+    assert time.process_time() - begin < 5
 
 
 def test_a_letter_alone_is_the_letter_of_an_option():

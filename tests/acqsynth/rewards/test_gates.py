@@ -260,9 +260,9 @@ class TestNoLeak:
 
     @pytest.mark.parametrize("part", ["\\boxed{", "\\boxed{1}", "{", "#### ", "Answer - ", ". ", "write "])
     def test_long_questions_are_read_in_linear_time(self, domain, part):
-        begin = time.monotonic()
+        begin = time.process_time()
         passes(NoLeak(domain), part * (100_000 // len(part)))
-        assert time.monotonic() - begin < 5
+        assert time.process_time() - begin < 5
 
     @pytest.mark.parametrize("name", ["medical", "math"])
     @pytest.mark.parametrize(
