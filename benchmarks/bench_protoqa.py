@@ -264,7 +264,7 @@ def verdicts(results: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
             elif found[name]["below_entropy_interval"][0] > 0:
                 said = "it follows ambiguity, less than entropy does: the claim holds in part"
             else:
-                said = "it follows ambiguity as entropy does: the claim fails here"
+                said = "it follows ambiguity, not shown to do so less than entropy: the claim fails here"
             lines.append(f"- {name}, {level}: {said}.")
     return lines
 

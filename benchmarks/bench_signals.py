@@ -36,7 +36,7 @@ from typing import Any
 
 import numpy
 import torch
-from scipy.stats import rankdata, spearmanr
+from scipy.stats import rankdata, spearmanr, t as student_t
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import acqcore
@@ -254,9 +254,11 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 
 def _interval(values: Sequence[float], digits: int = 2) -> str:
-    """Mean and standard error over seeds."""
-    error = f" ± {statistics.stdev(values) / math.sqrt(len(values)):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.{digits}f}{error}"
+    """Mean and half-width of the 95 % t interval over seeds."""
+    if len(values) < 2:
+        return f"{statistics.fmean(values):.{digits}f}"
+    half = student_t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{statistics.fmean(values):.{digits}f} ± {half:.{digits}f}"
 
 
 def main() -> None:

@@ -103,12 +103,11 @@ def tables(results: Results, choices: dict[str, Any]) -> str:
         )
     lines += [
         "",
-        f"| arm | seeds | accuracy, % | minus {AS_IT_IS} | p | verdict | label agrees, % | seconds to write |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| arm | seeds | accuracy, % | minus {AS_IT_IS} | p | verdict | label agrees, % |",
+        "|---|---|---|---|---|---|---|",
     ]
     for arm in sorted(results.arms, key=lambda arm: -results.mean(arm)):
-        units = results.found[arm].values()
-        cells = [arm, str(len(units)), f"{results.mean(arm):.1f}"]
+        cells = [arm, str(len(results.found[arm])), f"{results.mean(arm):.1f}"]
         if arm == PRIMARY:
             cells += [interval(primary), f"{primary.p:.3g} (own)", verdict(primary, primary.p)]
         elif (arm, AS_IT_IS) not in compared:  # itself, or without a seed in common
@@ -116,7 +115,7 @@ def tables(results: Results, choices: dict[str, Any]) -> str:
         else:
             one, p = compared[arm, AS_IT_IS]
             cells += [interval(one), f"{p:.3g}", verdict(one, p)]
-        cells += [f"{results.mean(arm, 'agreed'):.0f}", f"{statistics.median(row['writing'] for row in units):.1f}"]
+        cells.append(f"{results.mean(arm, 'agreed'):.0f}")
         lines.append("| " + " | ".join(cells) + " |")
     lines += [f"\n{arm}, seed {seed}, failed: {error}" for (arm, seed), error in results.failed.items()]
     return "\n".join(lines)

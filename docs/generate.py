@@ -19,7 +19,7 @@ DOCS = Path(__file__).parent
 EVIDENCE = {
     "reliability": "Reliability of each signal on a real model: do two seeds give the same ranks?",
     "evidence-pool": "Choosing rows from a real pool, compared with random and the usual baselines.",
-    "evidence-write": "A generator trained on the reward, in real language.",
+    "evidence-write": "Rows of real language that a model wrote and a reward chose.",
     "students": "Supported model types.",
     "gpu": "Parity, time and memory of every operation on an H100 and an H200.",
 }

@@ -187,7 +187,7 @@ class RewardConfig(Section):
     """signal -> its options; an acqcore acquisition, confidence, answer_variance, semantic_entropy, learnability,
     proximity, diversity or gradient; null: the signals of the default reward"""
     weights: dict[str, float] = {}
-    """signal -> weight in the fusion; by default 1, or the default reward's weight of its own signals"""
+    """signal -> weight in the fusion; by default its weight in the default reward, or 1 if it is not part of that"""
     labelling: LabellingConfig | None = None
     """labels to score questions with; by default the answers that the generator wrote"""
     gates: list[str] | None = None
