@@ -119,6 +119,19 @@ def test_a_student_follows_its_model_in_training(tiny_model):
     assert_own_logits(model, student)
 
 
+@pytest.mark.parametrize("part", ["trunk", "vocabulary"])
+def test_a_student_follows_new_parts_of_its_model(part, tiny_model, exact):
+    model, samples = tiny_model("Qwen2"), {"input_ids": IDS % 40, "attention_mask": torch.ones_like(IDS)}
+    student = acqcore.Student.from_model(model)
+    if part == "trunk":
+        model.model = tiny_model("Qwen2", num_hidden_layers=1).model
+        model.tie_weights()
+    else:
+        model.resize_token_embeddings(40)
+    expected = exact(model, samples, list(model.parameters())).norm(dim=1)
+    torch.testing.assert_close(acqcore.grad_norm(student, samples, "all").double(), expected, rtol=1e-4, atol=0)
+
+
 def _on_logits(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Any], Any]:
     return lambda model: model.register_forward_hook(
         lambda _, args, output: setattr(output, "logits", change(output.logits))
@@ -195,7 +208,7 @@ class TestVerification:
         hook.remove()
         assert acqcore.Student.from_model(model).head.softcap == kept.head.softcap == 2.0
 
-    def test_a_learned_scale_of_the_logits(self, tiny_model):
+    def test_a_learned_scale_and_bias_of_the_logits(self, tiny_model):
         model = tiny_model("Llama")
         model.logit_gain = torch.nn.Parameter(torch.tensor(1.0))
         _on_logits(lambda z: z * model.logit_gain)(model)
@@ -203,7 +216,12 @@ class TestVerification:
         kept = acqcore.Student.from_model(model)
         model.logit_gain.data.fill_(2.0)
         assert acqcore.Student.from_model(model).head.scale == kept.head.scale == pytest.approx(2.0)
-        assert_own_logits(model)
+        model.logit_bias = torch.nn.Parameter(torch.zeros(320))
+        _on_logits(lambda z: z + model.logit_bias)(model)
+        assert_own_logits(model, kept)
+        model.logit_bias.data.normal_()
+        with pytest.raises(ValueError, match="changes the logits"):
+            kept.head  # noqa: B018
 
     @pytest.mark.parametrize("kind", ["slots", "unhashable"])
     def test_any_callable_may_replace_a_forward(self, kind, tiny_model):
@@ -223,20 +241,27 @@ class TestVerification:
             acqcore.Student.from_model(model)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    @pytest.mark.parametrize("how", ["forward", "class", "hook"])
+    @pytest.mark.parametrize("how", ["forward", "class", "number", "hook"])
     def test_a_head_that_is_not_what_its_weight_says_is_refused(self, how, dtype, tiny_model):
         """A deviation of 3 % is refused, although logits in half precision may differ by more."""
 
         class Scaled(torch.nn.Linear):
+            factor = 1.03
+
             def forward(self, hidden):
-                return super().forward(hidden) * 1.03
+                return super().forward(hidden) * self.factor
 
         model = tiny_model("Llama").to(dtype)
+        if how == "number":
+            model.lm_head.__class__, model.lm_head.factor = Scaled, 1.0
+        acqcore.Student.from_model(model)
         own = model.lm_head.forward
         if how == "forward":
             model.lm_head.forward = lambda hidden: own(hidden) * 1.03
         elif how == "class":
             model.lm_head.__class__ = Scaled
+        elif how == "number":
+            model.lm_head.factor = 1.03
         else:
             model.lm_head.register_forward_hook(lambda _, args, output: output * 1.03)
         with pytest.raises(

@@ -36,7 +36,7 @@ LIMITS = ("max_position_embeddings", "max_target_positions", "max_seq_len")
 
 ADVICE = "use acqcore.Student(trunk, head)"
 
-#: Parameters outside the trunk of up to this many entries count as learned numbers, such as a logit scale.
+#: About as many entries of each parameter outside the trunk, such as a logit scale, count as learned numbers.
 FEW = 16
 
 #: Most states of a model whose logit map is kept.
@@ -64,7 +64,6 @@ class CausalLM:
         if getattr(causal.config, "is_encoder_decoder", False):
             raise ValueError(f"model: expected a decoder-only language model, {self.name} is an encoder-decoder")
         self.config = causal.config.get_text_config()
-        self.trunk: torch.nn.Module = getattr(causal, getattr(causal, "base_model_prefix", ""), causal)
         self.data_parallel: DataParallel | None = data_parallel(model)
         # Wrappers that gather parameters must run; torch.compile and DistributedDataParallel can be bypassed.
         self._root = model if self.data_parallel is not None else _runnable(model)
@@ -75,6 +74,12 @@ class CausalLM:
         #: Name of the key-value cache argument, None if there is none.
         self.cache = named[0] if named else None
         self._map = LogitMap()
+
+    @property
+    def trunk(self) -> torch.nn.Module:
+        """The current trunk; the whole model if it names none."""
+        found: torch.nn.Module = getattr(self._causal, getattr(self._causal, "base_model_prefix", ""), self._causal)
+        return found
 
     @property
     def max_length(self) -> int | None:
@@ -228,18 +233,21 @@ class CausalLM:
         known.add(state)
 
     def _state(self) -> tuple[Any, ...]:
-        """State that may change how the logits follow from the hidden states: numbers of the configuration and the
-        model, including learned ones, and alterations of the modules outside the trunk."""
+        """State that may change how the logits follow from the hidden states: numbers of the configuration and of the
+        modules outside the trunk, including learned ones, and alterations of these modules. A few entries stand for a
+        large parameter; those of the output embedding itself do not count, as the head follows them."""
         pruned = set() if self.trunk is self._causal else {self.trunk}
         modules = [module for _, module in self._model.named_modules(memo=pruned)]
-        outside = [alterations(module) for module in modules]
-        for module in modules if pruned else [self._causal]:
-            learned = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-            few = [t for t in learned if t.numel() <= FEW and not is_dtensor(t) and not t.is_meta]
-            outside += [tuple(t.flatten().tolist()) for t in few]
-        owners = (self.config, self._causal)
-        numbers = [(k, v) for owner in owners for k, v in vars(owner).items() if isinstance(v, int | float | None)]
-        return (self.vocab_size, *outside, *numbers)
+        head, within = set(self._causal.get_output_embeddings().modules()), set(self._causal.modules())
+        state: list[Any] = [self.vocab_size, *map(alterations, modules)]
+        for module in modules:
+            for t in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                counts = t.numel() <= FEW or (module not in head and self.data_parallel is None)
+                if counts and not is_dtensor(t) and not t.is_meta:
+                    state += t.detach().reshape(-1)[:: max(1, t.numel() // FEW)].tolist()
+        for owner in (self.config, *(module for module in modules if module in within)):
+            state += [(k, v) for k, v in vars(owner).items() if isinstance(v, int | float | None)]
+        return tuple(state)
 
     def _check_product(
         self,

@@ -211,8 +211,8 @@ def matrix_owners(model: nn.Module) -> set[nn.Module]:
 
 
 def alterations(module: nn.Module) -> tuple[Any, ...]:
-    """What others changed about a module's call: the ids of its hooks, which are never reused, and a forward set on the
-    instance. Holds no strong reference to the module."""
+    """What others changed about a module's call: its class, the ids of its hooks, which are never reused, and a forward
+    set on the instance. Holds no strong reference to the module."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     own = module.__dict__.get("forward")
     key: Any
@@ -221,7 +221,7 @@ def alterations(module: nn.Module) -> tuple[Any, ...]:
         hash(key)
     except TypeError:  # a callable that cannot be hashed or referenced weakly
         key = id(own)
-    return id(module), *map(tuple, hooks), key
+    return id(module), type(module), *map(tuple, hooks), key
 
 
 def altered(module: nn.Module) -> tuple[Any, ...]:

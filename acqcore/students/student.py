@@ -56,12 +56,12 @@ class Student:
         checks.instance("head", head, Head, "acqcore.Head")
         if max_length is not None:
             checks.positive_int("max_length", max_length)
-        self.trunk = trunk
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self._find_trunk: Callable[[], Callable[..., Any]] = lambda: trunk
         self._find_head: Callable[[], Head] = lambda: head
+        self._find_vocab_size: Callable[[], int] = lambda: head.vocab_size
         self._verify: Callable[[Head], None] | None = None
-        self._vocab_size = head.vocab_size
         # A key-value cache would only waste memory.
         options = {"use_cache": False} if hasattr(getattr(trunk, "config", None), "use_cache") else {}
         self._forward: Callable[[torch.Tensor], Any] = lambda input_ids: trunk(input_ids, **options)
@@ -103,21 +103,21 @@ class Student:
         model = getattr(model, "_orig_mod", model)  # of torch.compile and accelerate's compile_regions
         causal = CausalLM(model)
         student = cls.__new__(cls)
-        student.trunk = causal.trunk
         student.tokenizer = tokenizer
         student.max_length = causal.max_length
+        student._find_trunk = lambda: causal.trunk
         student._module = model
         student._data_parallel = causal.data_parallel
         student._forward = causal.hidden
         student._logits = causal.logits
         student._continued = causal.continued if causal.cache and causal.data_parallel is None else None
         student._find_head = causal.head
+        student._find_vocab_size = lambda: causal.token_ids
         student._verify = causal.verify if verify else None
         student._blocks = Blocks(model)
         student._lengths = Lengths(model)
         with student.in_step():
             student.head  # noqa: B018
-        student._vocab_size = causal.token_ids
         return student
 
     @classmethod
@@ -145,6 +145,11 @@ class Student:
         return cls.from_model(model.eval(), tokenizer=load_tokenizer(path))
 
     @property
+    def trunk(self) -> Callable[..., Any]:
+        """The current trunk: the one given, or the model's."""
+        return self._find_trunk()
+
+    @property
     def head(self) -> Head:
         """The current head. An unmerged adapter is added to a ``[V, D]`` copy of its weight. Under FSDP and ZeRO-3 the
         head is gathered by a collective."""
@@ -153,6 +158,11 @@ class Student:
             if self._verify is not None:
                 self._verify(head)
         return head
+
+    @property
+    def _vocab_size(self) -> int:
+        """Valid token ids are below this."""
+        return self._find_vocab_size()
 
     @property
     def sharded(self) -> bool:
