@@ -8,7 +8,6 @@ import importlib.metadata
 import os
 import platform
 import sys
-import tempfile
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -125,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
         help="comma-separated list (default: entropy); choose from "
         f"{', '.join(name for name, entry in REGISTRY.items() if entry.over != 'set')}",
     )
-    _add_scoring_options(score)
+    _add_scoring_options(score, "set by the engine: cpu or one GPU per process")
     score.add_argument(
         "--keep-tokens",
         action="store_true",
@@ -144,12 +143,12 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=BLOCK_ROWS,
         metavar="N",
-        help="rows per block, the unit of reading, retrying and writing",
+        help=f"rows per block, the unit of reading, retrying and writing (default: {BLOCK_ROWS})",
     )
     chosen = commands.add_parser("select", help="choose the rows of a data file that a student would learn most from")
     chosen.set_defaults(command=_usage_errors()(choose.run))
     choose.add_options(chosen)
-    _add_scoring_options(chosen)
+    _add_scoring_options(chosen, "cpu")
     reference = commands.add_parser("reference", help="compute the reference that influence is measured against")
     reference.set_defaults(command=_usage_errors()(reference_command.run))
     reference_command.add_options(reference)
@@ -162,7 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_scoring_options(parser: argparse.ArgumentParser) -> None:
+def _add_scoring_options(parser: argparse.ArgumentParser, device: str) -> None:
     """The options of the commands that score the rows of a file."""
     parser.add_argument("--data-config", metavar="C", help="configuration of a hub data set")
     parser.add_argument("--split", default="train", metavar="S", help="split of a hub data set (default: train)")
@@ -175,7 +174,7 @@ def _add_scoring_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--topk", type=int, default=8, metavar="N", help="tokens averaged by --reduction topk (default: 8)"
     )
-    _add_sample_options(parser, "set by the engine: cpu or one GPU per process")
+    _add_sample_options(parser, device)
 
 
 def _add_sample_options(parser: argparse.ArgumentParser, device: str) -> None:
@@ -253,8 +252,8 @@ def _run(
             raise _UsageError(kind + (_first_line(error) or type(error).__name__)) from error
     if not executor.reports:
         return 0
-    summary = _collect(options, job, parts, blocks, {block.index for block in todo})
     try:
+        summary = _collect(options, job, parts, blocks, {block.index for block in todo})
         _join(options, job, parts, blocks)
     except OSError as error:
         raise _UsageError(f"{options.out}: {_first_line(error)}; the scores are kept in {parts.folder}") from error
@@ -266,17 +265,14 @@ def _run(
 
 def _join(options: argparse.Namespace, job: Job, parts: Parts, blocks: Sequence[Block]) -> None:
     written = [parts.path(block.index) for block in blocks]
-    if options.top_k is None:
-        join(written, job.out, job.output_columns)
-        return
-    with tempfile.TemporaryDirectory(dir=parts.folder) as folder:
-        top = keep_top(written, options.top_k, job.plan.names[0], job.output_columns, Path(folder))
-        join(top, job.out, job.output_columns)
+    if options.top_k is not None:
+        written = keep_top(written, options.top_k, job.plan.names[0], job.output_columns)
+    join(written, job.out, job.output_columns)
 
 
 def _first_line(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error).strip().split("\n")[0]
 
 
@@ -342,6 +338,7 @@ def _manifest(options: argparse.Namespace, data: Path, columns: dict[str, str]) 
         **{key: getattr(options, key) for key in keys},
         "columns": columns,
         "data": _content(data),
+        "data_set": _content(options.data) if options.data.is_dir() else None,
         "student_files": _content(Path(options.student)),
         "argument_files": {path: _content(Path(path)) for path in _paths(options.acquisition_args)},
         "version": __version__,

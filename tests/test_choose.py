@@ -166,15 +166,17 @@ def test_a_data_set_by_name(choose, student, tmp_path, monkeypatch, read):
 
 
 def test_a_column_of_scores_needs_no_student(choose, tmp_path, capsys, read):
-    values = [1.5, None, 3, "x", 3, -2, float("inf"), 10**400]
+    values = [1.5, None, 3, "x", 3, -2, float("inf"), 10**400, str(2**60), 2**60 + 1]
     rows = [{"row": 10 + i, "score": value} for i, value in enumerate(values)]
-    words = choose(rows, signal="score", student=None, backend=None)
+    words = choose(rows, signal="score", student=None, backend=None, n=5)
     assert main(words) == 0
     found = read(tmp_path / "out.jsonl")
     assert found == [
-        {"row": 10, "score": 1.5, "rank": 3},
-        {"row": 12, "score": 3, "rank": 1},
-        {"row": 14, "score": 3, "rank": 2},
+        {"row": 10, "score": 1.5, "rank": 5},
+        {"row": 12, "score": 3, "rank": 3},
+        {"row": 14, "score": 3, "rank": 4},
+        {"row": 18, "score": str(2**60), "rank": 2},
+        {"row": 19, "score": 2**60 + 1, "rank": 1},
     ]
     errors = capsys.readouterr().err.splitlines()
     assert [error.split(": ")[1] for error in errors] == ["line 2", "line 4", "line 7", "line 8"]

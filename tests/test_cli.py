@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -241,6 +242,7 @@ def test_a_reference_set_is_whole(lines, message, student, tmp_path, refused):
         ("link.pt", "is or contains the data, which would be lost"),
         ("other.pt", "out: other.pt exists; --overwrite replaces it"),
         ("folder", "out: expected a file, folder is a folder"),
+        ("pipe", "out: pipe is neither a file nor a folder"),
         ("none/reference.pt", "out: the folder none does not exist"),
     ],
 )
@@ -251,6 +253,7 @@ def test_a_reference_replaces_nothing_unasked(out, message, student, tmp_path, m
     (tmp_path / "validation.jsonl").write_text(row := json.dumps({"text": "a fox"}))
     (tmp_path / "link.pt").symlink_to("validation.jsonl")
     (tmp_path / "other.pt").write_text("keep")
+    os.mkfifo(tmp_path / "pipe")
     overwrite = [] if out == "other.pt" else ["--overwrite"]
     words = ["reference", "--student", str(student), "--data", "validation.jsonl", "--out", out, *overwrite]
     assert message in refused(words)
@@ -324,6 +327,10 @@ def test_parquet_types_are_kept(options, command, tmp_path):
 
 def test_a_data_set_by_name(command, tmp_path, monkeypatch, refused, read):
     pytest.importorskip("datasets")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "org" / "name").mkdir(parents=True)
@@ -340,6 +347,11 @@ def test_a_data_set_by_name(command, tmp_path, monkeypatch, refused, read):
     assert message.startswith("--data: org/name is neither a file nor a loadable data set:")
     assert main(command([], data="org/name", text_column="body")) == 2
     assert not (tmp_path / "out.jsonl.parts").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr("acqcore.cli._collect", interrupted)
+        assert main(command([], data="org/name")) == 130
+    (tmp_path / "org" / "name" / "train.jsonl").write_text(json.dumps({"text": "another"}) + "\n")
+    assert "holds an interrupted run with different data_set" in refused(command([], data="org/name"))
 
 
 @pytest.mark.parametrize(
@@ -357,6 +369,7 @@ def test_a_data_set_by_name(command, tmp_path, monkeypatch, refused, read):
         ({"student": "./missing"}, "missing"),
         ({"text_column": "body"}, "data: no column 'body', expected one of text"),
         ({"prompt_column": "text"}, "--prompt-column and --completion-column: expected both or neither"),
+        ({"split": "test"}, "--data-config and --split: only for a data set, "),
         ({"limit": 0}, "--limit: expected an int >= 1, got 0"),
         ({"limit": "x"}, "argument --limit: invalid int value: 'x'"),
         ({"max_length": 65}, "--max-length: the student takes at most 64 tokens, got 65"),
@@ -405,17 +418,21 @@ def test_launched_processes_do_not_all_score_everything(command, refused, monkey
     assert refused(command([{"text": "a fox"}])) == message
 
 
-def test_a_folder_as_output(command, tmp_path, read):
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_folder_as_output(linked, command, tmp_path, read):
     pytest.importorskip("pyarrow")
     out = tmp_path / "scores"
-    for folder in (out, tmp_path / "scores.tmp"):
+    for folder in (tmp_path / "linked" if linked else out, tmp_path / "scores.tmp"):
         folder.mkdir()
+    if linked:
+        out.symlink_to("linked")
     (tmp_path / "scores.tmp" / "notes.txt").touch()
     arguments = command([{"text": text} for text in TEXTS], out=out, block_rows=3)
     assert main(arguments) == 0
     assert (tmp_path / "scores.tmp" / "notes.txt").exists()
     assert sorted(path.name for path in out.iterdir()) == ["part-000000.parquet", "part-000001.parquet"]
     assert [row["text"] for row in read(out)] == TEXTS
+    assert out.is_symlink() == linked
     assert not (tmp_path / "scores.parts").exists()
 
 
@@ -435,6 +452,18 @@ def test_outputs_that_are_in_the_way(name, message, command, refused, tmp_path, 
         path.write_text("keep")
     assert message in refused(command([{"text": "a fox"}], out=name))
     assert (tmp_path / "full" / "notes.txt").read_text() == (tmp_path / "file").read_text() == "keep"
+
+
+def test_a_full_disk(command, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("acqcore.files.worker._PAUSE_S", 0)
+    monkeypatch.setattr("acqcore.files.worker.write_block", full)
+    assert main(command([{"text": "a fox"}])) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    out = tmp_path / "out.jsonl"
+    assert last == f"acqcore: error: {out}: No space left on device; the scores are kept in {out}.parts"
 
 
 def test_a_file_without_rows(command, refused):

@@ -132,6 +132,9 @@ def test_a_cell_without_an_end(tmp_path, monkeypatch):
     assert [record.line for record in found] == [1, 2, 3]
     assert found[1].error == "not csv: field larger than field limit (100)"
     assert csv.field_size_limit() == 131_072
+    path.write_text('"text\na\n' + "b" * 101)
+    with pytest.raises(ValueError, match=r"data\.csv: the header is not csv: field larger than field limit \(100\)"):
+        scan(path, 10, None)
 
 
 def test_text_of_a_parquet_that_is_not_utf8(tmp_path):
@@ -319,6 +322,16 @@ def test_equal_names_of_columns(suffix, block_rows, tmp_path):
         more = {"id": 1}
     found = read_all(path, block_rows)
     assert [record.values for record in found] == [{"text": row, "text.1": f"not {row}", **more} for row in rows]
+
+
+@pytest.mark.parametrize("content", ['{"text": "a"}\n', "text\na\n"])
+def test_a_file_that_lost_rows(content, tmp_path):
+    path = tmp_path / ("data.csv" if content[0] == "t" else "data.jsonl")
+    path.write_text(content + content)
+    [block], columns = scan(path, 10, None)
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"data\.(csv|jsonl): has fewer rows than when the run began"):
+        Reader(path, columns).read(block)
 
 
 @pytest.mark.parametrize("block_rows", [1, 2, 10])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from acqcore.files.parts import Parts
@@ -87,6 +89,36 @@ def test_only_an_unused_folder_is_removed_unasked(parts):
     (parts.folder / "block-000000.batches").unlink()
     parts.remove_unused()
     assert not parts.folder.exists()
+
+
+@pytest.mark.parametrize("n_removed", range(5))
+def test_a_run_killed_while_it_removes_its_files(n_removed, parts, tmp_path, monkeypatch):
+    """Another run takes over nothing from what is left, and leaves nothing itself."""
+    for block in range(2):
+        parts.path(block).touch()
+        parts.finish(block, {"rows": 1})
+    unlink, removed = Path.unlink, []
+
+    def until_killed(path, **options):
+        if len(removed) == n_removed:
+            raise KeyboardInterrupt
+        removed.append(path)
+        unlink(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", until_killed)
+        with pytest.raises(KeyboardInterrupt):
+            parts.remove()
+    parts.release()
+    other = Parts(tmp_path / "o.csv")
+    if n_removed:
+        other.claim({"a": 2})
+        assert not any(map(other.finished, range(2)))
+    else:
+        other.claim({"a": 1})
+        assert all(other.finished(block) and other.path(block).exists() for block in range(2))
+    other.remove()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_one_process_at_a_time(parts, tmp_path):

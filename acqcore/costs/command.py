@@ -41,7 +41,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of ``acqcore plan``."""
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--student", metavar="M", help="hub id or local path to read the configuration from")
-    source.add_argument("--config", metavar="F", help="config.json of a transformers model; needs no weights")
+    source.add_argument("--config", metavar="F", help="the config.json of a transformers model; needs no weights")
     parser.add_argument("--rows", type=int, required=True, metavar="N", help="rows to score")
     parser.add_argument(
         "--tokens", type=int, required=True, metavar="T", help="tokens per row (their mean, if rows differ)"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, get_args
 
@@ -56,8 +58,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--method",
         default="top_k",
-        help=f"{', '.join(get_args(Method))} (default: top_k, the highest signal); the others choose diverse rows by "
-        "their BADGE embeddings",
+        help=f"one of {', '.join(get_args(Method))} (default: top_k, the highest signal); the others choose diverse "
+        "rows by their BADGE embeddings",
     )
     parser.add_argument(
         "--among",
@@ -116,6 +118,7 @@ class _Pool:
     indices: list[int] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
     signal: torch.Tensor | None = None  # [len(indices)]
+    column: list[Any] = field(default_factory=list)  # the signal as it is in the data, if it is a column
     student: Student = field(init=False)
     shown: str = field(init=False)  # column of the scored text
 
@@ -184,15 +187,25 @@ def _read_column(options: argparse.Namespace, pool: _Pool) -> None:
     for index, record in enumerate(pool.records):
         message = record_error(record, {name: "score"})
         try:
-            value = math.nan if message else float(record.values[name])
+            exact = math.nan if message else _number(record.values[name])
+            value = float(exact)
         except (TypeError, ValueError, OverflowError):
             value = math.nan
         if math.isfinite(value):
             pool.indices.append(index)
             values.append(value)
+            pool.column.append(exact)
         else:
             pool.errors[index] = message or f"{name}: expected a finite number, got {record.values[name]!r:.60}"
     pool.signal = torch.tensor(values, dtype=torch.float64)
+
+
+def _number(value: Any) -> Any:
+    """An int or a decimal as it is, for floats round those beyond 2**53; anything else as a float."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return int(value)
+    return value if isinstance(value, int | Decimal) else float(value)
 
 
 def _tokenize(options: argparse.Namespace, pool: _Pool) -> None:
@@ -261,6 +274,9 @@ def _pick(options: argparse.Namespace, pool: _Pool) -> list[int]:
             pool.student, [pool.rows[i] for i in among], batch_tokens=options.batch_tokens, backend=options.backend
         )
         return [among[i] for i in select(vectors, options.n, options.method, seed=options.seed).tolist()]
+    if options.student is None:
+        ranked = sorted(range(len(pool.column)), key=pool.column.__getitem__, reverse=True)  # keeps the order of equals
+        return ranked[: options.n]
     assert signal is not None
     if options.label_column is None:
         return select(signal, options.n).tolist()

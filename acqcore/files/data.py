@@ -61,9 +61,12 @@ def local_file(data: Path, config: str | None, split: str, folder: Path) -> Path
 
     Raises:
         ModuleNotFoundError: datasets is not installed.
-        ValueError, OSError: the data set, its configuration or its split cannot be loaded.
+        ValueError, OSError: the data set, its configuration or its split cannot be loaded; a configuration or split of
+            a file.
     """
     if not data.is_dir() and (data.exists() or data.suffix in SUFFIXES or len(data.parts) > 2):
+        if config is not None or split != "train":
+            raise ValueError(f"--data-config and --split: only for a data set, {data} is read as a file")
         return data
     checks.installed("datasets", f"--data {data}", "train")
     import datasets
@@ -158,7 +161,10 @@ class Reader:
         """The rows of a block, in order."""
         if self.path.suffix != ".parquet":
             with _open(self.path, block.line, block.offset) as (records, _):
-                return list(islice(records, block.rows))
+                found = list(islice(records, block.rows))
+            if len(found) < block.rows:
+                raise ValueError(f"{self.path}: has fewer rows than when the run began")
+            return found
         try:
             return self._read_parquet(block)
         except Exception:
@@ -234,7 +240,10 @@ def _open(path: Path, line: int = 1, offset: int | None = None) -> Iterator[tupl
     # Bytes that are not UTF-8 become lone surrogates; a row is rejected only if its scored text has one.
     with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as text, long_cells(_CELL):
         lines = iter(text.readline, "")  # iterating the file itself would disable tell()
-        header = distinct(next(filter(None, csv.reader(lines)), []))  # after blank lines
+        try:
+            header = distinct(next(filter(None, csv.reader(lines)), []))  # after blank lines
+        except csv.Error as error:
+            raise ValueError(f"{path}: the header is not csv: {error}") from error
         if offset is not None:
             text.seek(offset)
         yield _csv_records(lines, header, line), text.tell

@@ -72,6 +72,7 @@ class Parts:
                         f"there, {_short(wanted.get(key))} here); repeat its command to finish it, or remove the folder"
                     )
         else:
+            self._clear("block-")  # of a run that was killed while it removed its files
             _write(path, text)
         for pattern in ("*.attempts", "*.failure"):
             for left in self.folder.glob(pattern):
@@ -164,10 +165,10 @@ class Parts:
 
     def remove(self) -> None:
         """Remove the run's files once the output is complete."""
+        (self.folder / _MANIFEST).unlink(missing_ok=True)  # first: the rest is no run that could be resumed
+        self._clear(_MANIFEST, "block-", "dataset-")
         self.release()
-        for path in self._files():
-            if path.is_file() and not _foreign(path):
-                path.unlink(missing_ok=True)
+        self._clear(_LOCK)
         with contextlib.suppress(OSError):  # it contains other files
             self.folder.rmdir()
 
@@ -186,6 +187,12 @@ class Parts:
 
     def _files(self) -> list[Path]:
         return list(self.folder.iterdir())
+
+    def _clear(self, *beginnings: str) -> None:
+        """Remove the files whose names have one of these beginnings."""
+        for path in self._files():
+            if path.is_file() and path.name.startswith(beginnings):
+                path.unlink(missing_ok=True)
 
 
 def check_output(out: Path, data: Path, overwrite: bool) -> None:
@@ -218,6 +225,8 @@ def check_replaceable(out: Path, data: Path, overwrite: bool) -> None:
         raise ValueError(f"out: the folder {out.parent} does not exist")
     if out.exists() and data.exists() and (out.samefile(data) or out.resolve() in data.resolve().parents):
         raise ValueError(f"out: {out} is or contains the data, which would be lost; choose another output")
+    if out.exists() and not out.is_file() and not out.is_dir():
+        raise ValueError(f"out: {out} is neither a file nor a folder")
     if out.is_dir() and not holds_parts_alone(out):
         raise ValueError(f"out: the folder {out} contains files other than parts of an output")
     kept = out.exists() and (any(out.iterdir()) if out.is_dir() else out.stat().st_size > 0)

@@ -31,9 +31,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=lambda text: int(text) if text.isdecimal() else text,
         default="all",
         metavar="P",
-        help="all, trainable, head, or the number of last blocks (default: all)",
+        help="which weights: all, trainable, head, or the number of last blocks (default: all)",
     )
-    parser.add_argument("--loss", choices=get_args(Loss), default="mean", help="over a sample's tokens (default: mean)")
+    parser.add_argument(
+        "--loss", choices=get_args(Loss), default="mean", help="mean or sum over a sample's tokens (default: mean)"
+    )
     parser.add_argument("--dim", type=int, default=4096, metavar="N", help="sketch length (default: 4096)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="sketch seed (default: 0)")
 

@@ -187,11 +187,8 @@ def _storable(kind: Any, levels: int = _LEVELS) -> bool:
 
 def join(blocks: Sequence[Path], out: Path, columns: Sequence[str]) -> None:
     """Join the parts written by :func:`write_block` into one file, or, if ``out`` has no extension, into a folder of
-    parquet files with one schema. Replaces ``out`` atomically, from a file beside the first part; in a folder it
-    replaces only parts.
-
-    Raises:
-        OSError: ``out`` is a folder that contains other files.
+    parquet files with one schema. Replaces ``out`` atomically, from a file beside the first part; in an existing folder
+    it replaces the parts one by one.
     """
     temporary = blocks[0].with_name(f"block-joined{out.suffix}")
     if out.suffix in (".jsonl", ".csv"):
@@ -204,12 +201,15 @@ def join(blocks: Sequence[Path], out: Path, columns: Sequence[str]) -> None:
                     shutil.copyfileobj(part, file)
     else:
         _join_parquet(blocks, temporary, into_folder=not out.suffix)
-    if out.is_dir():
-        for path in out.iterdir():
-            if _PART.fullmatch(path.name):
-                path.unlink()
-        out.rmdir()
-    os.replace(temporary, out)
+    if not out.is_dir():
+        os.replace(temporary, out)
+        return
+    for path in out.iterdir():
+        if _PART.fullmatch(path.name):
+            path.unlink()
+    for path in temporary.iterdir():  # the folder itself stays: it may be a link or a mount point
+        shutil.move(path, out)
+    temporary.rmdir()
 
 
 def holds_parts_alone(folder: Path) -> bool:
@@ -287,9 +287,9 @@ def _cast(column: Any, kind: Any) -> Any:
     return cast
 
 
-def keep_top(blocks: Sequence[Path], k: int, name: str, columns: Sequence[str], folder: Path) -> list[Path]:
-    """Write the ``k`` rows with the largest values of acquisition ``name`` to parts in ``folder``, in the order of
-    ``blocks``, which are files from :func:`write_block`.
+def keep_top(blocks: Sequence[Path], k: int, name: str, columns: Sequence[str]) -> list[Path]:
+    """Write the ``k`` rows with the largest values of acquisition ``name`` to parts beside ``blocks``, which are files
+    from :func:`write_block`, and in their order.
 
     Ties keep the earlier rows; rows without a value are dropped. Memory holds ``k`` values and one block.
     """
@@ -306,7 +306,7 @@ def keep_top(blocks: Sequence[Path], k: int, name: str, columns: Sequence[str], 
             kept.setdefault(-b, []).append(-r)
         if not kept:
             kept = {0: []}  # an output without rows still has columns
-        return [_write_rows_of(blocks[b], sorted(rows), folder / blocks[b].name) for b, rows in sorted(kept.items())]
+        return [_write_rows_of(blocks[b], sorted(rows)) for b, rows in sorted(kept.items())]
 
 
 def _numbers(block: Path, name: str, columns: Sequence[str]) -> Iterator[float]:
@@ -345,7 +345,8 @@ def _texts(block: Path) -> Iterator[str]:
             held.clear()
 
 
-def _write_rows_of(block: Path, rows: list[int], out: Path) -> Path:
+def _write_rows_of(block: Path, rows: list[int]) -> Path:
+    out = block.with_name(f"block-top-{block.name}")
     if block.suffix == ".parquet":
         import pyarrow.parquet
 
