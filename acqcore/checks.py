@@ -233,6 +233,9 @@ def head(weight: Any, bias: Any, softcap: Any, scale: Any) -> None:
 
 def vocabulary(start: int, rows: int, size: int | None, group: object) -> None:
     """``rows`` rows of a vocabulary of ``size``, beginning at ``start``; a shard of a group may have no rows."""
+    integer("vocab_start", start)
+    if size is not None:
+        integer("vocab_size", size)
     if start < 0:
         raise ValueError(f"vocab_start: expected an index >= 0, got {start}")
     if group is None:

@@ -89,6 +89,8 @@ def test_head_type():
         ({"softcap": "30"}, TypeError, "softcap: expected a number, got str"),
         ({"scale": float("nan")}, ValueError, "scale: expected a finite number"),
         ({"vocab_start": -1}, ValueError, "vocab_start: expected an index >= 0"),
+        ({"vocab_start": 1.5}, TypeError, "vocab_start: expected an int, got float"),
+        ({"vocab_size": 20.5}, TypeError, "vocab_size: expected an int, got float"),
         ({"vocab_start": 5, "vocab_size": 5}, ValueError, "vocab_size: expected more than vocab_start = 5, got 5"),
         ({"group": "world"}, TypeError, r"group: expected a torch\.distributed\.ProcessGroup or None, got str"),
     ],

@@ -281,10 +281,18 @@ def test_bad_input(change, error, message):
         acqcore.head_grad_norm(case.hidden, case.head, **arguments)
 
 
-def test_bad_dim():
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"dim": 0}, ValueError, "dim: expected an int >= 1, got 0"),
+        ({"seed": 1.5}, TypeError, "seed: expected an int, got float"),
+        ({"seed": 2**63}, ValueError, "seed: expected 0 to"),
+    ],
+)
+def test_bad_sketch(change, error, message):
     case = _case("plain")
-    with pytest.raises(ValueError, match="dim: expected an int >= 1, got 0"):
-        acqcore.grad_sketch(case.hidden, case.head, case.targets, OFFSETS, dim=0)
+    with pytest.raises(error, match=message):
+        acqcore.grad_sketch(case.hidden, case.head, case.targets, OFFSETS, **change)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -166,7 +166,7 @@ class EpigReference(Saved):
 
     def needs(self, probes: int) -> tuple[ProbeNeed, ProbeNeed]:
         """Needs for sketches comparable with the reference's, under independent cotangents."""
-        return sketch_needs(self.layers, probes, self.seed + 1, self.dim, self.seed)
+        return sketch_needs(self.layers, probes, (self.seed + 1) % 2**63, self.dim, self.seed)
 
     def squares(
         self,
@@ -184,6 +184,6 @@ class EpigReference(Saved):
 def sketch_needs(layers: Layers, probes: int, seed: int, dim: int, sketch_seed: int) -> tuple[ProbeNeed, ProbeNeed]:
     """Needs for two independent sketches of the same gradients."""
     first, second = (
-        ProbeNeed("weights", layers, probes, seed, dim=dim, sketch_seed=2 * sketch_seed + i) for i in (0, 1)
+        ProbeNeed("weights", layers, probes, seed, dim=dim, sketch_seed=(2 * sketch_seed + i) % 2**63) for i in (0, 1)
     )
     return first, second
