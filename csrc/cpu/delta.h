@@ -29,7 +29,7 @@ inline DeltaRow delta_row(const HeadArgs& args, const double* state /* [7, N] */
 inline void to_delta(const DeltaRow& row, const Transform& transform, int64_t tile, int width, float* z) {
   const int64_t target = row.target - tile;
   const bool here = target >= 0 && target < width;
-  const float at_target = here ? z[target] : 0;
+  const float at_target = here && transform.capped ? z[target] : 0;  // -inf times 0 would be NaN without a softcap
   const float inverse = transform.capped ? 1 / transform.after : 0;  // z * inverse = tanh
   for (int i = 0; i < width; i += kLanes) {
     const Vec logits = load(z + i);

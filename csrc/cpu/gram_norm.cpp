@@ -47,7 +47,7 @@ void to_delta(const Row& row, const Transform& transform, int64_t tile, int widt
   const int64_t place = row.place - tile;
   const bool here = place >= 0 && place < width;
   const float inverse = transform.capped ? 1 / transform.after : 0;  // z * inverse = tanh
-  const float at_place = here ? z[place] * inverse : 0;
+  const float at_place = here && transform.capped ? z[place] * inverse : 0;  // not -inf times 0
   for (int i = 0; i < width; i += kLanes) {
     const Vec t = load(z + i) * inverse;
     Vec x = load(z + i) - row.max;
