@@ -27,12 +27,15 @@ def _case(name: str) -> Case:
         "odd shapes": lambda: random_case(60, 33, 257),
         "everything": lambda: random_case(60, 41, 600, bias=True, softcap=15.0, scale=0.5, temperature=1.3),
         "softcap": lambda: random_case(60, 40, 513, std=20.0, softcap=30.0),
+        "absent targets": lambda: random_case(60, 40, 257, bias=True),
     }[name]()
     case.targets[[5, 9, 59]] = -100
+    if name == "absent targets":
+        case.head.bias[case.targets[[0, 30, 31]]] = -torch.inf
     return case
 
 
-CASES = ("plain", "deep", "one column", "two columns", "odd shapes", "everything", "softcap")
+CASES = ("plain", "deep", "one column", "two columns", "odd shapes", "everything", "softcap", "absent targets")
 
 
 def _autograd(
