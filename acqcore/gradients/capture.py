@@ -89,6 +89,7 @@ class Capture:
         self._active = False
         self._recomputing = False  # during the backward, when checkpointing reruns modules
         self._shape = (0, 0)
+        self._device = "cpu"
         self._leaf = torch.zeros(())
         self._uses: Counter[str] = Counter()
         self._ran_sites = 0
@@ -140,6 +141,7 @@ class Capture:
             OneByOne: a module mixes samples. ValueError: a module fits no rule; no site ran.
         """
         self._shape = (input_ids.shape[0], input_ids.shape[1] - start)
+        self._device = input_ids.device.type
         self._leaf = torch.zeros((), requires_grad=True)
         self._uses.clear()
         self._pending.clear()
@@ -200,7 +202,7 @@ class Capture:
         self._of_parameters, self._last = of_parameters, last
         self._arrived.clear()
         self.factor = None
-        if self.half or torch.is_autocast_enabled(hidden.device.type):
+        if self.half:
             # A mean over many tokens would underflow in half precision.
             largest = gradient.flatten(1).abs().amax(1).double()
             exponent = torch.frexp(largest.where(largest.isfinite() & (largest > 0), 1.0)).exponent
@@ -232,6 +234,7 @@ class Capture:
     def _after_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> torch.Tensor | None:
+        self.half |= torch.is_autocast_enabled(self._device)  # may be the model's own, as accelerate prepares it
         probing = self._failed is not None
         left_out = set() if probing else {*self.by_autograd.values(), *self.unseen.values()}
         names = {key: name for key, name in self.owners[module].items() if name not in left_out}
@@ -261,6 +264,7 @@ class Capture:
         return Tap.apply(output, self._leaf, self._shape[0], alias, receive)
 
     def _after_site(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        self.half |= torch.is_autocast_enabled(self._device)
         if not self._active:
             return self._tapped_again(output)
         value = first_tensor(output)

@@ -74,6 +74,7 @@ class CausalLM:
         #: Name of the key-value cache argument, None if there is none.
         self.cache = named[0] if named else None
         self._map = LogitMap()
+        self._product = torch.float32  # in which the model itself multiplies: accelerate's mixed precision autocasts
 
     @property
     def trunk(self) -> torch.nn.Module:
@@ -209,7 +210,7 @@ class CausalLM:
             hidden = gathered(self.hidden(ids))
             ours = _logits(hidden, head)
             product = ours if head.bias is None else _logits(hidden, replace(head, bias=None))
-        tolerance = max(PROBE_TOLERANCE[hidden.dtype], PROBE_TOLERANCE[head.weight.dtype])
+        tolerance = max(PROBE_TOLERANCE[dtype] for dtype in (self._product, hidden.dtype, head.weight.dtype))
         self._check_product(hidden)
         advice = f"acqcore does not know how it changes them; {ADVICE}"
         if own.shape != ours.shape:
@@ -287,6 +288,8 @@ class CausalLM:
 
         def keep(hidden: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
             seen.append(hidden)
+            kind = hidden.device.type
+            self._product = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
             return give(hidden)
 
         layer = unwrapped(self._causal.get_output_embeddings())
