@@ -6,7 +6,7 @@ import json
 
 from fake_run import plan_of, run
 
-from acqsynth.steps import read_table
+from acqsynth.steps import read_json, read_table
 
 
 def test_arms_share_what_reads_the_same(fakes, recipe):
@@ -58,9 +58,9 @@ def test_rounds_alternate(fakes, recipe):
     written = [f"02-generate/grpo-round-{i}/samples.parquet" for i in (1, 2)]
     assert earlier == [[], written[:1], written]
     # The fake trainer adds 5, and 1 more if the scoring student has been fitted.
-    strengths = [json.loads((store.path(u / "model") / "config.json").read_text())["strength"] for u in arm.trained]
+    strengths = [read_json(store.path(u / "model") / "config.json")["strength"] for u in arm.trained]
     assert strengths == [45, 51, 57]
-    metrics = json.loads((store.path(plan.report / "metrics.json")).read_text())
+    metrics = read_json(store.path(plan.report / "metrics.json"))
     assert [entry["step"] for entry in metrics["training"]["log"]] == list(range(1, 10))
 
 
@@ -78,7 +78,7 @@ def test_each_seed_of_the_generator_is_a_run_of_its_own(fakes, recipe):
     assert [step.arguments["seed"] for step in grpo.trained] == [0, 1, 6, 7]
     assert grpo.trained[2].arguments["generator"] == "generator"
     assert [step.arguments["writing"].seed for step in plan.arms["no_rl"].written] == [0, 6]
-    metrics = json.loads((store.path(plan.report / "metrics.json")).read_text())
+    metrics = read_json(store.path(plan.report / "metrics.json"))
     [result] = metrics["arms"]["grpo"]["results"]
     assert (result["generators"], result["seeds"]) == ([0, 0, 3, 3], [0, 1, 0, 1])
     assert metrics["comparisons"][0]["difference"]["fits"] == 4
@@ -91,7 +91,7 @@ def test_each_seed_of_the_generator_is_a_run_of_its_own(fakes, recipe):
 
 def test_rejection_sampling_spends_what_training_did(fakes, recipe):
     _, store, _ = run(recipe, "baselines=[best_of_n]", "evaluation.validity.batches=0")
-    counts = json.loads((store.output / "02-generate/best_of_n/counts.json").read_text())
+    counts = read_json(store.output / "02-generate/best_of_n/counts.json")
     # The fake training drew 12 completions and 90 questions are wanted: (12 + 90) / 90 per prompt, at least 2.
     assert counts["completions"] == 180
     table = read_table(store.output / "02-generate/best_of_n/samples.parquet")
@@ -109,13 +109,13 @@ def test_rejection_sampling_spends_what_all_rounds_of_its_seed_did(fakes, recipe
 def test_the_report_counts_the_samples_of_every_generator(fakes, recipe):
     options = ("generator.method=best_of_n", "generator.seeds=[0, 3]", "baselines=[]")
     plan, store, _ = run(recipe, *options, "evaluation.validity.batches=0")
-    metrics = json.loads((store.path(plan.report / "metrics.json")).read_text())
+    metrics = read_json(store.path(plan.report / "metrics.json"))
     assert metrics["samples"]["scored"] == metrics["arms"]["best_of_n"]["written"]["kept"] > 100
 
 
 def test_completions_without_a_score_are_noted(fakes, recipe, monkeypatch):
     _, store, _ = run(recipe, "evaluation.validity.batches=0")
-    metrics = json.loads((store.output / "06-report/report/metrics.json").read_text())
+    metrics = read_json(store.output / "06-report/report/metrics.json")
     said = [each["text"] for each in metrics["verdict"] if each["kind"] == "note"]
     assert said == ["grpo: 8.3 % of the completions could not be scored and counted for nothing."]  # 1 of 12
 

@@ -16,7 +16,7 @@ from fake_run import run
 
 import acqsynth.train  # noqa: F401  (before processes are forked)
 from acqsynth.cli import main
-from acqsynth.steps import Store, read_table
+from acqsynth.steps import Store, read_json, read_table
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def contents(output):
         if not path.is_file() or path.name in (".lock", "run.log", "report.html"):
             continue
         if path.name in ("stage.json", "metrics.json"):
-            content = json.loads(path.read_text())
+            content = read_json(path)
             content.pop("seconds", None)
             content.get("artefacts", {}).pop("metrics.json", None)
             content.get("artefacts", {}).pop("report.html", None)
@@ -73,12 +73,12 @@ def test_every_artefact_is_there(finished):
     for arm in plan.arms:
         for seed in (0, 1):
             assert (output / f"04-fit/{arm}-student-70-s{seed}/model/config.json").is_file()
-            counts = json.loads((output / f"04-fit/{arm}-student-70-s{seed}/counts.json").read_text())
+            counts = read_json(output / f"04-fit/{arm}-student-70-s{seed}/counts.json")
             assert counts == {"wanted": 70, "rows": 70}, arm
     assert (output / "06-report/report/report.html").is_file()
     assert not list(output.rglob("*.partial"))
     assert not list(output.rglob("work"))
-    metrics = json.loads((output / "06-report/report/metrics.json").read_text())
+    metrics = read_json(output / "06-report/report/metrics.json")
     assert set(metrics["sets"]) == {"in_distribution", "more"}
     base = read_table(output / "05-evaluate/base-student/answers-in_distribution.parquet")
     assert metrics["base"]["student"]["in_distribution"]["accuracy"]["mean"] == sum(base["right"]) / 150
@@ -130,7 +130,7 @@ def test_a_finished_run_from_before_its_options_stays_valid(fakes, recipe):
     plan, store, _ = run(recipe, "baselines=[best_of_n]", "student.replay=0.2")
     for step in plan.steps:
         path = store.path(step) / "stage.json"
-        record = json.loads(path.read_text())
+        record = read_json(path)
         settings = record["made_from"]["settings"]
         for section in (settings, settings.get("writing", {})):
             if "scoring" in section:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import json
 import random
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import fake_run
@@ -18,7 +18,7 @@ from acqsynth import domains, engines, label, stages, write
 from acqsynth.config import EngineConfig, LabellingConfig, RewardConfig, SamplingConfig
 from acqsynth.domains import Sample
 from acqsynth.stages import Scoring, Writing, questions
-from acqsynth.steps import StepContext, StepError, read_rows, write_rows
+from acqsynth.steps import StepContext, StepError, read_json, read_rows, write_rows
 
 
 def test_a_generator_learns_from_a_student_that_moves(scoring, student_path, tmp_path):
@@ -34,7 +34,7 @@ def test_a_generator_learns_from_a_student_that_moves(scoring, student_path, tmp
         **arguments,
     )
     assert (tmp_path / "model/config.json").is_file()
-    assert json.loads((tmp_path / "counts.json").read_text()) == {"completions": 6, "masked": 0}
+    assert read_json(tmp_path / "counts.json") == {"completions": 6, "masked": 0}
     assert sum("of 3: reward" in line for line in said) == 3
     assert [line for line in said if "scores with" in line] == ["the reward scores with checkpoint-1"]
     # DPO draws its candidates first; random bytes never parse.
@@ -52,7 +52,7 @@ def test_completions_are_counted_however_they_are_logged(scoring, student_path, 
         StepContext(tmp_path), scoring=scoring, method="grpo", generator=student_path, prompts=4, shown=2,
         turns=False, candidates=None, options=options, seed=0,
     )  # fmt: skip
-    assert json.loads((tmp_path / "counts.json").read_text())["completions"] == 6
+    assert read_json(tmp_path / "counts.json")["completions"] == 6
 
 
 def test_errors_are_shown_by_their_skills_share(fakes, recipe):
@@ -77,20 +77,22 @@ def writing(tmp_path, monkeypatch):
     return Writing(scoring, "generator", SamplingConfig(), 1, False, 8, 0, tmp_path / "held_out.parquet")
 
 
-@pytest.mark.parametrize("selected", [False, True])
-def test_rows_that_prompts_show_are_not_written(writing, tmp_path, monkeypatch, scripted, selected):
+@pytest.fixture(params=[stages.write_questions, partial(stages.select_questions, candidates=2, spent=())])
+def ask(request):
+    """Writes or selects questions."""
+    return request.param
+
+
+def test_rows_that_prompts_show_are_not_written(writing, tmp_path, monkeypatch, scripted, ask):
     """Neither copies of seeds nor of held-out rows, as they were or disguised, but other questions are."""
     copies = itertools.cycle(["20+9", "1+1", "Question 3: 22+9", "2\u200b1+9"])
     drawn = itertools.count(50)
     engine = scripted(lambda prompt, i, seed: written(f"{n}+9" if (n := next(drawn)) % 2 else next(copies), 1))
     monkeypatch.setattr(engines, "load", lambda *arguments: engine)
-    if selected:
-        stages.select_questions(StepContext(tmp_path), writing=writing, candidates=2, spent=[])
-    else:
-        stages.write_questions(StepContext(tmp_path), writing=writing)
+    ask(StepContext(tmp_path), writing=writing)
     found = {sample.question for sample in read_rows(tmp_path / "samples.parquet")}
     assert found == {f"{n}+9" for n in range(51, 67, 2)}
-    counts = json.loads((tmp_path / "counts.json").read_text())
+    counts = read_json(tmp_path / "counts.json")
     assert counts["dropped"]["gate new"] == counts["completions"] // 2
 
 
@@ -110,8 +112,7 @@ def test_a_round_asks_no_question_of_an_earlier_one(writing, tmp_path, monkeypat
     assert asked("two", later) == [f"{n}+9" for n in range(58, 66)]
 
 
-@pytest.mark.parametrize("selected", [False, True])
-def test_repeats_of_an_earlier_chunk_are_replaced(writing, tmp_path, monkeypatch, scripted, selected):
+def test_repeats_of_an_earlier_chunk_are_replaced(writing, tmp_path, monkeypatch, scripted, ask):
     """Without the gate new too, and a killed step goes on to the same rows."""
     monkeypatch.setattr(questions, "CHUNK", 5)
     ungated = replace(writing.scoring, reward=writing.scoring.reward.model_copy(update={"gates": ["sound"]}))
@@ -129,11 +130,8 @@ def test_repeats_of_an_earlier_chunk_are_replaced(writing, tmp_path, monkeypatch
 
         monkeypatch.setattr(engines, "load", lambda *arguments: scripted(says))
         folder.mkdir(exist_ok=True)
-        if selected:
-            stages.select_questions(StepContext(folder), writing=asking, candidates=2, spent=())
-        else:
-            stages.write_questions(StepContext(folder), writing=asking)
-        counts = json.loads((folder / "counts.json").read_text())
+        ask(StepContext(folder), writing=asking)
+        counts = read_json(folder / "counts.json")
         return [sample.question for sample in read_rows(folder / "samples.parquet")], counts
 
     whole, counts = asked(tmp_path / "whole")
@@ -147,8 +145,7 @@ def test_repeats_of_an_earlier_chunk_are_replaced(writing, tmp_path, monkeypatch
         assert asked(tmp_path / str(killed_at)) == (whole, counts)
 
 
-@pytest.mark.parametrize("selected", [False, True])
-def test_the_gate_new_gets_the_rows_shown(writing, tmp_path, monkeypatch, scripted, selected):
+def test_the_gate_new_gets_the_rows_shown(writing, tmp_path, monkeypatch, scripted, ask):
     """A held-out row that no prompt shows may be asked, and earlier questions are read once, not for each chunk."""
     monkeypatch.setattr(questions, "CHUNK", 2)
     write_rows(tmp_path / "held_out.parquet", [Sample(f"{n}+9", str(n + 9)) for n in range(20, 60)])
@@ -157,10 +154,7 @@ def test_the_gate_new_gets_the_rows_shown(writing, tmp_path, monkeypatch, script
     monkeypatch.setattr(engines, "load", lambda *arguments: engine)
     made = []
     monkeypatch.setattr(write, "questions", lambda of=write.questions: made.append(of()) or made[-1])
-    if selected:
-        stages.select_questions(StepContext(tmp_path), writing=writing, candidates=2, spent=())
-    else:
-        stages.write_questions(StepContext(tmp_path), writing=writing)
+    ask(StepContext(tmp_path), writing=writing)
     shown = {prompt[0]["content"].split()[1] for prompts, _ in engine.calls for prompt in prompts}
     found = [sample.question for sample in read_rows(tmp_path / "samples.parquet")]
     assert len(shown) == len(found) == 8
@@ -192,8 +186,8 @@ def test_a_later_round_that_repeats_itself_adds_no_rows(fakes, recipe, monkeypat
     first, second = (read_rows(store.path(step) / "samples.parquet") for step in arm.labelled)
     assert first
     assert second == []
-    metrics = json.loads((store.path(plan.report) / "metrics.json").read_text())
-    kept = json.loads((store.path(arm.written[0]) / "counts.json").read_text())["kept"]
+    metrics = read_json(store.path(plan.report) / "metrics.json")
+    kept = read_json(store.path(arm.written[0]) / "counts.json")["kept"]
     assert metrics["arms"]["grpo"]["written"]["kept"] == kept
     assert metrics["arms"]["grpo"]["written"]["dropped"]["repeats a question"] == 45
     said: list[str] = []
@@ -220,7 +214,7 @@ def test_a_label_that_the_question_gives_away_is_dropped(tmp_path, monkeypatch, 
         model=None, gates=gates, seeds=tmp_path / "seeds.parquet", samples=tmp_path / "asked.parquet", seed=0,
     )  # fmt: skip
     assert read_rows(tmp_path / "samples.parquet") == [replace(asked[i], answer="8") for i in kept]
-    counts = json.loads((tmp_path / "counts.json").read_text())
+    counts = read_json(tmp_path / "counts.json")
     assert (counts["labelled"], counts["dropped"]) == (len(kept), {} if gates else {"gate no_leak": 1})
 
 
@@ -243,5 +237,5 @@ def test_a_label_that_no_seed_has_is_dropped(tmp_path, monkeypatch, scripted, ga
         ("late is my envelope", "card_arrival", {"skill": "card_arrival"}),
         ("stolen on the train", "Lost_phone", {"skill": "Lost_phone"}),
     ]
-    counts = json.loads((tmp_path / "counts.json").read_text())
+    counts = read_json(tmp_path / "counts.json")
     assert (counts["labelled"], counts["dropped"]) == (2, {"gate sound": 1})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +12,7 @@ from fake_run import plan_of, run
 from acqsynth.domains import Sample
 from acqsynth.rewards import ComposedReward, build
 from acqsynth.stages import shared
-from acqsynth.steps import StepError, Store, read_rows
+from acqsynth.steps import StepError, Store, read_json, read_rows
 
 
 def test_rows_of_an_evaluation_set_are_left_out(fakes, recipe):
@@ -22,7 +21,7 @@ def test_rows_of_an_evaluation_set_are_left_out(fakes, recipe):
     )
     store = Store(Path(plan.config.output))
     store.run(plan.of("seeds")[0])
-    sizes = json.loads((store.output / "00-seeds/rows/rows.json").read_text())
+    sizes = read_json(store.output / "00-seeds/rows/rows.json")
     assert sizes["real"] == {"rows": 90, "left_out": 10}
     assert sizes["replay"] == {"rows": 20, "left_out": 10}
     replay = [row.question for row in read_rows(store.output / "00-seeds/rows/replay.parquet")]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 from fakes import SEEDS, TRAINER
 
@@ -11,7 +9,7 @@ from acqsynth import stages
 from acqsynth.config import EngineConfig
 from acqsynth.domains import Sample
 from acqsynth.stages import Replay
-from acqsynth.steps import StepContext, read_table, write_rows
+from acqsynth.steps import StepContext, read_json, read_table, write_rows
 
 
 def test_a_student_learns_rows_and_replay(scoring, student_path, tmp_path):
@@ -21,7 +19,7 @@ def test_a_student_learns_rows_and_replay(scoring, student_path, tmp_path):
         StepContext(tmp_path, said.append), domain="sums", student=str(student_path), n=3, options=TRAINER, seed=0,
         samples=[tmp_path / "samples.parquet"], replay=Replay(0.5, "sums", tmp_path / "seeds.parquet"),
     )  # fmt: skip
-    assert json.loads((tmp_path / "counts.json").read_text()) == {"wanted": 3, "rows": 3}
+    assert read_json(tmp_path / "counts.json") == {"wanted": 3, "rows": 3}
     assert (tmp_path / "model/config.json").is_file()
     assert said[-1].startswith("step 3 of 3: loss ")
     with pytest.raises(ValueError, match=r"replay: expected 9 rows for a share of 0\.75 beside 3 samples, got 8"):
@@ -38,7 +36,7 @@ def test_a_student_tells_the_rows_it_did_not_learn(scoring, student_path, tmp_pa
         StepContext(tmp_path, said.append), domain="sums", student=str(student_path), n=4, replay=None, seed=0,
         options=TRAINER | {"max_length": 50}, samples=[tmp_path / "samples.parquet"],
     )  # fmt: skip
-    assert json.loads((tmp_path / "counts.json").read_text()) == {"wanted": 4, "rows": 3}
+    assert read_json(tmp_path / "counts.json") == {"wanted": 4, "rows": 3}
     assert said[-1].startswith("of 4 rows, 1 are not learnt, as the prompt alone fills max_length = 50 tokens, and 0")
 
 
