@@ -206,15 +206,43 @@ def set_threads():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="session")
+def forked():
+    """``forked(code)``: what the code prints in a fork of a process that has only imported torch and acqcore."""
+    server = (
+        "import os, sys, torch, acqcore\n"
+        "for line in sys.stdin:\n"
+        "    child = os.fork()\n"
+        "    if child == 0: exec(eval(line)); sys.stdout.flush(); os._exit(0)\n"
+        "    print('ended', os.waitpid(child, 0)[1], flush=True)\n"
+    )
+    # Freed memory returns to the system at once, so that a peak counts only memory in use.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    with subprocess.Popen(
+        [sys.executable, "-c", server], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+
+        def run(code):
+            process.stdin.write(repr(code) + "\n")
+            process.stdin.flush()
+            printed = ""
+            while not (line := process.stdout.readline()).startswith("ended"):
+                assert line, "the process ended"
+                printed += line
+            assert line == "ended 0\n", printed
+            return printed
+
+        yield run
+
+
 @pytest.fixture
-def extra_mib():
+def extra_mib(forked):
     """``extra_mib(setup, call)``: MiB by which ``call`` raises the peak memory of a separate process."""
     if sys.platform != "linux":
         pytest.skip("reads the peak of resident memory from /proc")
 
-    def run(setup, call, **environment):
+    def run(setup, call):
         code = (
-            "import torch, acqcore\n"
             "def peak(): return next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('VmHWM'))\n"
             f"{setup}\n"
             "open('/proc/self/clear_refs', 'w').write('5')\n"  # resets the peak to what is resident now
@@ -222,10 +250,7 @@ def extra_mib():
             f"{call}\n"
             "print((peak() - before) / 1024)\n"
         )
-        environment = {**os.environ, **environment}
-        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-        assert result.returncode == 0, result.stderr
-        return float(result.stdout)
+        return float(forked(code).splitlines()[-1])
 
     return run
 
@@ -295,7 +320,7 @@ def encoded(tokenizer):
     return run
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_model():
     """``tiny_model(kind, **config)``: a random language model, 320 tokens, 64 positions, in eval mode."""
     import transformers

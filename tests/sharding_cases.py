@@ -1,4 +1,4 @@
-"""Script for each process of test_sharding.py: ``python sharding_cases.py FOLDER RANK WORLD GROUP``.
+"""Script of test_sharding.py: ``python sharding_cases.py FOLDER WORLD GROUP`` runs a group's cases on WORLD processes.
 
 A case is a function that returns pairs (result of the ranks together, result of one process alone), or raises. Every
 process writes its results to ``FOLDER/RANK``; the test module compares them. The file lists cases of heads (rows,
@@ -9,6 +9,7 @@ ZeRO-3), then the groups of cases by number of ranks.
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import sys
 import traceback
@@ -18,6 +19,7 @@ from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from importlib.machinery import ModuleSpec
+from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, TypeAlias
@@ -74,9 +76,13 @@ def uneven(v: int) -> list[int]:
     return [*few, v - sum(few)]
 
 
+def fields_of(stats: RowStats) -> dict[str, Any]:
+    return {name: getattr(stats, name) for name in (*FIELDS, "hidden_norm")}
+
+
 def row_fields(got: RowStats, expected: RowStats, label: str) -> Pairs:
-    names = (*FIELDS, "hidden_norm")
-    return {f"{label} {name}": (getattr(got, name), getattr(expected, name)) for name in names}
+    whole = fields_of(expected)
+    return {f"{label} {name}": (value, whole[name]) for name, value in fields_of(got).items()}
 
 
 def both(call: Callable[..., Any], part: acqcore.Head, whole: acqcore.Head, *arguments: Any, **options: Any) -> Any:
@@ -85,61 +91,52 @@ def both(call: Callable[..., Any], part: acqcore.Head, whole: acqcore.Head, *arg
     return call(hidden, part, *rest, **options), call(hidden, whole, *rest, **options)
 
 
-def inputs(name: str) -> Iterator[tuple[str, Case, str]]:
-    """Yields an input in float32 for the fused backend and in float64 for eager."""
+Part: TypeAlias = Callable[[acqcore.Head], acqcore.Head]
+
+
+def cut(measure: Callable[[Case, str, Part], dict[str, Any]], name: str) -> Pairs:
+    """What ``measure`` finds if ranks share an input's head in either way, beside what it finds with the whole head.
+
+    The input is in float32 for the fused backend and in float64 for eager.
+    """
+    pairs: Pairs = {}
     case = INPUTS[name]()
-    yield "cpu", case, "cpu"
-    yield "eager", case.to(torch.float64), "eager"
-
-
-def rows(name: str) -> Pairs:
-    pairs: Pairs = {}
-    for label, case, backend in inputs(name):
-        for cut in (chunked, uneven):
-            part = replace(case, head=shard(case.head, cut(len(case.head.weight))))
-            pairs |= row_fields(part.run(backend), case.run(backend), f"{label} {cut.__name__}")
+    for backend, of_backend in (("cpu", case), ("eager", case.to(torch.float64))):
+        whole = measure(of_backend, backend, lambda head: head)
+        for sizes in (chunked, uneven):
+            found = measure(of_backend, backend, lambda head, sizes=sizes: shard(head, sizes(len(head.weight))))
+            pairs |= {f"{backend} {sizes.__name__} {key}": (value, whole[key]) for key, value in found.items()}
     return pairs
 
 
-def gradients(name: str) -> Pairs:
-    pairs: Pairs = {}
-    for label, case, backend in inputs(name):
-        n, v = len(case.hidden), len(case.head.weight)
-        targets = torch.zeros(n, dtype=torch.int64) if case.targets is None else case.targets.clone()
-        offsets = torch.tensor(sorted({0, n // 3, n}))
-        targets[offsets[:-1]] = targets[offsets[:-1]].clamp_min(0)  # a scored token in each sample
-        for cut in (chunked, uneven):
-            heads, name = (shard(case.head, cut(v)), case.head), f"{label} {cut.__name__}"
-            options: dict[str, Any] = {"temperature": case.temperature, "backend": backend}
-            packed = (case.hidden, targets, offsets)
-            for form in ("gram", "direct", "auto"):
-                pairs[f"{name} {form}"] = both(acqcore.head_grad_norm, *heads, *packed, form=form, **options)
-            pairs[f"{name} sketch"] = both(acqcore.grad_sketch, *heads, *packed, dim=64, **options)
-            size = case.head.weight.abs().max()  # the gradient is a mean of weight rows minus one row
-            grads = both(acqcore.hidden_grad, *heads, case.hidden, targets, **options)
-            pairs[f"{name} hidden_grad"] = (grads[0] / size, grads[1] / size)
-    return pairs
+def rows(case: Case, backend: str, part: Part) -> dict[str, Any]:
+    return fields_of(replace(case, head=part(case.head)).run(backend))
 
 
-def draws(name: str) -> Pairs:
-    pairs: Pairs = {}
-    for label, case, backend in inputs(name):
-        for cut in (chunked, uneven):
-            head = shard(case.head, cut(len(case.head.weight)))
-            options: dict[str, Any] = {"targets": case.targets, "draws": 3, "dropout": 0.2, "backend": backend}
-            stats = {
-                form: both(acqcore.mutual_information, head, case.head, case.hidden, form=form, block=8, **options)
-                for form in ("element", "block")
-            }
-            members = torch.stack([case.hidden, case.hidden.flip(1), case.hidden * 0.5])
-            whole: Any = [replace(case.head, weight=case.head.weight * k) for k in (1, 0.9, 1.1)]
-            parts: Any = [shard(member, cut(len(case.head.weight))) for member in whole]
-            stats["members"] = both(acqcore.ensemble_stats, parts, whole, members, case.targets, backend=backend)
-            for form, (got, expected) in stats.items():
-                name, valid = f"{label} {cut.__name__} {form}", expected.valid
-                pairs |= {f"{name} {f}": (getattr(got, f), getattr(expected, f)) for f in BAYES_FIELDS}
-                pairs[f"{name} votes"] = (got.votes[:, valid], expected.votes[:, valid])
-    return pairs
+def gradients(case: Case, backend: str, part: Part) -> dict[str, Any]:
+    n = len(case.hidden)
+    targets = torch.zeros(n, dtype=torch.int64) if case.targets is None else case.targets.clone()
+    offsets = torch.tensor(sorted({0, n // 3, n}))
+    targets[offsets[:-1]] = targets[offsets[:-1]].clamp_min(0)  # a scored token in each sample
+    given, options = (case.hidden, part(case.head), targets), {"temperature": case.temperature, "backend": backend}
+    found = {form: acqcore.head_grad_norm(*given, offsets, form=form, **options) for form in ("gram", "direct", "auto")}
+    found["sketch"] = acqcore.grad_sketch(*given, offsets, dim=64, **options)
+    size = case.head.weight.abs().max()  # the gradient is a mean of weight rows minus one row
+    found["hidden_grad"] = acqcore.hidden_grad(*given, **options) / size
+    return found
+
+
+def draws(case: Case, backend: str, part: Part) -> dict[str, Any]:
+    options: dict[str, Any] = {"targets": case.targets, "draws": 3, "dropout": 0.2, "backend": backend}
+    stats = {
+        form: acqcore.mutual_information(case.hidden, part(case.head), form=form, block=8, **options)
+        for form in ("element", "block")
+    }
+    members = torch.stack([case.hidden, case.hidden.flip(1), case.hidden * 0.5])
+    heads = [part(replace(case.head, weight=case.head.weight * k)) for k in (1, 0.9, 1.1)]
+    stats["members"] = acqcore.ensemble_stats(members, heads, case.targets, backend=backend)
+    found = {f"{form} {field}": getattr(of_form, field) for form, of_form in stats.items() for field in BAYES_FIELDS}
+    return found | {f"{form} votes": of_form.votes[:, of_form.valid] for form, of_form in stats.items()}
 
 
 def padding() -> Pairs:
@@ -593,9 +590,9 @@ FEW = ["random", "-inf first tiles", "confident 1e-12", "ties", "V = 1", "V = 2"
 
 def of_heads(rows_of: list[str], gradients_of: list[str], draws_of: list[str]) -> dict[str, Callable[[], Pairs]]:
     return {
-        **{f"rows: {name}": partial(rows, name) for name in rows_of},
-        **{f"gradients: {name}": partial(gradients, name) for name in gradients_of},
-        **{f"draws: {name}": partial(draws, name) for name in draws_of},
+        **{f"rows: {name}": partial(cut, rows, name) for name in rows_of},
+        **{f"gradients: {name}": partial(cut, gradients, name) for name in gradients_of},
+        **{f"draws: {name}": partial(cut, draws, name) for name in draws_of},
         "padding": padding,
         "half precision": half_precision,
         "bytes on the wire": bytes_on_the_wire,
@@ -632,7 +629,7 @@ CASES: dict[str, dict[str, Callable[[], Pairs]]] = {
 }
 
 
-def main(folder: Path, rank: int, world: int, cases: dict[str, Callable[[], Pairs]]) -> None:
+def run(folder: Path, rank: int, world: int, cases: dict[str, Callable[[], Pairs]]) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))  # as torchrun does
     dist.init_process_group(
@@ -649,5 +646,18 @@ def main(folder: Path, rank: int, world: int, cases: dict[str, Callable[[], Pair
     dist.destroy_process_group()
 
 
+def main(folder: Path, world: int, group: str) -> int:
+    """Forks the ranks, which so import the libraries once; returns how many failed."""
+    importlib.import_module("transformers.models.llama.modeling_llama")
+    ranks = [get_context("fork").Process(target=run, args=(folder, i, world, CASES[group])) for i in range(world)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(400)
+        rank.kill()
+        rank.join()
+    return sum(rank.exitcode != 0 for rank in ranks)
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), CASES[sys.argv[4]])
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]))

@@ -1,4 +1,4 @@
-"""The command line on a small saved model: results, resuming, bad lines, wrong usage."""
+"""The command line on a small saved model: results, resuming, bad lines, outputs."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import errno
 import json
 import math
 import os
-import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +17,6 @@ import torch
 
 import acqcore
 from acqcore.cli import main
-from acqcore.files.table import write_rows
 
 TEXTS = ["The quick brown fox", "a fox", "The answer is 5.", "def add(a, b): return a + b", "the lazy dog"]
 
@@ -138,28 +135,6 @@ def test_another_run_may_not_take_over(command, tmp_path, monkeypatch, capsys, r
     assert main(command(rows)) == 0
 
 
-def test_a_run_does_not_resume_with_another_reference(command, student, tmp_path, monkeypatch, refused):
-    def reference(text):
-        data = tmp_path / "validation.jsonl"
-        data.write_text(json.dumps({"text": text}))
-        words = ["--student", str(student), "--data", str(data), "--out", str(tmp_path / "reference.pt"), "--overwrite"]
-        assert main(["reference", *words, "--dim", "64", "--backend", "eager"]) == 0
-
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    arguments = json.dumps({"influence": {"reference": str(tmp_path / "reference.pt")}})
-    scoring = command([{"text": text} for text in TEXTS], acquisitions="influence", acquisition_args=arguments)
-    reference("a fox")
-    with monkeypatch.context() as patch:
-        patch.setattr("acqcore.scoring.plan.Plan.batches", interrupted)
-        assert main(scoring) == 130
-    reference("the lazy dog")
-    assert "with different argument_files" in refused(scoring)
-    reference("a fox")
-    assert main(scoring) == 0
-
-
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
 def test_blocks_are_joined(suffix, command, tmp_path, read):
     rows: list[Any] = [{"text": text} for text in TEXTS]
@@ -203,78 +178,6 @@ def test_every_acquisition_that_does_not_compare_samples(command, student, tmp_p
         assert [row[name] for name in names] == pytest.approx([value.item() for value in expected], rel=1e-6)
 
 
-def test_a_reference_file(command, student, tmp_path, read):
-    rows = [{"q": "a fox", "a": f" jumps {i}"} for i in range(4)]
-    out, columns = tmp_path / "reference.pt", ["--prompt-column", "q", "--completion-column", "a"]
-    (tmp_path / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
-    given = ["--student", str(student), "--data", str(tmp_path / "validation.jsonl"), "--out", str(out)]
-    assert main(["reference", *given, *columns, "--parameters", "1", "--dim", "64", "--backend", "eager"]) == 0
-    arguments = json.dumps({"influence": {"reference": str(out)}})
-    assert main([*command(rows, acquisitions="influence", acquisition_args=arguments), *columns]) == 0
-    samples = [{"prompt": row["q"], "completion": row["a"]} for row in rows]
-    loaded = acqcore.Student.load(student)
-    reference = acqcore.influence_reference(loaded, samples[:2], parameters=1, dim=64, backend="eager")
-    expected = acqcore.influence(loaded, samples, reference, backend="eager")
-    assert [row["influence"] for row in read(tmp_path / "out.jsonl")] == pytest.approx(expected.tolist(), rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("lines", "message"),
-    [
-        (['{"text": "a fox"}', '{"text'], "validation.jsonl: line 2: not JSON"),
-        (['{"text": "a fox"}', '{"body": "a"}'], "validation.jsonl: line 2: no column 'text'"),
-        (['{"text": "a fox"}', "", '{"text": ""}'], "validation.jsonl: line 3: nothing to score"),
-        (['{"prompt": "a", "completion": ""}'], "validation.jsonl: line 1: the completion is empty"),
-    ],
-)
-def test_a_reference_set_is_whole(lines, message, student, tmp_path, refused):
-    data = tmp_path / "validation.jsonl"
-    data.write_text("\n".join(lines))
-    given = ["--student", str(student), "--data", str(data), "--out", str(tmp_path / "reference.pt")]
-    assert message in refused(["reference", *given, "--backend", "eager"])
-    assert not (tmp_path / "reference.pt").exists()
-
-
-@pytest.mark.parametrize(
-    ("out", "message"),
-    [
-        ("validation.jsonl", "is or contains the data, which would be lost"),
-        ("link.pt", "is or contains the data, which would be lost"),
-        ("other.pt", "out: other.pt exists; --overwrite replaces it"),
-        ("folder", "out: expected a file, folder is a folder"),
-        ("pipe", "out: pipe is neither a file nor a folder"),
-        ("none/reference.pt", "out: the folder none does not exist"),
-    ],
-)
-def test_a_reference_replaces_nothing_unasked(out, message, student, tmp_path, monkeypatch, refused):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("acqcore.files.reference.load_student", None)  # refused before any work
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "validation.jsonl").write_text(row := json.dumps({"text": "a fox"}))
-    (tmp_path / "link.pt").symlink_to("validation.jsonl")
-    (tmp_path / "other.pt").write_text("keep")
-    os.mkfifo(tmp_path / "pipe")
-    overwrite = [] if out == "other.pt" else ["--overwrite"]
-    words = ["reference", "--student", str(student), "--data", "validation.jsonl", "--out", out, *overwrite]
-    assert message in refused(words)
-    assert (tmp_path / "validation.jsonl").read_text() == row
-    assert (tmp_path / "other.pt").read_text() == "keep"
-
-
-def test_an_interrupted_reference_keeps_the_old_one(student, tmp_path, monkeypatch, capsys):
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("acqcore.files.reference.influence_reference", interrupted)
-    data, out = tmp_path / "validation.jsonl", tmp_path / "reference.pt"
-    data.write_text(json.dumps({"text": "a fox"}))
-    out.write_text("keep")
-    words = ["reference", "--student", str(student), "--data", str(data), "--out", str(out), "--overwrite"]
-    assert main(words) == 130
-    assert capsys.readouterr().err == "acqcore: interrupted; nothing was written\n"
-    assert out.read_text() == "keep"
-
-
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
 def test_the_highest_rows(suffix, command, tmp_path, capsys, read):
     rows: list[Any] = [{"text": f'{text}, "{i}"\n'} for i, text in enumerate(TEXTS)]
@@ -295,34 +198,6 @@ def test_the_highest_of_rows_with_long_cells(suffix, command, tmp_path):
     rows = [{"text": f"a fox {i}", "note": "x, " * 50_000} for i in range(3)]
     assert main(command(rows, out=tmp_path / f"out.{suffix}", top_k=2)) == 0
     assert (tmp_path / f"out.{suffix}").read_text().count("x, " * 50_000) == 2
-
-
-@pytest.mark.parametrize("options", [{}, {"block_rows": 1}, {"top_k": 2}])
-def test_parquet_types_are_kept(options, command, tmp_path):
-    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    pytest.importorskip("pandas")  # without it pyarrow cannot read nanoseconds
-    columns = {
-        "ns": pyarrow.array([1, 1_700_000_000_123_456_789], pyarrow.timestamp("ns")),
-        "span": pyarrow.array([None, 3_000_000_001], pyarrow.duration("ns")),
-        "unsigned": pyarrow.array([2**64 - 1, None], pyarrow.uint64()),
-        "map": pyarrow.array([[("a", 1)], None], pyarrow.map_(pyarrow.string(), pyarrow.int64())),
-        "small": pyarrow.array([1, 2], pyarrow.int8()),
-        "category": pyarrow.array(["a", None]).dictionary_encode(),
-        "entropy": pyarrow.array([None, None], pyarrow.float16()),
-        "list": pyarrow.array([[1, 2], None], pyarrow.list_(pyarrow.int32(), 2)),
-    }
-    given = pyarrow.table({"text": ["a fox", "the dog"], **columns})
-    parquet.write_table(given, tmp_path / "in.parquet")
-    arguments = command([], data=tmp_path / "in.parquet", out=tmp_path / "out.parquet", acquisitions="entropy")
-    assert (
-        main([*arguments, *(word for key, n in options.items() for word in (f"--{key.replace('_', '-')}", str(n)))])
-        == 0
-    )
-    found = parquet.read_table(tmp_path / "out.parquet")
-    for name in given.column_names:
-        column = found.column("data_entropy" if name == "entropy" else name)
-        assert column.type == given.column(name).type
-        assert column.to_pylist() == given.column(name).to_pylist()
 
 
 def test_a_data_set_by_name(command, tmp_path, monkeypatch, refused, read):
@@ -354,70 +229,6 @@ def test_a_data_set_by_name(command, tmp_path, monkeypatch, refused, read):
     assert "holds an interrupted run with different data_set" in refused(command([], data="org/name"))
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"top_k": 0}, "--top-k: expected an int >= 1, got 0"),
-        ({"acquisitions": "entropie"}, "acquisitions: unknown 'entropie'"),
-        ({"reduction": "median"}, "reduction: unknown 'median'"),
-        ({"backend": "gpu"}, "backend: unknown 'gpu'"),
-        ({"data": "missing.jsonl"}, "missing.jsonl: No such file or directory"),
-        ({"data": "missing.parquet"}, "missing.parquet: No such file or directory"),
-        ({"acquisition_args": "{bad"}, "argument --acquisition-args: expected JSON, got '{bad': Expecting property"),
-        ({"out": "out.txt"}, "extension of out.txt: unknown '.txt'"),
-        ({"out": "missing/out.csv"}, "out: the folder missing does not exist"),
-        ({"student": "./missing"}, "missing"),
-        ({"text_column": "body"}, "data: no column 'body', expected one of text"),
-        ({"prompt_column": "text"}, "--prompt-column and --completion-column: expected both or neither"),
-        ({"split": "test"}, "--data-config and --split: only for a data set, "),
-        ({"limit": 0}, "--limit: expected an int >= 1, got 0"),
-        ({"limit": "x"}, "argument --limit: invalid int value: 'x'"),
-        ({"max_length": 65}, "--max-length: the student takes at most 64 tokens, got 65"),
-        ({"block_rows": 0}, "--block-rows: expected an int >= 1, got 0"),
-        ({"engine": "dask"}, "argument --engine: invalid choice: 'dask'"),
-        ({"workers": 2}, "--workers: requires --engine ray, got --engine local"),
-        ({"engine": "accelerate", "ray_address": "auto"}, "--ray-address: requires --engine ray"),
-        ({"engine": "ray", "workers": 0}, "workers: expected an int >= 1, got 0"),
-        ({"engine": "ray", "device": "cuda:1"}, "device: expected cpu or cuda with --engine ray"),
-        ({"dtype": "int8"}, "argument --dtype: invalid choice: 'int8'"),
-        (
-            {"acquisitions": "gradient_diversity"},
-            "'gradient_diversity' compares all samples of a call: call acqcore.score",
-        ),
-        ({"acquisitions": "influence"}, "--acquisition-args: 'influence' needs 'reference'"),
-        (
-            {"acquisitions": "influence", "acquisition_args": '{"influence": {"reference": "data.jsonl"}}'},
-            "reference: expected a file from Reference.save or 'acqcore reference', got data.jsonl",
-        ),
-    ],
-)
-def test_wrong_usage_is_one_sentence(options, message, command, refused, tmp_path, monkeypatch):
-    """Nothing is left behind."""
-    monkeypatch.chdir(tmp_path)
-    assert message in refused(command([{"text": "a fox"}], **options))
-    assert not list(tmp_path.glob("out*"))
-
-
-@pytest.mark.parametrize(
-    ("option", "package", "extra"),
-    [
-        ("engine ray", "ray", "ray"),
-        ("engine accelerate", "accelerate", "train"),
-        ("data org/name", "datasets", "train"),
-    ],
-)
-def test_what_is_not_installed(option, package, extra, command, refused, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    message = f'--{option} needs {package}: run pip install "acqcore[{extra}]"'
-    assert refused(command([{"text": "a fox"}], **dict([option.split()]))) == message
-
-
-def test_launched_processes_do_not_all_score_everything(command, refused, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    message = "--engine: 2 processes were launched, expected --engine accelerate, got local"
-    assert refused(command([{"text": "a fox"}])) == message
-
-
 @pytest.mark.parametrize("linked", [False, True])
 def test_a_folder_as_output(linked, command, tmp_path, read):
     pytest.importorskip("pyarrow")
@@ -436,24 +247,6 @@ def test_a_folder_as_output(linked, command, tmp_path, read):
     assert not (tmp_path / "scores.parts").exists()
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("full", "out: the folder full contains files other than parts"),
-        ("folder.jsonl", "out: folder.jsonl is a folder; for a folder of parquet files, use a name without an ext"),
-        ("file", "out: file is a file; a name without an extension means a folder of parquet files"),
-    ],
-)
-def test_outputs_that_are_in_the_way(name, message, command, refused, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "folder.jsonl").mkdir()
-    (tmp_path / "full").mkdir()
-    for path in (tmp_path / "file", tmp_path / "full" / "notes.txt"):
-        path.write_text("keep")
-    assert message in refused(command([{"text": "a fox"}], out=name))
-    assert (tmp_path / "full" / "notes.txt").read_text() == (tmp_path / "file").read_text() == "keep"
-
-
 def test_a_full_disk(command, tmp_path, monkeypatch, capsys):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -464,27 +257,6 @@ def test_a_full_disk(command, tmp_path, monkeypatch, capsys):
     last = capsys.readouterr().err.splitlines()[-1]
     out = tmp_path / "out.jsonl"
     assert last == f"acqcore: error: {out}: No space left on device; the scores are kept in {out}.parts"
-
-
-def test_a_file_without_rows(command, refused):
-    assert "data.jsonl has no rows" in refused(command([]))
-
-
-@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
-def test_every_column_is_kept(suffix, command, tmp_path, read):
-    """Columns stay in order, also for bad rows; those with the name of an output column are renamed."""
-    rows = [
-        {"id": 7, "text": "a fox", "entropy": 0.5, "row": "x", "data_row": "y"},
-        {"id": 8, "text": "", "entropy": 0.25, "row": "z", "data_row": "w"},
-    ]
-    out = tmp_path / f"out.{suffix}"
-    assert main(command(rows, out=out, block_rows=1)) == 0
-    found = read(out)
-    names = ["id", "text", "data_entropy", "data_row", "data_data_row"]
-    assert list(found[0]) == ["row", *names, "entropy", "n_tokens", "valid", "error"]
-    for before, after in zip(rows, found, strict=True):
-        assert [str(value) for value in before.values()] == [str(after[name]) for name in names]
-    assert (found[1]["error"] or "").startswith("nothing to score")
 
 
 def test_an_output_is_scored_again(command, tmp_path, read):
@@ -508,94 +280,6 @@ def test_values_of_tokens(command, student, tmp_path, read):
         assert row["entropy_tokens"] == pytest.approx(scores.tokens["entropy"][i].tolist(), rel=1e-5)
         assert "grad_norm_tokens" not in row
     assert found[1]["token_ids"] == found[1]["loss_tokens"] == []
-
-
-@pytest.mark.parametrize("suffix", ["parquet", "jsonl", "csv", ""])
-def test_tool_calls_of_any_arguments(suffix, command, tmp_path, read):
-    rows = [conversation({"x": 1}), conversation({"x": "one"}), conversation({})]
-    for block_rows in (1, 3):
-        out = tmp_path / f"{block_rows}.{suffix}".removesuffix(".")
-        assert main(command(rows, out=out, block_rows=block_rows)) == 0
-        found = read(out)
-        if suffix in ("parquet", ""):
-            for before, after in zip(rows, found, strict=True):
-                turns = [{k: v for k, v in turn.items() if v is not None} for turn in json.loads(after["messages"])]
-                assert turns == before["messages"]
-        assert all(row["valid"] in (True, "True") for row in found)
-
-
-def conversation(arguments: Any) -> dict[str, Any]:
-    call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
-    return {
-        "messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "ok", "tool_calls": [call]}]
-    }
-
-
-def test_conversations_in_a_csv(command, student, tmp_path, read):
-    rows = [conversation({"x": 1})["messages"], conversation({"x": 2})["messages"]]
-    assert main(command([{"messages": row} for row in rows], out=tmp_path / "first.csv")) == 0
-    assert main(command([], data=tmp_path / "first.csv")) == 0
-    for row, found in zip(rows, read(tmp_path / "out.jsonl"), strict=True):
-        assert json.loads(found["messages"]) == row
-        assert found["valid"]
-    data, out = tmp_path / "first.csv", tmp_path / "reference.pt"
-    options = ["--student", str(student), "--data", str(data), "--out", str(out)]
-    assert main(["reference", *options, "--parameters", "1", "--dim", "64"]) == 0
-
-
-def test_prompts_and_completions_that_are_conversations_in_a_csv(command, tmp_path, read):
-    turns = [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}]
-    rows = [
-        {"prompt": turns[0], "completion": turns[1]},
-        {"prompt": "[1, 2]", "completion": "[]"},
-        {"prompt": '[{"a": 1}]', "completion": "[x"},
-    ]
-    for i, row in enumerate(rows):
-        first, again = tmp_path / f"{i}.csv", tmp_path / f"{i}.jsonl"
-        assert main(command([row], out=first)) == 0
-        assert main(command([], data=first, out=again)) == 0
-        [[once], [twice]] = read(first), read(again)
-        assert float(once["entropy"]) == pytest.approx(twice["entropy"], rel=1e-5)
-        assert int(once["n_tokens"]) == twice["n_tokens"]
-
-
-@pytest.mark.parametrize("suffix", ["jsonl", "parquet", "csv"])
-def test_json_that_is_text(suffix, command, student, tmp_path, read):
-    """Prompt and completion of a csv are conversations only if both are; text of other files is text, as in Python."""
-    user, reply, records = '[{"role":"u","content":"a"}]', '[{"role":"a","content":"b"}]', '[{"role":"a","name":"b"}]'
-    rows = [
-        {"prompt": "List the users as JSON.", "completion": records},
-        {"prompt": "A fox", "completion": reply},
-        {"prompt": user, "completion": " fox"},
-        {"prompt": user, "completion": records},
-        *([] if suffix == "csv" else [{"prompt": user, "completion": reply}]),
-    ]
-    data = tmp_path / f"given.{suffix}"
-    write_rows(data, rows, ["prompt", "completion"], tmp_path / "none.jsonl")
-    assert main(command([], data=data, acquisitions="loss")) == 0
-    scores = acqcore.score(str(student), rows, "loss", backend="eager")
-    found = read(tmp_path / "out.jsonl")
-    assert [row["n_tokens"] for row in found] == scores.n_tokens.tolist()
-    assert [row["loss"] for row in found] == pytest.approx(scores["loss"].tolist(), rel=1e-5)
-
-
-@pytest.mark.parametrize("levels", [250, 400, 900, 3000])
-def test_deeply_nested_json_text(levels, command, tmp_path, read):
-    """It is the error of a row that needs messages or tools, and text elsewhere; the other rows are scored."""
-    deep, turns = "[" * levels + "]" * levels, conversation({"x": 1})["messages"]
-    good = {"messages": turns, "tools": None}
-    rows = [{**good, "messages": deep}, good, {**good, "tools": deep}, {**good, "messages": deep[:levels]}, good]
-    main(command(rows))
-    found = read(tmp_path / "out.jsonl")
-    assert [row["valid"] for row in found] == [False, True, False, False, True]
-    assert found[0]["error"] == found[3]["error"] == "messages: expected a list of messages, got str"
-    assert "tools" in found[2]["error"].lower()
-    rows = [{"prompt": "a", "completion": deep}, {"prompt": "a", "completion": deep[:levels]}]
-    for name in ("texts.csv", "texts.jsonl"):
-        write_rows(tmp_path / name, rows, ["prompt", "completion"], tmp_path / "none.jsonl")
-        out = tmp_path / f"scored-{name}.jsonl"
-        assert main(command([], data=tmp_path / name, out=out, max_length=9)) == 0
-        assert [row["n_tokens"] for row in read(out)] == [8, 8]
 
 
 class TestOutput:
@@ -636,64 +320,3 @@ class TestOutput:
             (tmp_path / "out.parts").mkdir(exist_ok=True)
             (tmp_path / "out.parts" / "manifest.json").write_text("{}")
         assert (tmp_path / "out" / "notes.txt").read_text() == "keep"
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"device": "cuda"}, "--device: 'cuda' is not available"),
-        ({"device": "cuda:7"}, "--device: 'cuda:7' is not available"),
-        ({"device": "gpu"}, "--device: expected cpu, cuda or cuda:1, got 'gpu'"),
-        ({"device": "meta"}, "--device: expected a compute device, got 'meta'"),
-        ({"student": "data.jsonl"}, "--student: expected a folder or hub id, data.jsonl is a file"),
-        ({"student": "empty"}, ""),
-        ({"student": "broken"}, ""),
-        ({"student": "wordless"}, "wordless has no tokenizer, which rows of a file require"),
-        ({"student": "untemplated", "data": "chat.jsonl"}, "the tokenizer of"),
-    ],
-)
-def test_what_a_run_would_find_out_is_one_sentence(options, message, command, student, refused, tmp_path, monkeypatch):
-    """The refused command leaves nothing that would block the corrected one."""
-    if torch.cuda.is_available() and options.get("device") == "cuda":
-        pytest.skip("this machine has one")
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty").mkdir()
-    shutil.copytree(student, tmp_path / "broken")
-    (tmp_path / "broken" / "model.safetensors").write_bytes(b"no weights")
-    shutil.copytree(student, tmp_path / "untemplated")
-    (tmp_path / "untemplated" / "chat_template.jinja").unlink()
-    shutil.copytree(student, tmp_path / "wordless", ignore=shutil.ignore_patterns("*token*", "*.jinja"))
-    (tmp_path / "chat.jsonl").write_text(json.dumps(conversation({})) + "\n")
-    rows = [{"text": "a fox"}]
-    assert message in refused(command(rows, **options))
-    assert main(command(rows)) == 0
-
-
-@pytest.mark.parametrize("words", [["--top", "5"], ["--acq", "loss"], ["--dev", "cpu"]])
-def test_options_are_not_abbreviated(words, command, refused):
-    assert f"unrecognized arguments: {' '.join(words)}" in refused([*command([{"text": "a fox"}]), *words])
-
-
-def test_version_and_help(capsys):
-    with pytest.raises(SystemExit, match="0"):
-        main(["--version"])
-    assert capsys.readouterr().out == f"acqcore {acqcore.__version__}\n"
-    with pytest.raises(SystemExit, match="0"):
-        main(["score", "--help"])
-    offered = capsys.readouterr().out
-    assert not re.search(r"``|:func:|:class:", offered)
-    assert "gradient_diversity" not in offered
-    assert "mutual_information" in offered
-
-
-def test_info_as_a_module_tells_backends_and_versions():
-    result = subprocess.run([sys.executable, "-m", "acqcore", "info"], capture_output=True, text=True, check=True)
-    for word in ("eager", "cpu", torch.__version__, acqcore.__version__, "threads"):
-        assert word in result.stdout
-
-
-def test_tables_without_rich(capsys, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert main(["info"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert any(line.split()[:2] == ["eager", "yes"] for line in lines)

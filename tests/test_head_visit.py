@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 
@@ -14,7 +15,7 @@ from acqcore.backends import Dropout, Gram, HeadRows, get as get_backend
 from acqcore.bayes import dropout_rows, dropout_stats
 from acqcore.head_grad import loss_weights
 from acqcore.head_visit import visit
-from acqcore.row_stats import empty_state
+from acqcore.row_stats import RowStats, empty_state
 from acqcore.testing import Case, case_from_logits, random_case, worst_errors
 
 #: Rows per sample; the longer lengths are not multiples of a block or panel.
@@ -82,6 +83,10 @@ def _case(name: str) -> Case:
     return case
 
 
+def _weights(case: Case) -> torch.Tensor:
+    return torch.linspace(0.1, 2, len(case.hidden)).double() * (case.targets != -100)
+
+
 def _autograd(case: Case, weights: torch.Tensor, bounds: Bounds = BOUNDS) -> torch.Tensor:
     """Norm of each sample's gradient in weight and bias, ``[B]``, by autograd in float64."""
     exact = case.to(torch.float64)
@@ -98,15 +103,31 @@ def _autograd(case: Case, weights: torch.Tensor, bounds: Bounds = BOUNDS) -> tor
     return torch.stack(norms)
 
 
+@functools.cache
+def _expected_norms(name: str, dtype: torch.dtype) -> torch.Tensor:
+    """Computed once for all implementations and forms, because it is slower than they are."""
+    case = _case(name).to(dtype)
+    return _autograd(case, _weights(case))
+
+
+@functools.cache
+def _expected_hidden_grad(name: str, dtype: torch.dtype) -> torch.Tensor:
+    exact = _case(name).to(dtype).to(torch.float64)
+    hidden = exact.hidden.requires_grad_()
+    z = exact.head.logits(hidden, exact.temperature)
+    loss = torch.nn.functional.cross_entropy(z, exact.targets, ignore_index=-100, reduction="sum")
+    return torch.autograd.grad(loss, hidden)[0]
+
+
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-4), (torch.bfloat16, 1e-3), (torch.float16, 1e-3)])
 @pytest.mark.parametrize("form", ["gram", "direct"])
 @pytest.mark.parametrize("name", CASES)
 def test_norms(name, form, dtype, rtol, implementation):
     case = _case(name).to(dtype)
-    weights = torch.linspace(0.1, 2, N).double() * (case.targets != -100)
     chosen = get_backend(implementation)
-    got = visit(case.hidden, case.head, case.targets, BOUNDS, case.temperature, chosen, form).grad_norm(weights)
-    torch.testing.assert_close(got.double(), _autograd(case, weights), rtol=rtol, atol=1e-12)
+    visited = visit(case.hidden, case.head, case.targets, BOUNDS, case.temperature, chosen, form)
+    got = visited.grad_norm(_weights(case)).double()
+    torch.testing.assert_close(got, _expected_norms(name, dtype), rtol=rtol, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -117,13 +138,9 @@ def test_hidden_grad(name, dtype, implementation):
     got = acqcore.hidden_grad(
         case.hidden, case.head, case.targets, temperature=case.temperature, backend=implementation
     )
-    exact = case.to(torch.float64)
-    hidden = exact.hidden.requires_grad_()
-    z = exact.head.logits(hidden, exact.temperature)
-    loss = torch.nn.functional.cross_entropy(z, case.targets, ignore_index=-100, reduction="sum")
-    (expected,) = torch.autograd.grad(loss, hidden)
+    expected = _expected_hidden_grad(name, dtype)
     error = (got.double() - expected).norm(dim=1)
-    assert (error <= 1e-4 * expected.norm(dim=1) + 1e-6 * exact.head.weight.norm(dim=1).mean()).all()
+    assert (error <= 1e-4 * expected.norm(dim=1) + 1e-6 * case.head.weight.double().norm(dim=1).mean()).all()
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -209,7 +226,7 @@ def test_long_samples(std, isa, monkeypatch):
     case = random_case(700, 40, 2000, std=std)
     case.targets[::3] = 17  # shared by a third of the rows, so cross terms are large
     case.targets[[0, 299, 301, 500]] = -100
-    weights = torch.linspace(0.1, 2, 700).double() * (case.targets != -100)
+    weights = _weights(case)
     made = visit(case.hidden, case.head, case.targets, bounds, 1.0, get_backend("cpu"), "gram")
     torch.testing.assert_close(made.grad_norm(weights).double(), _autograd(case, weights, bounds), rtol=1e-5, atol=0)
     monkeypatch.setenv("ACQCORE_ISA", isa.replace("-amx", "-bf16"))
@@ -244,7 +261,7 @@ def test_shards_add_up(name, implementation):
     """Shares from each shard's Gram and the whole vocabulary's state add up, even if the first has no finite logit."""
     case = _case(name)
     chosen, head = get_backend(implementation), case.head
-    weights = torch.linspace(0.1, 2, N).double() * (case.targets != -100)
+    weights = _weights(case)
     whole = visit(case.hidden, head, case.targets, BOUNDS, case.temperature, chosen, "gram")
     expected = whole.grad_norm(weights).double().square()
     parts = []
@@ -256,6 +273,19 @@ def test_shards_add_up(name, implementation):
     stats = parts[0].stats.merge(parts[1].stats)
     shares = [dataclasses.replace(part, stats=stats).grad_norm(weights).double().square() for part in parts]
     torch.testing.assert_close(shares[0] + shares[1], expected, rtol=1e-5, atol=0)
+
+
+def _short_and_long(name: str, dtype: torch.dtype) -> list[tuple[Case, Bounds]]:
+    """Rows of several samples, and of one that is so long that its Gram is formed in tile registers."""
+    case = dataclasses.replace(_case(name), temperature=1.0).to(dtype)
+    long = dataclasses.replace(case, hidden=case.hidden.repeat(4, 1)[:300], targets=case.targets.repeat(4)[:300])
+    return [(case, BOUNDS), (long, ((0, 300),))]
+
+
+@functools.cache
+def _expected_of_short_and_long(name: str, dtype: torch.dtype) -> list[tuple[RowStats, torch.Tensor]]:
+    cases = _short_and_long(name, dtype)
+    return [(rows.oracle(), _autograd(rows, _weights(rows), bounds)) for rows, bounds in cases]
 
 
 @pytest.mark.parametrize(
@@ -274,11 +304,8 @@ def test_draws_share_the_pass(name, block, dtype, isa, monkeypatch):
     """Block dropout's draws come with the statistics and norms of the rows without dropout, and are those of a call of
     their own bit for bit; rows of long samples too."""
     monkeypatch.setenv("ACQCORE_ISA", isa)
-    case = dataclasses.replace(_case(name), temperature=1.0).to(dtype)
-    long = dataclasses.replace(
-        case, hidden=case.hidden.repeat(4, 1)[:300], targets=case.targets.repeat(4)[:300]
-    )  # one sample, whose Gram is formed in tile registers
-    for rows, bounds in ((case, BOUNDS), (long, ((0, 300),))):
+    cases, expected = _short_and_long(name, dtype), _expected_of_short_and_long(name, dtype)
+    for (rows, bounds), (oracle, expected_norms) in zip(cases, expected, strict=True):
         key = torch.arange(len(rows.hidden))
         dropout = Dropout(0.2, "block", block, 3, torch.zeros_like(key), key)
         drawn, found = dropout_rows(rows.hidden, rows.head, dropout, 5, rows.targets)
@@ -286,12 +313,11 @@ def test_draws_share_the_pass(name, block, dtype, isa, monkeypatch):
         alone = dropout_stats(rows.hidden, rows.head, dropout, 5, rows.targets, "cpu")
         assert torch.equal(found.state.nan_to_num(7), alone.state.nan_to_num(7))
         assert torch.equal(found.votes, alone.votes)
-        errors = worst_errors(got.stats, rows.oracle())
+        errors = worst_errors(got.stats, oracle)
         assert max(errors.values()) <= 1, errors
-        weights = torch.linspace(0.1, 2, len(key)).double() * (rows.targets != -100)
-        norms = got.grad_norm(weights).double()
+        norms = got.grad_norm(_weights(rows)).double()
         tolerance = 1e-4 if dtype == torch.float32 else 1e-3
-        torch.testing.assert_close(norms, _autograd(rows, weights, bounds), rtol=tolerance, atol=1e-12)
+        torch.testing.assert_close(norms, expected_norms, rtol=tolerance, atol=1e-12)
 
 
 def test_samples_that_are_too_long_take_the_other_form(monkeypatch):

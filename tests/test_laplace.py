@@ -15,7 +15,7 @@ from acqcore.gradients.rules import is_linear
 
 
 def _samples(rows: int, seed: int) -> dict[str, torch.Tensor]:
-    ids = torch.randint(3, 48, (rows, 5), generator=torch.Generator().manual_seed(seed))
+    ids = torch.randint(3, 24, (rows, 5), generator=torch.Generator().manual_seed(seed))
     labels = ids.clone()
     labels[:, :2] = -100
     labels[0, 4] = -100  # two scored tokens in the first sample, three in the others
@@ -43,7 +43,7 @@ def _squares(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> dict[str, t
 
 @pytest.mark.parametrize("kind", ["Llama", "GPT2"])
 def test_against_brute_force(kind, tiny_model):
-    model = tiny_model(kind, vocab_size=48)
+    model = tiny_model(kind, vocab_size=24)
     samples, others = _samples(2, 0), _samples(2, 1)
     squares = [_squares(model, *row) for row in zip(others["input_ids"], others["labels"], strict=True)]
     marginals = {}
@@ -56,7 +56,7 @@ def test_against_brute_force(kind, tiny_model):
     for name, factors in expected.factors.items():
         for got, factor in zip(posterior.factors[name], factors, strict=True):
             torch.testing.assert_close(got, factor, rtol=0.3, atol=0)
-    options = {"mutual_information": {"form": "linear", "posterior": "laplace", "reference": posterior, "probes": 2000}}
+    options = {"mutual_information": {"form": "linear", "posterior": "laplace", "reference": posterior, "probes": 1000}}
     scores = acqcore.score(model, samples, "mutual_information", acquisition_args=options)
     value, error = scores["mutual_information"], scores.stderr["mutual_information"]
     for i, row in enumerate(zip(samples["input_ids"], samples["labels"], strict=True)):
@@ -64,7 +64,7 @@ def test_against_brute_force(kind, tiny_model):
             float((torch.outer(*posterior.factors[name]).double() * of_weight).sum())
             for name, of_weight in _squares(model, *row).items()
         )
-        assert float(error[i]) < 0.02 * total / 2
+        assert float(error[i]) < 0.03 * total / 2
         assert abs(float(value[i]) - total / 2) < 3 * float(error[i])
 
 

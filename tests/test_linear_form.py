@@ -17,14 +17,15 @@ from benchmarks import toy_student
 
 RHO = 0.05 / 0.95  # noise variance of the default dropout
 
-SMALL = {"vocab_size": 48}  # brute force takes one backward per token of the vocabulary
+SMALL = {"vocab_size": 24}  # brute force takes one backward per token of the vocabulary
+PROBES = 1000  # for standard errors below 1.6 %
 
 
 def _samples(*lengths: int, context: int = 2) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     width = max(lengths)
     mask = (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
-    ids = torch.randint(3, 48, (len(lengths), width), generator=generator) * mask
+    ids = torch.randint(3, 24, (len(lengths), width), generator=generator) * mask
     labels = ids.masked_fill(mask == 0, -100)
     labels[:, :context] = -100
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
@@ -85,9 +86,9 @@ def _expected_squares(
 
 
 def _assert_unbiased(scores: acqcore.Scores, expected: torch.Tensor) -> None:
-    """Values are within three standard errors, which are below 1 %."""
+    """Values are within three standard errors, which are below 1.6 %."""
     values, errors = scores["mutual_information"], scores.stderr["mutual_information"]
-    assert float((errors / expected).max()) < 0.01
+    assert float((errors / expected).max()) < 0.016
     assert bool(((values - expected).abs() < 3 * errors).all())
 
 
@@ -97,7 +98,7 @@ def test_unbiased_over_every_token_and_site(kind, layers, tiny_model):
     samples = _samples(6, 4)
     sites = _sites(model, kind, 2 if layers == "all" else layers)
     expected = RHO / 2 * _expected_squares(model, samples, sites, 2)
-    _assert_unbiased(_score(model, samples, layers=layers, probes=2500), expected)
+    _assert_unbiased(_score(model, samples, layers=layers, probes=PROBES), expected)
 
 
 @pytest.mark.parametrize(("kind", "layers"), [("Llama", "all"), ("GPT2", 1)])
@@ -105,7 +106,7 @@ def test_unbiased_over_every_token_and_weight(kind, layers, tiny_model):
     model = tiny_model(kind, **SMALL)
     samples = _samples(6, 4)
     expected = 1e-4 / 2 * _expected_squares(model, samples, None, 2 if layers == "all" else layers)
-    scores = _score(model, samples, posterior="isotropic", layers=layers, variance=1e-4, probes=2500)
+    scores = _score(model, samples, posterior="isotropic", layers=layers, variance=1e-4, probes=PROBES)
     _assert_unbiased(scores, expected)
 
 
@@ -115,7 +116,7 @@ def test_unbiased_over_the_positions_of_completions(tiny_model):
     samples = _samples(7, 6)
     samples["labels"][0, :4] = -100
     expected = RHO / 2 * _expected_squares(model, samples, _sites(model, "Llama", 2), 2, of_completions=True)
-    _assert_unbiased(_score(model, samples, positions="completion", probes=2500), expected)
+    _assert_unbiased(_score(model, samples, positions="completion", probes=PROBES), expected)
 
 
 @pytest.mark.parametrize("cuts", [True, False])
@@ -177,7 +178,7 @@ def test_dropout_on_the_last_hidden_state(tiny_model):
     """Without a graph: the closed form ``rho / 2 sum_d h_d^2 Var_y W_yd``, averaged over the tokens."""
     model = tiny_model("Qwen2", **SMALL)
     samples = _samples(9, 4)
-    scores = _score(model, samples, layers=0, dropout=0.2, probes=2500)
+    scores = _score(model, samples, layers=0, dropout=0.2, probes=PROBES)
     hidden = acqcore.Student.from_model(model).hidden(samples["input_ids"]).detach().double()
     weight = model.lm_head.weight.detach().double()
     p = (hidden @ weight.T).softmax(dim=2)  # [B, T, V]
@@ -194,7 +195,7 @@ def test_own_dropout_layers(tiny_model):
     sites = [module for module in model.transformer.modules() if isinstance(module, torch.nn.Dropout) and module.p > 0]
     assert len(sites) == 4
     expected = 0.25 / 2 * _expected_squares(model, samples, sites, 2)
-    _assert_unbiased(_score(model, samples, layers="own", probes=2500), expected)
+    _assert_unbiased(_score(model, samples, layers="own", probes=PROBES), expected)
 
 
 class Dropped(torch.nn.Module):

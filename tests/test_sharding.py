@@ -36,23 +36,10 @@ OWN_SAMPLES = {
 
 def run(folder: Path, world: int, group: str) -> list[dict[str, Any]]:
     """Results of each of ``world`` processes for each case of a group."""
+    command = [sys.executable, str(SCRIPT), str(folder), str(world), group]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(folder), str(rank), str(world), group],
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=(folder / f"{rank}.log").open("w"),
-        )
-        for rank in range(world)
-    ]
-    try:
-        for rank, process in enumerate(processes):
-            code = process.wait(timeout=400)
-            assert code == 0, f"rank {rank} ended with {code}:\n" + (folder / f"{rank}.log").read_text()[-4000:]
-    finally:
-        for process in processes:
-            process.kill()
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr[-4000:]
     return [torch.load(folder / str(rank), weights_only=False) for rank in range(world)]
 
 

@@ -48,10 +48,14 @@ def _run(model: Any) -> None:
     model.eval()
 
 
+@pytest.fixture(scope="module")
+def expected(tiny_model):
+    return _values(tiny_model("Llama"))
+
+
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("scored_before", [False, True])
-def test_compiled_parts_of_blocks(scored_before, part, tiny_model, exact):
-    expected = _values(tiny_model("Llama"))
+def test_compiled_parts_of_blocks(scored_before, part, expected, tiny_model, exact):
     model = tiny_model("Llama")
     exactly = exact(model, SAMPLES, list(model.parameters())).norm(dim=1)
     if scored_before:
@@ -74,8 +78,7 @@ def _regions(model: Any) -> Any:
 
 
 @pytest.mark.parametrize("compiled", [_in_place, lambda model: torch.compile(model, backend="eager"), _regions])
-def test_whole_models(compiled, tiny_model):
-    expected = _values(tiny_model("Llama"))
+def test_whole_models(compiled, expected, tiny_model):
     model = compiled(tiny_model("Llama"))
     _run(model)
     torch.testing.assert_close(_values(model), expected)

@@ -13,7 +13,7 @@ import pytest
 import torch
 import uvicorn
 from fake_run import fakes as fakes, recipe as recipe
-from fakes import FakeEngine, PlainDomain
+from fakes import FakeEngine, Sums
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -105,37 +105,6 @@ def on_socket():
         server.should_exit = True
         thread.join(20)
         assert not thread.is_alive()
-
-
-class Sums(PlainDomain):
-    """Sums answered by a number in the last line. 7, 7.0 and 07 are equivalent, 7 and " 7" also in canonical form."""
-
-    name = "sums"
-    answer_tokens = 8
-
-    def answer_of(self, completion):
-        lines = completion.splitlines()
-        return lines[-1] if lines and self._value(lines[-1]) is not None else None
-
-    def equivalent(self, gold, answers):
-        pairs = zip(gold, answers, strict=True)
-        return [a is not None and self._value(sample.answer) == self._value(a) for sample, a in pairs]
-
-    def fault(self, sample):
-        return None if "+" in sample.question else "no sum"
-
-    def verify(self, samples):
-        return [
-            None if "?" in sample.question else sum(map(int, sample.question.split("+"))) == self._value(sample.answer)
-            for sample in samples
-        ]
-
-    @staticmethod
-    def _value(text):
-        try:
-            return float(text)
-        except ValueError:
-            return None
 
 
 class Scripted(FakeEngine):

@@ -137,7 +137,7 @@ def test_a_stage_that_fails_exits_with_1(fakes, recipe, capsys, monkeypatch):
     def fail(*arguments, **options):
         raise ValueError("no rows\nto read")
 
-    monkeypatch.setattr("acqsynth.stages.find_domain", fail)
+    monkeypatch.setattr("acqsynth.stages.rows.find_domain", fail)
     assert main(["run", str(recipe)]) == 1
     told = capsys.readouterr().err
     assert told == "acqsynth: error: 00-seeds/rows: ValueError: no rows to read\n"

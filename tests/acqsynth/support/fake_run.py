@@ -18,9 +18,11 @@ import pyarrow.parquet
 import pytest
 from fakes import FakeEngine, PlainDomain
 
+from acqsynth import config, pipeline
 from acqsynth.domains import Sample
 from acqsynth.engines import Completion, Sampling
 from acqsynth.report import page
+from acqsynth.steps import Store
 
 PAUSE = "ACQSYNTH_TEST_PAUSE"  #: environment variable naming the call at which this process waits to be killed
 
@@ -212,11 +214,10 @@ def deal(domain, seeds, n, *, shown, seed):
 
 def install(put, figures=False):
     """``put(object, name, value)`` is ``setattr`` or a monkeypatch's. Figures take seconds; off by default."""
-    from acqsynth import engines, label as labels, preflight, stages, train, write as writing
+    from acqsynth import domains, engines, label as labels, train, write as writing
     from acqsynth.rewards import build
 
-    for module in (stages, preflight):
-        put(module, "find_domain", lambda name: {"sums": Sums}[name]())
+    put(domains, "DOMAINS", {"sums": "fake_run:Sums"})
     put(engines, "load", lambda name, path: Counting(path))
     put(build, "build", lambda config, domain, student, engine, **rows: Reward(student))
     put(labels, "label", label)
@@ -225,6 +226,17 @@ def install(put, figures=False):
     for module, functions in ((writing, (deal, write, best)), (train, (grpo, sft))):
         for function in functions:
             put(module, function.__name__, function)
+
+
+def plan_of(recipe, *overrides):
+    return pipeline.plan(config.load(recipe, overrides))
+
+
+def run(recipe, *overrides):
+    """The plan, the store, and the names of the steps that ran."""
+    plan = plan_of(recipe, *overrides)
+    store = Store(Path(plan.config.output))
+    return plan, store, [str(step) for step in plan.steps if store.run(step)]
 
 
 @pytest.fixture

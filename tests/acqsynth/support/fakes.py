@@ -8,7 +8,7 @@ import datasets
 import torch
 import trl
 
-from acqsynth.domains import Domain
+from acqsynth.domains import Domain, Sample
 from acqsynth.engines import Engine
 
 
@@ -31,6 +31,37 @@ class PlainDomain(Domain):
 
     def load(self, source, split="train", columns=None, limit=None):
         raise FileNotFoundError(source)
+
+
+class Sums(PlainDomain):
+    """Sums answered by a number in the last line. 7, 7.0 and 07 are equivalent, 7 and " 7" also in canonical form."""
+
+    name = "sums"
+    answer_tokens = 8
+
+    def answer_of(self, completion):
+        lines = completion.splitlines()
+        return lines[-1] if lines and self._value(lines[-1]) is not None else None
+
+    def equivalent(self, gold, answers):
+        pairs = zip(gold, answers, strict=True)
+        return [a is not None and self._value(sample.answer) == self._value(a) for sample, a in pairs]
+
+    def fault(self, sample):
+        return None if "+" in sample.question else "no sum"
+
+    def verify(self, samples):
+        return [
+            None if "?" in sample.question else sum(map(int, sample.question.split("+"))) == self._value(sample.answer)
+            for sample in samples
+        ]
+
+    @staticmethod
+    def _value(text):
+        try:
+            return float(text)
+        except ValueError:
+            return None
 
 
 class FakeEngine(Engine):
@@ -67,6 +98,9 @@ class Told:
         self.asked_errors += 1
         return None if self.errors is None else [self.errors[sample.answer] for sample in samples]
 
+
+SEEDS = [Sample(f"{n}+{n}", str(2 * n), f"{n} and {n}") for n in range(1, 9)]
+TRAINER = {"max_steps": 3, "use_cpu": True, "bf16": False, "save_steps": 1, "gradient_checkpointing": False}
 
 GOOD = "<question>What is 6 * 7?</question><answer>It is 42.</answer>"
 LONGER = "<question>Name a prime.</question><reasoning>Seven has no divisor but 1.</reasoning><answer>7</answer>"

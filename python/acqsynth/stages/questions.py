@@ -1,0 +1,257 @@
+"""Questions: trains a generator, writes or selects its questions, and labels them."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from acqsynth import write
+from acqsynth.config import EngineConfig, LabellingConfig, SamplingConfig
+from acqsynth.domains import Domain, Messages, Sample, domain as find_domain
+from acqsynth.engines import Sampling
+from acqsynth.label import Labeller
+from acqsynth.rewards.gates import sample_gates
+from acqsynth.rewards.texts import NearCopies
+from acqsynth.stages.shared import CHUNK, Scoring, fused, load_engine, signal_values
+from acqsynth.steps import StepContext, StepError, read_json, read_rows, read_table, write_rows
+
+_PROBE = 32  # samples whose order before and after a student refresh measures staleness
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How a generator is prompted for questions."""
+
+    scoring: Scoring
+    generator: Any  #: model
+    sampling: SamplingConfig
+    shown: int
+    turns: bool
+    n: int
+    seed: int
+    held_out: Any  #: rows to show
+    earlier: Sequence[Any] = ()  #: samples of earlier rounds, whose questions are not asked again
+
+
+def train_generator(
+    context: StepContext,
+    *,
+    scoring: Scoring,
+    method: str,
+    generator: str | Path,
+    prompts: int,
+    shown: int,
+    turns: bool,
+    candidates: tuple[SamplingConfig, int] | None,
+    options: dict[str, Any],
+    seed: int,
+) -> None:
+    """Trains the generator; writes ``model/``, with the trainer's log and completions, and ``counts.json``.
+
+    ``candidates`` gives, for DPO, how the candidates of a prompt are sampled, and how many.
+    """
+    from acqsynth import train
+
+    reward = scoring.build()
+    seeds = read_rows(scoring.seeds)
+    asked = write.prompts(scoring.find_domain(), seeds, prompts, shown=shown, turns=turns, seed=seed)
+    output = context.folder / "model"
+    options = {"seed": seed, "disable_tqdm": True, **options}
+    callbacks = [train.Progress(context.say, context.status)]
+    if candidates is not None:
+        train.dpo(
+            str(generator),
+            asked,
+            reward,
+            output,
+            options,
+            sampling=_sampling(*candidates, seed),
+            engine=lambda: load_engine(scoring.engine, generator),
+            callbacks=callbacks,
+        )
+        drawn, masked = prompts * candidates[1], read_json(output / train.PAIRS)["masked"]
+    else:
+        refresh = None
+        if scoring.reward.refresh_steps:
+
+            def use(path: Path) -> None:
+                context.say(f"the reward scores with {path.name}")
+                reward.refresh(str(path))
+
+            refresh = train.Refresh(
+                scoring.reward.refresh_steps,
+                Path(scoring.reward.refresh_from or output),
+                context.scratch / "students",
+                use,
+                lambda: fused(signal_values(reward, seeds[:_PROBE]), reward, seeds[:_PROBE]),
+            )
+        train.grpo(str(generator), asked, reward, output, options, refresh=refresh, callbacks=callbacks)
+        drawn, masked = reward.scored, reward.masked
+    context.write("counts.json", {"completions": drawn, "masked": masked})
+
+
+def write_questions(context: StepContext, *, writing: Writing, mistakes: Path | None = None) -> None:
+    """Writes ``samples.parquet``, up to n samples that pass the reward's gates, and ``counts.json``.
+
+    ``mistakes``: a student's answers to the held-out rows. Only rows it got wrong are shown, weak skills more often.
+    """
+    pool = read_rows(writing.held_out)
+    if mistakes is not None:
+        pool = sample_mistakes(pool, read_table(mistakes)["right"], max(writing.n, writing.shown), writing.seed)
+    domain, engine = writing.scoring.find_domain(), load_engine(writing.scoring.engine, writing.generator)
+    prompts, shown = _prompts(writing, domain, pool)
+    reward, asked = writing.scoring.build(shown), _earlier(writing)
+
+    def chunk(start: int, some: Sequence[Any]) -> dict[str, Any]:
+        sampling = _sampling(writing.sampling, 1, writing.seed + start)
+        made = write.write(engine, domain, some, sampling, rows=len(some), gates=reward.gates, asked=asked)
+        rows = [{"sample": asdict(sample), "scores": {}} for sample in made.rows]
+        return {"rows": rows, "completions": made.completions, "dropped": made.dropped}
+
+    chunks = context.chunks("samples", prompts, CHUNK, chunk, reward)
+    _write_kept(context, chunks, writing.n, asked, later=bool(writing.earlier))
+
+
+def select_questions(
+    context: StepContext, *, writing: Writing, candidates: int, spent: Path | Sequence[Path] | None
+) -> None:
+    """Rejection sampling: writes ``samples.parquet``, the best of several completions per prompt, and ``counts.json``.
+
+    ``spent``: counts of a training run's round or rounds; instead of ``candidates`` per prompt, as many completions
+    are drawn as training and writing used together.
+    """
+    if spent:
+        drawn = sum(read_json(path)["completions"] for path in ([spent] if isinstance(spent, Path) else spent))
+        candidates = max(2, math.ceil((drawn + writing.n) / writing.n))
+    domain, engine = writing.scoring.find_domain(), load_engine(writing.scoring.engine, writing.generator)
+    prompts, shown = _prompts(writing, domain, read_rows(writing.held_out))
+    reward, asked = writing.scoring.build(shown), _earlier(writing)
+
+    def chunk(start: int, some: Sequence[Any]) -> dict[str, Any]:
+        sampling = _sampling(writing.sampling, candidates, writing.seed + start)
+        made = write.best(engine, some, reward, sampling, rows=len(some), asked=asked)
+        rows = []
+        for best in made.rows:
+            parts = {f"reward_{name}": value for name, value in best.components.items()}
+            assert best.sample is not None
+            rows.append({"sample": asdict(best.sample), "scores": {"reward": best.total, **parts}})
+        return {"rows": rows, "completions": made.completions, "dropped": made.dropped}
+
+    _write_kept(context, context.chunks("samples", prompts, CHUNK, chunk, reward), writing.n, asked)
+
+
+def _prompts(writing: Writing, domain: Domain, pool: Sequence[Sample]) -> tuple[list[Messages], list[Sample]]:
+    """The prompts, and the rows of the pool that they show."""
+    hands = write.deal(domain, pool, writing.n, shown=min(writing.shown, len(pool)), seed=writing.seed)
+    shown = {sample.question: sample for hand in hands for sample in hand}
+    return [write.prompt(domain, hand, writing.turns) for hand in hands], list(shown.values())
+
+
+def _earlier(writing: Writing) -> NearCopies:
+    asked = write.questions()
+    asked.add(sample.question for path in writing.earlier for sample in read_rows(path))
+    return asked
+
+
+def sample_mistakes(pool: Sequence[Sample], right: Sequence[bool], n: int, seed: int) -> list[Sample]:
+    """Draws n of the wrongly answered samples, each skill in proportion to its share of wrong answers.
+
+    Raises:
+        StepError: no sample was answered wrongly.
+    """
+    wrong = [sample for sample, ok in zip(pool, right, strict=True) if not ok]
+    if not wrong:
+        raise StepError("error_driven: the student makes no mistake on the held-out rows")
+    # If m of a skill's a rows are wrong, its share m / a is split among m mistakes, giving 1 / a each.
+    asked = Counter(sample.extra.get("skill") for sample in pool)
+    return random.Random(seed).choices(wrong, [1 / asked[sample.extra.get("skill")] for sample in wrong], k=n)
+
+
+def _sampling(config: SamplingConfig, n: int, seed: int) -> Sampling:
+    return Sampling(n, config.temperature, config.top_p, config.max_tokens, seed)
+
+
+def _write_kept(
+    context: StepContext, chunks: Iterable[Mapping[str, Any]], n: int, asked: NearCopies, *, later: bool = False
+) -> None:
+    """Writes the samples of all chunks and the counts of kept and dropped completions. Questions of chunks finished
+    before a kill are added to ``asked``, so that the next chunk does not repeat them. A later round may be empty, so
+    that the run can go on with the rows of earlier ones."""
+    rows: list[Mapping[str, Any]] = []
+    completions, dropped = 0, Counter[str]()
+    for chunk in chunks:
+        rows += chunk["rows"]
+        asked.add(row["sample"]["question"] for row in chunk["rows"])
+        completions += chunk["completions"]
+        dropped.update(chunk["dropped"])
+        context.say(f"{len(rows)} samples of {n} from {completions} completions")
+    if not rows:
+        none = f"none of {completions} completions is a sample ({_reasons(dropped)})"
+        if not later:
+            raise StepError(none)
+        context.say(f"{none}; this round adds no rows: set fewer rounds or a higher generator.sampling.temperature")
+    scores = {name: [row["scores"][name] for row in rows] for name in (rows[0]["scores"] if rows else ())}
+    write_rows(context.folder / "samples.parquet", [Sample(**row["sample"]) for row in rows], scores)
+    counts = {"wanted": n, "kept": len(rows), "completions": completions, "dropped": dict(dropped.most_common())}
+    context.write("counts.json", counts)
+
+
+def _reasons(dropped: Counter[str]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in dropped.most_common())
+
+
+def label_questions(
+    context: StepContext,
+    *,
+    domain: str,
+    engine: EngineConfig,
+    labelling: LabellingConfig,
+    model: str | Path | None,
+    gates: Sequence[str] | None,
+    seeds: Path,
+    samples: Path,
+    seed: int,
+) -> None:
+    """Writes ``samples.parquet``, the labelled rows, and ``counts.json``: numbers of labels, of rows that a gate drops
+    because of their label, and of right labels.
+
+    ``model`` answers the questions, for the methods ``majority`` and ``teacher``. ``gates`` are those of the reward;
+    ``sound`` always applies. ``seeds`` complete the domain, so that it drops labels that no seed has.
+    """
+    own, asked = find_domain(domain).with_seeds(read_rows(seeds)), read_rows(samples)
+    kept: list[Sample] = []
+    agreement: list[float | None] = []
+    if labelling.method == "own":
+        kept, agreement = asked, [None] * len(asked)
+    else:
+        labeller = Labeller(labelling, own, lambda: load_engine(engine, str(model)))
+
+        def chunk(start: int, some: Sequence[Sample]) -> list[dict[str, Any]]:
+            labels = labeller(some, seed + start)
+            return [{"sample": asdict(x.sample), "agreement": x.agreement} for x in labels if x.sample is not None]
+
+        for some in context.chunks("labels", asked, CHUNK, chunk):
+            kept += [Sample(**row["sample"]) for row in some]
+            agreement += [row["agreement"] for row in some]
+            context.say(f"{len(kept)} questions labelled of {len(asked)}")
+    if asked and not kept:
+        raise StepError(f"the answers agree on none of {len(asked)} questions; lower labelling.threshold or raise k")
+    dropped = Counter[str]()
+    if labelling.method != "own":
+        checks = [gate for gate in sample_gates(own) if gates is None or gate.name in ("sound", *gates)]
+        passed = set(map(id, write.passing(checks, kept, dropped)))
+        if kept and not passed:
+            raise StepError(f"none of {len(kept)} labelled questions passes the gates ({_reasons(dropped)})")
+        agreement = [value for sample, value in zip(kept, agreement, strict=True) if id(sample) in passed]
+        kept = [sample for sample in kept if id(sample) in passed]
+    known = [verdict for verdict in own.verify(kept) if verdict is not None]
+    proven = known if own.proves else []  # of what can only be refuted, the share that is right remains unknown
+    write_rows(context.folder / "samples.parquet", kept, {"agreement": agreement})
+    counts = {"asked": len(asked), "labelled": len(kept), "truth_known": len(proven), "right": sum(proven)}
+    counts["refuted"] = known.count(False)
+    context.write("counts.json", {**counts, "dropped": dict(dropped.most_common())})

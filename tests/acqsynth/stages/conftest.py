@@ -1,0 +1,18 @@
+from __future__ import annotations
+
+import pytest
+from fakes import SEEDS
+
+from acqsynth import domains
+from acqsynth.config import EngineConfig, RewardConfig
+from acqsynth.stages import Scoring
+from acqsynth.steps import write_rows
+
+
+@pytest.fixture
+def scoring(student_path, tmp_path, monkeypatch):
+    """The default reward with a student of a few thousand parameters, refreshed every two steps."""
+    monkeypatch.setattr(domains, "DOMAINS", {"sums": "fakes:Sums"})
+    write_rows(tmp_path / "seeds.parquet", SEEDS)
+    reward = RewardConfig(answers={"k": 2, "max_tokens": 4}, refresh_steps=2)
+    return Scoring(reward, "sums", EngineConfig(), student_path, *[tmp_path / "seeds.parquet"] * 3)
