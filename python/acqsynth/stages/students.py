@@ -39,12 +39,14 @@ def fit_student(
     replay: Replay | None,
     options: dict[str, Any],
     seed: int,
+    ranked: bool = False,
 ) -> None:
-    """Fits the student on n of the samples; writes ``model/`` and ``counts.json``, with the number really learnt."""
+    """Fits the student on n of the samples, the first n if they are ``ranked``, else drawn at random; writes ``model/``
+    and ``counts.json``, with the number really learnt."""
     from acqsynth import train
 
     pool = [row for path in samples for row in read_rows(path)]
-    picked = random.Random(seed).sample(pool, min(n, len(pool)))
+    picked = pool[:n] if ranked else random.Random(seed).sample(pool, min(n, len(pool)))
     model = train.sft(
         student,
         find_domain(domain),
