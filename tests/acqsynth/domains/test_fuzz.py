@@ -23,7 +23,7 @@ from acqsynth.rewards.gates import Length, New, NoLeak, NoRepetition, NotInEvalu
 
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
 FACTOR = int(os.environ.get("FUZZ_FACTOR", "1"))
-SLOW = 2.0  # maximum CPU seconds per example
+SLOW = 5.0  # maximum CPU seconds per example
 
 FRAGMENTS = [
     *("<question>", "</question>", "<reasoning>", "</reasoning>", "<answer>", "</answer>", "```python\n", "```", "\n"),
