@@ -157,7 +157,7 @@ class Archive:
         pool = directions(vectors).float()
         if self._held is not None:
             pool = torch.cat([self._held, pool])
-        kernel = (pool @ pool.T).double()
+        kernel = pool.double() @ pool.double().T
         k = min(self.capacity, len(pool))
         chosen, variance = pivoted_cholesky(lambda i: kernel[i], kernel.diagonal(), k, self.ridge)
         self._held = pool[chosen[variance > self.ridge].sort().values]
