@@ -144,6 +144,13 @@ class TestArchive:
         assert (archive.novelty(far) <= RIDGE).all()
         assert sum(archive.novelty(near) <= RIDGE) == 1
 
+    def test_the_oldest_comes_first(self):
+        x = torch.randn(20, 64, generator=torch.Generator().manual_seed(0))
+        archive = acqcore.Archive(capacity=1)
+        archive.add(x[:10])
+        archive.add(x[10:])
+        torch.testing.assert_close(archive.state_dict()["vectors"], x[:1] / x[0].norm())
+
     def test_novelty_falls_as_the_archive_grows(self):
         x = vectors(20, 30)
         archive = acqcore.Archive()
