@@ -123,14 +123,15 @@ class TestArchive:
         expected = [gain(x, i, list(range(7))) for i in range(7, 12)]
         torch.testing.assert_close(archive.novelty(x[7:]), torch.tensor(expected), rtol=1e-5, atol=1e-6)
 
-    def test_copies_are_not_novel_and_take_no_room(self):
-        x = vectors(6, 30)
-        archive = acqcore.Archive()
+    @pytest.mark.parametrize("ridge", [RIDGE, 1e-6])
+    def test_copies_are_not_novel_and_take_no_room(self, ridge):
+        x = torch.randn(20, 64, generator=torch.Generator().manual_seed(0))
+        archive = acqcore.Archive(ridge=ridge)
         archive.add(x)
-        assert (archive.novelty(x * 3) <= RIDGE).all()
-        archive.add(torch.cat([x * 2, x, torch.zeros(1, 30)]))
-        assert len(archive) == 6
-        assert archive.novelty(torch.zeros(1, 30)).item() == 0
+        assert (archive.novelty(x * 3) <= ridge).all()
+        archive.add(torch.cat([x * 3.7, x, torch.zeros(1, 64)]))
+        assert len(archive) == 20
+        assert archive.novelty(torch.zeros(1, 64)).item() == 0
 
     def test_capacity_keeps_the_most_spread_out(self):
         near = torch.eye(8)[:1] + 0.2 * torch.eye(8)[1:4]  # three directions close to each other
@@ -142,6 +143,13 @@ class TestArchive:
         assert len(archive) == 5
         assert (archive.novelty(far) <= RIDGE).all()
         assert sum(archive.novelty(near) <= RIDGE) == 1
+
+    def test_the_oldest_comes_first(self):
+        x = torch.randn(20, 64, generator=torch.Generator().manual_seed(0))
+        archive = acqcore.Archive(capacity=1)
+        archive.add(x[:10])
+        archive.add(x[10:])
+        torch.testing.assert_close(archive.state_dict()["vectors"], x[:1] / x[0].norm())
 
     def test_novelty_falls_as_the_archive_grows(self):
         x = vectors(20, 30)

@@ -68,6 +68,19 @@ def test_against_brute_force(kind, tiny_model):
         assert abs(float(value[i]) - total / 2) < 3 * float(error[i])
 
 
+def test_a_sample_of_the_reference_set_has_other_cotangents_when_scored(tiny_model):
+    model, samples = tiny_model("Llama", vocab_size=48), _samples(1, 0)
+    squares, ratios = _squares(model, samples["input_ids"][0], samples["labels"][0]), []
+    for seed in range(24):
+        posterior = acqcore.laplace_posterior(model, samples, seed=seed)
+        options = {"mutual_information": LinearOptions("laplace", reference=posterior, seed=seed)}
+        value = acqcore.score(model, samples, "mutual_information", acquisition_args=options)["mutual_information"]
+        factors = posterior.factors.items()
+        expected = sum(float((torch.outer(*of).double() * squares[name]).sum()) for name, of in factors) / 2
+        ratios.append(float(value) / expected)
+    assert 0.9 < sum(ratios) / len(ratios) < 1.1  # 0.81 with the same cotangents
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["Llama", "GPT2"])
 def test_weights_left_to_autograd_have_the_same_values(kind, dtype, tiny_model, monkeypatch):

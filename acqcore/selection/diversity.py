@@ -143,7 +143,7 @@ class Archive:
         x = directions(vectors)
         variance = x.square().sum(dim=1)
         if self._held is not None:
-            held = self._held.double()
+            held = directions(self._held)
             if self._factor is None:
                 self._factor = torch.linalg.cholesky(_ridged(held @ held.T, self.ridge))
             explained = torch.linalg.solve_triangular(self._factor, held @ x.T, upper=False)  # [m, n]
@@ -157,9 +157,11 @@ class Archive:
         pool = directions(vectors).float()
         if self._held is not None:
             pool = torch.cat([self._held, pool])
-        kernel = (pool @ pool.T).double()
+        x = directions(pool)
+        kernel = x @ x.T
         k = min(self.capacity, len(pool))
-        chosen, variance = pivoted_cholesky(lambda i: kernel[i], kernel.diagonal(), k, self.ridge)
+        # Directions are equals at first: their diagonal is 1 exactly, or 0.
+        chosen, variance = pivoted_cholesky(lambda i: kernel[i], x.any(dim=1).double(), k, self.ridge)
         self._held = pool[chosen[variance > self.ridge].sort().values]
         self._factor = None
 

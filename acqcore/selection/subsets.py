@@ -59,8 +59,8 @@ def select(
 
     Args:
         candidates: for ``top_k``, scores ``[n]`` or :class:`acqcore.Scores`; for other methods, vectors ``[n, d]`` such
-            as sketches or embeddings. float32, bfloat16, float16 or float64; distances and similarities are computed
-            in float32 or float64.
+            as sketches or embeddings. float32, bfloat16, float16 or float64; distances and cosines are computed in
+            float32 or float64.
         k: number of choices, from 1 to n (for ``top_k``, to the number of scores that are not NaN).
         method: as above.
         acquisition: column of Scores to use; required if there are several.
@@ -256,7 +256,8 @@ def _log_det(
     k: int,
     ridge: float,
 ) -> torch.Tensor:
-    squared = vectors.double().square().sum(dim=1)
+    vectors = vectors.double()  # a small ridge is lost in the rounding of float32
+    squared = vectors.square().sum(dim=1)
     unit = squared.mean().clamp_min(torch.finfo(torch.float64).tiny)
     chosen, _ = pivoted_cholesky(lambda i: (vectors @ vectors[i]) / unit, squared / unit, k, ridge)
     return chosen
