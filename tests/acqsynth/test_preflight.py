@@ -192,6 +192,9 @@ def test_a_single_draw_may_be_greedy(override):
     plan(load("arithmetic", [override]))
 
 
+WITHOUT_VLLM = ["engine={name: transformers}", "generator.options.use_vllm=false"]
+
+
 @pytest.mark.parametrize(
     "override", ["domain=code", "evaluation.others={c: {source: openai/openai_humaneval, domain: code}}"]
 )
@@ -199,15 +202,13 @@ def test_a_missing_sandbox_is_said_before_a_run(override, monkeypatch):
     monkeypatch.setattr(sandbox.shutil, "which", lambda name: None)
     key = "domain" if override.startswith("domain") else "evaluation.others.c.domain"
     with pytest.raises(ConfigError, match=f"^{key}: bwrap is not on PATH; "):
-        preflight.on_this_machine(
-            load("code" if key == "domain" else "arithmetic", [override, "engine={name: transformers}"])
-        )
+        preflight.on_this_machine(load("code" if key == "domain" else "arithmetic", [override, *WITHOUT_VLLM]))
 
 
 def test_a_missing_checker_is_said_before_a_run(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"^domain: math-verify is not installed: run pip install"):
-        preflight.on_this_machine(load("math", ["engine={name: transformers}"]))
+        preflight.on_this_machine(load("math", WITHOUT_VLLM))
 
 
 def test_a_domain_that_computes_may_label():
