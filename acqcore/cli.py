@@ -338,7 +338,6 @@ def _manifest(options: argparse.Namespace, data: Path, columns: dict[str, str]) 
         **{key: getattr(options, key) for key in keys},
         "columns": columns,
         "data": _content(data),
-        "data_set": _content(options.data) if options.data.is_dir() else None,
         "student_files": _content(Path(options.student)),
         "argument_files": {path: _content(Path(path)) for path in _paths(options.acquisition_args)},
         "version": __version__,
@@ -350,8 +349,7 @@ def _content(path: Path) -> str | list[list[Any]]:
     if path.is_file():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    files = sorted(path.rglob("*")) if path.is_dir() else []
-    return [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files if f.is_file()]
+    return data_files.listing(path)
 
 
 def _paths(value: Any) -> Iterator[str]:

@@ -200,7 +200,7 @@ def test_the_highest_of_rows_with_long_cells(suffix, command, tmp_path):
     assert (tmp_path / f"out.{suffix}").read_text().count("x, " * 50_000) == 2
 
 
-def test_a_data_set_by_name(command, tmp_path, monkeypatch, refused, read):
+def test_a_data_set_by_name(command, tmp_path, monkeypatch, refused, read, capsys):
     pytest.importorskip("datasets")
 
     def interrupted(*_):
@@ -222,11 +222,20 @@ def test_a_data_set_by_name(command, tmp_path, monkeypatch, refused, read):
     assert message.startswith("--data: org/name is neither a file nor a loadable data set:")
     assert main(command([], data="org/name", text_column="body")) == 2
     assert not (tmp_path / "out.jsonl.parts").exists()
+    beside = tmp_path / "org" / "name" / "out.jsonl"
     with monkeypatch.context() as patch:
         patch.setattr("acqcore.cli._collect", interrupted)
-        assert main(command([], data="org/name")) == 130
-    (tmp_path / "org" / "name" / "train.jsonl").write_text(json.dumps({"text": "another"}) + "\n")
-    assert "holds an interrupted run with different data_set" in refused(command([], data="org/name"))
+        for out in (beside, "out.jsonl"):
+            assert main(command([], data="org/name", out=out)) == 130
+    assert main(command([], data="org/name", out=beside)) == 0
+    beside.unlink()
+    (tmp_path / "org" / "name" / "train.jsonl").write_text(json.dumps({"text": "another", "id": 9}) + "\n")
+    capsys.readouterr()
+    assert main(command([], data="org/name")) == 2
+    assert "holds an interrupted run with different data " in capsys.readouterr().err
+    (tmp_path / "out.jsonl.parts" / "manifest.json").unlink()  # as of a run that was killed while it cleaned up
+    assert main(command([], data="org/name")) == 0
+    assert [row["text"] for row in read(tmp_path / "out.jsonl")] == ["another"]
 
 
 @pytest.mark.parametrize("linked", [False, True])

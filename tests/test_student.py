@@ -306,12 +306,17 @@ class TestVerification:
         with pytest.raises(ValueError, match="model: LlamaForCausalLM does not run on token ids alone: task_ids"):
             acqcore.Student.from_model(peft.get_peft_model(tiny_model("Llama"), config))
 
-    def test_a_model_is_probed_once(self, tiny_model):
+    @pytest.mark.parametrize("prefix", ["model", "none"])
+    def test_a_model_in_training_is_probed_once(self, prefix, tiny_model):
         model = tiny_model("Llama")
+        model.base_model_prefix = prefix
         calls: list[int] = []
         model.register_forward_hook(lambda *_: calls.append(1))
         acqcore.Student.from_model(model)
         probed = len(calls)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.01)
         acqcore.Student.from_model(model)
         assert len(calls) == probed
 

@@ -57,7 +57,7 @@ def located(path: Path, line: int, message: str) -> str:
 
 def local_file(data: Path, config: str | None, split: str, folder: Path) -> Path:
     """The file that ``--data`` names. A split of a data set, given by its hub id or its folder, is exported to a
-    parquet file in ``folder``, atomically and only once.
+    parquet file in ``folder``, atomically and only once; again if the files of its folder have changed.
 
     Raises:
         ModuleNotFoundError: datasets is not installed.
@@ -71,7 +71,9 @@ def local_file(data: Path, config: str | None, split: str, folder: Path) -> Path
     checks.installed("datasets", f"--data {data}", "train")
     import datasets
 
-    key = hashlib.sha256(repr((str(data), config, split)).encode()).hexdigest()[:12]
+    # The output's own folder of parts may lie within the data set's.
+    content = [entry for entry in listing(data) if folder.name not in Path(entry[0]).parts]
+    key = hashlib.sha256(repr((str(data), config, split, content)).encode()).hexdigest()[:12]
     target = folder / f"dataset-{key}.parquet"
     if not target.exists():
         try:
@@ -83,6 +85,12 @@ def local_file(data: Path, config: str | None, split: str, folder: Path) -> Path
         with atomically(target) as temporary:
             rows.to_parquet(temporary)
     return target
+
+
+def listing(folder: Path) -> list[list[Any]]:
+    """The names, sizes and times of a folder's files, at any depth; empty if it is no folder."""
+    files = sorted(folder.rglob("*")) if folder.is_dir() else []
+    return [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files if f.is_file()]
 
 
 def scan(path: Path, block_rows: int, limit: int | None) -> tuple[list[Block], list[str]]:

@@ -235,18 +235,23 @@ class CausalLM:
 
     def _state(self) -> tuple[Any, ...]:
         """State that may change how the logits follow from the hidden states: numbers of the configuration and of the
-        modules outside the trunk, including learned ones, and alterations of these modules. A few entries stand for a
-        large parameter; those of the output embedding itself do not count, as the head follows them."""
-        pruned = set() if self.trunk is self._causal else {self.trunk}
-        modules = [module for _, module in self._model.named_modules(memo=pruned)]
-        head, within = set(self._causal.get_output_embeddings().modules()), set(self._causal.modules())
+        modules outside the trunk (of the model itself if it names no trunk), including learned ones, and alterations of
+        these modules. A few entries stand for a large parameter; those of the output embedding itself do not count, as
+        the head follows them."""
+        whole = self.trunk is self._causal  # then any other module may belong to the trunk
+        modules, own = (
+            [module for _, module in model.named_modules(memo=set() if whole else {self.trunk})]
+            for model in (self._model, self._causal)
+        )
+        outside, own = ([self._causal],) * 2 if whole else (modules, own)
+        head = set(self._causal.get_output_embeddings().modules())
         state: list[Any] = [self.vocab_size, *map(alterations, modules)]
-        for module in modules:
+        for module in outside:
             for t in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
                 counts = t.numel() <= FEW or (module not in head and self.data_parallel is None)
                 if counts and not is_dtensor(t) and not t.is_meta:
                     state += t.detach().reshape(-1)[:: max(1, t.numel() // FEW)].tolist()
-        for owner in (self.config, *(module for module in modules if module in within)):
+        for owner in (self.config, *own):
             state += [(k, v) for k, v in vars(owner).items() if isinstance(v, int | float | None)]
         return tuple(state)
 

@@ -42,6 +42,8 @@ def check(config: Config) -> None:
         raise ConfigError("reward.refresh_from: expected reward.refresh_steps of at least 1 with it, got 0")
     if generator.method in ("grpo", "dpo"):
         made, _ = _checked("generator", train_options.configuration, generator.method, generator.options, "unused")
+        if generator.method == "grpo":
+            _checked("generator", train_options.check_prompts, made, generator.prompts)
         reads_own = reward.refresh_steps and reward.refresh_from is None
         if reads_own and made.save_strategy == "no":
             raise ConfigError(
@@ -98,8 +100,10 @@ def on_this_machine(config: Config) -> None:
             key.
     """
     engine = config.engine
-    if engine.name == "vllm" and importlib.util.find_spec("vllm") is None:
-        raise ConfigError('engine.name: vllm is not installed: run pip install "acqcore[vllm]"')
+    trains = config.generator.options.get("use_vllm")
+    for key, uses in (("engine.name", engine.name == "vllm"), ("generator.options.use_vllm", trains)):
+        if uses and importlib.util.find_spec("vllm") is None:
+            raise ConfigError(f'{key}: vllm is not installed: run pip install "acqcore[vllm]"')
     device = engine.options.get("device")
     _checked("engine.options", acqcore.check_request, "entropy", device=None if device is None else str(device))
     _checked("domain", find_domain(config.domain).require)

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import datasets
@@ -30,7 +31,7 @@ from acqsynth.domains import Domain, Messages, Sample
 from acqsynth.engines import Engine, Sampling
 from acqsynth.evaluate import rank_correlation
 from acqsynth.steps import load_state, save_state, write_json
-from acqsynth.train_options import configuration as configuration
+from acqsynth.train_options import check_prompts, configuration as configuration
 from acqsynth.write import Candidate, Scorer, candidates
 
 logger = logging.getLogger(__name__)
@@ -176,12 +177,11 @@ def grpo(
         refresh: refreshes the student behind the reward.
 
     Raises:
-        ValueError: no prompts, or as :func:`configuration`.
+        ValueError: fewer prompts than a generation takes, or as :func:`configuration`.
     """
-    if not prompts:
-        raise ValueError("prompts: expected at least one")
     output = Path(output)
     config, lora = configuration("grpo", options or {}, output)
+    check_prompts(config, len(prompts))
     rewards = list(reward) if isinstance(reward, Sequence) else [reward]
     clock = StepClock()
     trainer = GRPOTrainer(
@@ -192,6 +192,7 @@ def grpo(
         peft_config=lora,
         callbacks=list(callbacks),
     )
+    trainer.add_callback(WholeGenerations(trainer))
     # These run first, so that trackers see the entries they add to the log.
     trainer.callback_handler.callbacks[:0] = [clock, *([refresh] if refresh is not None else [])]
     # Refreshed first, as a new student may reset the state of a reward.
@@ -312,12 +313,12 @@ class Progress(TrainerCallback):
 
 
 class StepClock(TrainerCallback):
-    """Logs the duration of each step and the time spent in the rewards."""
+    """Logs the mean duration of the steps since the last log and the time spent in the rewards."""
 
     def __init__(self) -> None:
         self.reward_seconds = 0.0
         self._begin = 0.0
-        self._measured: dict[str, float] = {}
+        self._steps: list[tuple[float, float]] = []  # seconds, those in the rewards
 
     def timed(self, reward: Callable[..., Any]) -> Callable[..., Any]:
         """Wraps a reward, keeping its name, and counts the seconds spent in it."""
@@ -346,17 +347,29 @@ class StepClock(TrainerCallback):
         self._begin, self.reward_seconds = time.perf_counter(), 0.0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        seconds = time.perf_counter() - self._begin
-        self._measured = {
-            "seconds": seconds,
-            "reward_seconds": self.reward_seconds,
-            "reward_share": self.reward_seconds / seconds,
-        }
+        self._steps.append((time.perf_counter() - self._begin, self.reward_seconds))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **rest: Any) -> None:
-        if "reward" in logs:  # not the summary at the end
-            state.log_history[-1].update(self._measured)
-            logs.update(self._measured)
+        if "loss" in logs:  # of steps; those that generate nothing log no reward
+            seconds, rewards = map(fmean, zip(*self._steps, strict=True))
+            self._steps = []
+            measured = {"seconds": seconds, "reward_seconds": rewards, "reward_share": rewards / seconds}
+            state.log_history[-1].update(measured)
+            logs.update(measured)
+
+
+class WholeGenerations(TrainerCallback):
+    """Postpones a save until every completion of a generation is learnt: a resumed trainer begins with new ones."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self._due = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        self._due |= control.should_save
+        whole = self.trainer._step % (args.steps_per_generation * self.trainer.num_iterations) == 0
+        control.should_save = self._due and whole
+        self._due &= not whole
 
 
 class Refresh(TrainerCallback):

@@ -84,6 +84,13 @@ def configuration(method: str, options: Mapping[str, Any], output: str | Path) -
     return config, _build(LoraConfig, {"task_type": "CAUSAL_LM", **lora}, "options.lora")
 
 
+def check_prompts(config: GRPOConfig, prompts: int) -> None:
+    """Raises ValueError if the prompts do not fill a generation: TRL leaves incomplete ones out."""
+    least = (config.generation_batch_size or 0) // config.num_generations
+    if prompts < least:
+        raise ValueError(f"prompts: expected at least {least}, as many as a generation takes, got {prompts}")
+
+
 def _are_names(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(name, str) for name in value)
 

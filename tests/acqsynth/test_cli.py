@@ -121,6 +121,7 @@ def test_wrong_usage_exits_with_2(arguments, capsys):
         ("generator.model=/gone", "generator.model: /gone holds no model (no config.json)"),
         ("engine.options.device=cuda:31", "engine.options.device: 'cuda:31' is not available"),
         ("engine={name: vllm}", 'engine.name: vllm is not installed: run pip install "acqcore[vllm]"'),
+        ("generator.options={use_vllm: true}", "generator.options.use_vllm: vllm is not installed: run pip install"),
         ("output=recipe.yaml", "output: cannot write to recipe.yaml"),
     ],
 )

@@ -47,6 +47,7 @@ REFUSED = {
     "generator.options.reward_weights=[1, 2]": "generator.options: reward_weights: expected one weight",
     "generator.options.num_generatoins=8": "no field 'num_generatoins'; did you mean 'num_generations'?",
     "generator={model: world:base, method: best_of_n, candidates: 1}": "generator.candidates: expected at least 2",
+    "generator.prompts=7": "generator.prompts: expected at least 8, as many as a generation takes, got 7",
     "generator.shown=281": "generator.shown: expected at most data.seeds.limit = 280, got 281",
     "student.options.num_train_epochs=0": "student.options: num_train_epochs: expected a number above 0, got 0",
     "student.options.per_device_train_batch_size=0": "per_device_train_batch_size: expected an integer at least 1",
@@ -79,6 +80,7 @@ REFUSED = {
     "reward.signals.diversity.ridg=1": "reward.signals.diversity: got an unexpected keyword argument 'ridg'",
     "reward.gates=[sond]": "reward.gates: unknown 'sond', expected one of sound",
     "reward.scoring={max_length: 1}": "reward.scoring: max_length: expected at least 2 tokens, got 1",
+    "reward.scoring={max_length: 99.5}": "reward.scoring: max_length: expected at least 2 tokens, got 99.5",
     "reward.scoring={max_lenth: 1}": "reward.scoring: unknown 'max_lenth', expected some of reduction, backend",
     "reward.scoring={domain: x}": "reward.scoring: unknown 'domain', expected some of reduction, backend",
     "reward.scoring={tokenizer: x}": "reward.scoring: unknown 'tokenizer', expected some of reduction, backend",
@@ -190,6 +192,9 @@ def test_a_single_draw_may_be_greedy(override):
     plan(load("arithmetic", [override]))
 
 
+WITHOUT_VLLM = ["engine={name: transformers}", "generator.options.use_vllm=false"]
+
+
 @pytest.mark.parametrize(
     "override", ["domain=code", "evaluation.others={c: {source: openai/openai_humaneval, domain: code}}"]
 )
@@ -197,15 +202,13 @@ def test_a_missing_sandbox_is_said_before_a_run(override, monkeypatch):
     monkeypatch.setattr(sandbox.shutil, "which", lambda name: None)
     key = "domain" if override.startswith("domain") else "evaluation.others.c.domain"
     with pytest.raises(ConfigError, match=f"^{key}: bwrap is not on PATH; "):
-        preflight.on_this_machine(
-            load("code" if key == "domain" else "arithmetic", [override, "engine={name: transformers}"])
-        )
+        preflight.on_this_machine(load("code" if key == "domain" else "arithmetic", [override, *WITHOUT_VLLM]))
 
 
 def test_a_missing_checker_is_said_before_a_run(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"^domain: math-verify is not installed: run pip install"):
-        preflight.on_this_machine(load("math", ["engine={name: transformers}"]))
+        preflight.on_this_machine(load("math", WITHOUT_VLLM))
 
 
 def test_a_domain_that_computes_may_label():

@@ -213,8 +213,8 @@ def test_a_killed_fit_with_lora_and_replay_ends_as_if_it_had_not_been(sums, stud
 def test_wrong_arguments(sums, student_path, answer_reward, tmp_path):
     with pytest.raises(ValueError, match="samples: expected at least one"):
         train.sft(str(student_path), sums, [], tmp_path)
-    with pytest.raises(ValueError, match="prompts: expected at least one"):
-        train.grpo(str(student_path), [], answer_reward, tmp_path)
+    with pytest.raises(ValueError, match="prompts: expected at least 10, as many as a generation takes, got 8"):
+        train.grpo(str(student_path), ASK, answer_reward, tmp_path, GRPO | {"per_device_train_batch_size": 20})
     with pytest.raises(ValueError, match="every: expected at least 1 step, got 0"):
         train.Refresh(0, tmp_path, tmp_path, print, list)
 
@@ -249,25 +249,27 @@ def test_two_steps_of_grpo_and_what_they_leave(student_path, tokenizer, model, t
     assert not list(output.glob("checkpoint-*"))
 
 
-def test_a_killed_grpo_ends_as_if_it_had_not_been(student_path, answer_reward, tmp_path):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    train.grpo(str(student_path), ASK, answer_reward, whole, GRPO)
+@pytest.mark.parametrize(("more", "calls"), [({}, 4), ({"num_iterations": 2, "save_steps": 1}, 2)])
+def test_a_killed_grpo_ends_as_if_it_had_not_been(student_path, answer_reward, tmp_path, more, calls):
+    """Even if killed between two steps that learn the same completions."""
+    whole, cut, options = tmp_path / "whole", tmp_path / "cut", GRPO | more
+    train.grpo(str(student_path), ASK, answer_reward, whole, options)
     reward = type(answer_reward)()
     with pytest.raises(KeyboardInterrupt):
-        train.grpo(str(student_path), ASK, reward, cut, GRPO, callbacks=[KillAt(3)])
+        train.grpo(str(student_path), ASK, reward, cut, options, callbacks=[KillAt(4 if more else 3)])
     assert [folder.name for folder in cut.glob("checkpoint-*")] == ["checkpoint-2"]
     (cut / "checkpoint-3").mkdir()  # interrupted while being written
     (cut / "checkpoint-3" / "model.safetensors").write_text("half")
     reward = type(answer_reward)()  # as in a new process
-    train.grpo(str(student_path), ASK, reward, cut, GRPO)
-    assert reward.calls == 4  # state restored from the checkpoint, then two steps
+    train.grpo(str(student_path), ASK, reward, cut, options)
+    assert reward.calls == calls  # state restored from the checkpoint, then two steps
     assert not changed(whole, cut)
     logs = [
         [{key: row[key] for key in ("step", "reward", "calls", "loss")} for row in read_log(path) if "reward" in row]
         for path in (whole, cut)
     ]
     assert logs[0] == logs[1]
-    assert [row["calls"] for row in logs[0]] == [1, 2, 3, 4]
+    assert [row["calls"] for row in logs[0]] == list(range(1, calls + 1))
     for step in range(1, 5):
         name = f"completions/completions_{step:05d}.parquet"
         assert pandas.read_parquet(whole / name).equals(pandas.read_parquet(cut / name))
@@ -424,16 +426,19 @@ def test_a_checkpoint_without_a_model_yet_is_passed_over(tmp_path):
     assert run.used == run.log == []
 
 
-def test_an_async_reward_is_timed_too(student_path, tmp_path):
+@pytest.mark.parametrize("every", [1, 2])
+def test_an_async_reward_is_timed_in_all_steps_that_learn_its_completions(student_path, tmp_path, every):
     class Slow:
         async def __call__(self, completions, **columns):
             await asyncio.sleep(0.05)
             return [float(i) for i in range(len(completions))]
 
-    train.grpo(str(student_path), ASK, Slow(), tmp_path, GRPO | {"max_steps": 1})
-    [row] = [row for row in read_log(tmp_path) if "reward" in row]
-    assert row["rewards/Slow/mean"] == pytest.approx(1.5)
-    assert 0.05 <= row["reward_seconds"] < row["seconds"]
+    options = GRPO | {"max_steps": 2, "steps_per_generation": 2, "logging_steps": every}
+    train.grpo(str(student_path), ASK, Slow(), tmp_path, options)
+    rows = [row for row in read_log(tmp_path) if "loss" in row]
+    assert rows[0]["rewards/Slow/mean"] == pytest.approx(3.5)
+    assert 0.05 <= rows[0]["reward_seconds"] * every < rows[0]["seconds"] * every
+    assert [(row["reward_seconds"], row["seconds"] > 0) for row in rows[1:]] == [(0, True)] * (2 - every)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="it would start vllm")

@@ -17,11 +17,16 @@ Row = Mapping[str, Any]  #: row of a data set
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")  #: suffixes of local files
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half a character of UTF-16, which no file can hold
-# A later sentence of the line that states an answer again: "The answer is 5. Wait, the answer is 6."
-_AGAIN = r"[.?!;]\s+(?:[\w',]+:?\s+){0,5}answer(?:\s+is\b|\s*:)(?!\s+(?:not|clear|correct|right|an?\s\w\w)\b)"
+_ANSWER = r"(?:the\s+)?(?:final\s+|correct\s+)?answer(?:\s+is\b|\s*:)"
+# A later sentence that states an answer again, "Wait, no, the answer is 6.", but not "The answer is clear." or "If the
+# answer is 6": what it states is no word in lower case.
+_AGAIN = (
+    rf"[.?!;]\s+(?:\w+[,:]\s+)*(?:so\s+|thus\s+|hence\s+|therefore\s+)?{_ANSWER}\s*+:?+\s*+"
+    r"(?:(?:yes|no|maybe)\b|(?-i:(?![a-z]{2}|a\s)))"
+)
 #: A final answer stated in words, up to the end of its line or to the next such sentence.
 STATED = re.compile(
-    r"(?<![/\w])answer(?:\s+is\b\s*+:?+|\s*+:)[\s*]*+(?!(?:the\s+)?(?:final\s+|correct\s+)?answer(?:\s+is\b|\s*:))"
+    rf"(?<![/\w])answer(?:\s+is\b\s*+:?+|\s*+:)[\s*]*+(?!{_ANSWER})"
     rf"(?=[^\n]*[0-9A-Za-z\xa1-\u1fff\u2070-\U0010ffff])((?:(?!{_AGAIN})[^\n])++)",
     re.IGNORECASE,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 import platform
@@ -229,7 +230,8 @@ def validity(batches: Sequence[Mapping[str, Any]], **bootstrap: Any) -> dict[str
 
 def samples(tables: Sequence[Mapping[str, Sequence[Any]]], n: int = 5) -> dict[str, Any] | None:
     """The n samples with the highest reward, the n with the lowest that passed the gates, and n rejected ones, each
-    text once; None if no sample was scored, as for a generator that is only prompted.
+    text once; None if no sample was scored, as for a generator that is only prompted. TRL logs a generation at each
+    step that learns from it, so a table that repeats the completions of the one before does not count.
 
     Args:
         tables: columns ``reward``, ``reward_<part>``, and either ``completion`` or the fields of a sample.
@@ -237,8 +239,8 @@ def samples(tables: Sequence[Mapping[str, Sequence[Any]]], n: int = 5) -> dict[s
     """
     scored = [
         _flat(dict(zip(table, row, strict=True)))
-        for table in tables
-        if "reward" in table
+        for before, table in itertools.pairwise([{}, *tables])
+        if "reward" in table and ("completion" not in table or table["completion"] != before.get("completion"))
         for row in zip(*table.values(), strict=True)
     ]
     if not scored:

@@ -80,8 +80,8 @@ class Scorer:
                 raise ValueError(f"acquisition: unknown {acquisition!r}, expected one of {', '.join(REGISTRY)}")
         if isinstance(student, torch.nn.Module) and tokenizer is None:
             raise ValueError("tokenizer: expected the student's tokenizer, as student is a model, which has none")
-        if max_length < 2:
-            raise ValueError(f"max_length: expected at least 2 tokens, got {max_length}")
+        if not isinstance(max_length, int) or max_length < 2:
+            raise ValueError(f"max_length: expected at least 2 tokens, got {max_length!r}")
         self.student = student
         self.acquisitions = tuple(acquisitions)
         self.domain = domain

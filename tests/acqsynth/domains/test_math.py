@@ -99,8 +99,9 @@ def math():
         ("In 1,2345", "2345"),
         ("", None),
         ("The answer is 5. Wait, the answer is 6.", "6"),
-        ("The answer is 5. I hope the answer is clear.", "5"),
-        ("The answer is 5, as the answer is an integer.", "5"),
+        ("The answer is 5. The answer is a multiple of 5.", "5"),
+        ("The answer is 5. If the answer is 6, then x = 7.", "5"),
+        ("The answer is 5. Confidence in this answer: 90%", "5"),
         # boxes in boxes
         ("\\boxed{\\boxed{3}}", "3"),
         ("\\boxed{1 + \\boxed{2} }", "2"),

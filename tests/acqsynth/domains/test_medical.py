@@ -35,6 +35,8 @@ def rows(path, *content):
         ("The answer is A. Wait, no, the answer is B.", "B.", "B"),
         ("The answer is A. Correction: the answer is B.", "B.", "B"),
         ("The answer is A. The answer is not B.", "A. The answer is not B.", "A"),
+        ("The answer is A. The answer is supported by two trials.", "A. The answer is supported by two trials.", "A"),
+        ("The answer is yes. Wait, the answer is no.", "no.", "no"),
         ("The answer is most likely B", "most likely B", "B"),
         ("The answer is clearly B", "clearly B", "B"),
         ("The answer is probably no.", "probably no.", "no"),

@@ -407,7 +407,7 @@ def test_best_and_worst_samples_take_each_text_once_and_never_a_gated_one():
         "reward_gate": ["", "", "", "", "new", ""],
         "reward_x": [1.0, 1.0, 2.0, float("nan"), 4.0, 5.0],
     }
-    found = measures.samples([trained], 2)
+    found = measures.samples([trained, trained | {"step": [2] * 6}], 2)  # a generation, logged at two steps
     assert [r["text"] for r in found["best"]] == ["a", "b"]
     assert [r["text"] for r in found["worst"]] == ["c"]
     assert [r["text"] for r in found["rejected"]] == ["d"]
