@@ -38,7 +38,10 @@ def test_a_student_tells_the_rows_it_did_not_learn(scoring, student_path, tmp_pa
     )  # fmt: skip
     assert read_json(tmp_path / "counts.json") == {"wanted": 4, "rows": 3}
     assert said[-1].startswith("of 4 rows, 1 are not learnt, as the prompt alone fills max_length = 50 tokens, and 0")
-    for ranked, learnt in ((False, 2), (True, 3)):  # the fourth row is drawn, but it does not rank among the first three
+    for ranked, learnt in (
+        (False, 2),
+        (True, 3),
+    ):  # the fourth row is drawn, but it does not rank among the first three
         stages.fit_student(
             StepContext(tmp_path / str(ranked)), domain="sums", student=str(student_path), n=3, replay=None, seed=0,
             options=TRAINER | {"max_length": 50}, samples=[tmp_path / "samples.parquet"], ranked=ranked,
