@@ -260,7 +260,7 @@ def _run(
     if not summary.failed_blocks:
         parts.remove()
     summary.print(options.out, begun, options.top_k)
-    return 1 if summary.failed_blocks or summary.errors == summary.rows else 0
+    return 1 if summary.failed_blocks or not summary.valid else 0
 
 
 def _join(options: argparse.Namespace, job: Job, parts: Parts, blocks: Sequence[Block]) -> None:

@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import acqcore
 from acqcore.cli import main
@@ -82,6 +84,21 @@ def test_bad_lines_are_reported_and_the_rest_is_scored(command, tmp_path, capsys
 def test_nothing_but_bad_lines(command, tmp_path, read):
     assert main(command([{"text": ""}, {"text": True}])) == 1
     assert [row["valid"] for row in read(tmp_path / "out.jsonl")] == [False, False]
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_no_finite_value(damaged, command, student, tmp_path, capsys):
+    shutil.copytree(student, tmp_path / "nan")
+    model = AutoModelForCausalLM.from_pretrained(student)
+    fox = acqcore.Student.load(student).tokenizer("a fox").input_ids[-1]
+    model.model.embed_tokens.weight.data[slice(None) if damaged else fox] = math.nan
+    model.save_pretrained(tmp_path / "nan")
+    assert main(command([{"text": "a fox is a fox"}], student=tmp_path / "nan")) == (2 if damaged else 1)
+    said = capsys.readouterr()
+    if damaged:
+        assert said.err.endswith("the logits of LlamaForCausalLM are not finite; its weights may be damaged\n")
+    else:
+        assert "0 of 1 rows scored" in said.out
 
 
 def test_a_killed_run_goes_on_where_it_stopped(command, tmp_path, read):

@@ -304,7 +304,7 @@ def _write(options: argparse.Namespace, data: Path, pool: _Pool, picked: Sequenc
 def _report(options: argparse.Namespace, pool: _Pool, picked: Sequence[int]) -> None:
     title = f"{len(picked)} of {len(pool.records)} rows chosen by {options.method}"
     if pool.errors:
-        title += f"; {len(pool.errors)} rows with an error"
+        title += f"; {len(pool.errors)} row{'s' if len(pool.errors) > 1 else ''} with an error"
     title += f"; written to {options.out}"
     signal = pool.signal
     if signal is None:

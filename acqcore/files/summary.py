@@ -57,7 +57,7 @@ class Summary:
         written = "" if top_k is None else f"the {min(top_k, self.valid)} highest "
         title = f"{self.valid} of {self.rows} rows scored, {written}written to {out}"
         if self.errors:
-            title += f"; {self.errors} rows with an error"
+            title += f"; {_count(self.errors, 'row')} with an error"
         if self.failed_blocks:
             title += f"; {_count(self.failed_blocks, 'failed block')}; rerun the command to retry"
         lines = []

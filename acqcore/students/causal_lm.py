@@ -198,7 +198,7 @@ class CausalLM:
         """Compare trunk and current head with the model's own logits, and check causality, once per state of a model.
 
         Raises:
-            ValueError: the logits differ, or a token sees later tokens.
+            ValueError: the logits differ or are not finite, or a token sees later tokens.
         """
         known, state = _VERIFIED.setdefault(self._model, set()), self._state()
         if state in known:
@@ -221,6 +221,8 @@ class CausalLM:
         own = own.to(ours)
         largest = float(product.abs().max())
         error = _excess(own, ours, tolerance, largest)
+        if error is not None and not bool(product.isfinite().all()):
+            raise ValueError(f"model: the logits of {self.name} are not finite; its weights may be damaged")
         if error is not None:
             raise ValueError(
                 f"model: the logits of {self.name} differ from those of its trunk and head by {error:.3g} (largest "

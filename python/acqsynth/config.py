@@ -309,6 +309,8 @@ class Config(Section):
             raise ValueError(f"rounds: expected 1, as generator.method {self.generator.method} trains no generator")
         if self.rounds > min(self.student.rows):
             raise ValueError(f"rounds: expected at most student.rows = {min(self.student.rows)}, got {self.rounds}")
+        if self.data.replay is not None and not self.student.replay:
+            raise ValueError("data.replay: these rows are not used without student.replay, their share")
         return self
 
 

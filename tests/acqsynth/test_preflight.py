@@ -72,7 +72,7 @@ REFUSED = {
     "evaluation.validity.options.epochs=1": "evaluation.validity.options: SFTConfig has no field 'epochs'",
     "engine.options.batch_token=1": "engine.options: unknown 'batch_token', expected one of device, dtype",
     "labelling={method: majority, options: {kk: 1}}": "labelling.options: unknown 'kk', expected max_tokens",
-    "data.replay={source: world, domain: y}": "data.replay.domain: unknown 'y'",
+    "data.replay={source: world}": "data.replay: these rows are not used without student.replay, their share",
     "data.held_out.source=bundled:mathematics": "bundled:mathematics has no rows of the domain arithmetic: no question",
     "data.real={source: 'bundled:word_problems', skip: 96}": "has no rows after the first 96",
     "evaluation.validity={batches: 2, rows: 1401}": "validity.rows: expected at most the 1400 rows of data.real, got",
@@ -122,6 +122,7 @@ def test_refused_before_anything_runs(override, message):
         (["evaluation.validity={batches: 2, rows: 48}"], None),
         (["evaluation.validity.rows=1000"], None),  # no batches
         (["evaluation.validity={batches: 1, rows: 61}", "data.real=null"], "rows of data.seeds, got 61"),
+        (["student.replay=0.1", "data.replay={source: world, domain: y}"], "data.replay.domain: unknown 'y'"),
         (["domain=code"], "data.seeds.source: bundled:mathematics has no rows of the domain code: the answer"),
         (["evaluation.others={m: {source: 'bundled:word_problems', domain: medical}}"], "evaluation.others.m.source"),
         (["evaluation.others={m: {source: 'bundled:mathematics'}}"], None),

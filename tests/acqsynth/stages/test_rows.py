@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,9 +17,8 @@ from acqsynth.steps import StepError, Store, read_json, read_rows
 
 
 def test_rows_of_an_evaluation_set_are_left_out(fakes, recipe):
-    plan = plan_of(
-        recipe, "data.real={source: 'sums:1140', limit: 100}", "data.replay={source: 'sums:3030', limit: 30}"
-    )
+    replay = ("data.replay={source: 'sums:3030', limit: 30}", "student.replay=0.1")
+    plan = plan_of(recipe, "data.real={source: 'sums:1140', limit: 100}", *replay)
     store = Store(Path(plan.config.output))
     store.run(plan.of("seeds")[0])
     sizes = read_json(store.output / "00-seeds/rows/rows.json")
@@ -62,7 +62,7 @@ def test_no_sample_repeats_a_row_of_any_evaluation_set(fakes, recipe, monkeypatc
     [
         ("data.seeds.source=nowhere.jsonl", "00-seeds/rows: data.seeds: nowhere.jsonl: no such file"),
         ("data.real={source: 'sums:1000', limit: 100}", "data.real: every row is also in an evaluation set"),
-        ("data.replay={source: 'sums:3000', limit: 40}", "data.replay: every row is also in an evaluation set"),
+        ("student.replay=0.1 data.replay={source: 'sums:3000'}", "data.replay: every row is also in an evaluation set"),
         ("evaluation.others.more.source=gone", "evaluation.others.more: gone: no such file"),
         ("student.replay=0.8", "00-seeds/rows: student.replay: expected 280 rows for a share of 0.8 beside 70 samples"),
         ("data.seeds={source: 'sums:0', skip: 50}", "has no rows after the first 50"),
@@ -71,7 +71,7 @@ def test_no_sample_repeats_a_row_of_any_evaluation_set(fakes, recipe, monkeypatc
 )
 def test_data_that_can_not_be_used_is_one_sentence(fakes, recipe, override, sentence):
     with pytest.raises(StepError) as caught:
-        run(recipe, override)
+        run(recipe, *re.split(r" (?=data)", override))
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
 
