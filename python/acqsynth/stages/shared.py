@@ -65,9 +65,12 @@ def signal_values(reward: Any, samples: Sequence[Sample]) -> dict[str, list[floa
 def fused(columns: Mapping[str, Sequence[float | None]], reward: Any, samples: Sequence[Sample]) -> list[float | None]:
     """Fuses the signals' values of samples like the reward, as one group."""
     weighted = {name: columns[name] for name in reward.weights}  # a signal of weight 0 is only logged
+    # Samples that lack a value are left out of all statistics.
+    lacking = {i for values in weighted.values() for i, value in enumerate(values) if value is None}
     lengths = [sample_length(sample) for sample in samples]
-    for name in weighted.keys() & set(reward.length_bins):
-        weighted[name] = LengthBins()(weighted[name], lengths)
+    for name, values in weighted.items():
+        known = [None if i in lacking else value for i, value in enumerate(values)]
+        weighted[name] = LengthBins()(known, lengths) if name in reward.length_bins else known
     return fuse(weighted, [0] * len(samples), reward.fusion, reward.weights)
 
 

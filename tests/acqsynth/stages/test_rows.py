@@ -123,3 +123,8 @@ def test_rows_are_ranked_after_their_lengths_effect_is_removed(sums):
     first = sorted(range(len(rows)), key=lambda i: -totals[i])[:40]
     assert {len(rows[i].question) for i in first} == {3, 7, 15, 31}
     assert {surplus[i] for i in first} == {3.0}
+    # Rows that lack a value of another signal count in no statistic, as in the reward.
+    reward = ComposedReward(sums, [Recorded("loss", []), Recorded("margin", [])], length_normalised=["loss"])
+    outlier, lacking = [*columns["loss"], 1e6], [*[0.0] * len(rows), None]
+    both = shared.fused({"loss": outlier, "margin": lacking}, reward, [*rows, rows[-1]])
+    assert both[:-1] == shared.fused({**columns, "margin": lacking[:-1]}, reward, rows)
