@@ -239,12 +239,12 @@ def _score(options: argparse.Namespace) -> int:
 def _run(
     options: argparse.Namespace, job: Job, blocks: Sequence[Block], executor: Executor, parts: Parts, begun: float
 ) -> int:
-    todo = [block for block in blocks if not parts.finished(block.index)]
-    n_rows, left = sum(block.rows for block in blocks), sum(block.rows for block in todo)
+    pending = [block for block in blocks if not parts.finished(block.index)]
+    n_rows, left = sum(block.rows for block in blocks), sum(block.rows for block in pending)
     with Progress(n_rows, None if executor.reports else False, "rows") as bar:
         bar.update(n_rows - left)
         try:
-            executor.run(job, todo, bar.update)
+            executor.run(job, pending, bar.update)
         except Exception as error:  # a student's files may raise anything; errors of blocks are recorded instead
             if executor.reports:
                 parts.remove_unused()
@@ -253,7 +253,7 @@ def _run(
     if not executor.reports:
         return 0
     try:
-        summary = _collect(options, job, parts, blocks, {block.index for block in todo})
+        summary = _collect(options, job, parts, blocks, {block.index for block in pending})
         _join(options, job, parts, blocks)
     except OSError as error:
         raise _UsageError(f"{options.out}: {_first_line(error)}; the scores are kept in {parts.folder}") from error

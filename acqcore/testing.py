@@ -100,6 +100,16 @@ def case_from_logits(logits: torch.Tensor, targets: torch.Tensor | None = None) 
     return Case(torch.eye(logits.shape[0]), Head(weight, bias), targets)
 
 
+def exact_hidden_grad(case: Case) -> torch.Tensor:
+    """Gradient of the summed loss with respect to the hidden states, by autograd in float64: ``[N, D]``."""
+    exact = case.to(torch.float64)
+    assert exact.targets is not None
+    hidden = exact.hidden.requires_grad_()
+    z = exact.head.logits(hidden, exact.temperature)
+    loss = torch.nn.functional.cross_entropy(z, exact.targets, ignore_index=-100, reduction="sum")
+    return torch.autograd.grad(loss, hidden)[0]
+
+
 def _confident(gap: float) -> Case:
     """Rows whose runner-up is ``gap`` nats below the maximum; targets are the maximum, the runner-up and another."""
     logits = torch.full((4, 700), -gap - 20.0)

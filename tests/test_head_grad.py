@@ -13,7 +13,7 @@ import acqcore
 from acqcore import checks
 from acqcore.backends import HeadRows, get
 from acqcore.head_grad import grad_sketch_from, head_grad_norm_from, hidden_grad_from, loss_weights
-from acqcore.testing import Case, case_from_logits, random_case
+from acqcore.testing import Case, case_from_logits, exact_hidden_grad, random_case
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 OFFSETS = torch.tensor([0, 1, 3, 20, 60])
@@ -78,11 +78,7 @@ def _expected_norms(name: str, dtype: torch.dtype) -> torch.Tensor:
 
 @functools.cache
 def _expected_hidden_grad(name: str, dtype: torch.dtype) -> torch.Tensor:
-    exact = _case(name).to(dtype).to(torch.float64)
-    hidden = exact.hidden.requires_grad_()
-    z = exact.head.logits(hidden, exact.temperature)
-    loss = torch.nn.functional.cross_entropy(z, exact.targets, ignore_index=-100, reduction="sum")
-    return torch.autograd.grad(loss, hidden)[0]
+    return exact_hidden_grad(_case(name).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -16,7 +16,7 @@ from acqcore.bayes import dropout_rows, dropout_stats
 from acqcore.head_grad import loss_weights
 from acqcore.head_visit import visit
 from acqcore.row_stats import RowStats, empty_state
-from acqcore.testing import Case, case_from_logits, random_case, worst_errors
+from acqcore.testing import Case, case_from_logits, exact_hidden_grad, random_case, worst_errors
 
 #: Rows per sample; the longer lengths are not multiples of a block or panel.
 LENGTHS = (1, 2, 17, 40, 21, 5)
@@ -112,11 +112,7 @@ def _expected_norms(name: str, dtype: torch.dtype) -> torch.Tensor:
 
 @functools.cache
 def _expected_hidden_grad(name: str, dtype: torch.dtype) -> torch.Tensor:
-    exact = _case(name).to(dtype).to(torch.float64)
-    hidden = exact.hidden.requires_grad_()
-    z = exact.head.logits(hidden, exact.temperature)
-    loss = torch.nn.functional.cross_entropy(z, exact.targets, ignore_index=-100, reduction="sum")
-    return torch.autograd.grad(loss, hidden)[0]
+    return exact_hidden_grad(_case(name).to(dtype))
 
 
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-4), (torch.bfloat16, 1e-3), (torch.float16, 1e-3)])

@@ -240,12 +240,14 @@ class CausalLM:
         modules outside the trunk (of the model itself if it names no trunk), including learned ones, and alterations of
         these modules. A few entries stand for a large parameter; those of the output embedding itself do not count, as
         the head follows them."""
-        whole = self.trunk is self._causal  # then any other module may belong to the trunk
-        modules, own = (
-            [module for _, module in model.named_modules(memo=set() if whole else {self.trunk})]
-            for model in (self._model, self._causal)
-        )
-        outside, own = ([self._causal],) * 2 if whole else (modules, own)
+        if self.trunk is self._causal:  # any other module may belong to the trunk
+            modules, outside, own = list(self._model.modules()), [self._causal], [self._causal]
+        else:
+            modules, own = (
+                [module for _, module in model.named_modules(memo={self.trunk})]
+                for model in (self._model, self._causal)
+            )
+            outside = modules
         head = set(self._causal.get_output_embeddings().modules())
         state: list[Any] = [self.vocab_size, *map(alterations, modules)]
         for module in outside:

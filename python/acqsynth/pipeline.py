@@ -128,7 +128,7 @@ def plan(config: Config) -> Plan:
             sets={key.removeprefix("evaluation-"): (domain, rows / f"{key}.parquet") for key, domain in asked.items()},
         )  # fmt: skip
 
-    def fit(rows_of: list[Step], name: str, student: str, n: int, seed: int, **ranked: bool) -> Step:
+    def fit(rows_of: list[Step], name: str, student: str, n: int, seed: int, ranked: bool = False) -> Step:
         replay, share = None, config.student.replay
         if share:
             again = config.data.replay
@@ -137,7 +137,8 @@ def plan(config: Config) -> Plan:
         return step(
             "fit", name, fit_student,
             domain=config.domain, student=Model(students[student]), n=n, replay=replay,
-            options=config.student.options, seed=seed, samples=[each / "samples.parquet" for each in rows_of], **ranked,
+            samples=[each / "samples.parquet" for each in rows_of], ranked=ranked, options=config.student.options,
+            seed=seed,
         )  # fmt: skip
 
     def writing(seed: int, **changed: Any) -> Writing:
@@ -226,12 +227,11 @@ def plan(config: Config) -> Plan:
             if learnt in arm.rows.values():
                 continue  # equal rows are not a second draw
             arm.rows[generator] = learnt
-            ranked = {"ranked": True} if name == "filtered_real" else {}
             for student in students:
                 for size in config.student.rows:
                     for seed in config.student.seeds:
                         key = f"{of_generator}-{student}-{size}-s{seed}"
-                        fitted = fit(learnt, key, student, size, seed, **ranked)
+                        fitted = fit(learnt, key, student, size, seed, ranked=name == "filtered_real")
                         arm.fits[student, size, generator, seed] = fitted
                         arm.answers[student, size, generator, seed] = answer(key, fitted / "model")
     if config.evaluation.validity.batches:

@@ -31,7 +31,7 @@ def test_all_arms_learn_equal_rows_with_equal_settings(fakes, recipe):
     settings = {}
     for arm in plan.arms.values():
         for key, fit in arm.fits.items():
-            assert fit.arguments.get("ranked", False) == (arm.name == "filtered_real")
+            assert fit.arguments["ranked"] == (arm.name == "filtered_real")
             other = {name: value for name, value in fit.settings().items() if name not in ("samples", "ranked")}
             settings.setdefault(key, set()).add(json.dumps(other, sort_keys=True))
     assert list(settings) == [(s, n, 0, seed) for s in ("student", "small") for n in (10, 70) for seed in (0, 1)]
