@@ -97,10 +97,11 @@ def test_conversations_through_its_own_template(student):
 
 @pytest.fixture(scope="module")
 def gsm8k(student):
-    """Scored rows of 40 questions and answers: hidden ``[N, D]``, targets ``[N]``, offsets ``[41]``."""
+    """Scored rows of 40 short questions and answers: hidden ``[N, D]``, targets ``[N]``, offsets ``[41]``."""
+    short = sorted(questions(400), key=lambda row: len(row["prompt"]) + len(row["completion"]))[:40]
     hidden, targets, counts = [], [], [0]
     with student.scoring():
-        for row in encode(questions(40), student.tokenizer, vocab_size=49152, limit=8192, max_length=160):
+        for row in encode(short, student.tokenizer, vocab_size=49152, limit=8192):
             scored = row.targets != -100
             hidden.append(student.hidden(row.ids[None])[0, scored.nonzero()[:, 0] - 1])
             targets.append(row.targets[scored])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import re
 import time
@@ -19,9 +20,14 @@ def test_words():
     assert words("It's 3.5 km, x_1 = −2!") == ["it", "'", "s", "3", ".", "5", "km", ",", "x_1", "=", "−", "2", "!"]
 
 
-def jaccard(a, b, n=4):
-    cut = [{t[i : i + n] for i in range(len(t) - n + 1)} for t in (a.replace(" ", ""), b.replace(" ", ""))]
-    return len(cut[0] & cut[1]) / len(cut[0] | cut[1])
+@functools.cache
+def shingles(text):
+    plain = text.replace(" ", "")
+    return frozenset(plain[i : i + 4] for i in range(len(plain) - 3))
+
+
+def jaccard(a, b):
+    return len(shingles(a) & shingles(b)) / len(shingles(a) | shingles(b))
 
 
 def test_found_as_by_comparing_with_every_text():
@@ -43,25 +49,25 @@ def test_found_as_by_comparing_with_every_text():
     assert 30 <= hits < len(asked)
 
 
+@functools.cache
+def read(text):
+    """The content words, the shingles, the numbers and their readings of a text."""
+    form = normal_form(text)
+    plain = "".join(spelled(form))
+    cut = frozenset(plain[i : i + 4] for i in range(max(1, len(plain) - 3)))
+    return _read(text, 4), cut, numbers(form), readings(form)
+
+
 def by_comparing(stored, text, threshold, same_numbers):
     """The definition of ``find``, compared with each stored text."""
-
-    def shingles(form):
-        plain = "".join(spelled(form))
-        return {plain[i : i + 4] for i in range(max(1, len(plain) - 3))}
-
-    def replaced(one, other):
-        """Whether one form has other numbers in place of some of the other's."""
-        (a, b), (more, others) = map(numbers, (one, other)), map(readings, (one, other))
-        return bool(a - b - (others - more)) and bool(b - a - (more - others))
-
-    form, best, found = normal_form(text), threshold, None
+    content, cut, own, others = read(text)
+    best, found = threshold, None
     for each in stored:
-        other = normal_form(each)
-        index = len(shingles(form) & shingles(other)) / len(shingles(form) | shingles(other))
+        its_content, its_cut, a, more = read(each)
+        index = len(cut & its_cut) / len(cut | its_cut)
         better = index >= best if found is None else index > best
-        reworded = _read(each, 4).reworded(_read(text, 4))
-        if better and not reworded and not (same_numbers and replaced(other, form)):
+        replaced = bool(a - own - (others - more)) and bool(own - a - (more - others))  # other numbers in their place
+        if better and not its_content.reworded(content) and not (same_numbers and replaced):
             best, found = index, each
     return found
 
