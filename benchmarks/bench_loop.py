@@ -32,12 +32,13 @@ from typing import Any
 from scipy.stats import t as student_t
 
 from acqsynth import config
+from acqsynth.artefacts import read_rows, read_table
 from acqsynth.domains.arithmetic import SKILLS
 from acqsynth.pipeline import Arm, plan as plan_of
 from acqsynth.report.metrics import IN_DISTRIBUTION, STUDENT
 from acqsynth.rewards.build import DEFAULT_SIGNALS
 from acqsynth.rewards.reward import DEFAULT_WEIGHTS, INFORMATION
-from acqsynth.steps import Store, read_rows, read_table
+from acqsynth.steps import Store
 from acqsynth.train import read_log
 from acqsynth.world import Settings, base_model
 from benchmarks import harness

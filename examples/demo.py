@@ -31,6 +31,7 @@ from rich.table import Table
 
 import acqcore
 from acqsynth import cli, train
+from acqsynth.callbacks import Progress
 from acqsynth.models import smollm2_path
 from acqsynth.rewards import AcquisitionReward
 from acqsynth.seeds import DOMAINS, KINDS, load_seeds
@@ -163,7 +164,7 @@ def teach(path: str, reward: AcquisitionReward) -> dict[str, Any]:
         "seed": 0,
     }
     with console.status("training") as status:
-        train.grpo(path, prompts(), reward, output, options, callbacks=[train.Progress(console.print, status.update)])
+        train.grpo(path, prompts(), reward, output, options, callbacks=[Progress(console.print, status.update)])
     keys = {key: key for key in ("seconds", "reward_seconds", "reward_share", "reward")}
     keys["parsed"] = f"{reward.__name__}/parsed"
     steps = [{key: row[name] for key, name in keys.items()} for row in train.read_log(output) if "reward" in row]

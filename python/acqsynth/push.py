@@ -16,11 +16,12 @@ import yaml
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi, ModelCard, ModelCardData
 
 from acqsynth import config, pipeline
+from acqsynth.artefacts import read_table, write_table
 from acqsynth.config import ConfigError
 from acqsynth.pipeline import Plan
 from acqsynth.report import render
 from acqsynth.report.metrics import STUDENT, percent, points, span
-from acqsynth.steps import StepError, Store, read_table, write_table
+from acqsynth.steps import StepError, Store
 
 HUB = "hub:"  #: prefix of repository targets
 # Files of a model folder that are not the model's: a pickle of this machine's paths, and counts that the card states.

@@ -12,7 +12,6 @@ import dataclasses
 import errno
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,16 +20,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-import pyarrow
-import pyarrow.parquet
-import torch
 from filelock import FileLock, Timeout
 from pydantic import BaseModel
 
 import acqcore
 from acqsynth import models
+from acqsynth.artefacts import load_state, read_json, save_state, write_json
 from acqsynth.config import Source
-from acqsynth.domains import Sample
 from acqsynth.domains.classification import INTENTS, intents_path
 
 #: In the order of a run; a stage's folder is numbered by its position.
@@ -347,68 +343,6 @@ def seconds_of(path: Path) -> float:
         if (manifest := _read_manifest(folder)) is not None:
             return float(manifest["seconds"])
     return 0.0
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes ``content`` to ``path``, completely or not at all.
-
-    Raises:
-        ValueError: a number that is not finite.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1, ensure_ascii=False, allow_nan=False)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON artefact."""
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def save_state(path: Path, state: Any) -> None:
-    """Writes a ``state_dict`` to ``path``, completely or not at all."""
-    unfinished = path.with_suffix(".part")
-    torch.save(state, unfinished)
-    unfinished.replace(path)
-
-
-def load_state(path: Path) -> Any:
-    """Reads the result of :func:`save_state`; a crafted file runs no code."""
-    return torch.load(path, weights_only=True)
-
-
-# --- samples and tables as parquet ------------------------------------------------------------------------------------
-
-
-def write_rows(path: Path, samples: Sequence[Sample], columns: Mapping[str, Sequence[Any]] | None = None) -> None:
-    """Writes samples, one per row, and further columns; ``extra`` is stored as JSON."""
-    table: dict[str, Sequence[Any]] = {
-        name: [getattr(sample, name) for sample in samples] for name in ("question", "reasoning", "answer")
-    }
-    table["extra"] = [json.dumps(dict(sample.extra), ensure_ascii=False) for sample in samples]
-    write_table(path, {**table, **(columns or {})})
-
-
-def read_rows(path: Path) -> list[Sample]:
-    """Reads the samples written by :func:`write_rows`, without further columns."""
-    table = read_table(path)
-    columns = [table[name] for name in ("question", "answer", "reasoning", "extra")]
-    return [
-        Sample(q, answer, reasoning, json.loads(extra)) for q, answer, reasoning, extra in zip(*columns, strict=True)
-    ]
-
-
-def write_table(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
-    """Writes columns of equal length."""
-    pyarrow.parquet.write_table(pyarrow.table({name: list(values) for name, values in columns.items()}), path)
-
-
-def read_table(path: Path) -> dict[str, list[Any]]:
-    """The columns of a parquet file."""
-    return dict(pyarrow.parquet.read_table(path).to_pydict())
 
 
 # --- arguments and manifests ------------------------------------------------------------------------------------------

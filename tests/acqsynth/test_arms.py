@@ -6,7 +6,7 @@ import json
 
 from fake_run import plan_of, run
 
-from acqsynth.steps import read_json, read_table
+from acqsynth.artefacts import read_json, read_table
 
 
 def test_arms_share_what_reads_the_same(fakes, recipe):

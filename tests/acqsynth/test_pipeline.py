@@ -15,8 +15,9 @@ import pytest
 from fake_run import run
 
 import acqsynth.train  # noqa: F401  (before processes are forked)
+from acqsynth.artefacts import read_json, read_table
 from acqsynth.cli import main
-from acqsynth.steps import Store, read_json, read_table
+from acqsynth.steps import Store
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ import torch
 
 import acqcore
 from acqcore.acquisitions.archive_novelty import NoveltyOptions
-from acqsynth.steps import load_state
-from acqsynth.train import REWARD_STATE, RewardStates
+from acqsynth.artefacts import load_state
+from acqsynth.callbacks import REWARD_STATE, RewardStates
 
 
 class Runs:

@@ -14,19 +14,10 @@ from typing import Any
 
 import pytest
 
+from acqsynth.artefacts import read_rows, read_table, write_json, write_rows
 from acqsynth.config import Section, Source
 from acqsynth.domains import Sample
-from acqsynth.steps import (
-    Model,
-    Step,
-    StepError,
-    Store,
-    read_rows,
-    read_table,
-    seconds_of,
-    write_json,
-    write_rows,
-)
+from acqsynth.steps import Model, Step, StepError, Store, seconds_of
 
 ran: Counter[str] = Counter()
 

@@ -7,9 +7,7 @@ import importlib.util
 import json
 import math
 import random
-import shutil
 from contextlib import nullcontext
-from types import SimpleNamespace
 
 import pandas
 import pytest
@@ -20,12 +18,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTConfig
 
 from acqsynth import train
+from acqsynth.callbacks import Progress, Refresh
 from acqsynth.domains import Sample
 from acqsynth.engines import Sampling
 from acqsynth.engines.transformers import TransformersEngine
 from acqsynth.parsing import as_text
 from acqsynth.rewards import AcquisitionReward
-from acqsynth.train import REWARD_STATE, Progress, RewardStates, newest_checkpoint, read_log
+from acqsynth.train import read_log
 from acqsynth.write import Candidate
 
 SAMPLES = [Sample(f"{a}+{b}", str(a + b), f"{a} and {b}") for a in range(4) for b in range(4)]
@@ -215,8 +214,6 @@ def test_wrong_arguments(sums, student_path, answer_reward, tmp_path):
         train.sft(str(student_path), sums, [], tmp_path)
     with pytest.raises(ValueError, match="prompts: expected at least 10, as many as a generation takes, got 8"):
         train.grpo(str(student_path), ASK, answer_reward, tmp_path, GRPO | {"per_device_train_batch_size": 20})
-    with pytest.raises(ValueError, match="every: expected at least 1 step, got 0"):
-        train.Refresh(0, tmp_path, tmp_path, print, list)
 
 
 # --- GRPO -------------------------------------------------------------------------------------------------------------
@@ -302,7 +299,7 @@ def test_the_student_is_refreshed_and_log_and_trackers_have_its_staleness(studen
         return [*order, None]
 
     output = tmp_path / "out"
-    refresh = train.Refresh(1, output, tmp_path / "students", students.append, probe)
+    refresh = Refresh(1, output, tmp_path / "students", students.append, probe)
     boards = ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
     options = GRPO | {"save_steps": 1, "report_to": boards}
     train.grpo(str(student_path), ASK, answer_reward, output, options, refresh=refresh, callbacks=[tracker])
@@ -340,7 +337,7 @@ def test_a_resumed_run_continues_with_its_student_after_the_checkpoint_is_gone(
         AutoTokenizer.from_pretrained(path)
 
     def arguments():
-        refresh = train.Refresh(3, tmp_path / "out", tmp_path / "students", student, lambda: [3.0, 1.0, None, 2.0])
+        refresh = Refresh(3, tmp_path / "out", tmp_path / "students", student, lambda: [3.0, 1.0, None, 2.0])
         return {"prompts": ASK, "reward": answer_reward, "output": tmp_path / "out", "refresh": refresh}
 
     with pytest.raises(KeyboardInterrupt):
@@ -353,77 +350,6 @@ def test_a_resumed_run_continues_with_its_student_after_the_checkpoint_is_gone(
     assert all(value.equal(used[1][1][name]) for name, value in used[0][1].items())
     [entry] = [row for row in read_log(tmp_path / "out") if "student_refreshed" in row]
     assert (entry["step"], entry["staleness_since_start"]) == (3, pytest.approx(1.0))
-
-
-class Refreshed:
-    """Walks through the steps of a run that saves every ten steps and keeps two checkpoints."""
-
-    def __init__(self, folder, every, checkpoints=None):
-        self.used, self.folder, self.log = [], folder / "out", []
-        student = lambda path: self.used.append(path.name)  # noqa: E731
-        self.refresh = train.Refresh(every, checkpoints or self.folder, folder / "students", student, list)
-
-    def steps(self, start, stop):
-        for step in range(start + 1, stop + 1):
-            state = SimpleNamespace(global_step=step, max_steps=1000, log_history=self.log, is_world_process_zero=True)
-            self.refresh.on_step_end(None, state, None)
-            if step % 10 == 0:
-                model_checkpoint(self.folder, step)
-                shutil.rmtree(self.folder / f"checkpoint-{step - 20}", ignore_errors=True)
-                self.refresh.on_save(None, state, None)
-                self.saved = self.refresh.state_dict()
-        return self
-
-
-def model_checkpoint(folder, step):
-    path = folder / f"checkpoint-{step}"
-    path.mkdir(parents=True)
-    for name in ("config.json", "trainer_state.json"):
-        (path / name).write_text("{}")
-
-
-@pytest.mark.parametrize(
-    ("every", "killed", "student"),
-    [(50, 95, "checkpoint-40"), (50, 45, None), (7, 108, "checkpoint-90"), (50, 115, "checkpoint-90"),
-     (10, 35, "checkpoint-20"), (4, 27, "checkpoint-10"), (7, 200, "checkpoint-190")],
-)  # fmt: skip
-def test_the_student_of_the_last_checkpoint_is_found_again(tmp_path, every, killed, student):
-    first = Refreshed(tmp_path, every).steps(0, killed)
-    assert first.saved["student"] == student
-    assert len(first.log) == len(first.used) == len(set(first.used))  # nothing is logged without a new student
-    assert len(list((tmp_path / "students").glob("*"))) <= 2
-    resumed = Refreshed(tmp_path, every)
-    resumed.refresh.load_state_dict(first.saved)
-    assert resumed.used == ([student] if student else [])
-    resumed.steps(killed - killed % 10, killed)
-    assert resumed.used[1 if student else 0 :] == first.used[len(first.used) - len(resumed.used) + bool(student) :]
-
-
-def test_students_of_another_trainer_are_kept_until_the_next_save(tmp_path):
-    theirs = tmp_path / "theirs"
-    first = Refreshed(tmp_path, 2, theirs)
-    for step in range(0, 20, 2):
-        model_checkpoint(theirs, step)
-        first.steps(step, step + 2)
-    assert (first.saved["student"], first.used[-1]) == ("checkpoint-18", "checkpoint-18")
-    for step in (20, 22, 24):
-        model_checkpoint(theirs, step)
-        first.steps(step, step + 2)
-    assert {path.name for path in (tmp_path / "students").iterdir()} == {"checkpoint-18", "checkpoint-24"}
-
-
-def test_a_missing_student_is_an_error(tmp_path):
-    refresh = train.Refresh(50, tmp_path, tmp_path / "students", print, list)
-    with pytest.raises(FileNotFoundError, match=r"students/checkpoint-40: the student that the interrupted run"):
-        refresh.load_state_dict({"student": "checkpoint-40", "first": [1.0]})
-
-
-def test_a_checkpoint_without_a_model_yet_is_passed_over(tmp_path):
-    (tmp_path / "out/checkpoint-40").mkdir(parents=True)
-    (tmp_path / "out/checkpoint-40/config.json").write_text("{}")
-    run = Refreshed(tmp_path, 50)
-    run.refresh.on_step_end(None, SimpleNamespace(global_step=50, max_steps=99, log_history=run.log), None)
-    assert run.used == run.log == []
 
 
 @pytest.mark.parametrize("every", [1, 2])
@@ -523,54 +449,7 @@ def test_no_pairs(student_path, scripted, answer_reward, tmp_path):
         )
 
 
-# --- logs and checkpoints ---------------------------------------------------------------------------------------------
-
-
-def checkpoint(folder, step, whole=True):
-    path = folder / f"checkpoint-{step}"
-    path.mkdir()
-    if whole:
-        torch.save([], path / REWARD_STATE)
-    return path
-
-
-def test_the_last_whole_checkpoint(tmp_path):
-    assert newest_checkpoint(tmp_path / "none", REWARD_STATE) is None
-    checkpoint(tmp_path, 9)
-    newest = checkpoint(tmp_path, 10)
-    checkpoint(tmp_path, 11, whole=False)
-    assert newest_checkpoint(tmp_path, REWARD_STATE) == newest
-
-
-def test_the_newest_checkpoint_before_a_step(tmp_path):
-    assert newest_checkpoint(tmp_path, "config.json", before=10) is None
-    for name in ("checkpoint-2", "checkpoint-4", "checkpoint-10", "checkpoint-last", "checkpoint-6"):
-        (tmp_path / name).mkdir()
-        if name != "checkpoint-6":  # this one is incomplete
-            (tmp_path / name / "config.json").write_text("{}")
-    assert newest_checkpoint(tmp_path, "config.json", before=10) == tmp_path / "checkpoint-4"
-    assert newest_checkpoint(tmp_path, "config.json", before=11) == tmp_path / "checkpoint-10"
-    assert newest_checkpoint(tmp_path, "config.json", before=2) is None
-
-
 def test_numbers_that_are_not_finite_are_none_in_the_log(tmp_path):
     log = [{"step": 1, "reward": 0.5}, {"step": 2, "reward": math.nan}, {"step": 3, "reward": math.inf}]
     (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": log}))
     assert [row["reward"] for row in read_log(tmp_path)] == [0.5, None, None]
-
-
-def test_rewards_with_a_state_are_restored(tmp_path, answer_reward):
-    answer_reward.calls = 7
-    folder = tmp_path / "checkpoint-1"
-    folder.mkdir()
-    saved = RewardStates([print, answer_reward])
-    saved.on_save(
-        SimpleNamespace(output_dir=tmp_path), SimpleNamespace(is_world_process_zero=True, global_step=1), None
-    )
-    assert newest_checkpoint(tmp_path, REWARD_STATE) == folder
-    fresh = type(answer_reward)()
-    RewardStates([print, fresh]).restore(folder)
-    assert fresh.calls == 7
-    told = "expected the state of 2 rewards and refreshes, got 1, from an older version or another reward; remove"
-    with pytest.raises(ValueError, match=told):
-        RewardStates([fresh, fresh]).restore(folder)

@@ -8,9 +8,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from acqsynth.artefacts import read_json, read_table
 from acqsynth.report import metrics
 from acqsynth.report.page import render as render
-from acqsynth.steps import StepContext, read_json, read_table, seconds_of
+from acqsynth.steps import StepContext, seconds_of
 
 Fit = tuple[str, int, int, int]  #: student, rows, the generator's seed, the fit's seed
 

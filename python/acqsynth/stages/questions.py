@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from acqsynth import write
+from acqsynth.artefacts import read_json, read_rows, read_table, write_rows
 from acqsynth.config import EngineConfig, LabellingConfig, SamplingConfig
 from acqsynth.domains import Domain, Messages, Sample, domain as find_domain
 from acqsynth.engines import Sampling
@@ -18,7 +19,7 @@ from acqsynth.label import Labeller
 from acqsynth.rewards.gates import sample_gates
 from acqsynth.rewards.texts import NearCopies
 from acqsynth.stages.shared import CHUNK, Scoring, fused, load_engine, signal_values
-from acqsynth.steps import StepContext, StepError, read_json, read_rows, read_table, write_rows
+from acqsynth.steps import StepContext, StepError
 
 _PROBE = 32  # samples whose order before and after a student refresh measures staleness
 
@@ -56,13 +57,14 @@ def train_generator(
     ``candidates`` gives, for DPO, how the candidates of a prompt are sampled, and how many.
     """
     from acqsynth import train
+    from acqsynth.callbacks import Progress, Refresh
 
     reward = scoring.build()
     seeds = read_rows(scoring.seeds)
     asked = write.prompts(scoring.find_domain(), seeds, prompts, shown=shown, turns=turns, seed=seed)
     output = context.folder / "model"
     options = {"seed": seed, "disable_tqdm": True, **options}
-    callbacks = [train.Progress(context.say, context.status)]
+    callbacks = [Progress(context.say, context.status)]
     if candidates is not None:
         train.dpo(
             str(generator),
@@ -83,7 +85,7 @@ def train_generator(
                 context.say(f"the reward scores with {path.name}")
                 reward.refresh(str(path))
 
-            refresh = train.Refresh(
+            refresh = Refresh(
                 scoring.reward.refresh_steps,
                 Path(scoring.reward.refresh_from or output),
                 context.scratch / "students",

@@ -6,13 +6,14 @@ import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from acqsynth.artefacts import read_rows, write_rows
 from acqsynth.config import DataConfig, OtherSource, Source
 from acqsynth.domains import Sample, domain as find_domain
 from acqsynth.normal_form import normal_form
 from acqsynth.report.metrics import IN_DISTRIBUTION
 from acqsynth.seeds import load_source
 from acqsynth.stages.shared import CHUNK, Scoring, fused, joined, signal_values
-from acqsynth.steps import StepContext, StepError, read_rows, write_rows
+from acqsynth.steps import StepContext, StepError
 
 
 def collect_rows(

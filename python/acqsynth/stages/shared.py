@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from acqsynth import engines
+from acqsynth.artefacts import read_rows
 from acqsynth.config import EngineConfig, RewardConfig
 from acqsynth.domains import Domain, Sample, domain as find_domain
 from acqsynth.engines import Engine
 from acqsynth.rewards.batch import Batch, numbers, sample_length
 from acqsynth.rewards.fusion import LengthBins, fuse
-from acqsynth.steps import read_rows
 
 CHUNK = 64  #: samples saved together; a kill loses at most this many
 

@@ -11,13 +11,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from acqsynth.artefacts import read_json, read_rows, read_table, write_table
 from acqsynth.config import EngineConfig, ValidityConfig
 from acqsynth.domains import Sample, domain as find_domain
 from acqsynth.evaluate import Evaluation, evaluate, evaluate_by_likelihood
 from acqsynth.preflight import validity_reward
 from acqsynth.stages.rows import rows_of_skills
 from acqsynth.stages.shared import CHUNK, Scoring, joined, load_engine, signal_values
-from acqsynth.steps import StepContext, read_json, read_rows, read_table, write_table
+from acqsynth.steps import StepContext
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ def fit_student(
     """Fits the student on n of the samples, the first n if they are ``ranked``, else drawn at random; writes ``model/``
     and ``counts.json``, with the number really learnt."""
     from acqsynth import train
+    from acqsynth.callbacks import Progress
 
     pool = [row for path in samples for row in read_rows(path)]
     picked = pool[:n] if ranked else random.Random(seed).sample(pool, min(n, len(pool)))
@@ -55,7 +57,7 @@ def fit_student(
         {"seed": seed, "disable_tqdm": True, **options},
         replay=train.training_rows(find_domain(replay.domain), read_rows(replay.rows)) if replay else [],
         replay_share=replay.share if replay else 0.0,
-        callbacks=[train.Progress(context.say, context.status)],
+        callbacks=[Progress(context.say, context.status)],
     )
     learnt = read_json(model / train.ROWS)
     if learnt["dropped"] or learnt["cut"]:

@@ -8,12 +8,13 @@ from collections import Counter
 import pytest
 
 from acqsynth import write
+from acqsynth.artefacts import read_rows
 from acqsynth.config import DataConfig
 from acqsynth.domains import Sample, domain
 from acqsynth.domains.classification import Classification
 from acqsynth.rewards.gates import default_gates
 from acqsynth.stages import collect_rows
-from acqsynth.steps import StepContext, read_rows
+from acqsynth.steps import StepContext
 
 LABELS = ["card", "card_arrival", 'say "hi", then go', "Refund_not_showing_up", "reverted_card_payment?"]
 

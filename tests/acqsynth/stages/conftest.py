@@ -4,9 +4,9 @@ import pytest
 from fakes import SEEDS
 
 from acqsynth import domains
+from acqsynth.artefacts import write_rows
 from acqsynth.config import EngineConfig, RewardConfig
 from acqsynth.stages import Scoring
-from acqsynth.steps import write_rows
 
 
 @pytest.fixture

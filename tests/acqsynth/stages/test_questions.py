@@ -15,10 +15,11 @@ from fake_run import run
 from fakes import SEEDS, TRAINER, Sums, written
 
 from acqsynth import domains, engines, label, stages, write
+from acqsynth.artefacts import read_json, read_rows, write_rows
 from acqsynth.config import EngineConfig, LabellingConfig, RewardConfig, SamplingConfig
 from acqsynth.domains import Sample
 from acqsynth.stages import Scoring, Writing, questions
-from acqsynth.steps import StepContext, StepError, read_json, read_rows, write_rows
+from acqsynth.steps import StepContext, StepError
 
 
 def test_a_generator_learns_from_a_student_that_moves(scoring, student_path, tmp_path):

@@ -10,10 +10,11 @@ import fake_run
 import pytest
 from fake_run import plan_of, run
 
+from acqsynth.artefacts import read_json, read_rows
 from acqsynth.domains import Sample
 from acqsynth.rewards import ComposedReward, build
 from acqsynth.stages import shared
-from acqsynth.steps import StepError, Store, read_json, read_rows
+from acqsynth.steps import StepError, Store
 
 
 def test_rows_of_an_evaluation_set_are_left_out(fakes, recipe):

@@ -6,10 +6,11 @@ import pytest
 from fakes import SEEDS, TRAINER
 
 from acqsynth import stages
+from acqsynth.artefacts import read_json, read_table, write_rows
 from acqsynth.config import EngineConfig
 from acqsynth.domains import Sample
 from acqsynth.stages import Replay
-from acqsynth.steps import StepContext, read_json, read_table, write_rows
+from acqsynth.steps import StepContext
 
 
 def test_a_student_learns_rows_and_replay(scoring, student_path, tmp_path):
