@@ -5,7 +5,7 @@
 // delta.h and form a Gram of their own (gram.h). <h_s, h_t> is contracted block by block as it is computed.
 #include "gram.h"
 #include "isa.h"
-#include "parallel.h"
+#include "tasks.h"
 
 namespace acqcore::ACQCORE_ISA {
 namespace {
@@ -174,19 +174,10 @@ bool gram_norm(const GramNormArgs& args) {
                      arena.take<float>(largest.scratch()),
                      arena.take<float>(largest.elements())};
   };
-  Arena layout(nullptr);
-  carve(layout);
-  Scratch scratch(args.head.threads * layout.used());
-  if (scratch.missing()) return false;
-#pragma omp parallel for num_threads(args.head.threads) schedule(dynamic, 1)
-  for (int64_t s = 0; s < gram.samples; ++s) {
-    const Tiles tiles;
-    Arena arena(scratch.as<char>() + thread_number() * layout.used());
-    const Workspace ws = carve(arena);
+  return run_tasks(args.head.threads, gram.samples, carve, [&](int64_t s, const Workspace& ws) {
     args.squared[s] = norm_of(args, inner, ws, gram.bounds[2 * s], gram.bounds[2 * s + 1],
                               static_cast<const float*>(gram.products) + starts[s]);
-  }
-  return true;
+  });
 }
 
 }  // namespace acqcore::ACQCORE_ISA

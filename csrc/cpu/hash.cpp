@@ -1,6 +1,7 @@
 // Rows hashed to places, one addition per entry: given rows, or rows of delta, without materializing the logits.
 #include "delta.h"
 #include "isa.h"
+#include "tasks.h"
 #include "values.h"
 
 namespace acqcore::ACQCORE_ISA {
@@ -59,17 +60,8 @@ bool delta_hash(const DeltaHashArgs& args) {
                      arena.take<float>(block * columns),
                      arena.take<DeltaRow>(block)};
   };
-  Arena layout(nullptr);
-  carve(layout);
-  Scratch scratch(head.threads * layout.used());
-  if (scratch.missing()) return false;
-
-#pragma omp parallel for num_threads(head.threads) schedule(dynamic, 1)
-  for (int64_t begin = 0; begin < scored; begin += block) {
-    const Tiles tiles;
-    Arena arena(scratch.as<char>() + thread_number() * layout.used());
-    const Workspace ws = carve(arena);
-    const int64_t count = lesser(block, scored - begin);
+  return run_tasks(head.threads, ceil_div(scored, block), carve, [&](int64_t task, const Workspace& ws) {
+    const int64_t begin = task * block, count = lesser(block, scored - begin);
     const int64_t whole = pack_block(head, inner, rows + begin, count, ws.hidden);
     for (int64_t i = 0; i < whole; ++i) {
       ws.rows[i] = i < count ? delta_row(head, args.state, args.index, rows[begin + i], 1.0) : padding_row();
@@ -85,8 +77,7 @@ bool delta_hash(const DeltaHashArgs& args) {
     for (int64_t i = 0; i < count; ++i) {
       memcpy(args.out + rows[begin + i] * columns, ws.out + i * columns, 4 * columns);
     }
-  }
-  return true;
+  });
 }
 
 }  // namespace acqcore::ACQCORE_ISA

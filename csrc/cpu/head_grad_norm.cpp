@@ -5,7 +5,7 @@
 // per sample and range, are added in order, so results do not depend on threads or on other samples.
 #include "delta.h"
 #include "isa.h"
-#include "parallel.h"
+#include "tasks.h"
 
 namespace acqcore::ACQCORE_ISA {
 namespace {
@@ -30,6 +30,7 @@ struct Workspace {
   float* delta;    // [rows, kTile], and one more row that panels may read
   float* keys;     // of all samples
   DeltaRow* delta_rows;
+  Sample* samples;  // of the group
 };
 
 // The workspace sizes that a group needs.
@@ -84,12 +85,12 @@ double share_of_tile(const HeadArgs& head, const Sample& sample, int width, cons
 // Runs one task: samples [begin, end) against columns [first, last) of the vocabulary.
 void run_task(const HeadGradNormArgs& args, const Inner& inner, const Transform& transform, const int64_t* rows,
               const int64_t* bounds, int64_t begin, int64_t end, int64_t first, int64_t last, const Workspace& ws,
-              Sample* samples, double* shares /* [samples, kRanges], from this range on */) {
+              double* shares /* [samples, kRanges], from this range on */) {
   const HeadArgs& head = args.head;
   int64_t total = 0;
   float* keys = ws.keys;
   for (int64_t s = begin; s < end; ++s) {
-    Sample& sample = samples[s - begin];
+    Sample& sample = ws.samples[s - begin];
     sample = {rows + bounds[s], bounds[s + 1] - bounds[s], total, keys};
     for (int64_t i = 0; i < sample.padded(); i += kPanelRows) {
       const int present = static_cast<int>(lesser(kPanelRows, sample.count - i));
@@ -109,7 +110,7 @@ void run_task(const HeadGradNormArgs& args, const Inner& inner, const Transform&
     const int width = static_cast<int>(lesser(kTile, last - tile));
     delta_tile(head, inner, transform, ws.delta_rows, total, ws.hidden, tile, width, ws.weights, ws.delta);
     for (int64_t s = begin; s < end; ++s) {
-      shares[s * kRanges] += share_of_tile(head, samples[s - begin], width, ws);
+      shares[s * kRanges] += share_of_tile(head, ws.samples[s - begin], width, ws);
     }
   }
 }
@@ -151,25 +152,18 @@ bool head_grad_norm(const HeadGradNormArgs& args) {
                      arena.take<float>(kTile * inner.depth),
                      arena.take<float>((size.rows + 1) * kTile),
                      arena.take<float>(size.keys),
-                     arena.take<DeltaRow>(size.rows)};
+                     arena.take<DeltaRow>(size.rows),
+                     arena.take<Sample>(most)};
   };
-  Arena layout(nullptr);
-  carve(layout);
-  layout.take<Sample>(most);
-  Scratch scratch(head.threads * layout.used());
   Scratch share_scratch(8 * args.samples * kRanges);
-  if (scratch.missing() || share_scratch.missing()) return false;
+  if (share_scratch.missing()) return false;
   double* shares = share_scratch.as<double>();
-
-#pragma omp parallel for num_threads(head.threads) schedule(dynamic, 1)
-  for (int64_t task = 0; task < group_count * ranges; ++task) {
+  const auto run = [&](int64_t task, const Workspace& ws) {
     const int64_t g = task / ranges, range = task % ranges;
-    const Tiles tiles;
-    Arena arena(scratch.as<char>() + thread_number() * layout.used());
-    const Workspace ws = carve(arena);
     run_task(args, inner, transform, rows, bounds, groups[g], groups[g + 1], range * columns,
-             lesser((range + 1) * columns, head.weight.rows), ws, arena.take<Sample>(most), shares + range);
-  }
+             lesser((range + 1) * columns, head.weight.rows), ws, shares + range);
+  };
+  if (!run_tasks(head.threads, group_count * ranges, carve, run)) return false;
   for (int64_t s = 0; s < args.samples; ++s) {
     args.squared[s] = 0;
     for (int64_t range = 0; range < ranges; ++range) args.squared[s] += shares[s * kRanges + range];

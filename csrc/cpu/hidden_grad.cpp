@@ -5,6 +5,7 @@
 // (values.h); a row's sums are rescaled when its reference rises.
 #include "factors.h"
 #include "isa.h"
+#include "tasks.h"
 #include "values.h"
 
 namespace acqcore::ACQCORE_ISA {
@@ -126,18 +127,10 @@ bool hidden_grad(const HiddenGradArgs& args) {
                      arena.take<float>(block),               arena.take<LaneState>(block),
                      arena.take<RowState>(block)};
   };
-  Arena layout(nullptr);
-  carve(layout);
-  Scratch scratch(head.threads * layout.used());
-  if (scratch.missing()) return false;
-
-#pragma omp parallel for num_threads(head.threads) schedule(dynamic, 1)
-  for (int64_t begin = 0; begin < scored; begin += block) {
-    const Tiles tiles;
-    Arena arena(scratch.as<char>() + thread_number() * layout.used());
-    run_block(args, inner, transform, rows + begin, lesser(block, scored - begin), columns, carve(arena));
-  }
-  return true;
+  return run_tasks(head.threads, ceil_div(scored, block), carve, [&](int64_t task, const Workspace& ws) {
+    const int64_t begin = task * block, count = lesser(block, scored - begin);
+    run_block(args, inner, transform, rows + begin, count, columns, ws);
+  });
 }
 
 }  // namespace acqcore::ACQCORE_ISA
