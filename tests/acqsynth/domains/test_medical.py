@@ -75,6 +75,9 @@ def test_no_answer(completion):
     ("answer", "right"),
     [
         ("A", True), ("a", True), ("(A)", True), ("A) Aspirin", True), ("aspirin.", True), ("Aspirin", True),
+        ("Aspirin [A]", True), ("[A] Aspirin", True), ("A [most likely]", True), ("\\text{A}", True), ("\\(A\\)", True),
+        ("the correct option is A", True), ("Correct: A", True), ("just A", True), ("_A_", True), ("Ａ", True),
+        ("also A", False), ("Aspirin [B]", False), ("the correct option is not A", False), ("A [or B]", False),
         ("B", False), ("A fever", False), ("A or B", False), ("Rest", False), ("yes", False), (None, False),
     ],
 )  # fmt: skip
