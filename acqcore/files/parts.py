@@ -195,6 +195,12 @@ class Parts:
                 path.unlink(missing_ok=True)
 
 
+def output(name: str) -> Path:
+    """The path of an output; that of the file that it links to, if it is a link to a file."""
+    path = Path(name)
+    return path.resolve() if path.is_symlink() and (path.is_file() or not path.exists()) else path
+
+
 def check_output(out: Path, data: Path, overwrite: bool) -> None:
     """Check that ``out`` is a file of a known format, or, without an extension, a folder of parquet files. It must be
     new, belong to an unfinished run, or be replaceable, and must not be the data.
