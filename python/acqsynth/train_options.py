@@ -72,6 +72,8 @@ def configuration(method: str, options: Mapping[str, Any], output: str | Path) -
         per_step = per_device * int(os.environ.get("WORLD_SIZE", "1"))
         fields["gradient_accumulation_steps"] = max(1, EFFECTIVE_BATCH // per_step)
     config = _build(kind, {**fields, "output_dir": str(output)}, "options")
+    if config.eval_strategy != "no" or config.eval_on_start:
+        raise ValueError("options: eval_strategy: expected no, as training has no evaluation rows")
     if lora is None:
         return config, None
     if not isinstance(lora, Mapping):
@@ -89,6 +91,16 @@ def check_prompts(config: GRPOConfig, prompts: int) -> None:
     least = (config.generation_batch_size or 0) // config.num_generations
     if prompts < least:
         raise ValueError(f"prompts: expected at least {least}, as many as a generation takes, got {prompts}")
+
+
+def grpo_steps(config: GRPOConfig, prompts: int) -> int:
+    """The optimizer steps of a run over the prompts."""
+    if config.max_steps > 0:
+        return int(config.max_steps)
+    generated = config.generation_batch_size or 1
+    completions = prompts * config.num_generations // generated * generated * config.num_iterations
+    per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
+    return math.ceil(config.num_train_epochs * max(1, completions // per_step))
 
 
 def _are_names(value: Any) -> bool:
@@ -120,6 +132,7 @@ _RANGES: dict[str, tuple[type, float, float, bool]] = {
         (
             *("per_device_train_batch_size", "gradient_accumulation_steps", "num_generations", "num_iterations"),
             *("max_length", "max_completion_length", "max_prompt_length", "r", "lora_alpha", "steps_per_generation"),
+            "max_steps",
         ),
         (int, 1, math.inf, True),
     ),
