@@ -8,9 +8,10 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import torch
+from pydantic import PydanticUserError, TypeAdapter, ValidationError
 from trl import DPOConfig, GRPOConfig, SFTConfig
 
 T = TypeVar("T")
@@ -113,6 +114,7 @@ def _build(kind: type[T], options: Mapping[str, Any], table: str) -> T:
     HfArgumentParser.parse_dict fails on the annotations of LoraConfig and suggests no names.
     """
     names = [entry.name for entry in dataclasses.fields(kind) if entry.init]  # type: ignore[arg-type]
+    hints = get_type_hints(kind)
     for name, value in options.items():
         if name not in names:
             near = difflib.get_close_matches(name, names, 1)
@@ -120,10 +122,26 @@ def _build(kind: type[T], options: Mapping[str, Any], table: str) -> T:
             raise ValueError(f"{table}: {kind.__name__} has no field {name!r}{hint}")
         if name in _RANGES and value is not None:
             _check_range(f"{table}: {name}", value, *_RANGES[name])
+        elif not _fits(value, hints[name]):
+            wanted = getattr(hints[name], "__name__", None) if isinstance(hints[name], type) else hints[name]
+            raise ValueError(f"{table}: {name}: expected {str(wanted).replace('typing.', '')}, got {value!r}")
     try:
         return kind(**options)
     except ValueError as error:
         raise ValueError(f"{table}: {error}") from error
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value has the type of a field. Libraries also accept truth values in fields of texts."""
+    if str in (hint, *get_args(hint)):
+        return True
+    try:
+        TypeAdapter(hint).validate_python(value, strict=True)
+    except ValidationError:
+        return False
+    except PydanticUserError:  # a type that pydantic does not know
+        pass
+    return True
 
 
 #: Fields that no library validates early: type, minimum, maximum, whether the minimum itself is allowed.
