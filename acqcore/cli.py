@@ -10,7 +10,7 @@ import platform
 import sys
 import time
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, get_args
 
@@ -228,7 +228,8 @@ def _score(options: argparse.Namespace) -> int:
             if executor.reports:
                 parts.claim(manifest)
     except _UsageError:
-        Parts(options.out).remove_unclaimed()
+        with suppress(ValueError, OSError):  # an impossible name
+            Parts(options.out).remove_unclaimed()
         raise
     try:
         return _run(options, job, blocks, executor, parts, begun)

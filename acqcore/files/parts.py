@@ -197,8 +197,9 @@ class Parts:
 
 def output(name: str) -> Path:
     """The path of an output; that of the file that it links to, if it is a link to a file."""
-    path = Path(name)
-    return path.resolve() if path.is_symlink() and (path.is_file() or not path.exists()) else path
+    target = os.path.realpath(name)  # may not exist although the link works: /dev/stdout
+    to_file = os.path.islink(name) and (os.path.isfile(target) or not os.path.exists(name))
+    return Path(target if to_file else name)
 
 
 def check_output(out: Path, data: Path, overwrite: bool) -> None:
@@ -208,6 +209,8 @@ def check_output(out: Path, data: Path, overwrite: bool) -> None:
     Raises:
         ValueError: a condition is violated.
     """
+    if not out.name:
+        raise ValueError(f"out: expected a name, got {str(out)!r}")
     if out.suffix and out.suffix not in SUFFIXES:
         raise ValueError(
             f"extension of {out.name}: unknown {out.suffix!r}, expected one of {', '.join(SUFFIXES)}, or "
