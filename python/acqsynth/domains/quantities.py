@@ -30,6 +30,11 @@ _SCIENTIFIC = re.compile(
 )
 _RECURRING = re.compile(r"([-+]?)(\d*)\.(\d*)(?:\\(?:overline|bar|dot)\{(\d+)\}|\((\d+)\))")
 _MODULO = re.compile(r"\(?\\?[pb]?mod(?:ulo)?(?![A-Za-z])\s*\{?(\d+|[A-Za-z])\}?\)?")
+_COMPARED = re.compile(r"\\([lg]e)q?(?:slant)?(?![A-Za-z])")
+_FUNCTION = re.compile(r"(?<![\\A-Za-z])(pi|(?:arc)?(?:sin|cos|tan)|cot|csc|ln|log)(?![A-Za-z])")
+_EXPONENT = re.compile(r"\^\(([^()]*)\)")
+_BUILDER = re.compile(r"\\\{\s*([A-Za-z])\s*(?:\\mid|[:|])\s*(.*(?<![A-Za-z])\1(?![A-Za-z]).*)\\\}")
+_REALS = re.compile(r"(?:[A-Za-z]\s*\\in\s*)?\\mathbb(?:\s*R|\{R\})")
 _DATE = re.compile(r"\d+([-/])\d+\1\d+")
 _RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+")
 _AFTER_DIGIT = re.compile("(?<=\\d)(?=[¼-¾⅐-⅞↉])")  # in a mixed number
@@ -39,7 +44,7 @@ _UNIT = re.compile(
     r"(?:\^\{?([23])\}?)?$"
 )
 _SEPARATOR = re.compile(r"\s*+,?\s*+\\(?:text|textrm|mathrm|mbox)\{,?\s*+(and|or)\s*+\}\s*+")
-_ALTERNATIVE = re.compile(r"(?<!\s),?\s+(?:or|and)\s+|,\s*(?=[A-Za-z]\w*\s*=)")
+_ALTERNATIVE = re.compile(r"(?<!\s),?\s+(?:or|and)\s+|[,;]\s*(?=[A-Za-z]\w*\s*=)")
 _COMPOUND = re.compile(r"(?<=[A-Za-z.}]),?\s+(?:and\s+)?(?=\d)")
 _MIXED = re.compile(r"[-+]?\d+\s+and\s+(?:\d+\s*/|\\frac)")  # "1 and 1/2" may be a sum
 _TEXT = re.compile(r"\\(?:text|textrm|mathrm|mbox)\{([^{}]*)\}")
@@ -57,7 +62,7 @@ CURRENCIES = {"€": "euro", "£": "gbp", "¥": "yen", "₹": "rupee", "¢": "ce
 #: Unicode signs -> LaTeX.
 SIGNS = str.maketrans({"\u2212": "-", "\u2013": "-", "\u2044": "/", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ",
                        "÷": "/", "π": r"\pi ", "∞": r"\infty ", "≈": r"\approx ", "≡": r"\equiv ",
-                       "∅": r"\emptyset "})  # fmt: skip
+                       "≤": r"\le ", "≥": r"\ge ", "∅": r"\emptyset "})  # fmt: skip
 
 #: Aliases of units; any other word of three letters or more is also a unit, in the singular.
 UNITS = {
@@ -266,7 +271,7 @@ def _known(word: str) -> bool:
 
 def _agree(a: tuple[str, ...], b: tuple[str, ...]) -> bool:
     """Whether one unit is missing, or is only more specific than the other: ``egg`` and ``brown egg``, not ``mile`` and
-    ``nautical mile``, ``mile per hour`` or another product."""
+    ``nautical mile``, ``mile per hour`` or another product, nor ``m per s`` and ``s per m``."""
     if "pound" in (*a, *b):  # money or weight
         a, b = (tuple("pound" if word in ("lb", "gbp") else word for word in unit) for unit in (a, b))
     fewer, more = sorted((a, b), key=lambda unit: len(set(unit)))
@@ -277,7 +282,12 @@ def _agree(a: tuple[str, ...], b: tuple[str, ...]) -> bool:
         if _known(after) and after != "in" and word not in ("in", "man")
         if _known(word) or word in ("nautical", "light")
     )
-    return not fewer or (set(fewer) <= set(more) and "per" not in rest and not any(products))
+    return not fewer or (_placed(fewer) <= _placed(more) and "per" not in rest and not any(products))
+
+
+def _placed(unit: tuple[str, ...]) -> set[tuple[str, bool]]:
+    """The words of a unit, and whether each stands behind "per"."""
+    return {(word, "per" in unit[:i]) for i, word in enumerate(unit)}
 
 
 def compare(truth: Quantity, given: Quantity) -> bool | list[tuple[str, str]]:
@@ -409,7 +419,8 @@ def _plain(answer: str) -> str:
     plain = _MODULO.sub(r" \\pmod{\1}", plain).replace(r"\varnothing", r"\emptyset")
     if whole := re.fullmatch(r"\\(?:text|mathrm|textbf)\{([^{}]*)\}", plain):
         plain = whole[1].strip()
-    plain = re.sub(r"(?<![\\A-Za-z])pi(?![A-Za-z])", r"\\pi", plain)
+    plain = _COMPARED.sub(r"\\\1", _EXPONENT.sub(r"^{\1}", _FUNCTION.sub(r"\\\1", plain)))
+    plain = r"(-\infty,\infty)" if _REALS.fullmatch(plain) else _BUILDER.sub(r"\2", plain)
     return re.sub(r"(?<![\\A-Za-z])sqrt\(([^()]*)\)", r"\\sqrt{\1}", plain).strip()
 
 
