@@ -46,9 +46,9 @@ _KINDS = {
 
 
 def _medmcqa(row: Row) -> Sample:
-    """``cop`` counts from 0, as on the hub; in a csv it is text."""
+    """``cop`` counts from 0, as on the hub; in a csv it is text, in a table with gaps a float."""
     options = {letter: text(row, f"op{letter.lower()}") for letter in LETTERS}
-    letter = dict(zip("0123", LETTERS, strict=True)).get(str(row["cop"]).strip())
+    letter = dict(zip("0123", LETTERS, strict=True)).get(str(row["cop"]).strip().removesuffix(".0"))
     if letter is None:
         raise ValueError(f"cop: expected 0 to 3, got {row['cop']!r}")
     question = "\n".join([text(row, "question"), *(f"{letter}) {option}" for letter, option in options.items())])

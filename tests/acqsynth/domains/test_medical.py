@@ -371,7 +371,7 @@ def test_a_student_is_asked_for_the_form_of_the_question():
 
 
 def test_medmcqa_rows(tmp_path):
-    source = rows(tmp_path / "a.jsonl", MCQA, {**MCQA, "cop": 3, "exp": None})
+    source = rows(tmp_path / "a.jsonl", MCQA, {**MCQA, "cop": 3.0, "exp": None})
     assert medical.load(source) == [
         Sample(CHOICE, "A) Aspirin", "It blocks platelets.", {"options": OPTIONS}),
         Sample(CHOICE, "D) None of these", "", {"options": OPTIONS}),
