@@ -10,7 +10,7 @@ import platform
 import sys
 import time
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, get_args
 
@@ -23,7 +23,7 @@ from acqcore.costs import command as plan_command
 from acqcore.files import choose, data as data_files, reference as reference_command
 from acqcore.files.data import Block, located
 from acqcore.files.executors import Executor, executor_of
-from acqcore.files.parts import Parts, check_output
+from acqcore.files.parts import Parts, check_output, output
 from acqcore.files.summary import Summary
 from acqcore.files.table import join, keep_top
 from acqcore.files.worker import ATTEMPTS, Job, write_failed
@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument(
         "--out",
         required=True,
-        type=Path,
+        type=output,
         metavar="F",
         help=".parquet, .jsonl or .csv; without an extension a folder of parquet files; keeps every column of the data",
     )
@@ -228,7 +228,8 @@ def _score(options: argparse.Namespace) -> int:
             if executor.reports:
                 parts.claim(manifest)
     except _UsageError:
-        Parts(options.out).remove_unclaimed()
+        with suppress(ValueError, OSError):  # an impossible name
+            Parts(options.out).remove_unclaimed()
         raise
     try:
         return _run(options, job, blocks, executor, parts, begun)

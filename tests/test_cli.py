@@ -328,6 +328,21 @@ class TestOutput:
         assert "is or contains the data" in refused([*command([], data=data, out=tmp_path / "scores"), "--overwrite"])
         assert data.exists()
 
+    @pytest.mark.parametrize("exists", [False, True])
+    @pytest.mark.parametrize("chooses", [False, True])
+    def test_a_link_to_a_file_is_followed(self, chooses, exists, command, tmp_path, read):
+        (tmp_path / "real").mkdir()
+        target, link = tmp_path / "real" / "out.jsonl", tmp_path / "link.jsonl"
+        link.symlink_to(target)
+        if exists:
+            target.touch()
+        words = command([{"text": "a fox", "x": 1}], out=link)
+        if chooses:
+            words = ["select", *words[3:7], "--n", "1", "--signal", "x"]
+        assert main(words) == 0
+        assert link.is_symlink()
+        assert [row["text"] for row in read(target)] == ["a fox"]
+
     @pytest.mark.parametrize("name", ["out.jsonl", "out.csv", "out.parquet", "out"])
     def test_an_output_is_replaced_where_asked(self, name, command, tmp_path, capsys, refused):
         arguments = command([{"text": "a fox"}], out=tmp_path / name)

@@ -26,6 +26,8 @@ from acqcore.cli import main
         ({"data": "missing.parquet"}, "missing.parquet: No such file or directory"),
         ({"acquisition_args": "{bad"}, "argument --acquisition-args: expected JSON, got '{bad': Expecting property"),
         ({"out": "out.txt"}, "extension of out.txt: unknown '.txt'"),
+        ({"out": "."}, "--out: expected a name, got '.'"),
+        ({"out": "x" * 300}, "File name too long"),
         ({"out": "missing/out.csv"}, "out: the folder missing does not exist"),
         ({"student": "./missing"}, "missing"),
         ({"text_column": "body"}, "data: no column 'body', expected one of text"),

@@ -195,6 +195,13 @@ class Parts:
                 path.unlink(missing_ok=True)
 
 
+def output(name: str) -> Path:
+    """The path of an output; that of the file that it links to, if it is a link to a file."""
+    target = os.path.realpath(name)  # may not exist although the link works: /dev/stdout
+    to_file = os.path.islink(name) and (os.path.isfile(target) or not os.path.exists(name))
+    return Path(target if to_file else name)
+
+
 def check_output(out: Path, data: Path, overwrite: bool) -> None:
     """Check that ``out`` is a file of a known format, or, without an extension, a folder of parquet files. It must be
     new, belong to an unfinished run, or be replaceable, and must not be the data.
@@ -202,6 +209,8 @@ def check_output(out: Path, data: Path, overwrite: bool) -> None:
     Raises:
         ValueError: a condition is violated.
     """
+    if not out.name:
+        raise ValueError(f"out: expected a name, got {str(out)!r}")
     if out.suffix and out.suffix not in SUFFIXES:
         raise ValueError(
             f"extension of {out.name}: unknown {out.suffix!r}, expected one of {', '.join(SUFFIXES)}, or "

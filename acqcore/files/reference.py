@@ -10,7 +10,7 @@ from typing import get_args
 
 from acqcore import checks
 from acqcore.files import data as data_files
-from acqcore.files.parts import check_replaceable
+from acqcore.files.parts import check_replaceable, output
 from acqcore.files.table import atomically
 from acqcore.files.worker import encode_records, load_student, record_error, sample_of
 from acqcore.literals import Loss
@@ -24,7 +24,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options specific to ``acqcore reference``."""
     parser.add_argument("--student", required=True, metavar="M", help="hub id or local path")
     parser.add_argument("--data", required=True, type=Path, metavar="F", help=".jsonl, .csv or .parquet")
-    parser.add_argument("--out", required=True, type=Path, metavar="F", help="file to write")
+    parser.add_argument("--out", required=True, type=output, metavar="F", help="file to write")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing --out")
     parser.add_argument(
         "--parameters",

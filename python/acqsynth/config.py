@@ -69,7 +69,7 @@ class Section(BaseModel):
 class Source(Section):
     """A source of rows."""
 
-    source: str
+    source: str = Field(min_length=1)
     """hub id (openai/gsm8k:main names a configuration), path of a .jsonl, .csv or .parquet file, bundled:mathematics or
     bundled:word_problems for packaged rows, world:<seed> in the domain arithmetic, or intents:<name> in the domain
     classification"""
@@ -429,7 +429,7 @@ _SENTENCES = {
     "float_type": "expected a number",
     "finite_number": "expected a finite number",
     "string_type": "expected text",
-    "string_too_short": "expected a folder",
+    "string_too_short": "expected a name or path",
     "string_pattern_mismatch": "expected a name of letters, digits, '_', '.' and '-'",
     "bool_type": "expected true or false",
     "list_type": "expected a list",

@@ -21,8 +21,8 @@ _CAPITALS = (
     "ABESIJKMHOPCTYXQWABEZHIKMNOPTYXABCDEHJKLMPRSTVWZABCDEFGHIJKLMNOPRSTUVWXYZ",
 )
 _SMALL = (
-    "асԁеһіјкӏмоԛрѕтԝхуνοραικυτχγεηƄɑɡɩıłøđðþօհոսցզɛⱥⱦŧɇƀɏɉɍꝁħƶȼǥɨʉɵɓɗƒɠɦƙɱɲƥʠɽʂƭʋⱳƴʐ",
-    "acdehijklmoqpstwxyvopaikutxyenbagiiloddpohnugqeattebyjrkhzcgiuobdfghkmnpqrstvwyz",
+    "асԁеһіјкӏмоԛрѕтԝхуνοραικυτχγεηƄɑɡɩıłøđðþօհոսցզɛⱥⱦŧɇƀɏɉɍꝁħƶȼǥɨʉɵɓɗƒɠɦƙɱɲƥʠɽʂƭʋⱳƴʐⲁⲥⲓⲕⲙⲛⲟⲣⲧⲩⲭ𐐬ɐǝəŋɔɯɹɾʇʌʍʎ",
+    "acdehijklmoqpstwxyvopaikutxyenbagiiloddpohnugqeattebyjrkhzcgiuobdfghkmnpqrstvwyzacikmnoptyxoaeenomrrtvwy",
 )
 _SMALL_CAPITALS = ("ᴀʙᴄᴅᴇꜰɢʜɪᴊᴋʟᴍɴᴏᴘʀꜱᴛᴜᴠᴡʏᴢ", "abcdefghijklmnoprstuvwyz")
 _SIGNS = ("‐‑‒–—―−﹣－‘’‚‛′ʹʼ“”„‟″⁄∕÷×∙·•。、", "---------'''''''\"\"\"\"\"///x***.,")
@@ -30,8 +30,12 @@ _ALIKE = {
     **{ord(a): b for pair in (_CAPITALS, _SMALL, _SMALL_CAPITALS, _SIGNS) for a, b in zip(*pair, strict=True)},
     **{0x2776 + i: str(i % 10 + 1) for i in range(30)},  # circled numbers
     **dict(zip(map(ord, "➕➖➗✖"), "+-/x", strict=True)),
-    **{0x1F1E6 + i: letter for i, letter in enumerate("abcdefghijklmnopqrstuvwxyz")},  # regional indicators
+    # Letters in black circles and squares, and regional indicators.
+    **{k + i: chr(97 + i) for k in (0x1F150, 0x1F170, 0x1F1E6) for i in range(26)},
+    0x20E3: ".",  # of a number on a keycap
 }
+_BRACKETED = {0x249C + i: chr(97 + i) for i in range(26)}  # letters whose compatibility form is "(a)"
+_CAPITAL_I = re.compile(r"(?<=[a-z])I++(?=[a-zI]*+(?![^\W_]))")  # for l in a word
 _INVISIBLE = frozenset({"Cf", "Cs", "Co", "Cn", "Cc"})
 # Invisible characters of other categories: joiners, fillers, blanks, variation selectors.
 _BLANK = frozenset(
@@ -63,8 +67,8 @@ _SCALED = re.compile(rf"(?<![\d.])(\d++(?:\.\d++)?) ?({'|'.join(_SCALES)})(?![a-
 _POWER = re.compile(r"(?<![\d.])(?:(\d++(?:\.\d++)?)(?: ?[x*] ?10 ?(?:\^|\*\*) ?|e)|10 ?(?:\^|\*\*) ?)(\d\d?)(?!\d)")
 _RAISED = re.compile("[⁰¹²³⁴-⁹]+")
 
-_LABEL = r"(?:(?:question|problem|exercise|task|example|variant|version|part|number|no|nr|q|v)(?![a-z])\.?\s*)"
-_BEFORE = re.compile(rf"^\W*(?:{_LABEL}[#(\[]?\d+[.):\]]*|[#(\[]?\d+(?:[.)\]:]+(?=\s)|\.(?=[a-z])))\s*")
+_LABEL = r"(?:(?:question|problem|exercise|task|step|example|variant|version|part|number|no|nr|id|q|v)(?![a-z])\.?\s*)"
+_BEFORE = re.compile(rf"^\W*(?:{_LABEL}[#(\[]?\d+[.):\]]*|[#(\[]?\d+(?:[.)\]:]+(?=\s)|\.(?=[a-z]))|#\d+(?=\s))\s*")
 _BEHIND = re.compile(rf"(?<=[.?!])(?:\s*[#(\[]\s*{_LABEL}?\d+\s*[)\]]?|\s+{_LABEL}?\d+)[\s.]*$")
 _END = 64  # characters searched for a numbering at either end
 
@@ -91,11 +95,11 @@ def visible(text: str) -> str:
 @lru_cache(maxsize=1024)  # every gate reads the same fields of a batch
 def normal_form(text: str) -> str:
     """The text as gates compare it: lower case, single spaces, numbers by value, no markup, no numbering."""
-    plain = visible(_RAISED.sub(r"^\g<0>", html.unescape(text)))
+    plain = visible(_RAISED.sub(r"^\g<0>", html.unescape(text)).translate(_BRACKETED))
     if not plain.isascii():
         plain = _ORNAMENTS.sub("", plain.translate(_ALIKE))
         plain = unicodedata.normalize("NFC", "".join(map(_digit, plain)))
-    plain = plain.casefold().translate(_ALIKE)
+    plain = _CAPITAL_I.sub(lambda found: "l" * len(found[0]), plain).casefold().translate(_ALIKE)
     if "<" in plain:
         plain = _COMMENT.sub("", plain)
         closed = {name for names in _CLOSING.findall(plain) for name in names}  # "x <y and z> w" is no tag

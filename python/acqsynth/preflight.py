@@ -44,6 +44,11 @@ def check(config: Config) -> None:
         made, _ = _checked("generator", train_options.configuration, generator.method, generator.options, "unused")
         if generator.method == "grpo":
             _checked("generator", train_options.check_prompts, made, generator.prompts)
+            steps = train_options.grpo_steps(made, generator.prompts)
+            if reward.refresh_steps >= steps:
+                raise ConfigError(
+                    f"reward.refresh_steps: expected below the generator's {steps} steps, got {reward.refresh_steps}"
+                )
         reads_own = reward.refresh_steps and reward.refresh_from is None
         if reads_own and made.save_strategy == "no":
             raise ConfigError(

@@ -8,9 +8,10 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import torch
+from pydantic import PydanticUserError, TypeAdapter, ValidationError
 from trl import DPOConfig, GRPOConfig, SFTConfig
 
 T = TypeVar("T")
@@ -72,6 +73,8 @@ def configuration(method: str, options: Mapping[str, Any], output: str | Path) -
         per_step = per_device * int(os.environ.get("WORLD_SIZE", "1"))
         fields["gradient_accumulation_steps"] = max(1, EFFECTIVE_BATCH // per_step)
     config = _build(kind, {**fields, "output_dir": str(output)}, "options")
+    if config.eval_strategy != "no" or config.eval_on_start:
+        raise ValueError("options: eval_strategy: expected no, as training has no evaluation rows")
     if lora is None:
         return config, None
     if not isinstance(lora, Mapping):
@@ -91,6 +94,16 @@ def check_prompts(config: GRPOConfig, prompts: int) -> None:
         raise ValueError(f"prompts: expected at least {least}, as many as a generation takes, got {prompts}")
 
 
+def grpo_steps(config: GRPOConfig, prompts: int) -> int:
+    """The optimizer steps of a run over the prompts."""
+    if config.max_steps > 0:
+        return int(config.max_steps)
+    generated = config.generation_batch_size or 1
+    completions = prompts * config.num_generations // generated * generated * config.num_iterations
+    per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
+    return math.ceil(config.num_train_epochs * max(1, completions // per_step))
+
+
 def _are_names(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(name, str) for name in value)
 
@@ -101,6 +114,7 @@ def _build(kind: type[T], options: Mapping[str, Any], table: str) -> T:
     HfArgumentParser.parse_dict fails on the annotations of LoraConfig and suggests no names.
     """
     names = [entry.name for entry in dataclasses.fields(kind) if entry.init]  # type: ignore[arg-type]
+    hints = get_type_hints(kind)
     for name, value in options.items():
         if name not in names:
             near = difflib.get_close_matches(name, names, 1)
@@ -108,10 +122,26 @@ def _build(kind: type[T], options: Mapping[str, Any], table: str) -> T:
             raise ValueError(f"{table}: {kind.__name__} has no field {name!r}{hint}")
         if name in _RANGES and value is not None:
             _check_range(f"{table}: {name}", value, *_RANGES[name])
+        elif not _fits(value, hints[name]):
+            wanted = getattr(hints[name], "__name__", None) if isinstance(hints[name], type) else hints[name]
+            raise ValueError(f"{table}: {name}: expected {str(wanted).replace('typing.', '')}, got {value!r}")
     try:
         return kind(**options)
     except ValueError as error:
         raise ValueError(f"{table}: {error}") from error
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value has the type of a field. Libraries also accept truth values in fields of texts."""
+    if str in (hint, *get_args(hint)):
+        return True
+    try:
+        TypeAdapter(hint).validate_python(value, strict=True)
+    except ValidationError:
+        return False
+    except PydanticUserError:  # a type that pydantic does not know
+        pass
+    return True
 
 
 #: Fields that no library validates early: type, minimum, maximum, whether the minimum itself is allowed.
@@ -120,6 +150,7 @@ _RANGES: dict[str, tuple[type, float, float, bool]] = {
         (
             *("per_device_train_batch_size", "gradient_accumulation_steps", "num_generations", "num_iterations"),
             *("max_length", "max_completion_length", "max_prompt_length", "r", "lora_alpha", "steps_per_generation"),
+            "max_steps",
         ),
         (int, 1, math.inf, True),
     ),

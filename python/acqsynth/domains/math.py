@@ -174,7 +174,10 @@ class Math(Domain):
         """The readings of each pair, with ``3 + 4 = 7`` replaced by ``7`` where the other answer is no equation, and
         ``200/3 ≈ 67`` by ``67`` or ``200/3``."""
         sides = {
-            (i, k): closed_sides(pair[k]) for i, pair in enumerate(pairs) for k in (0, 1) if "=" not in pair[1 - k]
+            (i, k): closed_sides(pair[k])
+            for i, pair in enumerate(pairs)
+            for k in (0, 1)
+            if "=" not in pair[1 - k] and pair[0] != pair[1]
         }
         claims = [
             (place, (found[-1], rounded(side, found[-1], is_approximate(pairs[place[0]][place[1]]))))
@@ -186,8 +189,10 @@ class Math(Domain):
 
         def read(i: int, k: int) -> list[str]:
             answer, found = pairs[i][k], sides.get((i, k))
-            if not found or (i, k) in refuted:
+            if not found:
                 return [answer]
+            if (i, k) in refuted:
+                return []
             return [found[-1], exact(found)] if is_approximate(answer) else [found[-1]]
 
         return [list(itertools.product(read(i, 0), read(i, 1))) for i in range(len(pairs))]

@@ -169,6 +169,8 @@ def _reader() -> Callable[[str], Any]:
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
     from latex2sympy2_extended.math_normalization import NormalizationConfig, normalize_latex
     from math_verify.grader import should_treat_as_complex
+    from sympy import And, FiniteSet, Or
+    from sympy.logic.boolalg import Boolean
 
     config = NormalizationConfig(units=False, boxed="none", equations=False)
     conversion = ConversionConfig(lowercase_symbols=False)  # N and n are two variables
@@ -193,16 +195,30 @@ def _reader() -> Callable[[str], Any]:
             raise ValueError("a part that is not read")
         plain = normalize_latex(text, config)
         real = not should_treat_as_complex(plain)
-        return latex2sympy(plain, is_real=real, conversion_config=conversion, normalization_config=None)
+        found = latex2sympy(plain, is_real=real, conversion_config=conversion, normalization_config=None)
+        word = re.search(r"\b(?:and|or)\b", text)
+        if word and isinstance(found, FiniteSet) and all(isinstance(part, Boolean) for part in found):
+            return (And if word[0] == "and" else Or)(*found)  # "x < 1 or x > 2"
+        return found
 
     return read
+
+
+def _solutions(side: Any) -> Any:
+    """The numbers that satisfy an inequality; anything else unchanged."""
+    from sympy import Equality
+    from sympy.logic.boolalg import Boolean
+
+    return side.as_set() if isinstance(side, Boolean) and not isinstance(side, Equality) else side
 
 
 def _equal(gold: Any, answer: Any) -> bool:
     from math_verify import verify
 
     if not all(getattr(side, "rel_op", None) == "==" for side in (gold, answer)):
-        return bool(verify([gold], [answer], timeout_seconds=None))
+        if len(gold.free_symbols | answer.free_symbols) == 1:  # the solutions of x > 3 and y > 3 are not the same
+            gold, answer = _solutions(gold), _solutions(answer)
+        return bool(gold == answer or verify([gold], [answer], timeout_seconds=None))
     # math-verify would compare the solutions, whatever the unknowns. Without denominators, two forms of one equation
     # differ by a constant factor.
     true, given = ((side.lhs - side.rhs).together().as_numer_denom()[0] for side in (gold, answer))

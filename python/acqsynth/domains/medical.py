@@ -6,6 +6,7 @@ The options of a choice are listed in the question, one per line, and in ``extra
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby, takewhile
@@ -23,6 +24,8 @@ _OPTIONS = [
 ]
 _BOXED = re.compile(r"\\boxed\{(?:\\text(?:bf)?\{)?([^{}]*)\}?\}")
 _QUOTED = re.compile(r"['\"`“‘]([^'\"`“”‘’]+)['\"`”’]\.?")
+_LATEX = re.compile(r"\\(?:[()]|[a-z]+(?=\{))")
+_ROUND = str.maketrans("[]", "()")
 _SIGNS = ",;:/&+()!?.\u2013\u2014-"
 _PIECE = re.compile(r"\(?\b[A-Da-d]\)|\b[A-Da-d]:|\w+|[,;:/&+()!?\u2013\u2014]|(?<=\s)-|\.(?!\w)")
 _KINDS = {
@@ -36,16 +39,16 @@ _KINDS = {
         "praise": "also too right correct true possible likely acceptable reasonable",
         "verb": "is are was were would does do has have can could",
         "filler": "the option choice letter rather possibly perhaps probably definitely certainly clearly obviously "
-        "therefore thus hence indeed simply most",
+        "therefore thus hence indeed simply most only just",
     }.items()
     for word in words.split()
 }
 
 
 def _medmcqa(row: Row) -> Sample:
-    """``cop`` counts from 0, as on the hub; in a csv it is text."""
+    """``cop`` counts from 0, as on the hub; in a csv it is text, in a table with gaps a float."""
     options = {letter: text(row, f"op{letter.lower()}") for letter in LETTERS}
-    letter = dict(zip("0123", LETTERS, strict=True)).get(str(row["cop"]).strip())
+    letter = dict(zip("0123", LETTERS, strict=True)).get(str(row["cop"]).strip().removesuffix(".0"))
     if letter is None:
         raise ValueError(f"cop: expected 0 to 3, got {row['cop']!r}")
     question = "\n".join([text(row, "question"), *(f"{letter}) {option}" for letter, option in options.items())])
@@ -162,11 +165,12 @@ class Medical(Domain):
 
 def _without_bold(answer: str) -> str:
     """Without bold and without quotes around the whole."""
-    return _QUOTED.sub(r"\1", plain) if _QUOTED.fullmatch(plain := answer.replace("**", "").strip(" \t\n*")) else plain
+    return _QUOTED.sub(r"\1", plain) if _QUOTED.fullmatch(plain := answer.replace("**", "").strip(" \t\n*_")) else plain
 
 
 def _expanded(text: str) -> str:
-    return text.replace("\u2019", "'").replace("n't", " not").replace("as well as", "and")
+    plain = unicodedata.normalize("NFKC", _LATEX.sub(" ", text)).translate(_ROUND)
+    return plain.replace("\u2019", "'").replace("n't", " not").replace("as well as", "and")
 
 
 def _words(text: str) -> list[str]:
@@ -263,7 +267,8 @@ def _tokens(answer: str, options: Mapping[str, str]) -> list[_Token]:
             break
         if token.choice and tokens and tokens[-1].kind == "denial":  # "A, not B"
             return tokens[:-1]
-        if token.kind != "filler" and (tokens or token.kind != "praise"):  # "likely B"
+        opening = not tokens and token.kind in ("praise", "verb", "pause")  # "likely B", "the correct option is B"
+        if token.kind != "filler" and (not opening or pieces[at - 1].lower() in ("also", "too")):
             tokens.append(token)
             listed = token.kind in ("choice", "stop") or (listed and token.kind not in ("word", "verb"))
     return tokens

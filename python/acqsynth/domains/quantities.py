@@ -23,11 +23,19 @@ _LAYOUT = re.compile(r"\\left(?![A-Za-z])|\\right(?![A-Za-z])|\\[!,;:]|~")
 _DOLLARS = re.compile(r"(?<!\\)\$((?:[^$\\]|\\.)++)\$(?![\d.])")
 _ROOT = re.compile(r"√\s*([\d.]*\d|[A-Za-z]|\([^()]*\))")
 _DEGREE = re.compile(r"\^\{?\\circ\}?|\\degree(?![A-Za-z])|°")
-_CURRENCY = re.compile(r"^([-+]?)\s*(\\?\$|€|£|¥)\s*(?=[\d.])")
-_CURRENCY_LAST = re.compile(r"(?<=\d)\s*(\\?\$|€|£|¥)$")
+_CURRENCY = re.compile(r"^([-+]?)\s*(?:US)?(\\?\$|[€£¥₹])\s*([-+]?)(?=[\d.])")
+_CURRENCY_LAST = re.compile(r"(?<=\d)\s*(\\?\$|[€£¥₹¢])$")
 _SCIENTIFIC = re.compile(
     r"([-+]?\d+(?:\.\d+)?)(?:[eE]|\s*(?:x|\*|\\times|\\cdot)\s*10\s*\^\s*(\{)?)([-+]?\d{1,3})(?(2)\})"
 )
+_RECURRING = re.compile(r"([-+]?)(\d*)\.(\d*)(?:\\(?:overline|bar|dot)\{(\d+)\}|\((\d+)\))")
+_MODULO = re.compile(r"\(?\\?[pb]?mod(?:ulo)?(?![A-Za-z])\s*\{?(\d+|[A-Za-z])\}?\)?")
+_COMPARED = re.compile(r"\\([lg]e)q?(?:slant)?(?![A-Za-z])")
+_FUNCTION = re.compile(r"(?<![\\A-Za-z])(pi|(?:arc)?(?:sin|cos|tan)|cot|csc|ln|log)(?![A-Za-z])")
+_EXPONENT = re.compile(r"\^\(([^()]*)\)")
+_BUILDER = re.compile(r"\\\{\s*([A-Za-z])\s*(?:\\mid|[:|])\s*(.*(?<![A-Za-z])\1(?![A-Za-z]).*)\\\}")
+_REALS = re.compile(r"(?:[A-Za-z]\s*\\in\s*)?\\mathbb(?:\s*R|\{R\})")
+_DATE = re.compile(r"\d+([-/])\d+\1\d+")
 _RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+")
 _AFTER_DIGIT = re.compile("(?<=\\d)(?=[¼-¾⅐-⅞↉])")  # in a mixed number
 # Possessive quantifiers, so that no answer causes backtracking.
@@ -36,7 +44,8 @@ _UNIT = re.compile(
     r"(?:\^\{?([23])\}?)?$"
 )
 _SEPARATOR = re.compile(r"\s*+,?\s*+\\(?:text|textrm|mathrm|mbox)\{,?\s*+(and|or)\s*+\}\s*+")
-_ALTERNATIVE = re.compile(r"(?<!\s),?\s+(?:or|and)\s+|,\s*(?=[A-Za-z]\w*\s*=)")
+_ALTERNATIVE = re.compile(r"(?<!\s),?\s+(?:or|and)\s+|[,;]\s*(?=[A-Za-z]\w*\s*=)")
+_COMPOUND = re.compile(r"(?<=[A-Za-z.}]),?\s+(?:and\s+)?(?=\d)")
 _MIXED = re.compile(r"[-+]?\d+\s+and\s+(?:\d+\s*/|\\frac)")  # "1 and 1/2" may be a sum
 _TEXT = re.compile(r"\\(?:text|textrm|mathrm|mbox)\{([^{}]*)\}")
 #: Number words that multiply the number before them.
@@ -48,11 +57,12 @@ SCALES = {
 
 _MAGNITUDES = {"k": "thousand", "K": "thousand", "M": "million", "B": "billion"}  # behind an amount of money
 
-CURRENCIES = {"€": "euro", "£": "gbp", "¥": "yen"}  # anything else is the dollar
+CURRENCIES = {"€": "euro", "£": "gbp", "¥": "yen", "₹": "rupee", "¢": "cent"}  # anything else is the dollar
 
 #: Unicode signs -> LaTeX.
 SIGNS = str.maketrans({"\u2212": "-", "\u2013": "-", "\u2044": "/", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ",
-                       "÷": "/", "π": r"\pi ", "∞": r"\infty ", "≈": r"\approx "})  # fmt: skip
+                       "÷": "/", "π": r"\pi ", "∞": r"\infty ", "≈": r"\approx ", "≡": r"\equiv ",
+                       "≤": r"\le ", "≥": r"\ge ", "∅": r"\emptyset "})  # fmt: skip
 
 #: Aliases of units; any other word of three letters or more is also a unit, in the singular.
 UNITS = {
@@ -98,7 +108,7 @@ UNDERSTOOD = frozenset({("dollar",), ("degree",)})
 
 _LABEL = re.compile(
     r"\\(?:text|mathrm)\{[^{}]*\}|[A-Za-z](?:_\{?\w+\}?)?(?:\([A-Za-z0-9, ]*\))?|"
-    r"[A-Za-z]{3,}(?: [A-Za-z]+)*|\\angle ?[A-Z]+"
+    r"[A-Za-z]{3,}(?: [A-Za-z]+)*|\\angle ?[A-Z]+|\([A-Za-z](?:_\{?\w+\}?)?(?:,\s*[A-Za-z](?:_\{?\w+\}?)?)+\)"
 )
 _ZEROS = re.compile(r"(?<=\d)(?<!,\d{3}),(?=0\d\d(?!\d|,\d{3}(?!\d)))")  # never before a part of its own
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
@@ -146,13 +156,20 @@ def quantity(answer: str) -> Quantity:
 
 def _alternatives(plain: str) -> tuple[str, tuple[str, ...]]:
     """As :func:`_with_unit`, with alternatives as a set in one order: ``x = 3 or x = -2`` and ``x = 3 and -2`` become
-    ``x = {-2, 3}``."""
+    ``x = {-2, 3}``; ``y = 2, x = 1`` becomes ``(x, y) = (1, 2)``, and ``5 feet 3 inches`` ``5 ft 3 in``."""
+    measures = [_with_unit(part) for part in _COMPOUND.split(plain)]
+    if len(measures) > 1 and all(unit and _known(unit[0]) and _rational(number) for number, unit in measures):
+        return " ".join(f"{number} {' '.join(unit)}" for number, unit in measures), ()
     parts = [_with_unit(part) for part in ([plain] if _MIXED.match(plain) else _ALTERNATIVE.split(plain))]
     values = [_EQUALS.split(part) for part, _ in parts]
     units = {unit for _, unit in parts if unit}
     names = {name.strip() for name, *rest in values if rest}
     unit = next(iter(units), ())
     listed = not (_SEVERAL.search(plain) or any(len(value) > 2 or _WORDS.fullmatch(value[-1]) for value in values))
+    if listed and " or " not in plain and len(names) == len(parts) > 1 and len(units) < 2:
+        solved = sorted((name.strip(), value.strip()) for name, value in values)
+        left, right = (", ".join(side) for side in zip(*solved, strict=True))
+        return f"({left}) = ({right})", unit
     if len(parts) > 1 and listed and len(units) < 2 and len(names) < 2 and not SCALES.keys() & unit:
         name = "".join(f"{name} = " for name in names)
         return rf"{name}\{{{', '.join(sorted(value[-1].strip() for value in values))}\}}", unit
@@ -164,7 +181,7 @@ def _with_unit(plain: str) -> tuple[str, tuple[str, ...]]:
     before: tuple[str, ...] = ()
     if currency := _CURRENCY.match(plain):
         before = (CURRENCIES.get(currency[2], "dollar"),)
-        plain = currency[1] + re.sub(r"/(?=[A-Za-z]{2})", " per ", plain[currency.end() :])
+        plain = (currency[1] or currency[3]) + re.sub(r"/(?=[A-Za-z]{2})", " per ", plain[currency.end() :])
         plain = re.sub(r"(?<=\d)\s?([kKMB])$", lambda letter: f" {_MAGNITUDES[letter[1]]}", plain)
     if percent := re.search(r"(?<!\s)\s*+(?:%|\\text\{\s*percent\}|\bpercent)$", plain):
         return plain[: percent.start()].strip(), ("%",)
@@ -254,7 +271,7 @@ def _known(word: str) -> bool:
 
 def _agree(a: tuple[str, ...], b: tuple[str, ...]) -> bool:
     """Whether one unit is missing, or is only more specific than the other: ``egg`` and ``brown egg``, not ``mile`` and
-    ``nautical mile``, ``mile per hour`` or another product."""
+    ``nautical mile``, ``mile per hour`` or another product, nor ``m per s`` and ``s per m``."""
     if "pound" in (*a, *b):  # money or weight
         a, b = (tuple("pound" if word in ("lb", "gbp") else word for word in unit) for unit in (a, b))
     fewer, more = sorted((a, b), key=lambda unit: len(set(unit)))
@@ -265,7 +282,12 @@ def _agree(a: tuple[str, ...], b: tuple[str, ...]) -> bool:
         if _known(after) and after != "in" and word not in ("in", "man")
         if _known(word) or word in ("nautical", "light")
     )
-    return not fewer or (set(fewer) <= set(more) and "per" not in rest and not any(products))
+    return not fewer or (_placed(fewer) <= _placed(more) and "per" not in rest and not any(products))
+
+
+def _placed(unit: tuple[str, ...]) -> set[tuple[str, bool]]:
+    """The words of a unit, and whether each stands behind "per"."""
+    return {(word, "per" in unit[:i]) for i, word in enumerate(unit)}
 
 
 def compare(truth: Quantity, given: Quantity) -> bool | list[tuple[str, str]]:
@@ -340,6 +362,8 @@ def _sides(truth: str, given: str) -> list[tuple[str, str]]:
         return [] if re.search(r"[A-Za-z]\(", truth + given) else [(truth, given)]
     if len(left) + len(right) == 3:
         long, short = (left, right[0]) if len(left) == 2 else (right, left[0])
+        if _rational(long[0]) is not None:
+            long.reverse()  # 3 = x
         if _LABEL.fullmatch(long[0]):
             return [(long[1], short) if long is left else (short, long[1])]
     return []
@@ -388,12 +412,15 @@ def _plain(answer: str) -> str:
     plain = _DOLLARS.sub(r"\1 ", plain).strip()  # "$18$ eggs", not "$5 or $7"
     plain = re.sub(r"^\\approx(?![A-Za-z])", "", plain)
     plain = _LAYOUT.sub("", plain.replace(r"\%", "%").replace("{,}", ",").replace("\\ ", " "))
-    plain = _ZEROS.sub("", _SEPARATOR.sub(lambda found: " or " if found[1] == "or" else ", ", plain))
+    comma = " and " if _INEQUALITY.search(plain) else ", "
+    plain = _ZEROS.sub("", _SEPARATOR.sub(lambda found: " or " if found[1] == "or" else comma, plain))
     plain = _FIRST_ARGUMENT.sub(r"\\\1{\2\3}", _FRAC.sub(r"\\frac", plain))
     plain = _SECOND_ARGUMENT.sub(r"\\frac\1{\2}", plain)
+    plain = _MODULO.sub(r" \\pmod{\1}", plain).replace(r"\varnothing", r"\emptyset")
     if whole := re.fullmatch(r"\\(?:text|mathrm|textbf)\{([^{}]*)\}", plain):
         plain = whole[1].strip()
-    plain = re.sub(r"(?<![\\A-Za-z])pi(?![A-Za-z])", r"\\pi", plain)
+    plain = _COMPARED.sub(r"\\\1", _EXPONENT.sub(r"^{\1}", _FUNCTION.sub(r"\\\1", plain)))
+    plain = r"(-\infty,\infty)" if _REALS.fullmatch(plain) else _BUILDER.sub(r"\2", plain)
     return re.sub(r"(?<![\\A-Za-z])sqrt\(([^()]*)\)", r"\\sqrt{\1}", plain).strip()
 
 
@@ -418,6 +445,11 @@ def _rational(plain: str) -> Fraction | None:
         return Fraction(int(plain, 0))
     if match := _SCIENTIFIC.fullmatch(plain):
         return Fraction(match[1]) * Fraction(10) ** int(match[3])
+    if match := _RECURRING.fullmatch(plain):
+        sign, whole, once, *again = match.groups()
+        digits = again[0] or again[1]
+        tail = Fraction(int(digits), (10 ** len(digits) - 1) * 10 ** len(once))
+        return (-1 if sign == "-" else 1) * (Fraction(f"{whole or 0}.{once or 0}") + tail)
     if match := _FRACTION.fullmatch(plain) or _LATEX_FRACTION.fullmatch(plain):
         sign, whole, *pairs = match.groups()
         above, below = (int(part) for part in pairs if part is not None)
@@ -428,11 +460,13 @@ def _rational(plain: str) -> Fraction | None:
 
 def _worth_checking(truth: str, given: str) -> bool:
     """Whether different canonical forms may still be equal."""
-    if _WORDS.fullmatch(truth) or given == "no" or (_INTEGER.fullmatch(truth) and _INTEGER.fullmatch(given)):
+    if _WORDS.fullmatch(truth) or given == "no" or all(map(_INTEGER.fullmatch, (truth, given))):
+        return False
+    if _DATE.fullmatch(truth) or _DATE.fullmatch(given):
         return False
     # math-verify adds up "5 5", reads only the box of an answer with a box, and reads 0x1 as 0 times x times 1.
     glued = (re.search(r"[A-Za-z]\d", re.sub(r"\\[A-Za-z]+", " ", form)) for form in (truth, given))
-    return not any(glued) and not re.search(r"\d \d|\\boxed", given)
+    return not any(glued) and not re.search(r"\d \d|\\boxed", f"{truth};{given}")
 
 
 def _without_spaces(plain: str) -> str:

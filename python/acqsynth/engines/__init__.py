@@ -129,7 +129,7 @@ def check(name: str, options: Mapping[str, Any]) -> None:
         tokens, dtype, device = options.get("batch_tokens", 1), options.get("dtype", "auto"), options.get("device")
         if type(tokens) is not int or tokens < 1:
             raise ValueError(f"options.batch_tokens: expected an int >= 1, got {tokens!r}")
-        if isinstance(dtype, str) and dtype not in DTYPES:
+        if not isinstance(dtype, torch.dtype | None) and dtype not in DTYPES:
             raise ValueError(f"options.dtype: unknown {dtype!r}, expected one of {', '.join(DTYPES)}")
         try:
             torch.device("cpu" if device is None else device)  # available here or not

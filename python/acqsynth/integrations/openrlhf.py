@@ -58,11 +58,13 @@ def reward_func(queries: Sequence[str], prompts: Sequence[str], labels: Sequence
 
 
 def response_of(query: str, prompt: str) -> str | None:
-    """The text after the prompt; None if the query does not contain the prompt.
+    """The text after the prompt; None if the query does not contain the prompt, or one of them is no text.
 
     The query is decoded from tokens, so it may start with special tokens and differ in white space. Examples in the
     prompt must not be mistaken for the response.
     """
+    if not (isinstance(query, str) and isinstance(prompt, str)):
+        return None
     if query.startswith(prompt):
         return query[len(prompt) :]
     begin = query.find(prompt.strip())

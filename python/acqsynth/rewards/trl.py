@@ -134,11 +134,12 @@ def completion_text(completion: Completion) -> str | None:
     """The text of a completion: itself, or that of its last assistant message; None if there is none."""
     if isinstance(completion, str):
         return completion
-    for message in reversed(completion):
-        if message.get("role") == "assistant":
+    for message in reversed(completion if isinstance(completion, list | tuple) else ()):
+        if isinstance(message, Mapping) and message.get("role") == "assistant":
             content = message.get("content")
             if isinstance(content, list):  # content blocks, as for multimodal models
-                content = "".join(block.get("text", "") for block in content if block.get("type") == "text")
+                blocks = [block for block in content if isinstance(block, Mapping) and block.get("type") == "text"]
+                content = "".join(str(block.get("text") or "") for block in blocks)
             return content if isinstance(content, str) else None
     return None
 

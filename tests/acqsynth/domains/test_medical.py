@@ -75,6 +75,9 @@ def test_no_answer(completion):
     ("answer", "right"),
     [
         ("A", True), ("a", True), ("(A)", True), ("A) Aspirin", True), ("aspirin.", True), ("Aspirin", True),
+        ("Aspirin [A]", True), ("[A] Aspirin", True), ("A [most likely]", True), ("\\text{A}", True), ("\\(A\\)", True),
+        ("the correct option is A", True), ("Correct: A", True), ("just A", True), ("_A_", True), ("Ａ", True),
+        ("also A", False), ("Aspirin [B]", False), ("the correct option is not A", False), ("A [or B]", False),
         ("B", False), ("A fever", False), ("A or B", False), ("Rest", False), ("yes", False), (None, False),
     ],
 )  # fmt: skip
@@ -368,7 +371,7 @@ def test_a_student_is_asked_for_the_form_of_the_question():
 
 
 def test_medmcqa_rows(tmp_path):
-    source = rows(tmp_path / "a.jsonl", MCQA, {**MCQA, "cop": 3, "exp": None})
+    source = rows(tmp_path / "a.jsonl", MCQA, {**MCQA, "cop": 3.0, "exp": None})
     assert medical.load(source) == [
         Sample(CHOICE, "A) Aspirin", "It blocks platelets.", {"options": OPTIONS}),
         Sample(CHOICE, "D) None of these", "", {"options": OPTIONS}),

@@ -105,8 +105,9 @@ def test_the_prompt_is_stripped(built, query):
 
 def test_a_prompt_that_is_not_there_masks(built, caplog):
     with caplog.at_level(logging.ERROR):
-        result = checked(reward_func(["something else " + text(4), PROMPT + text(8)], [PROMPT] * 2, [""] * 2), 2)
-    assert result["extra_logs"]["masked"].tolist() == [1, 0]
-    assert "1 of 2 queries do not contain their prompt" in caplog.text
+        queries = ["something else " + text(4), PROMPT + text(8), None]
+        result = checked(reward_func(queries, [PROMPT] * 3, [""] * 3), 3)
+    assert result["extra_logs"]["masked"].tolist() == [1, 0, 1]
+    assert "2 of 3 queries do not contain their prompt" in caplog.text
     assert response_of("a response", "") == "a response"
     assert response_of("a response", "  \n ") is not None

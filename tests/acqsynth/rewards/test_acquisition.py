@@ -72,7 +72,9 @@ def test_conversational_completions_score_as_their_text(model, tokenizer):
 def test_a_completion_without_text_is_no_sample(model, tokenizer):
     tool_call = [{"role": "assistant", "content": None, "tool_calls": []}, {"role": "tool", "content": GOOD}]
     reward = AcquisitionReward(model, tokenizer=tokenizer)
-    assert Log().call(reward, [tool_call, [], BROKEN, ""]) == [0.0] * 4
+    block = [{"role": "assistant", "content": [{"type": "text", "text": None}, "a"]}]
+    odd = [tool_call, [], BROKEN, "", None, 5, block, [None], {"role": "assistant", "content": GOOD}]
+    assert Log().call(reward, [*odd, GOOD]) == [*[0.0] * len(odd), *Log().call(reward, [GOOD])]
     assert Log().call(reward, []) == []
 
 
