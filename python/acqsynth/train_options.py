@@ -73,6 +73,8 @@ def configuration(method: str, options: Mapping[str, Any], output: str | Path) -
         per_step = per_device * int(os.environ.get("WORLD_SIZE", "1"))
         fields["gradient_accumulation_steps"] = max(1, EFFECTIVE_BATCH // per_step)
     config = _build(kind, {**fields, "output_dir": str(output)}, "options")
+    if config.max_steps == 0:
+        raise ValueError("options: max_steps: expected at least 1, or -1 for all of num_train_epochs, got 0")
     if config.eval_strategy != "no" or config.eval_on_start:
         raise ValueError("options: eval_strategy: expected no, as training has no evaluation rows")
     if lora is None:
@@ -150,7 +152,6 @@ _RANGES: dict[str, tuple[type, float, float, bool]] = {
         (
             *("per_device_train_batch_size", "gradient_accumulation_steps", "num_generations", "num_iterations"),
             *("max_length", "max_completion_length", "max_prompt_length", "r", "lora_alpha", "steps_per_generation"),
-            "max_steps",
         ),
         (int, 1, math.inf, True),
     ),

@@ -49,7 +49,8 @@ REFUSED = {
     "student.options.neftune_noise_alpha=x": "student.options: neftune_noise_alpha: expected float | None, got 'x'",
     "student.options.lora={bias: some}": "student.options.lora: bias: expected Literal['none', 'all',",
     "engine.options.dtype=5": "engine.options.dtype: unknown 5",
-    "generator.options.max_steps=0": "generator.options: max_steps: expected an integer at least 1, got 0",
+    "generator.options.max_steps=0": "generator.options: max_steps: expected at least 1, or -1 for all of "
+    "num_train_epochs, got 0",
     "generator.options.eval_strategy=steps": "generator.options: eval_strategy: expected no, as training has no",
     "student.options.eval_on_start=true": "student.options: eval_strategy: expected no, as training has no",
     "generator.options.max_completion_length=0": "max_completion_length: expected an integer at least 1, got 0",
