@@ -145,6 +145,7 @@ CALL = {"type": "function", "function": {"name": "look_up", "arguments": {"x": 1
         ({"tool_calls": [CALL], "content": None}, "look_up"),
         ({"content": "  "}, "  "),
         ({"tool_calls": [CALL]}, "look_up"),
+        ({"function_call": CALL["function"]}, "look_up"),
         ({"content": [{"type": "text", "text": "Rome"}, {"type": "text", "text": ", Italy"}]}, ", Italy"),
         ({"content": "<think>\nold town\n</think>\n\nRome"}, "old town"),
     ],

@@ -131,7 +131,7 @@ class TestTensors:
         rows = encoded({**samples, "labels": labels}, None)
         assert [row.targets.tolist() for row in rows] == [[-100, 6, -100, 8], [-100, 10, 11]]
 
-    @pytest.mark.parametrize("key", ["completion_mask", "assistant_masks"])
+    @pytest.mark.parametrize("key", ["completion_mask", "assistant_masks", "loss_mask"])
     @pytest.mark.parametrize("side", ["left", "right"])
     def test_masks_confine_what_is_scored(self, side, key, encoded):
         samples = self.padded(side)

@@ -285,7 +285,8 @@ def _shown(message: Mapping[str, Any], last: bool) -> list[list[str]]:
     content = message.get("content")
     parts = content if isinstance(content, list) else [content]
     texts = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
-    calls = [call.get("function", call) for call in message.get("tool_calls") or () if isinstance(call, Mapping)]
+    given = [*(message.get("tool_calls") or ()), message.get("function_call")]
+    calls = [call.get("function", call) for call in given if isinstance(call, Mapping)]
     apart = [message.get(key) for key in _REASONING if last]
     for text in filter(None, texts):
         reasoning, closed, _ = str(text).rpartition("</think>")

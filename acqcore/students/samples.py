@@ -9,7 +9,7 @@ a sample                               scored tokens
 ``{"prompt", "completion"}`` messages  the tokens after the rendered prompt and the opening of the reply
 ``{"messages"}``                       the last assistant turn, its closing tokens included
 tensors ``{"input_ids", ...}``         labels other than -100, else every real token with a predecessor, where
-                                       ``completion_mask`` and ``assistant_masks`` are 1, as in TRL
+                                       ``completion_mask``, ``assistant_masks`` and ``loss_mask`` are 1
 =====================================  ====================================================================
 
 The whole text is tokenized at once: tokens of joined pieces may differ from those the model sees. The completion begins
@@ -83,8 +83,8 @@ class Row:
         return int((self.targets != checks.IGNORE_INDEX).int().argmax()) - 1
 
 
-#: Keys of integer tensors that confine the scored tokens, as in TRL, and of all integer tensors that are read.
-_CONFINING = ("completion_mask", "assistant_masks")
+#: Keys of integer tensors that confine the scored tokens, as in TRL and verl, and of all integer tensors that are read.
+_CONFINING = ("completion_mask", "assistant_masks", "loss_mask")
 _READ = ("input_ids", "attention_mask", "labels", *_CONFINING)
 
 #: Beginnings of the keys of tensors that change what a model sees besides token ids.
