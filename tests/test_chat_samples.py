@@ -100,8 +100,11 @@ SHORTENS = (
     "{% if loop.last %}{{ m['content'] }}{% else %}{{ m['content'][:5] }}{% endif %}<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
-# Has no generation prompt.
-IGNORES = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] | trim }}<|im_end|>{% endfor %}"
+# Has no generation prompt, and writes neither calls nor reasoning nor more than one part of the content.
+IGNORES = (
+    "{% for m in messages %}{% set c = m['content'] or '' %}{% set c = c if c is string else c[0]['text'] %}"
+    "{{ m['role'] }}: {{ c.split('</think>')[-1] | trim }}<|im_end|>{% endfor %}"
+)
 
 
 @pytest.mark.parametrize("template", [MOVES, COUNTS, SHORTENS, IGNORES])
@@ -141,6 +144,10 @@ CALL = {"type": "function", "function": {"name": "look_up", "arguments": {"x": 1
         ({"thinking": "old town"}, "old town"),
         ({"tool_calls": [CALL], "content": None}, "look_up"),
         ({"content": "  "}, "  "),
+        ({"tool_calls": [CALL]}, "look_up"),
+        ({"function_call": CALL["function"]}, "look_up"),
+        ({"content": [{"type": "text", "text": "Rome"}, {"type": "text", "text": ", Italy"}]}, ", Italy"),
+        ({"content": "<think>\nold town\n</think>\n\nRome"}, "old town"),
     ],
 )
 def test_a_part_of_the_reply_that_is_left_out_is_refused(extra, expected, encoded, with_template):
@@ -198,7 +205,7 @@ def test_tools_and_variables_reach_the_template(as_text, encoded, tokenizer, wit
     given = json.dumps(tools) if as_text else tools
     plain = {"prompt": TURNS, "completion": [REPLY]}
     rows = encoded(
-        [plain, plain | {"tools": given}, plain | {"tools": [], "chat_template_kwargs": {"loud": True}}],
+        [plain, plain | {"tools": given, "images": []}, plain | {"tools": [], "chat_template_kwargs": {"loud": True}}],
         tokenizer, limit=None,
     )  # fmt: skip
     assert tokenizer.decode(rows[1].ids) == tokenizer.apply_chat_template([*TURNS, REPLY], tools=tools, tokenize=False)
@@ -215,6 +222,8 @@ def test_tools_and_variables_reach_the_template(as_text, encoded, tokenizer, wit
             "tools: only conversations have a chat template",
         ),
         ({"text": "a fox", "chat_template_kwargs": {"x": 1}}, ValueError, "chat_template_kwargs: only conversations"),
+        (CONVERSATION | {"images": ["a.png"]}, ValueError, "images: expected text, as only text is scored"),
+        ({"question": "a", "answer": "b", "image": b"x"}, ValueError, "image: expected text, as only text is"),
         (CONVERSATION | {"tools": "nonsense"}, TypeError, "tools: expected a list of tools or its JSON"),
         (CONVERSATION | {"tools": {"a": 1}}, TypeError, "tools: expected a list of tools, got dict"),
         (CONVERSATION | {"chat_template_kwargs": [1]}, TypeError, "expected a mapping of template var"),

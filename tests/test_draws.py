@@ -118,7 +118,7 @@ def test_what_draws_share_runs_once(tiny_model):
     for i, module in enumerate([*blocks, last.self_attn, last.mlp]):
         module.register_forward_pre_hook(count(("block 0", "block 1", "attention", "mlp")[i]), with_kwargs=True)
     student = acqcore.Student.from_model(model)
-    _score(student, _ids(6), "mutual_information", layers=1, draws=8)  # finds blocks and branches, once per model
+    _score(student, _ids(6, 6), "mutual_information", layers=1, draws=8)  # looks at the model, once
     rows.clear()
     _score(student, _ids(6, 6), "mutual_information", layers=1, draws=8)
     assert rows == {"block 0": 2, "block 1": 2, "attention": 2, "mlp": 16}

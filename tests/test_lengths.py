@@ -1,9 +1,10 @@
-"""A sample's values do not depend on the padded length, even where hidden states do."""
+"""A sample's values do not depend on its batch, even where hidden states do."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -85,10 +86,51 @@ class Relative(nn.Module):
         return self.embedding(input_ids) + positions
 
 
-@pytest.mark.parametrize("threshold", [None, 4, 20])
-def test_any_forward_that_depends_on_the_padded_length(threshold):
+class Capacity(nn.Module):
+    """Each of four experts takes only the first ``limit`` tokens of a batch."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.router, self.limit = nn.Embedding(96, 16), nn.Linear(16, 4), limit
+        self.experts = nn.ModuleList(nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        tokens = self.embedding(input_ids).flatten(0, 1)
+        chosen, output = self.router(tokens).argmax(1), tokens.clone()
+        for i, expert in enumerate(self.experts):
+            places = (chosen == i).nonzero()[: self.limit, 0]
+            output[places] += expert(tokens[places])
+        return output.unflatten(0, input_ids.shape)
+
+
+class Quantised(nn.Module):
+    """Rounds activations to 8 bits by one scale for the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(96, 16)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        hidden = self.embedding(input_ids)
+        scale = hidden.abs().max() / 127
+        return (hidden / scale).round() * scale
+
+
+@pytest.mark.parametrize("lengths", [(12, 24, 5, 24), (24, 24, 24)])
+@pytest.mark.parametrize(
+    "trunk",
+    [
+        *(partial(Relative, threshold) for threshold in (None, 4, 20)),
+        partial(Capacity, 3),
+        partial(Capacity, 8),
+        Quantised,
+    ],
+)
+def test_any_forward_that_depends_on_its_batch(trunk, lengths):
     head = acqcore.Head(torch.randn(96, 16, generator=torch.Generator().manual_seed(1)))
-    assert_as_alone(lambda: acqcore.Student(Relative(threshold), head), (12, 24, 5, 24))
+    assert_as_alone(lambda: acqcore.Student(trunk(), head), lengths)
 
 
 @pytest.mark.parametrize("alter", ["hook", "forward"])

@@ -131,6 +131,13 @@ class TestTensors:
         rows = encoded({**samples, "labels": labels}, None)
         assert [row.targets.tolist() for row in rows] == [[-100, 6, -100, 8], [-100, 10, 11]]
 
+    @pytest.mark.parametrize("key", ["completion_mask", "assistant_masks", "loss_mask"])
+    @pytest.mark.parametrize("side", ["left", "right"])
+    def test_masks_confine_what_is_scored(self, side, key, encoded):
+        samples = self.padded(side)
+        rows = encoded({**samples, key: (samples["input_ids"] % 4 < 3).long()}, None)
+        assert [row.targets.tolist() for row in rows] == [[-100, 6, -100, 8], [-100, 10, -100]]
+
     def test_without_a_mask_all_is_real(self, encoded):
         (row,) = encoded({"input_ids": torch.tensor([[4, 0, 0]], dtype=torch.int32)}, None)
         assert row.targets.tolist() == [-100, 0, 0]
@@ -170,6 +177,8 @@ class TestTensors:
                 ({"input_ids": torch.ones(1, 4).long(), key: value}, ValueError, f'samples["{key}"]: {message}')
                 for key, value, message in (
                     ("pixel_values", torch.ones(1, 3, 8, 8), "expected token ids alone"),
+                    ("token_weights", torch.ones(1, 4), "expected token ids alone"),
+                    ("completion_mask", torch.ones(1, 3).long(), "expected [1, 4] as input_ids, got int64"),
                     ("cu_seq_lens_q", torch.tensor([0, 2, 4]), "expected token ids alone"),
                     ("position_ids", torch.arange(3), "expected [1, 4] as input_ids, got int64 tensor of shape [3]"),
                 )

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, ClassVar
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -95,6 +96,15 @@ def test_the_head_is_what_the_configuration_says(tiny_model):
     assert head("Llama").bias is None
 
 
+def test_a_model_that_names_no_input_embedding(tiny_model, monkeypatch):
+    model = tiny_model("Llama")
+    model.extra = torch.nn.ModuleDict({"position_embeddings": torch.nn.Module()})
+    model.extra["position_embeddings"].padding_idx = 0
+    monkeypatch.setattr(model, "get_input_embeddings", Mock(side_effect=NotImplementedError))
+    monkeypatch.setattr(model, "get_output_embeddings", lambda: model.lm_head)
+    assert acqcore.Student.from_model(model).max_length == model.config.max_position_embeddings
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_tied_and_untied_heads_share_the_models_memory(tied, tiny_model):
     model = tiny_model("Qwen3", tie_word_embeddings=tied)
@@ -147,6 +157,10 @@ CHANGED = "LlamaForCausalLM changes the logits of its output embedding by more t
 REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "logits of other tokens": (_on_logits(lambda z: z.cumsum(1)), CHANGED),
     "a bias of the logits": (_on_logits(lambda z: z + torch.arange(320)), CHANGED),
+    "no logits": (
+        lambda model: model.register_forward_hook(lambda _, args, output: output.to_tuple()),
+        "model: expected LlamaForCausalLM to return an object with logits",
+    ),
     "logits of another shape": (_on_logits(lambda z: z[..., 1:]), CHANGED),
     "more than tokens": (
         lambda model: model.model.register_forward_pre_hook(lambda *_: {}["images"]),

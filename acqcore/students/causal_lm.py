@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -88,7 +88,8 @@ class CausalLM:
         limits = [limit for name in LIMITS if (limit := getattr(self.config, name, None)) is not None][:1]
         for name, table in self._causal.named_modules():
             # RoBERTa and its descendants number positions from the padding index on.
-            if name.endswith("position_embeddings") and getattr(table, "padding_idx", None) is not None:
+            embedding = name.endswith("position_embeddings") and isinstance(table, torch.nn.Embedding)
+            if embedding and table.padding_idx is not None:
                 limits.append(table.num_embeddings - table.padding_idx - 1)
         return min(limits, default=None)
 
@@ -118,7 +119,10 @@ class CausalLM:
         input_ids: torch.Tensor,  # [B, T] int64
     ) -> torch.Tensor:
         """The model's own logits, ``[B, T, V]``; only this rank's part if the head is sharded."""
-        logits = getattr(self._root(input_ids=input_ids, **self._options), "logits", None)
+        return self._logits_of(self._root(input_ids=input_ids, **self._options))
+
+    def _logits_of(self, output: Any) -> torch.Tensor:
+        logits = getattr(output, "logits", None)
         if not isinstance(logits, torch.Tensor):
             raise ValueError(f"model: expected {self.name} to return an object with logits")
         return gathered(logits)
@@ -139,7 +143,9 @@ class CausalLM:
     def _read_logit_map(self, placed: dict[str, Any]) -> None:
         weight = placed["weight"]
         self.vocab_size: int = placed.get("vocab_size", len(weight))
-        embedding = getattr(self._causal, "get_input_embeddings", lambda: None)()
+        embedding = None
+        with suppress(AttributeError, NotImplementedError):  # some models name none
+            embedding = self._causal.get_input_embeddings()
         rows = getattr(embedding, "num_embeddings", self.vocab_size)
         #: Valid token ids are below this.
         self.token_ids = min(self.vocab_size, rows)
@@ -177,7 +183,7 @@ class CausalLM:
             if isinstance(cause, ValueError) and str(cause).startswith("model: "):
                 raise
             raise ValueError(f"model: {self.name} does not run on token ids alone: {cause}") from cause
-        logits = self._whole(gathered(output.logits), head)  # [1, 4, V]
+        logits = self._whole(self._logits_of(output), head)  # [1, 4, V]
         refused = ValueError(
             f"model: {self.name} changes the logits of its output embedding by more than a scale and a softcap; "
             f"{ADVICE}"

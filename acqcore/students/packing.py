@@ -2,7 +2,8 @@
 
 Not all samples may share a batch: some forwards depend on the padded length. Long rope picks one of two sets of
 frequencies by the longest sequence of the batch; dynamic rope scales its frequencies by that length. A sample's values
-must not depend on its batch, so such lengths are batched separately.
+must not depend on its batch, so such lengths are batched separately. Where a forward depends on its batch in any other
+way, as experts of a limited capacity and per-tensor scales of quantised activations do, each sample runs alone.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ OVERHEAD_TOKENS = {"cpu": 64, "cuda": 2048}
 #: Config entries that hold the length above which rope frequencies change.
 LIMITS = ("original_max_position_embeddings", "max_position_embeddings")
 
-#: Tokens of the test row, which is run alone and padded.
+#: Tokens of the test row, which is run alone and padded beside another.
 SHORT = 6
 
 #: Largest allowed difference between the two runs, relative to the largest hidden state.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 
 # Module -> its alterations, and the padded length, a power of two, up to which its hidden states were found to be
-# independent of padding. A student without a module is entered by its own Lengths.
+# independent of the batch. A student without a module is entered by its own Lengths.
 _CHECKED: WeakKeyDictionary[object, tuple[tuple[Any, ...], int]] = WeakKeyDictionary()
 
 
@@ -103,7 +104,7 @@ def collate(rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
 
 
 class Lengths:
-    """How a student's hidden states depend on the padded length.
+    """How a student's hidden states depend on the batch.
 
     Args:
         module: the student's module; None if it has none.
@@ -111,7 +112,7 @@ class Lengths:
 
     def __init__(self, module: nn.Module | None) -> None:
         self._key: object = self if module is None else module
-        self._exact = False
+        self._alone = False
         self._breaks: set[tuple[int, bool]] = set()
         self._caches: list[nn.Module] = []
         if module is not None:
@@ -130,30 +131,35 @@ class Lengths:
 
     @property
     def plain(self) -> bool:
-        """Whether hidden states are independent of the padded length, by rope's rules and in all checks so far."""
-        return not self._breaks and not self._exact
+        """Whether hidden states are independent of the batch, by rope's rules and in all checks so far."""
+        return not self._breaks and not self._alone
 
-    def group(self, length: int) -> int:
-        """Group of a length; samples may share a batch if their groups are equal."""
-        if self._exact or any(dynamic and length > limit for limit, dynamic in self._breaks):
+    def groups(self, lengths: Sequence[int]) -> list[int]:
+        """Group of each sample, by length; samples may share a batch if their groups are equal."""
+        return list(range(len(lengths))) if self._alone else [self._group(length) for length in lengths]
+
+    def _group(self, length: int) -> int:
+        if any(dynamic and length > limit for limit, dynamic in self._breaks):
             return length
         return -sum(length > limit for limit, _ in self._breaks)
 
-    def check(self, longest: int, hidden: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Run a short row alone and padded to ``longest`` tokens. If its hidden states differ for an unknown reason,
-        only samples of the same length share a batch."""
-        if self._breaks or self._exact or longest <= SHORT:
+    def check(self, longest: int, vocab_size: int, hidden: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Run a short row alone, and padded to ``longest`` tokens after a row of the same and other tokens. If its
+        hidden states differ for an unknown reason, samples do not share batches."""
+        if self._breaks or self._alone or longest <= SHORT:
             return
         state = altered(self._key) if isinstance(self._key, nn.Module) else ()
         known, checked = _CHECKED.get(self._key, (state, 0))
         if known == state and longest <= checked:
             return
-        row = torch.arange(1, SHORT + 1)[None] % 4
-        alone = hidden(row)[0].double()
-        padded = hidden(nn.functional.pad(row, (0, longest - SHORT)))
-        error = (padded[0, :SHORT].double() - alone).abs().max()
-        self._exact = not bool(error <= TOLERANCE.get(padded.dtype, 0.1) * alone.abs().max())
-        if not self._exact:
+        row = torch.arange(1, SHORT + 1) % 4
+        ids = torch.arange(longest)
+        other = torch.where(ids % 3 == 0, ids % vocab_size, ids % 4)
+        alone = hidden(row[None])[0].double()
+        beside = hidden(torch.stack([other, nn.functional.pad(row, (0, longest - SHORT))]))[1, :SHORT]
+        error = (beside.double() - alone).abs().max()
+        self._alone = not bool(error <= TOLERANCE.get(beside.dtype, 0.1) * alone.abs().max())
+        if not self._alone:
             _CHECKED[self._key] = state, longest
 
 

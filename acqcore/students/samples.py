@@ -8,7 +8,8 @@ a sample                               scored tokens
 ``{"question", "answer"}``             the same
 ``{"prompt", "completion"}`` messages  the tokens after the rendered prompt and the opening of the reply
 ``{"messages"}``                       the last assistant turn, its closing tokens included
-tensors ``{"input_ids", ...}``         labels other than -100, else every real token with a predecessor
+tensors ``{"input_ids", ...}``         labels other than -100, else every real token with a predecessor, where
+                                       ``completion_mask``, ``assistant_masks`` and ``loss_mask`` are 1
 =====================================  ====================================================================
 
 The whole text is tokenized at once: tokens of joined pieces may differ from those the model sees. The completion begins
@@ -43,7 +44,7 @@ from acqcore.students.messages import (
     template_options,
     text_of,
 )  # fmt: skip
-from acqcore.students.tables import BESIDE, EXPECTED, columns_of, kind_of, listed, plain
+from acqcore.students.tables import BESIDE, EXPECTED, IMAGES, columns_of, kind_of, listed, plain
 
 T = TypeVar("T")
 Message: TypeAlias = Mapping[str, Any]
@@ -81,6 +82,10 @@ class Row:
         """Position of the token that predicts the first scored one; requires a scored token."""
         return int((self.targets != checks.IGNORE_INDEX).int().argmax()) - 1
 
+
+#: Keys of integer tensors that confine the scored tokens, as in TRL and verl, and of all integer tensors that are read.
+_CONFINING = ("completion_mask", "assistant_masks", "loss_mask")
+_READ = ("input_ids", "attention_mask", "labels", *_CONFINING)
 
 #: Beginnings of the keys of tensors that change what a model sees besides token ids.
 _UNSEEN = ("pixel_values", "input_features", "inputs_embeds", "cu_seq_lens", "seq_idx")
@@ -244,6 +249,9 @@ def _text(index: int, sample: Any, kind: tuple[str, ...], first: tuple[str, ...]
     if kind != first:
         names = [" and ".join(keys) or "a string" for keys in (first, kind)]
         raise TypeError(f"samples[{index}]: expected {names[0]} as in the samples before it, got {names[1]}")
+    for key, value in plain({key: sample[key] for key in IMAGES if kind and key in sample}).items():
+        if value:
+            raise ValueError(f"samples[{index}]: {key}: expected text, as only text is scored")
     if kind != () and kind != ("messages",) and not isinstance(plain(sample[kind[0]]), list):
         for key, value in plain({key: sample[key] for key in BESIDE if key in sample}).items():
             if value:
@@ -394,9 +402,11 @@ def _tensor_rows(samples: Mapping[str, Any]) -> list[Row]:
             f"got keys {keys}"
         )
     for key, value in samples.items():
-        if str(key).startswith(_UNSEEN) and value is not None:
+        # Others, such as those of a processor and weights of tokens, are matrices of floats.
+        matrix = isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() > 1
+        if key not in _READ and (matrix or (str(key).startswith(_UNSEEN) and value is not None)):
             raise ValueError(f'samples["{key}"]: expected token ids alone, as nothing else is given to the student')
-    for key in ("input_ids", "attention_mask", "labels"):
+    for key in _READ:
         value = samples.get(key)
         if value is None and key != "input_ids":
             continue
@@ -418,6 +428,9 @@ def _tensor_rows(samples: Mapping[str, Any]) -> list[Row]:
     keep = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.cpu().bool()
     labels = samples.get("labels")
     targets = input_ids if labels is None else labels.cpu().long()
+    for key in _CONFINING:
+        if samples.get(key) is not None:
+            targets = targets.masked_fill(samples[key].cpu() == 0, checks.IGNORE_INDEX)
     if (positions := samples.get("position_ids")) is not None:
         _check_positions(positions, keep)
     rows = []

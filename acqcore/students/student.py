@@ -289,14 +289,14 @@ class Student:
         return bool(error <= CUT_TOLERANCE[expected.dtype] * expected.double().abs().max())
 
     def length_groups(self, lengths: Sequence[int]) -> list[int]:
-        """Group of each length; samples of equal groups may share a batch. Runs a short row if that is unknown."""
-        if len(set(lengths)) > 1:
+        """Group of each sample; those of equal groups may share a batch. Runs a short row if that is unknown."""
+        if len(lengths) > 1:
             longest = max(lengths)
             if self.max_length is not None:  # a power of two if the student takes it, so that few lengths are checked
                 longest = max(longest, min(1 << (longest - 1).bit_length(), self.max_length))
             with self.scoring(), torch.inference_mode(False):
-                self._lengths.check(longest, lambda input_ids: self.hidden(input_ids.to(self.device)))
-        return [self._lengths.group(length) for length in lengths]
+                self._lengths.check(longest, self._vocab_size, lambda ids: self.hidden(ids.to(self.device)))
+        return self._lengths.groups(lengths)
 
     @contextmanager
     def in_step(self) -> Iterator[None]:
