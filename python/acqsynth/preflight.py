@@ -10,7 +10,7 @@ import importlib.util
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,58 +28,94 @@ def check(config: Config) -> None:
     Raises:
         ConfigError: an unknown option of a library, the domain or the reward, or a value it rejects; names the key.
     """
-    from acqsynth import train_options
-    from acqsynth.rewards import build
-
     domain = _checked("domain", find_domain, config.domain)
-    generator, student, reward = config.generator, config.student, config.reward
-    if reward.refresh_steps and generator.method != "grpo":
+    _checked("engine", engines.check, config.engine.name, config.engine.options)
+    _check_generator(config)
+    _check_fits(config)
+    _check_labelling(config, domain)
+    _check_reward(config, domain)
+    _check_sources(config, domain)
+
+
+def _check_generator(config: Config) -> None:
+    from acqsynth import train_options
+
+    generator = config.generator
+    _check_seed("generator", generator.options)
+    if config.reward.refresh_steps and generator.method != "grpo":
         raise ConfigError(
             "reward.refresh_steps: expected 0, as only generator.method grpo scores while it trains, "
-            f"got {reward.refresh_steps} with {generator.method}"
+            f"got {config.reward.refresh_steps} with {generator.method}"
         )
-    if reward.refresh_from and not reward.refresh_steps:
-        raise ConfigError("reward.refresh_from: expected reward.refresh_steps of at least 1 with it, got 0")
     if generator.method in ("grpo", "dpo"):
         made, _ = _checked("generator", train_options.configuration, generator.method, generator.options, "unused")
         if generator.method == "grpo":
             _checked("generator", train_options.check_prompts, made, generator.prompts)
-            steps = train_options.grpo_steps(made, generator.prompts)
-            if reward.refresh_steps >= steps:
-                raise ConfigError(
-                    f"reward.refresh_steps: expected below the generator's {steps} steps, got {reward.refresh_steps}"
-                )
-        reads_own = reward.refresh_steps and reward.refresh_from is None
-        if reads_own and made.save_strategy == "no":
-            raise ConfigError(
-                "reward.refresh_steps: expected 0 or generator.options.save_strategy other than no, as refreshes read "
-                f"the generator's checkpoints, got {reward.refresh_steps}"
-            )
+            _check_refreshes(config.reward, made, train_options.grpo_steps(made, generator.prompts))
     if len(generator.options.get("reward_weights") or [1]) != 1:
         raise ConfigError("generator.options: reward_weights: expected one weight, that of the composed reward")
-    if generator.candidates < 2 and (generator.method in ("best_of_n", "dpo") or "best_of_n" in config.baselines):
-        raise ConfigError(f"generator.candidates: expected at least 2 to choose from, got {generator.candidates}")
-    if generator.sampling.temperature == 0 and (
-        generator.method in ("best_of_n", "dpo") or "best_of_n" in config.baselines
-    ):
-        raise ConfigError("generator.sampling.temperature: expected more than 0, as equal candidates leave no choice")
-    for key, options in (("generator", generator.options), ("student", student.options)):
-        if "seed" in options:
-            raise ConfigError(f"{key}.options: seed is set by {key}.seeds")
-    _checked("student", train_options.configuration, "sft", student.options, "unused")
-    fits = {"save_strategy": "no", **student.options, **config.evaluation.validity.options}
+    if generator.method in ("best_of_n", "dpo") or "best_of_n" in config.baselines:
+        if generator.candidates < 2:
+            raise ConfigError(f"generator.candidates: expected at least 2 to choose from, got {generator.candidates}")
+        if generator.sampling.temperature == 0:
+            raise ConfigError(
+                "generator.sampling.temperature: expected more than 0, as equal candidates leave no choice"
+            )
+    limit = config.data.seeds.limit
+    if limit is not None and generator.shown > limit:
+        raise ConfigError(f"generator.shown: expected at most data.seeds.limit = {limit}, got {generator.shown}")
+
+
+def _check_refreshes(reward: RewardConfig, trainer: Any, steps: int) -> None:
+    """Checks the refreshes of the reward's student against a trainer's configuration and number of steps."""
+    if reward.refresh_steps >= steps:
+        raise ConfigError(
+            f"reward.refresh_steps: expected below the generator's {steps} steps, got {reward.refresh_steps}"
+        )
+    if reward.refresh_steps and reward.refresh_from is None and trainer.save_strategy == "no":
+        raise ConfigError(
+            "reward.refresh_steps: expected 0 or generator.options.save_strategy other than no, as refreshes read "
+            f"the generator's checkpoints, got {reward.refresh_steps}"
+        )
+
+
+def _check_fits(config: Config) -> None:
+    from acqsynth import train_options
+
+    options = config.student.options
+    _check_seed("student", options)
+    _checked("student", train_options.configuration, "sft", options, "unused")
+    fits = {"save_strategy": "no", **options, **config.evaluation.validity.options}
     _checked("evaluation.validity", train_options.configuration, "sft", fits, "unused")
-    _checked("engine", engines.check, config.engine.name, config.engine.options)
-    for key, labelling in (("labelling", config.labelling), ("reward.labelling", reward.labelling)):
+
+
+def _check_seed(key: str, options: Mapping[str, Any]) -> None:
+    if "seed" in options:
+        raise ConfigError(f"{key}.options: seed is set by {key}.seeds")
+
+
+def _check_labelling(config: Config, domain: Domain) -> None:
+    for key, labelling in (("labelling", config.labelling), ("reward.labelling", config.reward.labelling)):
         if labelling is not None and labelling.method != "own":
             _checked(key, label.Labeller, labelling, domain, lambda: None)
             if labelling.temperature == 0 and labelling.k > 1 and labelling.method != "computed":
                 raise ConfigError(f"{key}.temperature: expected more than 0, as equal answers always agree, or k of 1")
+
+
+def _check_reward(config: Config, domain: Domain) -> None:
+    from acqsynth.rewards import build
+
+    reward, validity = config.reward, config.evaluation.validity
+    if reward.refresh_from and not reward.refresh_steps:
+        raise ConfigError("reward.refresh_from: expected reward.refresh_steps of at least 1 with it, got 0")
     _checked("reward", build.check, reward, domain)
-    if config.evaluation.validity.batches:
-        _checked("evaluation.validity", build.check, validity_reward(reward, config.evaluation.validity), domain)
+    if validity.batches:
+        _checked("evaluation.validity", build.check, validity_reward(reward, validity), domain)
+
+
+def _check_sources(config: Config, domain: Domain) -> None:
     for key, own, others in (
-        ("student.others", STUDENT, student.others),
+        ("student.others", STUDENT, config.student.others),
         ("evaluation.others", IN_DISTRIBUTION, config.evaluation.others),
     ):
         if own in others:
@@ -93,9 +129,6 @@ def check(config: Config) -> None:
     most = _most_rows(domain, config.data.real or config.data.seeds)
     if validity.batches and most is not None and validity.rows > most:
         raise ConfigError(f"evaluation.validity.rows: expected at most the {most} rows of {key}, got {validity.rows}")
-    limit = config.data.seeds.limit
-    if limit is not None and generator.shown > limit:
-        raise ConfigError(f"generator.shown: expected at most data.seeds.limit = {limit}, got {generator.shown}")
 
 
 def on_this_machine(config: Config) -> None:
