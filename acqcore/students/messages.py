@@ -281,18 +281,18 @@ def _other(value: Any, key: str = "") -> Any:
 
 def _shown(message: Mapping[str, Any], last: bool) -> list[list[str]]:
     """Texts that a rendered message must contain, each in one of several forms: templates strip text, move reasoning
-    out of the content, or write JSON. They may omit reasoning in messages before the last one."""
+    out of the content, or write JSON. They may omit calls beside a text, and reasoning before the last message."""
     content = message.get("content")
     parts = content if isinstance(content, list) else [content]
     texts = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
-    given = [*(message.get("tool_calls") or ()), message.get("function_call")]
-    calls = [call.get("function", call) for call in given if isinstance(call, Mapping)]
     apart = [message.get(key) for key in _REASONING if last]
     for text in filter(None, texts):
         reasoning, closed, _ = str(text).rpartition("</think>")
         apart += [reasoning.rpartition("<think>")[2]] if closed and last else []
-    named = [call.get("name") for call in calls if isinstance(call, Mapping)]
-    return [_ways(str(text)) for text in dict.fromkeys([*texts, *named, *apart]) if text] or [[""]]
+    if not any(texts):
+        calls = [call.get("function", call) for call in message.get("tool_calls") or () if isinstance(call, Mapping)]
+        texts = [call.get("name") for call in calls if isinstance(call, Mapping)]
+    return [_ways(str(text)) for text in dict.fromkeys([*texts, *apart]) if text] or [[""]]
 
 
 def _ways(text: str) -> list[str]:
