@@ -26,6 +26,7 @@ import torch
 from acqcore import checks
 from acqcore.backends import Backend, HeadRows, Probes
 from acqcore.bayes import places
+from acqcore.defaults import standard_defaults
 from acqcore.head import Head, compute_dtype
 from acqcore.philox import signs_of
 from acqcore.row_stats import MAX, R, RowStats, checked_backend, empty_state, stats_of
@@ -33,6 +34,7 @@ from acqcore.row_stats import MAX, R, RowStats, checked_backend, empty_state, st
 FINISHED_ELEMENTS = 1 << 21  # elements of the rows finished at a time; bounds memory beyond the result to 16 MiB
 
 
+@standard_defaults()
 @torch.no_grad()
 def fisher_grad(
     hidden: torch.Tensor,
