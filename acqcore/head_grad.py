@@ -276,7 +276,7 @@ def _loss_weights(
     weights = scored.double()
     if token_weights is not None:
         checks.token_weights(token_weights, targets)
-        weights = weights * token_weights.double()
+        weights = token_weights.double().where(scored, 0)  # an ignored token's may be NaN
     if loss == "mean":
         weights = weights / counts[_samples(edges, len(targets))]
     return weights, check_scored
@@ -375,11 +375,16 @@ def _sketches(
         spectrum = torch.fft.rfft(left)
         del left  # holds at most 64 MiB at a time
         ignored = targets[part, None] == checks.IGNORE_INDEX  # the hidden state may be NaN
-        spectrum *= torch.fft.rfft(of_columns(hidden[part].masked_fill(ignored, 0), dtype))
+        of_hidden = torch.fft.rfft(of_columns(hidden[part].masked_fill(ignored, 0), dtype))
         first, lengths = _within(bounds, begin, begin + len(spectrum))
-        add_segments(sketches[first : first + len(lengths)], lengths, torch.view_as_real(spectrum))
-        del spectrum
+        add_segments(sketches[first : first + len(lengths)], lengths, _complex_product(spectrum, of_hidden))
+        del spectrum, of_hidden
     return summed(torch.fft.irfft(torch.view_as_complex(sketches), n=dim), head.group)
+
+
+def _complex_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Real and imaginary parts ``[..., 2]``; torch's own product rounds differently at different places of a tensor."""
+    return torch.stack([a.real * b.real - a.imag * b.imag, a.real * b.imag + a.imag * b.real], dim=-1)
 
 
 def _within(bounds: Bounds, begin: int, end: int) -> tuple[int, list[int]]:
