@@ -375,16 +375,11 @@ def _sketches(
         spectrum = torch.fft.rfft(left)
         del left  # holds at most 64 MiB at a time
         ignored = targets[part, None] == checks.IGNORE_INDEX  # the hidden state may be NaN
-        of_hidden = torch.fft.rfft(of_columns(hidden[part].masked_fill(ignored, 0), dtype))
+        spectrum *= torch.fft.rfft(of_columns(hidden[part].masked_fill(ignored, 0), dtype))
         first, lengths = _within(bounds, begin, begin + len(spectrum))
-        add_segments(sketches[first : first + len(lengths)], lengths, _complex_product(spectrum, of_hidden))
-        del spectrum, of_hidden
+        add_segments(sketches[first : first + len(lengths)], lengths, torch.view_as_real(spectrum))
+        del spectrum
     return summed(torch.fft.irfft(torch.view_as_complex(sketches), n=dim), head.group)
-
-
-def _complex_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Real and imaginary parts ``[..., 2]``; torch's own product rounds differently at different places of a tensor."""
-    return torch.stack([a.real * b.real - a.imag * b.imag, a.real * b.imag + a.imag * b.real], dim=-1)
 
 
 def _within(bounds: Bounds, begin: int, end: int) -> tuple[int, list[int]]:

@@ -190,15 +190,12 @@ def test_a_sample_does_not_depend_on_its_batch(threads, dtype, isa, monkeypatch,
     set_threads(threads)
     whole = acqcore.head_grad_norm(case.hidden, case.head, case.targets, offsets, form="gram", backend="cpu")
     grads = acqcore.hidden_grad(case.hidden, case.head, case.targets, backend="cpu")
-    sketches = acqcore.grad_sketch(case.hidden, case.head, case.targets, offsets, dim=100, backend="cpu")
     set_threads(1)
     for i, (begin, end) in enumerate(itertools.pairwise(offsets.tolist())):
         own, head, y = case.hidden[begin:end], case.head, case.targets[begin:end]
         alone = acqcore.head_grad_norm(own, head, y, torch.tensor([0, end - begin]), form="gram", backend="cpu")
         assert alone[0] == whole[i]
         assert torch.equal(acqcore.hidden_grad(own, head, y, backend="cpu"), grads[begin:end])
-        sketch = acqcore.grad_sketch(own, head, y, torch.tensor([0, end - begin]), dim=100, backend="cpu")
-        assert torch.equal(sketch[0], sketches[i])
 
 
 @pytest.mark.parametrize("isa", [isa for isa, missing in acqcore._core.isas() if not missing and isa.endswith("-amx")])
