@@ -26,8 +26,7 @@ import torch
 from acqcore import checks
 from acqcore.backends import DrawRows, Dropout, get as get_backend, select as select_backend
 from acqcore.backends.chunked_mixture import mixture_in_chunks
-from acqcore.backends.precision import float32_products
-from acqcore.defaults import standard_defaults
+from acqcore.defaults import float32_products, standard_defaults
 from acqcore.head import Head, compute_dtype
 from acqcore.head_grad import sample_of_rows
 from acqcore.kept import on_device

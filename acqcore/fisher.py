@@ -26,6 +26,7 @@ import torch
 from acqcore import checks
 from acqcore.backends import Backend, HeadRows, Probes
 from acqcore.bayes import places
+from acqcore.defaults import standard_defaults
 from acqcore.head import Head, compute_dtype
 from acqcore.philox import signs_of
 from acqcore.row_stats import MAX, R, RowStats, checked_backend, empty_state, stats_of
@@ -33,6 +34,7 @@ from acqcore.row_stats import MAX, R, RowStats, checked_backend, empty_state, st
 FINISHED_ELEMENTS = 1 << 21  # elements of the rows finished at a time; bounds memory beyond the result to 16 MiB
 
 
+@standard_defaults()
 @torch.no_grad()
 def fisher_grad(
     hidden: torch.Tensor,
@@ -141,7 +143,7 @@ def _finished(
     scored = rows.targets != checks.IGNORE_INDEX
     largest = rows.state[MAX].where(scored, 0)
     r = rows.state[R].where(scored, 0)
-    inverse = r.reciprocal().where(r > 0, 0)
+    inverse = r.reciprocal().where(r > torch.finfo(r.dtype).tiny, 0)
     z = 1 + r
     slope = head.scale / rows.temperature
     top = head.weight[rows.index].to(dtype)  # [N, D]
@@ -152,8 +154,10 @@ def _finished(
     within = squares - _squared_norms(mean) * inverse
     expected = (slope**2 * (within.clamp_min(0) + between * inverse / z) / z).where(scored, 0)
     of_tops = of_tops * (r.sqrt() / z.sqrt())  # [P, N]
-    factor = slope / z.sqrt()
-    gradients.addcmul_((-(signed + of_tops) * inverse)[:, :, None].to(dtype), mean)
+    factor = (slope / z.sqrt()).where(largest.isfinite(), torch.nan)
+    most = torch.finfo(dtype).max  # overflows where the mean is 0 in float32
+    of_mean = (-(signed + of_tops) * inverse).clamp(-most, most)
+    gradients.addcmul_(of_mean[:, :, None].to(dtype), mean)
     gradients.addcmul_(of_tops[:, :, None].to(dtype), top)
     gradients.mul_(factor[:, None].to(dtype)).masked_fill_(~scored[:, None], 0)
     return expected

@@ -276,7 +276,7 @@ def _loss_weights(
     weights = scored.double()
     if token_weights is not None:
         checks.token_weights(token_weights, targets)
-        weights = weights * token_weights.double()
+        weights = token_weights.double().where(scored, 0)  # an ignored token's may be NaN
     if loss == "mean":
         weights = weights / counts[_samples(edges, len(targets))]
     return weights, check_scored

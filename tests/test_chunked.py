@@ -218,19 +218,20 @@ def test_products_are_float32_whatever_the_process_allows(monkeypatch):
         "torch.set_float32_matmul_precision('high')",
         "torch.backends.cuda.matmul.allow_tf32 = True",
         "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+        "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'",
     ],
 )
 def test_either_setting_of_torch_is_overruled_and_restored(setting, forked):
     """Runs in a separate process, since touching either setting cannot be undone."""
     forked(
-        "from acqcore.backends.precision import float32_products\n"
+        "from acqcore.defaults import float32_products\n"
         "def seen():\n"
         "    try: older = torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32\n"
         "    except RuntimeError: older = 'they disagree'\n"
-        "    return torch.backends.cuda.matmul.fp32_precision, older\n"
+        "    return torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision, older\n"
         f"{setting}\n"
         "before = seen()\n"
-        "with float32_products(): assert seen() == ('ieee', ('highest', False)), seen()\n"
+        "with float32_products(): assert seen() == ('ieee', 'ieee', ('highest', False)), seen()\n"
         "assert seen() == before, (before, seen())\n"
     )
 

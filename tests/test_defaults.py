@@ -1,4 +1,4 @@
-"""Values do not depend on torch's defaults for new tensors, which scripts may set for the whole process."""
+"""Values do not depend on torch's defaults for new tensors and products, which scripts set for the whole process."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 
 import acqcore
 from acqcore.defaults import standard_defaults
+from acqcore.fisher import fisher_grad
 
 KINDS = ["float64", "bfloat16", "float16", "device"]
 
@@ -77,23 +78,51 @@ def test_functions_of_a_student(how, changed, tiny_model, tokenizer):
     assert_same(calls[how], changed)
 
 
-@pytest.mark.parametrize("backend", ["eager", "cpu"])
-@pytest.mark.parametrize("how", ["norm", "hidden norm", "sketch", "information", "select", "vendi", "diversity"])
-def test_functions_of_tensors(how, backend, changed):
+def calls_with_tensors(backend: str) -> dict[str, Callable[[], torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)
-    hidden, weight, vectors = (torch.randn(n, 32, generator=generator) for n in (7, 320, 9))
+    hidden, weight, vectors = (torch.randn(n, 32, generator=generator) for n in (7, 320, 90))
     targets = torch.tensor([5, 7, -100, 0, 319, 5, 9])
     head, offsets = acqcore.Head(weight), torch.tensor([0, 4, 7])
-    calls: dict[str, Callable[[], torch.Tensor]] = {
-        "norm": lambda: acqcore.head_grad_norm(hidden, head, targets, offsets, backend=backend),
+    arguments: Any = (hidden, head, targets, offsets)
+    return {
+        "rows": lambda: acqcore.row_stats(hidden, head, targets, backend=backend).entropy,
+        "norm": lambda: acqcore.head_grad_norm(*arguments, backend=backend),
+        "direct norm": lambda: acqcore.head_grad_norm(*arguments, form="direct", backend=backend),
         "hidden norm": lambda: acqcore.hidden_grad_norm(hidden, head, targets, backend=backend),
-        "sketch": lambda: acqcore.grad_sketch(hidden, head, targets, offsets, dim=64, backend=backend),
+        "sketch": lambda: acqcore.grad_sketch(*arguments, dim=64, backend=backend),
         "information": lambda: acqcore.mutual_information(hidden, head, draws=4, backend=backend).mutual_information,
+        "cotangents": lambda: fisher_grad(*arguments[:3], offsets=offsets, backend=backend),
         "select": lambda: acqcore.select(vectors, 4, method="log_det"),
+        "facilities": lambda: acqcore.select(vectors, 40, method="facility_location"),
         "vendi": lambda: torch.tensor(float(acqcore.vendi_score(vectors)), dtype=torch.float64, device="cpu"),
         "diversity": lambda: acqcore.gradient_diversity(vectors),
     }
-    assert_same(calls[how], changed)
+
+
+HOW = [*calls_with_tensors("cpu")]
+
+
+@pytest.mark.parametrize("backend", ["eager", "cpu"])
+@pytest.mark.parametrize("how", HOW)
+def test_functions_of_tensors(how, backend, changed):
+    assert_same(calls_with_tensors(backend)[how], changed)
+
+
+@pytest.mark.parametrize("backend", ["eager", "cpu"])
+@pytest.mark.parametrize("how", HOW)
+def test_precision_of_products(how, backend):
+    """Neither autocast nor a lower precision of float32 products, as trainers set them, rounds a product."""
+    call = calls_with_tensors(backend)[how]
+    expected = call()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(call(), expected, rtol=0, atol=0, equal_nan=True)
+        assert torch.is_autocast_enabled("cpu")
+    torch.set_float32_matmul_precision("medium")  # bfloat16 on some CPUs
+    try:
+        torch.testing.assert_close(call(), expected, rtol=0, atol=0, equal_nan=True)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_calls_of_several_threads_may_overlap():

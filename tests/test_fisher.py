@@ -212,6 +212,24 @@ def test_a_maximum_that_rises_at_every_tile(step, implementation):
     _assert_probes(got, expected, rtol=1e-4, atol=1e-9)
 
 
+@pytest.mark.parametrize("gap", [60.0, 200.0, 720.0, torch.inf])
+def test_rows_of_certain_tokens(gap, implementation):
+    """All other logits are below the largest by ``gap``; if that is -inf too, the row is NaN."""
+    bias = torch.full((2100,), -gap)
+    bias[0] = 0
+    for largest in (0.0, -torch.inf):
+        head = acqcore.Head(random_case(1, 40, 2100).head.weight, bias + largest)
+        case = Case(torch.zeros(60, 40), head, torch.zeros(60, dtype=torch.int64))
+        _, grads = fisher_visit(
+            case.hidden, head, case.targets, Probes(2, 7, *_places(OFFSETS)), 1.0, get(implementation)
+        )
+        if largest:
+            assert grads.gradients.isnan().all()
+        else:
+            _assert_probes(grads.gradients, _definitions(case, 2), rtol=1e-4, atol=1e-15)
+            assert (grads.expected < 1e-20).all()
+
+
 def test_its_second_moment_is_the_fisher_matrix():
     """Averages over the signs of 20,000 positions, for each of three hidden states."""
     case = random_case(3, 8, 50).to(torch.float64)

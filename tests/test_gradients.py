@@ -500,6 +500,14 @@ def test_what_autograd_cannot_do_is_named():
         grad_norm(student, make_samples(), "all", backend="eager")
 
 
+@pytest.mark.parametrize(("name", "own"), [("grad_norm", {"parameters": "all"}), ("mutual_information", {})])
+def test_an_error_of_the_students_backward_is_shown(name, own, tiny_model):
+    model = tiny_model("Llama")
+    model.model.layers[1].mlp.register_full_backward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ValueError, match=r"cannot compute the gradient of .*: division by zero"):
+        acqcore.score(model, make_samples(), name, acquisition_args={name: own}, backend="eager")
+
+
 def test_adapters_on_the_head_and_half_of_it_are_named(tiny_model):
     model = lora(tiny_model("Llama"), target_modules=["lm_head", "q_proj"])
     with pytest.raises(ValueError, match=r"no rule covers base_model.model.lm_head.lora_A.default.weight and 1 more"):

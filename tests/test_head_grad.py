@@ -96,12 +96,12 @@ def test_head_grad_norm(form, name, dtype, implementation):
 def test_sum_and_token_weights(form, implementation):
     case = _case("plain")
     weights = torch.linspace(-1, 2, 60)
+    given = weights.where(case.targets != -100, torch.nan)  # those of ignored tokens do not matter
     for loss in ("mean", "sum"):
-        got = acqcore.head_grad_norm(
-            case.hidden, case.head, case.targets, OFFSETS, loss=loss, token_weights=weights, form=form,
-            backend=implementation,
-        )  # fmt: skip
+        options = {"loss": loss, "token_weights": given, "backend": implementation}
+        got = acqcore.head_grad_norm(case.hidden, case.head, case.targets, OFFSETS, form=form, **options)
         torch.testing.assert_close(got.double(), _norms(_autograd(case, OFFSETS, loss, weights)), rtol=1e-4, atol=1e-9)
+        assert acqcore.grad_sketch(case.hidden, case.head, case.targets, OFFSETS, **options).isfinite().all()
 
 
 @pytest.mark.parametrize("form", ["gram", "direct"])

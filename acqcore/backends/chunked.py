@@ -21,8 +21,8 @@ from acqcore.backends.eager import (
     unnormalised,
     without_ignored,
 )
-from acqcore.backends.precision import float32_products
 from acqcore.backends.scatter import add_at
+from acqcore.defaults import float32_products
 from acqcore.head import compute_dtype
 from acqcore.philox import keep_mask, sign_words, signs_in
 

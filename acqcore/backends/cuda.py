@@ -16,9 +16,9 @@ from acqcore.backends import extension
 from acqcore.backends.base import Gram, HeadRows, Probes
 from acqcore.backends.chunked import Chunked
 from acqcore.backends.extension import constant_when_compiled, core, matrix, pointer
-from acqcore.backends.precision import float32_products
 from acqcore.backends.slots import BLOCK, slot_table
 from acqcore.backends.triton import Triton
+from acqcore.defaults import float32_products
 from acqcore.head import Head
 from acqcore.kept import on_device
 

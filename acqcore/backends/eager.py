@@ -10,6 +10,7 @@ import torch
 
 from acqcore.backends import extension
 from acqcore.backends.base import Backend, DrawRows, Dropout, Gram, HeadRows, Probes
+from acqcore.defaults import float32_products
 from acqcore.head import compute_dtype
 from acqcore.philox import keep_mask, signs
 
@@ -23,6 +24,7 @@ class Eager(Backend):
     def longest_gram(self, depth: int) -> int:
         return depth
 
+    @float32_products()
     def row_stats(self, rows: HeadRows, gram: Gram | None = None) -> None:
         logits = rows.head.logits(rows.hidden, rows.temperature)
         fold(logits, rows.targets, rows.head.vocab_start, rows.state, rows.index)
@@ -39,6 +41,7 @@ class Eager(Backend):
     ) -> None:
         fold(logits.to(compute_dtype(logits.dtype)) / temperature, targets, 0, state, index)
 
+    @float32_products()
     def delta_hash(
         self,
         rows: HeadRows,
@@ -49,6 +52,7 @@ class Eager(Backend):
         minus = places < 0
         out.zero_().index_add_(1, torch.where(minus, ~places, places), delta.where(~minus, -delta))
 
+    @float32_products()
     def gram_norm(
         self,
         rows: HeadRows,
@@ -59,6 +63,7 @@ class Eager(Backend):
     ) -> None:
         gram_norm(rows, gram, local_max, weights, squared)
 
+    @float32_products()
     def head_grad_norm(
         self,
         rows: HeadRows,
@@ -75,6 +80,7 @@ class Eager(Backend):
             if rows.head.bias is not None:
                 squared[i] += d.sum(dim=0).double().square().sum()
 
+    @float32_products()
     def fill_hidden_grad(
         self,
         rows: HeadRows,  # their state filled
@@ -85,6 +91,7 @@ class Eager(Backend):
         factors.scatter_(1, columns[:, None], factors.gather(1, columns[:, None]).masked_fill(here[:, None], 0))
         torch.mm(factors, rows.head.weight.to(factors.dtype), out=out)
 
+    @float32_products()
     def fisher_sums(
         self,
         rows: HeadRows,

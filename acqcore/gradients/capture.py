@@ -222,7 +222,7 @@ class Capture:
                 except (torch.OutOfMemoryError, ValueError, OneByOne):
                     raise
                 except Exception as error:  # raised by the student's backward
-                    name = next(iter(self.names.values()))
+                    name = next(iter(self.names.values()), "a layer's output")  # the linear form takes no parameters
                     raise ValueError(
                         f"parameters: cannot compute the gradient of {name} and others: {str(error) or repr(error)}"
                     ) from error

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 
 from acqcore.backends import Probes
-from acqcore.backends.precision import float32_products
+from acqcore.defaults import float32_products
 from acqcore.fisher import FisherGrads, fisher_visit
 from acqcore.head import Head
 from acqcore.head_grad import Bounds, grad_sketch_from, head_grad_norm_from, hidden_grad_from, loss_weights

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -21,8 +20,8 @@ import torch
 from torch import nn
 
 from acqcore import checks
-from acqcore.backends.precision import float32_products
 from acqcore.backends.scatter import add_at
+from acqcore.defaults import float32_products
 from acqcore.gradients.head_pass import HeadPass
 from acqcore.head import compute_dtype
 from acqcore.head_grad import head_places
@@ -167,6 +166,7 @@ class Marginals:
     def takes(self, name: str) -> bool:
         return name in self._names
 
+    @float32_products()
     def add(self, name: str, piece: GradPiece, factor: torch.Tensor | None) -> None:
         if name not in self._names:
             return
@@ -377,20 +377,19 @@ def _outer_squared(piece: OuterGrad) -> torch.Tensor:
     return torch.cat([g.square_().sum((1, 2), dtype=torch.float64) for g in gradients])
 
 
+@float32_products()
 def _product(
     a: torch.Tensor,  # [B, m, k]
     b: torch.Tensor,  # [B, k, n]
 ) -> torch.Tensor:
     """``[B, m, n]`` in float32 (float64 for float64).
 
-    On a GPU the matrix units multiply half-precision factors as they are. Each product is exact in float32. Those of
-    float32 factors are not rounded to TF32, which trainers enable.
+    On a GPU the matrix units multiply half-precision factors as they are. Each product is exact in float32.
     """
     if a.is_cuda and a.dtype == b.dtype and a.dtype in (torch.float16, torch.bfloat16):
         return torch.bmm(a, b, out_dtype=torch.float32)
     dtype = compute_dtype(a.dtype, b.dtype)
-    with float32_products() if a.is_cuda else nullcontext():
-        return a.to(dtype) @ b.to(dtype)
+    return a.to(dtype) @ b.to(dtype)
 
 
 def _row_sums(rows: RowGrad) -> tuple[torch.Tensor, torch.Tensor]:

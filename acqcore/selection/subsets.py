@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 from acqcore import checks
-from acqcore.defaults import standard_defaults
+from acqcore.defaults import float32_products, standard_defaults
 from acqcore.literals import Method
 from acqcore.scores import Scores
 
@@ -214,6 +214,7 @@ def distances(
     return torch.cdist(vectors, point[None], compute_mode="donot_use_mm_for_euclid_dist")[:, 0]
 
 
+@float32_products()
 def _facility_location(
     vectors: torch.Tensor,  # [n, d]
     k: int,
