@@ -260,8 +260,8 @@ class ComposedReward(TrlReward):
         """
         stateful = self._stateful()
         for key, ours in (("parts", stateful), ("length_bins", self.length_bins), ("history", self.history)):
-            if set(state[key]) != set(ours):
-                raise ValueError(f"state: expected {key} {sorted(ours)}, got {sorted(state[key])}")
+            if (found := set(state.get(key, ()))) != set(ours):
+                raise ValueError(f"state: expected {key} {sorted(ours)}, got {sorted(found)}")
         self._guard.load_state_dict(state, (part.name for part in self._parts()))
         self.masked = state["masked"]
         # Older states lack these.

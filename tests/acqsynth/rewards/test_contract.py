@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import logging
+import pickle
 from types import SimpleNamespace
 
 import pytest
@@ -134,7 +136,8 @@ class TestSeveralRewards:
     def test_what_one_masks_all_mask(self):
         function = combined([first, second], [1.0, 2.0], name="both")
         assert function.__name__ == "both"
-        assert function(prompts=["p"] * 2, completions=["a", "?"]) == [-2.0, None]
+        for each in (function, pickle.loads(pickle.dumps(function))):
+            assert each(prompts=["p"] * 2, completions=["a", "?"]) == [-2.0, None]
 
     def test_with_a_coroutine(self):
         from trl.trainer.utils import is_async_callable
@@ -143,6 +146,16 @@ class TestSeveralRewards:
         assert is_async_callable(function)
         assert not is_async_callable(combined([first, second]))
         assert asyncio.run(function(prompts=["p"] * 3, completions=["a", "?", "!"])) == [11.0, None, None]
+
+    def test_coroutines_run_together(self):
+        meet = asyncio.Barrier(2)
+
+        async def waits(prompts, completions, **_):
+            async with asyncio.timeout(5):
+                await meet.wait()
+            return [1.0]
+
+        assert asyncio.run(combined([waits, waits])(prompts=["p"], completions=["a"])) == [2.0]
 
     @pytest.mark.parametrize(("rewards", "weights"), [([], None), ([first], [1.0, 2.0])])
     def test_one_weight_a_reward(self, rewards, weights):
@@ -154,11 +167,13 @@ class TestSeveralRewards:
             return combined([first, combined([ComposedReward(WORDS, [], gates=[New()]), second])])
 
         saved, restored = made(), made()
+        copied = copy.deepcopy(saved)
         assert saved(prompts=["p"], completions=["a long text"]) == [0.5]
         assert saved(prompts=["p"], completions=["a long text"]) == [-0.5]  # no longer new
         restored.load_state_dict(saved.state_dict())
         assert [made(prompts=["p"], completions=["a long text"]) for made in (saved, restored)] == [[-0.5]] * 2
         assert restored.state_dict() == saved.state_dict()
+        assert copied(prompts=["p"], completions=["a long text"]) == [0.5]  # shares no state
         with pytest.raises(ValueError, match=r"state: expected that of rewards \['0'\], got \[\]"):
             combined([made(), third]).load_state_dict(combined([first, third]).state_dict())
 
