@@ -465,13 +465,14 @@ def _first_change(before: Mapping[str, Any], now: Mapping[str, Any], path: str =
 
 
 def _disk_is_full(error: BaseException) -> bool:
-    """Whether the disk is full. Libraries wrap the system error: safetensors and Arrow keep its text, torch's archive
-    writer does not."""
+    """Whether the disk, a quota or the largest file is full. Libraries wrap the error: safetensors and Arrow keep its
+    text, torch's archive writer does not."""
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return True
-        if any(text in str(seen) for text in ("No space left on device", "PytorchStreamWriter failed writing")):
+        texts = ("No space left on device", "File too large", "PytorchStreamWriter failed writing")
+        if any(text in str(seen) for text in texts):
             return True
         seen = seen.__cause__ or seen.__context__
     return False

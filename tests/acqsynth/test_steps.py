@@ -191,8 +191,10 @@ def full(cause=None):
         OSError(errno.EDQUOT, "Disk quota exceeded"),
         RuntimeError("[enforce fail at inline_container.cc:664] . PytorchStreamWriter failed writing file data/1"),
         Exception("Error while serializing: I/O error: No space left on device (os error 28)"),
+        OSError(errno.EFBIG, "File too large"),
+        Exception("Error while serializing: I/O error: File too large (os error 27)"),
     ],
-    ids=["enospc", "quota", "torch", "safetensors"],
+    ids=["enospc", "quota", "torch", "safetensors", "efbig", "ulimit"],
 )
 def test_a_full_disk_is_one_sentence_and_earlier_outputs_stay(tmp_path, error):
     first, _ = pair("x")
