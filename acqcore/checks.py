@@ -69,6 +69,8 @@ def positive_int(name: str, value: Any) -> None:
     integer(name, value)
     if value < 1:
         raise ValueError(f"{name}: expected an int >= 1, got {value}")
+    if value >= 2**63:  # beyond the kernels' integers
+        raise ValueError(f"{name}: expected an int below 2**63, got {value}")
 
 
 def within(name: str, value: Any, least: int, most: int) -> None:

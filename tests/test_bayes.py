@@ -281,6 +281,7 @@ def test_compiled_call():
         ({"dropout": "x"}, TypeError, "dropout: expected a number"),
         ({"form": "row"}, ValueError, "form: unknown 'row', expected one of element, block"),
         ({"block": 0}, ValueError, "block"),
+        ({"block": 2**63}, ValueError, r"block: expected an int below 2\*\*63"),
         ({"seed": -1}, ValueError, "seed"),
         ({"offsets": torch.tensor([0, 2])}, ValueError, "offsets: expected to run from 0 to N = 3"),
         ({"offsets": torch.tensor([0, 0, 3])}, ValueError, "offsets: expected increasing"),

@@ -109,7 +109,7 @@ def accuracy_interval(right: Right, *, generators: Sequence[int] | None = None, 
             fits of one generator count as a single draw.
 
     Raises:
-        ValueError: right is not a matrix or is empty.
+        ValueError: right is not a matrix or is empty, there is not one generator per fit, or level is not in (0, 1).
     """
     values = _matrix("right", right)
     found = _estimate(values.mean(), [_over_fits(values, generators), _variance_of_mean(values.mean(axis=0))], level)
@@ -135,7 +135,7 @@ def change(
         learnt: whether the fits of ``other`` vary; False for the base student, which is fixed.
 
     Raises:
-        ValueError: the arguments are not matrices over the same rows.
+        ValueError: the arguments are not matrices over the same rows; as :func:`accuracy_interval`.
     """
     values, others = _matrix("right", right), _matrix("other", other)
     if values.shape[1] != others.shape[1]:
@@ -156,7 +156,7 @@ def holm(p: Sequence[float], alpha: float = 0.05) -> list[bool]:
     """
     rejected = [False] * len(p)
     for rank, i in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
-        if p[i] > alpha / (len(p) - rank):
+        if not p[i] <= alpha / (len(p) - rank):  # nor for NaN
             break
         rejected[i] = True
     return rejected
@@ -248,6 +248,8 @@ def _matrix(name: str, values: Right) -> Right:
 def _over_fits(values: Right, generators: Sequence[int] | None) -> tuple[float, float]:
     """Variance of the mean over fits, and its degrees of freedom."""
     fits = values.mean(axis=1)
+    if generators is not None and len(generators) != len(fits):
+        raise ValueError(f"generators: expected {len(fits)}, one per fit, got {len(generators)}")
     if generators is not None and len(set(generators)) >= FEWEST:
         fits = np.array([fits[np.array(generators) == name].mean() for name in dict.fromkeys(generators)])
     return _variance_of_mean(fits)
@@ -262,6 +264,8 @@ def _estimate(mean: float, parts: Sequence[tuple[float, float]], level: float) -
     """Interval and two-sided p-value of a mean whose variance is the sum of the parts; if it is 0, the mean and 1."""
     from scipy.stats import t
 
+    if not 0 < level < 1:
+        raise ValueError(f"level: expected a share in (0, 1), got {level}")
     variance = sum(part for part, _ in parts)
     if variance < _ROUNDING**2:
         return mean, mean, 1.0

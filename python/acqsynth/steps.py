@@ -217,10 +217,13 @@ class Store:
             return "was interrupted, resumes" if resumes else "never ran"
         if (changed := _first_change(manifest["made_from"], expected)) is not None:
             return changed
-        for name, (size, _) in manifest["artefacts"].items():
+        written = (self.path(step) / _MANIFEST).stat().st_mtime_ns  # the last file of a step
+        for name, (size, digest) in manifest["artefacts"].items():
             path = self.path(step) / name
             if not path.is_file() or path.stat().st_size != size:
                 return f"{name} is missing or truncated"
+            if path.stat().st_mtime_ns > written and _sha256(path) != digest:
+                return f"{name} was edited"
         return None
 
     def run(self, step: Step) -> bool:
@@ -398,16 +401,19 @@ def _plain(value: Any) -> Any:
 
 def _read_stage(folder: Path) -> dict[str, Any] | None:
     """``stage.json`` of a started or finished step; None if there is none."""
+    damaged = StepError(f"{folder / _MANIFEST} is damaged; remove the folder {folder} and run again")
     try:
-        stage = read_json(folder / _MANIFEST)
+        stage = dict(read_json(folder / _MANIFEST))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except ValueError:
-        raise StepError(f"{folder / _MANIFEST} is damaged; remove the folder {folder} and run again") from None
+    except (ValueError, TypeError):
+        raise damaged from None
     if stage.get("layout") != LAYOUT:
         output = folder.parent.parent
         raise StepError(f"output: {output} holds a run of an older version; remove it or set another output")
-    return dict(stage)
+    if not isinstance(stage.get("made_from"), dict):
+        raise damaged
+    return stage
 
 
 def _read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -459,13 +465,14 @@ def _first_change(before: Mapping[str, Any], now: Mapping[str, Any], path: str =
 
 
 def _disk_is_full(error: BaseException) -> bool:
-    """Whether the disk is full. Libraries wrap the system error: safetensors and Arrow keep its text, torch's archive
-    writer does not."""
+    """Whether the disk, a quota or the largest file is full. Libraries wrap the error: safetensors and Arrow keep its
+    text, torch's archive writer does not."""
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return True
-        if any(text in str(seen) for text in ("No space left on device", "PytorchStreamWriter failed writing")):
+        texts = ("No space left on device", "File too large", "PytorchStreamWriter failed writing")
+        if any(text in str(seen) for text in texts):
             return True
         seen = seen.__cause__ or seen.__context__
     return False

@@ -145,6 +145,28 @@ def test_holm(p, rejected):
     assert holm(p) == rejected
 
 
+@pytest.mark.parametrize("p", [[math.nan, 0.001], [0.001, math.nan]])
+def test_no_finding_is_made_of_a_missing_p_value(p):
+    assert not holm(p)[p.index(0.001) - 1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"generators": [0]}, "generators: expected 2, one per fit, got 1"),
+        ({"generators": [0, 1, 2]}, "generators: expected 2, one per fit, got 3"),
+        ({"level": 95}, r"level: expected a share in \(0, 1\), got 95"),
+        ({"level": 1.0}, r"level: expected a share in \(0, 1\), got 1.0"),
+    ],
+)
+def test_wrong_options_of_an_interval(options, message):
+    right = np.array([[1.0, 0.0, 1.0], [1.0, 1.0, 0.0]])
+    with pytest.raises(ValueError, match=message):
+        accuracy_interval(right, **options)
+    with pytest.raises(ValueError, match=message):
+        change(right, right[:1], learnt=False, **options)
+
+
 @pytest.mark.parametrize("right", [np.zeros(3), np.zeros((0, 3)), np.zeros((2, 0))])
 def test_what_is_no_matrix_is_refused(right):
     with pytest.raises(ValueError, match=r"right: expected \[seeds, rows\]"):

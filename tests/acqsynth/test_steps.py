@@ -119,6 +119,19 @@ def test_a_missing_or_cut_artefact_runs_again(tmp_path):
     assert (tmp_path / "00-seeds/a/text.txt").read_text() == "long text"
 
 
+def test_an_edited_artefact_is_made_again(tmp_path):
+    step, _ = pair("long text")
+    Store(tmp_path).run(step)
+    path = tmp_path / "00-seeds/a/text.txt"
+    os.utime(path, (time.time() + 9,) * 2)  # copied or touched
+    assert Store(tmp_path).reason(step) is None
+    path.write_text("lone text")
+    os.utime(path, (time.time() + 9,) * 2)
+    assert Store(tmp_path).reason(step) == "text.txt was edited"
+    Store(tmp_path).run(step)
+    assert path.read_text() == "long text"
+
+
 def test_outside_files_count_by_content_and_folders_by_their_files(tmp_path):
     file, folder = tmp_path / "rows.jsonl", tmp_path / "model"
     file.write_text("1")
@@ -178,8 +191,10 @@ def full(cause=None):
         OSError(errno.EDQUOT, "Disk quota exceeded"),
         RuntimeError("[enforce fail at inline_container.cc:664] . PytorchStreamWriter failed writing file data/1"),
         Exception("Error while serializing: I/O error: No space left on device (os error 28)"),
+        OSError(errno.EFBIG, "File too large"),
+        Exception("Error while serializing: I/O error: File too large (os error 27)"),
     ],
-    ids=["enospc", "quota", "torch", "safetensors"],
+    ids=["enospc", "quota", "torch", "safetensors", "efbig", "ulimit"],
 )
 def test_a_full_disk_is_one_sentence_and_earlier_outputs_stay(tmp_path, error):
     first, _ = pair("x")
@@ -346,9 +361,10 @@ def test_a_run_of_an_older_layout_is_refused(tmp_path, folder):
             ask(pair("x")[0])
 
 
-def test_a_damaged_record_is_one_sentence(tmp_path):
+@pytest.mark.parametrize("record", ["{", "[1]", "null", '{"layout": 3}', '{"layout": 3, "made_from": []}', "\0"])
+def test_a_damaged_record_is_one_sentence(tmp_path, record):
     Store(tmp_path).run(Step("seeds", "a", text, {"value": "x"}))
-    (tmp_path / "00-seeds/a/stage.json").write_text("{")
+    (tmp_path / "00-seeds/a/stage.json").write_text(record)
     told = f"^{tmp_path}/00-seeds/a/stage.json is damaged; remove the folder {tmp_path}/00-seeds/a and run again$"
     with pytest.raises(StepError, match=told):
         Store(tmp_path).run(Step("seeds", "a", text, {"value": "x"}))

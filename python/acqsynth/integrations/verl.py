@@ -54,7 +54,7 @@ async def compute_score(
     """
     info = extra_info or {}
     group = next((_key(info[key]) for key in GROUP_KEYS if info.get(key) is not None), None)
-    return _as_dict(await scorer_from_environment().ask(solution_str, (data_source, group)))
+    return _as_dict(await scorer_from_environment().ask(solution_str, (_key(data_source), group)))
 
 
 class AcquisitionRewardManager:

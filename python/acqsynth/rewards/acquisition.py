@@ -136,7 +136,7 @@ class AcquisitionReward(TrlReward):
     ) -> list[float | None]:
         """Rewards for n samples (None: text that does not parse), given the scores of the parsed ones."""
         self._check_form(
-            samples,
+            [] if log.evaluates else samples,
             "has the format that parse=%s expects, so each gets the lowest reward; ask for "
             "<question>...</question><answer>...</answer> in the prompts, or pass parse=acqsynth.parsing.as_text to "
             "score whole completions",
@@ -151,7 +151,8 @@ class AcquisitionReward(TrlReward):
         values = placed(scored.values[self.acquisition])
         floor = self._floor([value for value in values if value is not None])
         rewards = [floor if sample is None else value for sample, value in zip(samples, values, strict=True)]
-        self.masked += rewards.count(None)
+        if not log.evaluates:
+            self.masked += rewards.count(None)
         columns = {"value": values, "parsed": [sample is not None for sample in samples]}
         metrics: dict[str, float] = {}
         if n := len(samples):
@@ -160,7 +161,8 @@ class AcquisitionReward(TrlReward):
         if (errors := scored.stderr.get(self.acquisition)) is not None:
             columns["stderr"] = placed(errors)
             spread = Spread.within(values, columns["stderr"], [prompt_key(prompt) for prompt in prompts])
-            self._watch.add({self.acquisition: spread})
+            if not log.evaluates:
+                self._watch.add({self.acquisition: spread})
             if spread.reliability is not None:
                 metrics["reliability"] = spread.reliability
         self._log(rewards, columns, metrics, log)

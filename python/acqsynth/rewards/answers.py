@@ -20,6 +20,7 @@ import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 from acqsynth.domains import Domain, Sample
@@ -76,11 +77,11 @@ class SampledAnswers:
         """For each of n samples, k answers to its question."""
         return Batch.of(samples).each((self, "draws"), [sample.question for sample in samples], self._draw)
 
-    def shares(self, samples: Sequence[Sample]) -> list[float]:
+    def shares(self, samples: Sequence[Sample]) -> list[Fraction]:
         """For each of n samples, the share of the k answers that equal its own."""
         batch = Batch.of(samples)
 
-        def compute(new: list[Sample]) -> list[float]:
+        def compute(new: list[Sample]) -> list[Fraction]:
             asked: list[tuple[int, int, str]] = []  # position, number of answers of one form, one of these
             for i, drawn in enumerate(self.draw(batch.part(new))):
                 forms: dict[str, list[str]] = {}
@@ -89,9 +90,9 @@ class SampledAnswers:
                         forms.setdefault(self.domain.canonical(d.answer), []).append(d.answer)
                 asked += [(i, len(answers), answers[0]) for answers in forms.values()]
             right = self.domain.equivalent([new[i] for i, _, _ in asked], [answer for _, _, answer in asked])
-            shares = [0.0] * len(new)
+            shares = [Fraction(0)] * len(new)
             for (i, count, _), equal in zip(asked, right, strict=True):
-                shares[i] += equal * count / self.k
+                shares[i] += equal * Fraction(count, self.k)
             return shares
 
         return batch.each((self, "shares"), batch, compute, _answered)
@@ -204,7 +205,8 @@ class Learnability:
 
     def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
         batch = Batch.of(samples)
-        values: list[float | None] = [p * (1 - p) for p in self.answers.shares(batch)]
+        # Exact, as fusion ranks values that differ by rounding.
+        values: list[float | None] = [float(p * (1 - p)) for p in self.answers.shares(batch)]
         if not self.verified:
             return values
         verdicts = batch.verified(self.answers.domain)

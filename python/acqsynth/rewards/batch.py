@@ -10,6 +10,8 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import torch
+
 from acqsynth.domains import Domain, Sample
 from acqsynth.normal_form import visible
 from acqsynth.rewards.reliability import Spread
@@ -18,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_LARGEST = torch.finfo(torch.float32).max  # squares of larger values overflow in statistics
 _TRIES = 3  # samples on which a signal or gate fails before it is itself considered broken
 
 
@@ -73,10 +76,12 @@ class Batch(list[Sample]):
 
 
 def numbers(function: Callable[[Any], Any], samples: Sequence[Sample]) -> list[float | None]:
-    """A signal's values or standard errors as plain floats; None if there are none, and for NaN and infinity."""
+    """A signal's values or standard errors as plain floats in the range of float32; None if there are none, and for NaN
+    and infinity."""
     found = function(samples)
     plain = [None if value is None else float(value) for value in ([None] * len(samples) if found is None else found)]
-    return [value if value is not None and math.isfinite(value) else None for value in plain]
+    finite = (value if value is not None and math.isfinite(value) else None for value in plain)
+    return [None if value is None else max(-_LARGEST, min(_LARGEST, value)) for value in finite]
 
 
 def sample_length(sample: Sample) -> int:
@@ -103,7 +108,9 @@ class Entry:
 
     @property
     def length(self) -> int:
-        return len(self.text or "") if self.sample is None else sample_length(self.sample)
+        if self.sample is not None:
+            return sample_length(self.sample)
+        return len(self.text) if isinstance(self.text, str) else 0
 
 
 @dataclass

@@ -19,7 +19,7 @@ result lies strictly between 0 and 1. In the other methods a negative weight fli
 are already advantages, so a trainer should not divide by the group's deviation again (TRL: ``scale_rewards="none"``).
 Sources: van der Waerden 1952 (normal scores: quantiles instead of values); Parzen 2004 (midpoints for ties).
 
-A sample that lacks a value of any signal is excluded from all statistics and gets None.
+A sample that lacks a finite value of any signal is excluded from all statistics and gets None.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def fuse(
         if len(values) != n:
             raise ValueError(f"components: expected {n} values of {name!r}, one per sample, got {len(values)}")
     r = np.array([components[name] for name in weight], dtype=np.float64).reshape(len(weight), n)  # None -> NaN
-    known = ~np.isnan(r).any(axis=0)
+    known = np.isfinite(r).all(axis=0)
     keys = {key: j for j, key in enumerate(dict.fromkeys(groups))}
     g = np.array([keys[key] for key in groups], dtype=np.int64)[known]
     w = np.array(list(weight.values()))

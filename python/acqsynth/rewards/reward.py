@@ -25,6 +25,7 @@ because a signal can outweigh a bonus, and text that is not a question has the l
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from functools import partial
 from itertools import groupby
@@ -69,8 +70,9 @@ INFORMATION: dict[str, Any] = {"form": "linear", "probes": 4}
 class ComposedReward(TrlReward):
     """Gated and fused signals: a TRL 1.16 reward function, with ``score`` for other callers.
 
-    Archives, histories and length statistics are updated in training only; TRL's evaluation leaves them unchanged. A
-    call logs each signal's values, the gate that rejected each sample, and :meth:`metrics`.
+    Archives, histories and length statistics are updated in training only; TRL's evaluation leaves them unchanged.
+    Calls and refreshes from several threads take turns. A call logs each signal's values, the gate that rejected each
+    sample, and :meth:`metrics`.
 
     Args:
         domain: parses texts.
@@ -123,6 +125,13 @@ class ComposedReward(TrlReward):
         self.scored = 0  #: number of texts scored so far, without evaluation and probes
         self._lowest = math.inf  # of the totals of all calls
         self._guard = Guard(name)
+        self._turn = threading.RLock()  # calls and refreshes in threads take turns
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_turn"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _turn=threading.RLock())
 
     @classmethod
     def default(
@@ -188,14 +197,16 @@ class ComposedReward(TrlReward):
         Raises:
             ValueError: texts and groups differ in length.
         """
-        return self._score(texts, groups, update, by_runs=False)
+        with self._turn:
+            return self._score(texts, groups, update, by_runs=False)
 
     def _reward(self, prompts: Sequence[Any], completions: Sequence[Completion], log: Log) -> list[float | None]:
         # TRL splits consecutive groups over the ranks, so a group may begin on one rank and end on the next.
         texts, groups = [completion_text(c) for c in completions], [prompt_key(prompt) for prompt in prompts]
-        rewards = self._score(texts, groups, not log.evaluates, by_runs=True)
+        with self._turn:
+            rewards = self._score(texts, groups, not log.evaluates, by_runs=True)
+            metrics = self.metrics(rewards) if rewards.total else {}
         shown: dict[str, Sequence[Any]] = {**rewards.components, "gate": rewards.rejected_by}
-        metrics = self.metrics(rewards) if rewards.total else {}
         self._log(rewards.total, shown, metrics, log)
         return rewards.total
 
@@ -231,9 +242,10 @@ class ComposedReward(TrlReward):
         parts = self._parts()
         # Signals and gates share answers and labels, so each object is refreshed once.
         shared = [getattr(part, name, None) for part in parts for name in ("answers", "label")]
-        for part in {id(part): part for part in (*parts, *shared)}.values():
-            if hasattr(part, "refresh"):
-                part.refresh(student)
+        with self._turn:
+            for part in {id(part): part for part in (*parts, *shared)}.values():
+                if hasattr(part, "refresh"):
+                    part.refresh(student)
 
     @property
     def failures(self) -> int:
@@ -242,15 +254,16 @@ class ComposedReward(TrlReward):
 
     def state_dict(self) -> dict[str, Any]:
         """Archives, histories, length statistics and counts, for ``torch.save``."""
-        return {
-            "masked": self.masked,
-            "scored": self.scored,
-            **self._guard.state_dict(),
-            "lowest": self._lowest,
-            "history": {name: list(values) for name, values in self.history.items()},
-            "length_bins": {name: bins.state_dict() for name, bins in self.length_bins.items()},
-            "parts": {key: part.state_dict() for key, part in self._stateful().items()},
-        }
+        with self._turn:
+            return {
+                "masked": self.masked,
+                "scored": self.scored,
+                **self._guard.state_dict(),
+                "lowest": self._lowest,
+                "history": {name: list(values) for name, values in self.history.items()},
+                "length_bins": {name: bins.state_dict() for name, bins in self.length_bins.items()},
+                "parts": {key: part.state_dict() for key, part in self._stateful().items()},
+            }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores the state of :meth:`state_dict`.
@@ -260,8 +273,8 @@ class ComposedReward(TrlReward):
         """
         stateful = self._stateful()
         for key, ours in (("parts", stateful), ("length_bins", self.length_bins), ("history", self.history)):
-            if set(state[key]) != set(ours):
-                raise ValueError(f"state: expected {key} {sorted(ours)}, got {sorted(state[key])}")
+            if (found := set(state.get(key, ()))) != set(ours):
+                raise ValueError(f"state: expected {key} {sorted(ours)}, got {sorted(found)}")
         self._guard.load_state_dict(state, (part.name for part in self._parts()))
         self.masked = state["masked"]
         # Older states lack these.

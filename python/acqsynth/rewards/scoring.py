@@ -141,8 +141,9 @@ class Scorer:
 
     def refresh(self, student: Any) -> None:
         """Switches to another student; the gradient of reference samples is recomputed."""
-        self.student = student
-        self._reference = self._shared = None
+        with _scoring:  # a thread may be loading the previous student
+            self.student = student
+            self._reference = self._shared = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_shared": None}  # each process loads its own

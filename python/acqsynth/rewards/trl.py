@@ -6,6 +6,7 @@ counts as 0. :func:`combined` adds several rewards and masks a sample for all of
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import hashlib
 import inspect
@@ -166,7 +167,7 @@ def combined(
     """Combines several reward functions into their weighted sum; None if any of them returns None.
 
     TRL itself leaves None out of the sum, so a sample that one reward could not score competes with the sum of the
-    others. The function has the ``state_dict`` and ``load_state_dict`` of a reward, for the rewards that have state.
+    others. The result has the ``state_dict`` and ``load_state_dict`` of a reward, for the rewards that have state.
 
     Args:
         rewards: TRL reward functions; coroutine functions are allowed.
@@ -179,35 +180,47 @@ def combined(
     scales = [1.0] * len(rewards) if weights is None else [float(weight) for weight in weights]
     if not rewards or len(scales) != len(rewards):
         raise ValueError(f"weights: expected {max(1, len(rewards))}, one per reward, got {len(scales)}")
-
-    def total(columns: Sequence[Sequence[float | None]]) -> list[float | None]:
-        return [
-            None
-            if any(value is None for value in row)
-            else sum(scale * value for scale, value in zip(scales, row, strict=True) if value is not None)
-            for row in zip(*columns, strict=True)
-        ]
-
-    def together(*arguments: Any, **columns: Any) -> list[float | None]:
-        return total([reward(*arguments, **columns) for reward in rewards])
-
-    async def awaited(*arguments: Any, **columns: Any) -> list[float | None]:
-        given = [reward(*arguments, **columns) for reward in rewards]
-        return total([await value if inspect.isawaitable(value) else value for value in given])
-
     waits = any(inspect.iscoroutinefunction(f) or inspect.iscoroutinefunction(type(f).__call__) for f in rewards)
-    function: Callable[..., Any] = awaited if waits else together
-    function.__name__ = name
-    stateful: dict[str, Any] = {str(i): reward for i, reward in enumerate(rewards) if hasattr(reward, "state_dict")}
+    return (_Awaited if waits else _Combined)(rewards, scales, name)
 
-    def save() -> dict[str, Any]:
-        return {key: reward.state_dict() for key, reward in stateful.items()}
 
-    def load(state: Mapping[str, Any]) -> None:
+class _Combined:
+    """The weighted sum of reward functions; an object, as AsyncGRPO pickles rewards."""
+
+    def __init__(self, rewards: Sequence[Callable[..., Any]], weights: Sequence[float], name: str) -> None:
+        self.__name__ = name
+        self._rewards = list(rewards)
+        self._weights = weights
+
+    def __call__(self, *arguments: Any, **columns: Any) -> Any:
+        return self._total([reward(*arguments, **columns) for reward in self._rewards])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {key: reward.state_dict() for key, reward in self._stateful().items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        stateful = self._stateful()
         if state.keys() != stateful.keys():
             raise ValueError(f"state: expected that of rewards {list(stateful)}, got {list(state)}")
         for key, reward in stateful.items():
             reward.load_state_dict(state[key])
 
-    vars(function).update(state_dict=save, load_state_dict=load)
-    return function
+    def _stateful(self) -> dict[str, Any]:
+        return {str(i): reward for i, reward in enumerate(self._rewards) if hasattr(reward, "state_dict")}
+
+    def _total(self, columns: Sequence[Sequence[float | None]]) -> list[float | None]:
+        return [
+            None
+            if any(value is None for value in row)
+            else sum(weight * value for weight, value in zip(self._weights, row, strict=True) if value is not None)
+            for row in zip(*columns, strict=True)
+        ]
+
+
+class _Awaited(_Combined):
+    async def __call__(self, *arguments: Any, **columns: Any) -> list[float | None]:
+        async def values(reward: Callable[..., Any]) -> Any:
+            found = reward(*arguments, **columns)
+            return await found if inspect.isawaitable(found) else found
+
+        return self._total(await asyncio.gather(*map(values, self._rewards)))

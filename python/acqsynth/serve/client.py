@@ -7,6 +7,7 @@ import asyncio
 import json
 import logging
 import random
+import sys
 import time
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from acqsynth.rewards.scoring import Scored
-from acqsynth.serve.options import TOKEN_VARIABLE, is_loopback, token_from
+from acqsynth.serve.options import TOKEN_VARIABLE, checked_token, is_loopback, token_from
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ class ScorerClient:
     A scorer on this machine is reached directly; otherwise the proxies of the environment apply.
 
     Raises:
-        ValueError: an invalid URL, or a number out of range.
+        ValueError: an invalid URL or token, or a number out of range.
         RuntimeError: the environment names a proxy that httpx cannot use.
     """
 
@@ -99,21 +100,26 @@ class ScorerClient:
         backoff: float = 0.5,
         breaker: CircuitBreaker | None = None,
     ) -> None:
-        if not url.startswith(("http://", "https://")):
+        try:
+            address = httpx.URL(url)
+        except httpx.InvalidURL:
+            address = httpx.URL()
+        if address.scheme not in ("http", "https") or not address.host or address.query or address.fragment:
             raise ValueError(f"url: expected http://host:port, got {url!r}")
         for name, value in (("batch", batch), ("attempts", attempts)):
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
         if not timeout > 0:
             raise ValueError(f"timeout: expected seconds above 0, got {timeout}")
-        self.url = url.rstrip("/")
+        self.url = str(address.copy_with(userinfo=b"")).rstrip("/")  # without the password, as messages show it
         self.batch = batch
         self.timeout = timeout
         self.attempts = attempts
         self.backoff = backoff
         self.breaker = breaker or CircuitBreaker()
-        self._token = token
-        self._loopback = is_loopback(urlsplit(self.url).hostname or "")
+        self._token = None if token is None else checked_token(token, "token")
+        self._auth = (address.username, address.password) if address.userinfo else None
+        self._loopback = is_loopback(address.host)
         try:
             self._client({})
         except (ImportError, ValueError) as error:
@@ -158,7 +164,7 @@ class ScorerClient:
             if answer is None:
                 continue
             for i, count in zip(chunk, self._column(answer["n_tokens"], chunk), strict=True):
-                n_tokens[i] = count
+                n_tokens[i] = count or 0
             for name, column in values.items():
                 for i, value in zip(chunk, self._column(answer["values"].get(name, []), chunk), strict=True):
                     column[i] = value
@@ -169,7 +175,7 @@ class ScorerClient:
 
     def _client(self, headers: Mapping[str, str]) -> httpx.AsyncClient:
         timeout = httpx.Timeout(None, connect=_CONNECT_SECONDS)
-        return httpx.AsyncClient(headers=dict(headers), timeout=timeout, trust_env=not self._loopback)
+        return httpx.AsyncClient(auth=self._auth, headers=dict(headers), timeout=timeout, trust_env=not self._loopback)
 
     def _proxy(self) -> str:
         """Names the proxy that requests go through; empty without a proxy."""
@@ -241,7 +247,7 @@ class ScorerClient:
             raise ScorerError(f"{self.url}: {_reason(response)}")
         try:
             answer = response.json()
-        except ValueError:
+        except (ValueError, RecursionError):
             answer = None
         columns = [answer.get("values"), answer.get("stderr", {})] if isinstance(answer, dict) else [None]
         if not all(isinstance(each, dict) for each in columns) or "n_tokens" not in answer:
@@ -249,10 +255,14 @@ class ScorerClient:
         return answer
 
     def _column(self, column: Any, chunk: list[Any]) -> list[Any]:
+        """The numbers of a chunk; None for one that is not finite."""
         if not isinstance(column, list) or len(column) != len(chunk):
             got = len(column) if isinstance(column, list) else type(column).__name__
             raise ScorerError(f"{self.url}: expected {len(chunk)} values, one per sample, got {got}")
-        return column
+        for value in column:
+            if value is not None and type(value) not in (int, float):
+                raise ScorerError(f"{self.url}: expected numbers or null as values, got {type(value).__name__}")
+        return [value if value is not None and abs(value) <= sys.float_info.max else None for value in column]
 
     def __repr__(self) -> str:
         return f"ScorerClient({self.url!r})"
@@ -277,9 +287,9 @@ def _reason(response: httpx.Response) -> str:
     """Status and message of an error response."""
     try:
         message = response.json()["error"]["message"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         message = response.reason_phrase
-    return f"{response.status_code} {message}"
+    return f"{response.status_code} {message}"[:500]
 
 
 def _retry_after(response: httpx.Response) -> float:

@@ -68,12 +68,14 @@ def token_from(variable: str, file: Path | None, environment: Mapping[str, str] 
         OSError: the file cannot be read.
     """
     if file is not None:
-        token, source = file.read_text(encoding="utf-8").strip(), str(file)
-    else:
-        found = (os.environ if environment is None else environment).get(variable)
-        if found is None:
-            return None
-        token, source = found.strip(), variable
+        return checked_token(file.read_text(encoding="utf-8"), str(file))
+    found = (os.environ if environment is None else environment).get(variable)
+    return None if found is None else checked_token(found, variable)
+
+
+def checked_token(text: str, source: str) -> str:
+    """The token in ``text``, without white space around it; raises ValueError as :func:`token_from`."""
+    token = text.strip()
     if not token or not all("!" <= character <= "~" for character in token):
         raise ValueError(f"{source}: expected a token of visible ASCII characters without spaces")
     return token

@@ -65,7 +65,11 @@ def test_a_fixed_set_of_keys(built):
 
 @pytest.mark.parametrize(
     "info",
-    [lambda name: {"prompt": [{"role": "user", "content": name}]}, lambda name: {"index": np.int64(0), "of": name}],
+    [
+        lambda name: {"prompt": [{"role": "user", "content": name}]},
+        lambda name: {"index": np.int64(0), "of": name},
+        lambda name: {"index": 0, "of": [name]},
+    ],
 )
 def test_a_masked_sample_gets_the_mean_of_its_group(built, info):
     infos = [info(name) for name in "aaabb"]

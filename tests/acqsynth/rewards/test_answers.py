@@ -44,6 +44,20 @@ def test_learnability_is_of_the_samples_own_answer(answers, samples):
     assert answers.shares(samples) == [1, 1 / 2, 1 / 4, 0]
 
 
+def test_equal_learnability_is_equal_to_the_last_bit(domain, scripted, monkeypatch):
+    """However many forms an answer has: 0.7 + 0.1 + 0.2 is not 1, and 0.7 * (1 - 0.7) is not 0.3 * (1 - 0.3)."""
+    monkeypatch.setattr(domain, "canonical", str)
+    monkeypatch.setattr(domain, "equivalent", lambda gold, answers: [int(answer) == 7 for answer in answers])
+    drawn = {"all": [7, 1, 2], "few": [3, 0, 0], "split": [0, 1, 2], "many": [7, 0, 0]}
+
+    def script(question):
+        texts = [text for text, n in zip(("7", "07", "007"), drawn[question], strict=True) for _ in range(n)]
+        return texts + ["8"] * (10 - len(texts))
+
+    ten = SampledAnswers(scripted(script), domain, k=10)
+    assert Learnability(ten)([Sample(question, "7") for question in drawn]) == [0, 0.21, 0.21, 0.21]
+
+
 def test_learnability_of_verified_answers(answers, samples, domain, monkeypatch):
     """An answer that is wrong or cannot be checked gets 0 instead of p (1 - p)."""
     monkeypatch.setattr(type(domain), "verify", lambda self, asked: [True, None, True, False])

@@ -400,6 +400,8 @@ def test_a_run_resumes_where_it_stood(domain):
     assert resumed.state_dict().keys() == straight.state_dict().keys()
     with pytest.raises(ValueError, match=r"state: expected parts \['gate/new', 'signal/diversity'\], got \[\]"):
         resumed.load_state_dict(plain(domain, Told("a", VALUES)).state_dict())
+    with pytest.raises(ValueError, match=r"state: expected parts \['gate/new', 'signal/diversity'\], got \[\]"):
+        resumed.load_state_dict({})
 
 
 @pytest.mark.parametrize("kind", [np.float32, np.float64, torch.tensor, int, bool])
@@ -433,6 +435,21 @@ def test_a_value_that_is_no_number_is_a_failure(domain, bad):
     rewards = reward.score(TEXTS, GROUPS)
     assert rewards.components["a"] == [None if i == 1 else VALUES[str(i)] for i in range(6)]
     assert (reward.masked, reward.failures) == (1, 1)
+
+
+@pytest.mark.parametrize("fusion", METHODS)
+def test_a_huge_value_overflows_no_statistic(domain, fusion):
+    reward = ComposedReward(domain, [Told("a", VALUES | {"1": 1e300})], fusion=fusion)
+    total = reward.score(TEXTS, GROUPS).total
+    assert np.isfinite(np.array(total, dtype=float)).all()
+    assert reward.score(TEXTS[1:2], GROUPS[1:2]).components["a"] == [torch.finfo(torch.float32).max]
+
+
+@pytest.mark.parametrize("bad", [5, b"text", {"a": 1}, ["text"]])
+def test_an_object_that_is_no_text_costs_itself(domain, bad):
+    rewards = plain(domain, Told("a", VALUES)).score([bad, *TEXTS[1:]], GROUPS)
+    assert (rewards.total[0], rewards.lengths[0]) == (None, 0)
+    assert None not in rewards.total[1:]
 
 
 def test_a_probe_leaves_everything_as_it_was(domain):

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import logging
+import pickle
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +16,7 @@ import torch
 from fakes import PlainDomain, Told
 
 from acqsynth.domains import Sample
-from acqsynth.rewards import AcquisitionReward, ComposedReward, combined
+from acqsynth.rewards import AcquisitionReward, ComposedReward, combined, scoring
 from acqsynth.rewards.gates import New
 from acqsynth.rewards.scoring import Scored
 from acqsynth.rewards.trl import warn_of_mask
@@ -60,6 +65,63 @@ class TestEvaluation:
     def test_a_call_without_a_trainer_counts(self):
         reward = ComposedReward(WORDS, [], gates=[New()])
         assert [reward(["p"] * 2, TEXTS, log_metric={}.__setitem__) for _ in range(2)] == [[1.0, 1.0], [0.0, 0.0]]
+
+    def test_counts_in_no_statistic_of_a_single_acquisition(self, caplog):
+        reward = AcquisitionReward("a path", "mutual_information", parse=lambda text: text or None)
+        reward.scorer = Given(Scored({"mutual_information": [None, 1.0, 1.1] * 9}, [3] * 27, {}))
+        reward.scorer.scored.stderr["mutual_information"] = [1.0] * 27
+        for training, masked in ((False, 0), (True, 9)):
+            Trainer([reward], training).rewards(["a"] * 27)
+            assert reward.masked == masked
+            assert ("estimation noise" in caplog.text) is training
+
+
+class Slow(Told):
+    """Waits, so that other threads run, and counts those that are in a call with it."""
+
+    inside = most = 0
+
+    def __call__(self, samples):
+        self.inside += 1
+        self.most = max(self.most, self.inside)
+        time.sleep(0.02)
+        self.inside -= 1
+        return [1.0 for _ in samples]
+
+    def refresh(self, student):
+        self([])
+
+
+class TestThreads:
+    @pytest.mark.parametrize("copied", [False, True])
+    def test_take_turns(self, copied):
+        """Otherwise copies written at the same time would all be new."""
+        reward = ComposedReward(WORDS, [Slow("slow", {})], gates=[New()], fusion="raw", length_normalised=False)
+        reward = copy.deepcopy(reward) if copied else reward
+        with ThreadPoolExecutor(6) as pool:
+            calls = [pool.submit(reward, ["p"] * 2, TEXTS) for _ in range(4)]
+            calls += [pool.submit(reward.refresh, "another"), pool.submit(reward.score, TEXTS, ["p"] * 2)]
+        totals = [found if isinstance(found, list) else found.total for call in calls if (found := call.result())]
+        assert sorted(totals) == [[0.0, 0.0]] * 4 + [[1.0, 1.0]]
+        assert (reward.signals[0].most, reward.scored, len(reward.gates[0])) == (1, 10, 2)
+
+    def test_a_refresh_outlasts_a_load_of_the_student_before(self, monkeypatch):
+        loading, refreshed = threading.Event(), threading.Event()
+
+        def load(path, device):
+            loading.set()
+            refreshed.wait(0.2)
+            return SimpleNamespace(student=path)
+
+        monkeypatch.setattr(scoring, "load_student", load)
+        scorer = scoring.Scorer("before", ["entropy"])
+        with ThreadPoolExecutor(1) as pool:
+            checked = pool.submit(scorer.check)
+            loading.wait()
+            scorer.refresh("after")
+            refreshed.set()
+            checked.result()
+        assert scorer._student() == "after"
 
 
 class Given:
@@ -134,7 +196,8 @@ class TestSeveralRewards:
     def test_what_one_masks_all_mask(self):
         function = combined([first, second], [1.0, 2.0], name="both")
         assert function.__name__ == "both"
-        assert function(prompts=["p"] * 2, completions=["a", "?"]) == [-2.0, None]
+        for each in (function, pickle.loads(pickle.dumps(function))):
+            assert each(prompts=["p"] * 2, completions=["a", "?"]) == [-2.0, None]
 
     def test_with_a_coroutine(self):
         from trl.trainer.utils import is_async_callable
@@ -143,6 +206,16 @@ class TestSeveralRewards:
         assert is_async_callable(function)
         assert not is_async_callable(combined([first, second]))
         assert asyncio.run(function(prompts=["p"] * 3, completions=["a", "?", "!"])) == [11.0, None, None]
+
+    def test_coroutines_run_together(self):
+        meet = asyncio.Barrier(2)
+
+        async def waits(prompts, completions, **_):
+            async with asyncio.timeout(5):
+                await meet.wait()
+            return [1.0]
+
+        assert asyncio.run(combined([waits, waits])(prompts=["p"], completions=["a"])) == [2.0]
 
     @pytest.mark.parametrize(("rewards", "weights"), [([], None), ([first], [1.0, 2.0])])
     def test_one_weight_a_reward(self, rewards, weights):
@@ -154,11 +227,13 @@ class TestSeveralRewards:
             return combined([first, combined([ComposedReward(WORDS, [], gates=[New()]), second])])
 
         saved, restored = made(), made()
+        copied = copy.deepcopy(saved)
         assert saved(prompts=["p"], completions=["a long text"]) == [0.5]
         assert saved(prompts=["p"], completions=["a long text"]) == [-0.5]  # no longer new
         restored.load_state_dict(saved.state_dict())
         assert [made(prompts=["p"], completions=["a long text"]) for made in (saved, restored)] == [[-0.5]] * 2
         assert restored.state_dict() == saved.state_dict()
+        assert copied(prompts=["p"], completions=["a long text"]) == [0.5]  # shares no state
         with pytest.raises(ValueError, match=r"state: expected that of rewards \['0'\], got \[\]"):
             combined([made(), third]).load_state_dict(combined([first, third]).state_dict())
 

@@ -71,10 +71,11 @@ def test_an_outlier_does_not_drown_the_other_signal():
     assert fuse({"a": huge, "b": b}, ["p"] * 3, "rank") == fuse({"a": [1.0, 2.0, 3.0], "b": b}, ["p"] * 3, "rank")
 
 
+@pytest.mark.parametrize("unknown", [None, math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("method", METHODS)
-def test_masked_samples_are_in_no_statistic(method):
-    a = [1.0, None, 2.0, 4.0, 10.0, 50.0, 13.0]
-    b = [0.3, 7.0, 0.1, 0.2, 0.5, None, 0.9]
+def test_masked_samples_are_in_no_statistic(method, unknown):
+    a = [1.0, unknown, 2.0, 4.0, 10.0, 50.0, 13.0]
+    b = [0.3, 7.0, 0.1, 0.2, 0.5, unknown, 0.9]
     groups = ["p", "p", "p", "p", "q", "q", "q"]
     fused = fuse({"a": a, "b": b}, groups, method)
     assert fused[1] is None

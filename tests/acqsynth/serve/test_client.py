@@ -189,12 +189,41 @@ def test_what_can_not_is_raised_at_once(reached, status):
         httpx.Response(200, json={"values": [1.0], "n_tokens": [1]}),
         httpx.Response(200, json={"values": {"loss": None}, "n_tokens": [1]}),
         httpx.Response(200, json={"values": {"loss": [1.0]}, "n_tokens": [1], "stderr": [0.1]}),
+        httpx.Response(200, json={"values": {"loss": ["1.0"]}, "n_tokens": [1]}),
+        httpx.Response(200, json={"values": {"loss": [True]}, "n_tokens": [1]}),
+        httpx.Response(200, json={"values": {"loss": [1.0]}, "n_tokens": ["1"]}),
+        httpx.Response(200, json={"values": {"loss": [1.0]}, "n_tokens": [1], "stderr": {"loss": [[0.1]]}}),
+        httpx.Response(200, text="[" * 100_000),
     ],
 )
 def test_another_servers_answer_is_no_score(reached, answer):
     reached(Server(answer))
     with pytest.raises(ScorerError, match="expected"):
         ask(ScorerClient(URL), ["1"])
+
+
+def test_a_value_that_is_not_finite_is_none(reached):
+    numbers = f"[NaN, -Infinity, 1{'0' * 400}, 2]"
+    answer = f'{{"values": {{"loss": {numbers}}}, "n_tokens": [1, 2, null, 4]}}'
+    reached(Server(httpx.Response(200, text=answer)))
+    assert ask(ScorerClient(URL), ["1"] * 4) == ({"loss": [None, None, None, 2]}, [1, 2, 0, 4])
+
+
+@pytest.mark.parametrize("body", ["[" * 100_000, '{"error": {"message": "' + "x" * 100_000 + '"}}'])
+def test_a_message_is_short(reached, body):
+    reached(Server(httpx.Response(422, text=body)))
+    with pytest.raises(ScorerError, match="scorer:8000: 422 ") as error:
+        ask(ScorerClient(URL), ["1"])
+    assert len(str(error.value)) < 600
+
+
+def test_the_password_of_the_url_is_sent_but_not_shown(reached, caplog):
+    reached(server := Server(503))
+    client = ScorerClient("http://user:secret@scorer:8000/", attempts=1)
+    ask(client, ["1"])
+    assert server.asked[0].headers["authorization"] == "Basic dXNlcjpzZWNyZXQ="
+    assert "http://scorer:8000: 503" in caplog.text
+    assert "secret" not in caplog.text + repr(client)
 
 
 def test_given_up_samples_are_none_and_told(reached, caplog):
@@ -297,6 +326,14 @@ def test_a_copy_of_another_process_finds_out_for_itself(reached):
     ("options", "message"),
     [
         ({"url": "scorer:8000"}, "url: expected http://host:port, got 'scorer:8000'"),
+        *(
+            ({"url": url}, "url: expected http://host:port, got")
+            for url in ("http://", "http://:80", "http://host:port", "http://\u2603.example", "http://a:1/?b=1", "")
+        ),
+        *(
+            ({"url": URL, "token": token}, "token: expected a token of visible ASCII characters")
+            for token in ("", "a\nb", "\xe9")
+        ),
         ({"url": URL, "batch": 0}, "batch: expected at least 1, got 0"),
         ({"url": URL, "attempts": 0}, "attempts: expected at least 1, got 0"),
         ({"url": URL, "timeout": 0.0}, "timeout: expected seconds above 0"),

@@ -205,6 +205,11 @@ def test_no_samples(post):
              "acquisition_args": {"mutual_information": {"layers": 3}}},
             "layers",
         ),
+        (
+            {"samples": ["ab"], "acquisitions": ["mutual_information"],
+             "acquisition_args": {"mutual_information": {"draws": 2, "block": 10**20}}},
+            "block: expected an int below 2**63",
+        ),
     ],
 )  # fmt: skip
 def test_bad_requests(post, forwards, body, message):
