@@ -54,7 +54,8 @@ def standard_defaults() -> Iterator[None]:
 
 
 def _full_precision() -> Callable[[], None]:
-    """torch has an older and newer settings, and raises if the older is read while they disagree: all are restored."""
+    """Sets torch's products to full precision. torch has one older and several newer settings, and raises if the older
+    is read while they disagree."""
     newer = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before, older = [setting.fp32_precision for setting in newer], None
     with suppress(RuntimeError):  # they disagree already

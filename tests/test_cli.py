@@ -343,6 +343,10 @@ class TestOutput:
         assert link.is_symlink()
         assert [row["text"] for row in read(target)] == ["a fox"]
 
+    def test_a_link_to_a_file_of_another_extension(self, command, tmp_path, refused):
+        (tmp_path / "link.csv").symlink_to(tmp_path / "out.jsonl")
+        assert "expected a link to a file of the same extension" in refused(command([], out=tmp_path / "link.csv"))
+
     @pytest.mark.parametrize("name", ["out.jsonl", "out.csv", "out.parquet", "out"])
     def test_an_output_is_replaced_where_asked(self, name, command, tmp_path, capsys, refused):
         arguments = command([{"text": "a fox"}], out=tmp_path / name)

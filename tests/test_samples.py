@@ -119,7 +119,8 @@ class TestTensors:
     def test_padding_on_any_side(self, side, positions, encoded):
         samples = self.padded(side)
         samples["position_ids"] = positions(samples["attention_mask"])
-        rows = encoded({**samples, "token_type_ids": samples["attention_mask"], "pixel_values": None}, None)
+        others = {"token_type_ids": samples["attention_mask"], "pixel_values": None, "advantages": torch.ones(2, 4)}
+        rows = encoded({**samples, **others}, None)
         assert [tuple(row.ids.tolist()) for row in rows] == list(self.IDS)
         assert [row.targets.tolist() for row in rows] == [[-100, 6, 7, 8], [-100, 10, 11]]
 
@@ -131,7 +132,7 @@ class TestTensors:
         rows = encoded({**samples, "labels": labels}, None)
         assert [row.targets.tolist() for row in rows] == [[-100, 6, -100, 8], [-100, 10, 11]]
 
-    @pytest.mark.parametrize("key", ["completion_mask", "assistant_masks", "loss_mask"])
+    @pytest.mark.parametrize("key", ["completion_mask", "assistant_masks"])
     @pytest.mark.parametrize("side", ["left", "right"])
     def test_masks_confine_what_is_scored(self, side, key, encoded):
         samples = self.padded(side)
@@ -177,7 +178,8 @@ class TestTensors:
                 ({"input_ids": torch.ones(1, 4).long(), key: value}, ValueError, f'samples["{key}"]: {message}')
                 for key, value, message in (
                     ("pixel_values", torch.ones(1, 3, 8, 8), "expected token ids alone"),
-                    ("token_weights", torch.ones(1, 4), "expected token ids alone"),
+                    ("token_weights", torch.ones(1, 4), "expected labels, -100 at tokens that are not scored"),
+                    ("loss_mask", torch.ones(1, 4), "expected labels, -100 at tokens that are not scored"),
                     ("completion_mask", torch.ones(1, 3).long(), "expected [1, 4] as input_ids, got int64"),
                     ("cu_seq_lens_q", torch.tensor([0, 2, 4]), "expected token ids alone"),
                     ("position_ids", torch.arange(3), "expected [1, 4] as input_ids, got int64 tensor of shape [3]"),

@@ -3,6 +3,7 @@ may be written."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import errno
 import json
@@ -196,10 +197,13 @@ class Parts:
 
 
 def output(name: str) -> Path:
-    """The path of an output; that of the file that it links to, if it is a link to a file."""
+    """The path of an output. A link to a file gives the file's path."""
     target = os.path.realpath(name)  # may not exist although the link works: /dev/stdout
-    to_file = os.path.islink(name) and (os.path.isfile(target) or not os.path.exists(name))
-    return Path(target if to_file else name)
+    if not os.path.islink(name) or not (os.path.isfile(target) or not os.path.exists(name)):
+        return Path(name)
+    if Path(target).suffix != Path(name).suffix:
+        raise argparse.ArgumentTypeError(f"expected a link to a file of the same extension, got one to {target}")
+    return Path(target)
 
 
 def check_output(out: Path, data: Path, overwrite: bool) -> None:

@@ -9,16 +9,16 @@ a sample                               scored tokens
 ``{"prompt", "completion"}`` messages  the tokens after the rendered prompt and the opening of the reply
 ``{"messages"}``                       the last assistant turn, its closing tokens included
 tensors ``{"input_ids", ...}``         labels other than -100, else every real token with a predecessor, where
-                                       ``completion_mask``, ``assistant_masks`` and ``loss_mask`` are 1
+                                       ``completion_mask`` and ``assistant_masks`` are 1
 =====================================  ====================================================================
 
 The whole text is tokenized at once: tokens of joined pieces may differ from those the model sees. The completion begins
 with the first token whose span ends after the prompt, so a token across the boundary is scored. A table with these
 columns (``datasets.Dataset``, pandas, polars, Arrow, a mapping of lists) counts as a list of its rows. Numbers become
-text. Other keys and columns are ignored, except ``tools`` and ``chat_template_kwargs`` of conversations, which go to
-the chat template. Only a conversation's reply is scored, or only its tokens that the template marks as generated. A
-conversation is rejected if its reply cannot be scored in full, as where the template omits its reasoning, or if it
-contains images. Rows from :func:`encode` are samples too.
+text. Other keys and columns are ignored, except images, which are rejected, and ``tools`` and ``chat_template_kwargs``
+of conversations, which go to the chat template. Only a conversation's reply is scored, or only its tokens that the
+template marks as generated. A conversation is rejected if its reply cannot be scored in full, as where the template
+omits its reasoning. Rows from :func:`encode` are samples too.
 """
 
 from __future__ import annotations
@@ -83,12 +83,14 @@ class Row:
         return int((self.targets != checks.IGNORE_INDEX).int().argmax()) - 1
 
 
-#: Keys of integer tensors that confine the scored tokens, as in TRL and verl, and of all integer tensors that are read.
-_CONFINING = ("completion_mask", "assistant_masks", "loss_mask")
+#: Keys of integer tensors that confine the scored tokens, as in TRL, and of all integer tensors that are read.
+_CONFINING = ("completion_mask", "assistant_masks")
 _READ = ("input_ids", "attention_mask", "labels", *_CONFINING)
 
-#: Beginnings of the keys of tensors that change what a model sees besides token ids.
-_UNSEEN = ("pixel_values", "input_features", "inputs_embeds", "cu_seq_lens", "seq_idx")
+#: Beginnings of the keys of tensors that change what a model sees, besides token ids, or what is scored. In verl, some
+#: masks of the loss belong to tokens and some to the positions that predict them.
+_UNSEEN = ("pixel_values", "input_features", "input_values", "inputs_embeds", "cu_seq_lens", "seq_idx")
+_WEIGHTS = ("loss_mask", "loss_weight", "token_weight")
 
 EMPTY = Row(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
 
@@ -402,10 +404,10 @@ def _tensor_rows(samples: Mapping[str, Any]) -> list[Row]:
             f"got keys {keys}"
         )
     for key, value in samples.items():
-        # Others, such as those of a processor and weights of tokens, are matrices of floats.
-        matrix = isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() > 1
-        if key not in _READ and (matrix or (str(key).startswith(_UNSEEN) and value is not None)):
+        if str(key).startswith(_UNSEEN) and value is not None:
             raise ValueError(f'samples["{key}"]: expected token ids alone, as nothing else is given to the student')
+        if str(key).startswith(_WEIGHTS) and value is not None:
+            raise ValueError(f'samples["{key}"]: expected labels, -100 at tokens that are not scored')
     for key in _READ:
         value = samples.get(key)
         if value is None and key != "input_ids":

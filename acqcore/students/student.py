@@ -292,8 +292,9 @@ class Student:
         """Group of each sample; those of equal groups may share a batch. Runs a short row if that is unknown."""
         if len(lengths) > 1:
             longest = max(lengths)
-            if self.max_length is not None:  # a power of two if the student takes it, so that few lengths are checked
-                longest = max(longest, min(1 << (longest - 1).bit_length(), self.max_length))
+            if self.max_length is not None:  # rounded up if the student takes it, so that few lengths are checked
+                rounded = 1 << (longest - 1).bit_length() if longest < 1024 else -(-longest // 1024) * 1024
+                longest = max(longest, min(rounded, self.max_length))
             with self.scoring(), torch.inference_mode(False):
                 self._lengths.check(longest, self._vocab_size, lambda ids: self.hidden(ids.to(self.device)))
         return self._lengths.groups(lengths)

@@ -8,6 +8,7 @@ Multiple comparisons are corrected by Holm's procedure (Holm 1979).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -155,7 +156,7 @@ def holm(p: Sequence[float], alpha: float = 0.05) -> list[bool]:
     Source: Holm 1979, "A simple sequentially rejective multiple test procedure".
     """
     rejected = [False] * len(p)
-    for rank, i in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
+    for rank, i in enumerate(sorted(range(len(p)), key=lambda i: (math.isnan(p[i]), p[i]))):
         if not p[i] <= alpha / (len(p) - rank):  # nor for NaN
             break
         rejected[i] = True

@@ -35,7 +35,7 @@ _ALIKE = {
     0x20E3: ".",  # of a number on a keycap
 }
 _BRACKETED = {0x249C + i: chr(97 + i) for i in range(26)}  # letters whose compatibility form is "(a)"
-_CAPITAL_I = re.compile(r"(?<=[a-z])I++(?=[a-zI]*+(?![^\W_]))")  # for l in a word
+_CAPITAL_I = re.compile(r"(?<![^\W_])[a-z]++(?:I++[a-z]*+)++(?![^\W_])")  # for l in a word of lower case
 _INVISIBLE = frozenset({"Cf", "Cs", "Co", "Cn", "Cc"})
 # Invisible characters of other categories: joiners, fillers, blanks, variation selectors.
 _BLANK = frozenset(
@@ -99,7 +99,7 @@ def normal_form(text: str) -> str:
     if not plain.isascii():
         plain = _ORNAMENTS.sub("", plain.translate(_ALIKE))
         plain = unicodedata.normalize("NFC", "".join(map(_digit, plain)))
-    plain = _CAPITAL_I.sub(lambda found: "l" * len(found[0]), plain).casefold().translate(_ALIKE)
+    plain = _CAPITAL_I.sub(lambda word: word[0].replace("I", "l"), plain).casefold().translate(_ALIKE)
     if "<" in plain:
         plain = _COMMENT.sub("", plain)
         closed = {name for names in _CLOSING.findall(plain) for name in names}  # "x <y and z> w" is no tag

@@ -411,7 +411,10 @@ def _read_stage(folder: Path) -> dict[str, Any] | None:
     if stage.get("layout") != LAYOUT:
         output = folder.parent.parent
         raise StepError(f"output: {output} holds a run of an older version; remove it or set another output")
-    if not isinstance(stage.get("made_from"), dict):
+    artefacts = stage.get("artefacts", {})
+    if not isinstance(stage.get("made_from"), dict) or not isinstance(artefacts, dict):
+        raise damaged
+    if any(not isinstance(entry, list) or len(entry) != 2 for entry in artefacts.values()):
         raise damaged
     return stage
 
@@ -471,7 +474,7 @@ def _disk_is_full(error: BaseException) -> bool:
     while seen is not None:
         if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return True
-        texts = ("No space left on device", "File too large", "PytorchStreamWriter failed writing")
+        texts = ("No space left on device", "File too large (os error", "PytorchStreamWriter failed writing")
         if any(text in str(seen) for text in texts):
             return True
         seen = seen.__cause__ or seen.__context__

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 import torch
-from pydantic import PydanticUserError, TypeAdapter, ValidationError
 from trl import DPOConfig, GRPOConfig, SFTConfig
 
 T = TypeVar("T")
@@ -103,7 +102,7 @@ def grpo_steps(config: GRPOConfig, prompts: int) -> int:
     generated = config.generation_batch_size or 1
     completions = prompts * config.num_generations // generated * generated * config.num_iterations
     per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
-    return math.ceil(config.num_train_epochs * max(1, completions // per_step))
+    return math.ceil(config.num_train_epochs * max(1, -(-completions // per_step)))
 
 
 def _are_names(value: Any) -> bool:
@@ -134,16 +133,12 @@ def _build(kind: type[T], options: Mapping[str, Any], table: str) -> T:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value has the type of a field. Libraries also accept truth values in fields of texts."""
-    if str in (hint, *get_args(hint)):
+    """Whether a value has the type of a field of truth values or numbers. Other annotations are narrower than what the
+    libraries accept: lists for tuples, mappings for configurations, names by a pattern."""
+    kinds = set(get_args(hint) or (hint,)) - {type(None)}
+    if value is None or not kinds <= {bool, int, float}:
         return True
-    try:
-        TypeAdapter(hint).validate_python(value, strict=True)
-    except ValidationError:
-        return False
-    except PydanticUserError:  # a type that pydantic does not know
-        pass
-    return True
+    return type(value) in kinds or (type(value) is int and float in kinds)
 
 
 #: Fields that no library validates early: type, minimum, maximum, whether the minimum itself is allowed.

@@ -139,6 +139,7 @@ def test_what_is_called_by_chance_is_rare():
         ([0.04], [True]),
         ([0.04, 0.04], [False, False]),
         ([], []),
+        ([0.5, float("nan"), 1e-6], [False, False, True]),
     ],
 )
 def test_holm(p, rejected):

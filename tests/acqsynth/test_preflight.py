@@ -47,7 +47,7 @@ REFUSED = {
     "generator.options={bf16: 'yes'}": "generator.options: bf16: expected bool | None, got 'yes'",
     "generator.options.use_vllm=1": "generator.options: use_vllm: expected bool, got 1",
     "student.options.neftune_noise_alpha=x": "student.options: neftune_noise_alpha: expected float | None, got 'x'",
-    "student.options.lora={bias: some}": "student.options.lora: bias: expected Literal['none', 'all',",
+    "student.options.lora={use_dora: 'yes'}": "student.options.lora: use_dora: expected bool, got 'yes'",
     "engine.options.dtype=5": "engine.options.dtype: unknown 5",
     "generator.options.max_steps=0": "generator.options: max_steps: expected at least 1, or -1 for all of "
     "num_train_epochs, got 0",

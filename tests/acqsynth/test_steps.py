@@ -361,7 +361,18 @@ def test_a_run_of_an_older_layout_is_refused(tmp_path, folder):
             ask(pair("x")[0])
 
 
-@pytest.mark.parametrize("record", ["{", "[1]", "null", '{"layout": 3}', '{"layout": 3, "made_from": []}', "\0"])
+@pytest.mark.parametrize(
+    "record",
+    [
+        "{",
+        "[1]",
+        "null",
+        '{"layout": 3}',
+        '{"layout": 3, "made_from": []}',
+        "\0",
+        '{"layout": 3, "made_from": {}, "artefacts": {"x": 3}}',
+    ],
+)
 def test_a_damaged_record_is_one_sentence(tmp_path, record):
     Store(tmp_path).run(Step("seeds", "a", text, {"value": "x"}))
     (tmp_path / "00-seeds/a/stage.json").write_text(record)

@@ -31,7 +31,9 @@ _SCIENTIFIC = re.compile(
 _RECURRING = re.compile(r"([-+]?)(\d*)\.(\d*)(?:\\(?:overline|bar|dot)\{(\d+)\}|\((\d+)\))")
 _MODULO = re.compile(r"\(?\\?[pb]?mod(?:ulo)?(?![A-Za-z])\s*\{?(\d+|[A-Za-z])\}?\)?")
 _COMPARED = re.compile(r"\\([lg]e)q?(?:slant)?(?![A-Za-z])")
-_FUNCTION = re.compile(r"(?<![\\A-Za-z])(pi|(?:arc)?(?:sin|cos|tan)|cot|csc|ln|log)(?![A-Za-z])")
+_FUNCTION = re.compile(
+    r"(?<![\\A-Za-z])(pi(?![A-Za-z])|(?:(?:arc)?(?:sin|cos|tan)|cot|csc|ln|log)(?=\s*(?:[(\\{^\d]|[A-Za-z](?![A-Za-z]))))"
+)
 _EXPONENT = re.compile(r"\^\(([^()]*)\)")
 _BUILDER = re.compile(r"\\\{\s*([A-Za-z])\s*(?:\\mid|[:|])\s*(.*(?<![A-Za-z])\1(?![A-Za-z]).*)\\\}")
 _REALS = re.compile(r"(?:[A-Za-z]\s*\\in\s*)?\\mathbb(?:\s*R|\{R\})")
@@ -158,7 +160,8 @@ def _alternatives(plain: str) -> tuple[str, tuple[str, ...]]:
     """As :func:`_with_unit`, with alternatives as a set in one order: ``x = 3 or x = -2`` and ``x = 3 and -2`` become
     ``x = {-2, 3}``; ``y = 2, x = 1`` becomes ``(x, y) = (1, 2)``, and ``5 feet 3 inches`` ``5 ft 3 in``."""
     measures = [_with_unit(part) for part in _COMPOUND.split(plain)]
-    if len(measures) > 1 and all(unit and _known(unit[0]) and _rational(number) for number, unit in measures):
+    compound = all(unit and _known(unit[0]) and _rational(number) is not None for number, unit in measures)
+    if len(measures) > 1 and compound:
         return " ".join(f"{number} {' '.join(unit)}" for number, unit in measures), ()
     parts = [_with_unit(part) for part in ([plain] if _MIXED.match(plain) else _ALTERNATIVE.split(plain))]
     values = [_EQUALS.split(part) for part, _ in parts]

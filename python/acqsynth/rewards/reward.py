@@ -271,6 +271,10 @@ class ComposedReward(TrlReward):
         Raises:
             ValueError: the state belongs to a reward with other signals or gates.
         """
+        with self._turn:
+            self._load(state)
+
+    def _load(self, state: Mapping[str, Any]) -> None:
         stateful = self._stateful()
         for key, ours in (("parts", stateful), ("length_bins", self.length_bins), ("history", self.history)):
             if (found := set(state.get(key, ()))) != set(ours):

@@ -13,7 +13,7 @@ import inspect
 import json
 import logging
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -135,7 +135,8 @@ def completion_text(completion: Completion) -> str | None:
     """The text of a completion: itself, or that of its last assistant message; None if there is none."""
     if isinstance(completion, str):
         return completion
-    for message in reversed(completion if isinstance(completion, list | tuple) else ()):
+    messages = list(completion) if isinstance(completion, Iterable) else []  # verl's are arrays
+    for message in reversed(messages):
         if isinstance(message, Mapping) and message.get("role") == "assistant":
             content = message.get("content")
             if isinstance(content, list):  # content blocks, as for multimodal models

@@ -7,6 +7,7 @@ import asyncio
 import json
 import logging
 import random
+import re
 import sys
 import time
 import urllib.request
@@ -104,8 +105,10 @@ class ScorerClient:
             address = httpx.URL(url)
         except httpx.InvalidURL:
             address = httpx.URL()
-        if address.scheme not in ("http", "https") or not address.host or address.query or address.fragment:
-            raise ValueError(f"url: expected http://host:port, got {url!r}")
+        bare = re.sub(r"//[^/]*@", "//", url)  # without the password
+        sent = address.scheme in ("http", "https") and address.host and not re.search("[?#]", url)
+        if not sent or (address.port or 0) > 65535:
+            raise ValueError(f"url: expected http://host:port, got {bare!r}")
         for name, value in (("batch", batch), ("attempts", attempts)):
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")

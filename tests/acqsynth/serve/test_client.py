@@ -328,7 +328,16 @@ def test_a_copy_of_another_process_finds_out_for_itself(reached):
         ({"url": "scorer:8000"}, "url: expected http://host:port, got 'scorer:8000'"),
         *(
             ({"url": url}, "url: expected http://host:port, got")
-            for url in ("http://", "http://:80", "http://host:port", "http://\u2603.example", "http://a:1/?b=1", "")
+            for url in (
+                "http://",
+                "http://:80",
+                "http://host:port",
+                "http://\u2603.example",
+                "http://a:1/?b=1",
+                "",
+                "http://a:1?",
+                "http://a:99999",
+            )
         ),
         *(
             ({"url": URL, "token": token}, "token: expected a token of visible ASCII characters")
