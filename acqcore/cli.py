@@ -23,7 +23,7 @@ from acqcore.costs import command as plan_command
 from acqcore.files import choose, data as data_files, reference as reference_command
 from acqcore.files.data import Block, located
 from acqcore.files.executors import Executor, executor_of
-from acqcore.files.parts import Parts, check_output, output
+from acqcore.files.parts import Parts, check_output, table_output
 from acqcore.files.summary import Summary
 from acqcore.files.table import join, keep_top
 from acqcore.files.worker import ATTEMPTS, Job, write_failed
@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument(
         "--out",
         required=True,
-        type=output,
+        type=table_output,
         metavar="F",
         help=".parquet, .jsonl or .csv; without an extension a folder of parquet files; keeps every column of the data",
     )

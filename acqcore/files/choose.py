@@ -18,7 +18,7 @@ import torch
 from acqcore import checks
 from acqcore.files import data as data_files
 from acqcore.files.data import Record, located
-from acqcore.files.parts import check_output, output
+from acqcore.files.parts import check_output, table_output
 from acqcore.files.table import write_rows
 from acqcore.files.worker import TOP_ROWS, encode_records, load_student, record_error, shorten, shown_column
 from acqcore.literals import Method
@@ -47,7 +47,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", required=True, type=Path, metavar="F", help="a .jsonl, .csv or .parquet file, or a data set: org/name"
     )
-    parser.add_argument("--out", required=True, type=output, metavar="F", help=".jsonl, .csv or .parquet")
+    parser.add_argument("--out", required=True, type=table_output, metavar="F", help=".jsonl, .csv or .parquet")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing --out")
     parser.add_argument("--n", required=True, type=int, metavar="N", help="number of rows to choose")
     parser.add_argument(

@@ -199,11 +199,16 @@ class Parts:
 def output(name: str) -> Path:
     """The path of an output. A link to a file gives the file's path."""
     target = os.path.realpath(name)  # may not exist although the link works: /dev/stdout
-    if not os.path.islink(name) or not (os.path.isfile(target) or not os.path.exists(name)):
-        return Path(name)
-    if Path(target).suffix != Path(name).suffix:
-        raise argparse.ArgumentTypeError(f"expected a link to a file of the same extension, got one to {target}")
-    return Path(target)
+    to_file = os.path.islink(name) and (os.path.isfile(target) or not os.path.exists(name))
+    return Path(target if to_file else name)
+
+
+def table_output(name: str) -> Path:
+    """As :func:`output`, for a table, whose format follows from the extension."""
+    path = output(name)
+    if path.suffix != Path(name).suffix:
+        raise argparse.ArgumentTypeError(f"expected a link to a file of the same extension, got one to {path}")
+    return path
 
 
 def check_output(out: Path, data: Path, overwrite: bool) -> None:
