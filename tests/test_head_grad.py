@@ -123,7 +123,7 @@ def test_confident_samples(gap, form, implementation):
 
 @pytest.mark.parametrize("form", ["gram", "direct", "auto"])
 def test_samples_do_not_depend_on_the_batch(form, implementation):
-    case = random_case(200, 24, 250)
+    case = random_case(200, 24, 250 if implementation == "triton" else 600)  # two tiles
     offsets = torch.tensor([0, 10, 11, 150, 199, 200])
     whole = acqcore.head_grad_norm(case.hidden, case.head, case.targets, offsets, form=form, backend=implementation)
     for i, (begin, end) in enumerate(itertools.pairwise(offsets.tolist())):
@@ -309,7 +309,7 @@ def test_bad_sketch(change, error, message):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_ignored_rows_may_hold_anything(dtype, implementation):
     """Their hidden states change no bit of a result, and their gradients are zero."""
-    case = random_case(60, 40, 130).to(dtype)
+    case = random_case(60, 40, 130 if implementation == "triton" else 400).to(dtype)  # two tiles or more
     targets = case.targets
     targets[[5, 9, 59]] = -100
     bounds = checks.offsets(OFFSETS, targets)

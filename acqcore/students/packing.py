@@ -34,8 +34,8 @@ SHORT = 6
 #: Largest allowed difference between the two runs, relative to the largest hidden state.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 
-# Module -> its alterations, and the padded length, a power of two, up to which its hidden states were found to be
-# independent of the batch. A student without a module is entered by its own Lengths.
+# Module -> its alterations, and the padded length up to which its hidden states were found to be independent of the
+# batch. A student without a module is entered by its own Lengths.
 _CHECKED: WeakKeyDictionary[object, tuple[tuple[Any, ...], int]] = WeakKeyDictionary()
 
 

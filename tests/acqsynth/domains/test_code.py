@@ -344,10 +344,10 @@ def broken(program, names):
 
 @needs_sandbox
 @pytest.mark.filterwarnings("ignore:invalid escape")
-@pytest.mark.parametrize(("name", "step"), [("humaneval", 3), ("mbpp", 16)])
+@pytest.mark.parametrize(("name", "step"), [("humaneval", 1), ("mbpp", 8)])
 def test_real_programs_pass_and_mutated_ones_fail(shared_data, name, step):
     samples = code.load(shared_data(f"code/{name}.jsonl"))[::step]
-    assert len(samples) > 50
+    assert len(samples) > 120
     right = code.equivalent(samples, [sample.answer for sample in samples])
     assert [s.question for s, passed in zip(samples, right, strict=True) if not passed] == []
     sources = [re.sub(r"^```python\n|\n```$", "", sample.answer) for sample in samples]
