@@ -144,8 +144,8 @@ class Lengths:
         return -sum(length > limit for limit, _ in self._breaks)
 
     def check(self, longest: int, vocab_size: int, hidden: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Run a short row alone, and padded to ``longest`` tokens after a row of the same and other tokens. If its
-        hidden states differ for an unknown reason, samples do not share batches."""
+        """Run a short row alone, then padded to ``longest`` tokens in a batch with another row, some of whose tokens
+        are the same. If its hidden states differ for an unknown reason, samples do not share batches."""
         if self._breaks or self._alone or longest <= SHORT:
             return
         state = altered(self._key) if isinstance(self._key, nn.Module) else ()

@@ -87,9 +87,9 @@ class Row:
 _CONFINING = ("completion_mask", "assistant_masks")
 _READ = ("input_ids", "attention_mask", "labels", *_CONFINING)
 
-#: Beginnings of the keys of tensors that change what a model sees, besides token ids, or what is scored. In verl, some
-#: masks of the loss belong to tokens and some to the positions that predict them.
+#: Beginnings of the keys of tensors that change what a model sees, besides token ids.
 _UNSEEN = ("pixel_values", "input_features", "input_values", "inputs_embeds", "cu_seq_lens", "seq_idx")
+#: Of those that weight tokens. A ``loss_mask`` of verl may be aligned with the tokens or with those before them.
 _WEIGHTS = ("loss_mask", "loss_weight", "token_weight")
 
 EMPTY = Row(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))

@@ -133,8 +133,8 @@ def _build(kind: type[T], options: Mapping[str, Any], table: str) -> T:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value has the type of a field of truth values or numbers. Other annotations are narrower than what the
-    libraries accept: lists for tuples, mappings for configurations, names by a pattern."""
+    """Whether a value fits a field of booleans or numbers. Fields of other types are not checked: their annotations do
+    not cover all that the libraries accept, such as lists for tuples and mappings for configurations."""
     kinds = set(get_args(hint) or (hint,)) - {type(None)}
     if value is None or not kinds <= {bool, int, float}:
         return True
