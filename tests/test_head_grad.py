@@ -12,7 +12,7 @@ import torch
 import acqcore
 from acqcore import checks
 from acqcore.backends import HeadRows, get
-from acqcore.head_grad import grad_sketch_from, head_grad_norm_from, hidden_grad_from, loss_weights
+from acqcore.head_grad import SKETCH_ROWS, grad_sketch_from, head_grad_norm_from, hidden_grad_from, loss_weights
 from acqcore.testing import Case, case_from_logits, exact_hidden_grad, random_case
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -132,6 +132,20 @@ def test_samples_do_not_depend_on_the_batch(form, implementation):
             backend=implementation,
         )  # fmt: skip
         torch.testing.assert_close(alone[0], whole[i], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dim", [999, 1000])
+def test_a_sketch_does_not_depend_on_the_batch(dim):
+    """Bit for bit at every place in a vector, and where a sample is hashed in two parts."""
+    case, length = random_case(1100, 16, 40), 30
+    alone = acqcore.grad_sketch(
+        case.hidden[:length], case.head, case.targets[:length], torch.tensor([0, length]), dim=dim, backend="cpu"
+    )
+    for place in (*range(1, 10), SKETCH_ROWS - 7):
+        hidden, targets = case.hidden.roll(place, 0), case.targets.roll(place)
+        offsets = torch.tensor([0, place, place + length, 1100])
+        found = acqcore.grad_sketch(hidden, case.head, targets, offsets, dim=dim, backend="cpu")
+        assert torch.equal(found[1], alone[0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
