@@ -43,12 +43,44 @@ inline void multiply_blocks(const Blocks& blocks, const float* a /* [k, kPanelRo
   }
 }
 
-// to = from + sign part.
+// The sum over blocks of a vector of their partial products.
+inline Vec sum_blocks(const float* partial /* [blocks, kPlane] */, int64_t blocks) {
+  Vec sums[4] = {};  // four short chains: with the subtractions, no less accurate than one long chain
+  int64_t b = 0;
+  for (; b + 4 <= blocks; b += 4) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) sums[i] += load(partial + (b + i) * kPlane);
+  }
+#pragma GCC unroll 3
+  for (int i = 0; i < 3; ++i) {
+    if (b + i < blocks) sums[i] += load(partial + (b + i) * kPlane);
+  }
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+constexpr int kGroup = 4;  // vectors that share a pass over the parts
+static_assert(kTile % (kGroup * kLanes) == 0);
+
+// to = or += from, plus `sign` times each of the parts. All may be read and written up to a multiple of the group.
 template <int sign>
-inline void add(const float* from, const float* part, int width, float* to) {
-  for (int v = 0; v < width; v += kLanes) {
-    const Vec x = load(part + v);
-    store(to + v, sign > 0 ? load(from + v) + x : load(from + v) - x);
+inline void add_parts(const float* from, const float* const* parts /* [count] */, int count, int width, bool accumulate,
+                      float* to) {
+  for (int v = 0; v < width; v += kGroup * kLanes) {
+    Vec x[kGroup];
+#pragma GCC unroll 4
+    for (int j = 0; j < kGroup; ++j) {
+      x[j] = load(from + v + j * kLanes);
+      if (accumulate) x[j] = load(to + v + j * kLanes) + x[j];
+    }
+    for (int i = 0; i < count; ++i) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kGroup; ++j) {
+        const Vec part = load(parts[i] + v + j * kLanes);
+        x[j] = sign > 0 ? x[j] + part : x[j] - part;
+      }
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < kGroup; ++j) store(to + v + j * kLanes, x[j]);
   }
 }
 
@@ -59,33 +91,25 @@ inline void combine(const float* partial /* [blocks, kPlane] */, int64_t blocks,
   alignas(64) static constexpr float kZeros[kTile] = {};
   alignas(64) float here[kTile];
   float* all = accumulate ? here : z;
-  for (int v = 0; v < width; v += kLanes) {
-    Vec sums[4] = {};  // four short chains: with the subtractions, no less accurate than one long chain
-    for (int64_t b = 0; b < blocks; ++b) sums[b % 4] += load(partial + b * kPlane + v);
-    store(all + v, (sums[0] + sums[1]) + (sums[2] + sums[3]));
-  }
-  if (accumulate) add<1>(z, all, width, z);
+  for (int v = 0; v < width; v += kLanes) store(all + v, sum_blocks(partial + v, blocks));
+  if (accumulate) add_parts<1>(all, nullptr, 0, width, true, z);
   for (int k = 0; k < draws; ++k) {
     const bool* kept = keep + k * stride;
-    float* to = z + (1 + k) * kTile;
-    int64_t count = 0;
-    for (int64_t b = 0; b < blocks; ++b) count += kept[b];
-    const bool most = 2 * count > blocks;
-    const float* from = most ? all : kZeros;
-    if (accumulate) {
-      add<1>(to, from, width, to);
-      from = to;
-    }
+    int64_t kept_count = 0;
+    for (int64_t b = 0; b < blocks; ++b) kept_count += kept[b];
+    const bool most = 2 * kept_count > blocks;
+    const float* parts[kDepth];  // written for every block, so that there is no branch to predict
+    int count = 0;
     for (int64_t b = 0; b < blocks; ++b) {
-      if (kept[b] == most) continue;
-      if (most) {
-        add<-1>(from, partial + b * kPlane, width, to);
-      } else {
-        add<1>(from, partial + b * kPlane, width, to);
-      }
-      from = to;
+      parts[count] = partial + b * kPlane;
+      count += kept[b] != most;
     }
-    if (from != to) memcpy(to, from, 4 * kTile);
+    float* to = z + (1 + k) * kTile;
+    if (most) {
+      add_parts<-1>(all, parts, count, width, accumulate, to);
+    } else {
+      add_parts<1>(kZeros, parts, count, width, accumulate, to);
+    }
   }
 }
 
