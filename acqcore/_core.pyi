@@ -41,8 +41,9 @@ def row_stats(
 def delta_hash(
     isa: str,
     head: HeadArgs,
-    state: int,  # float64 [7, N]
-    index: int,  # int64 [N]
+    fill: bool,  # write the state too
+    state: int,  # float64 [7, N], read unless filled
+    index: int,  # int64 [N], read unless filled
     places: int,  # int32 [V]
     columns: int,
     out: int,  # float32 [N, columns], written

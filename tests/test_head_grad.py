@@ -13,9 +13,11 @@ import acqcore
 from acqcore import checks
 from acqcore.backends import HeadRows, get
 from acqcore.head_grad import SKETCH_ROWS, grad_sketch_from, head_grad_norm_from, hidden_grad_from, loss_weights
+from acqcore.signs import rotated_places
 from acqcore.testing import Case, case_from_logits, exact_hidden_grad, random_case
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ISAS = [isa for isa, missing in acqcore._core.isas() if not missing]
 OFFSETS = torch.tensor([0, 1, 3, 20, 60])
 
 
@@ -245,13 +247,38 @@ def test_sketch_keeps_inner_products(implementation):
     assert (stacked.var(dim=0).diagonal() <= 8 / 256 * exact.diagonal().square() * 1.5).all()
 
 
-def test_sketch_is_the_same_on_every_backend():
-    case = random_case(30, 24, 500)
-    offsets = torch.tensor([0, 12, 30])
-    a = acqcore.grad_sketch(case.hidden, case.head, case.targets, offsets, dim=96, seed=3, backend="cpu")
-    b = acqcore.grad_sketch(case.hidden, case.head, case.targets, offsets, dim=96, seed=3, backend="eager")
-    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-    assert a.shape == (2, 96)
+@pytest.mark.parametrize("dim", [7, 300])  # a vector crosses several groups of places, and parts of two
+@pytest.mark.parametrize("name", ["odd shapes", "everything", "absent targets", "two columns", "rising", "confident"])
+@pytest.mark.parametrize("isa", ISAS, ids="cpu/{}".format)
+def test_hashed_delta(name, dim, isa, monkeypatch):
+    """In one visit with the statistics and after them, within 1e-5 of each row's largest entry. For Triton's kernel see
+    ``kernels/test_sketch.py``."""
+    monkeypatch.setenv("ACQCORE_ISA", isa)
+    if name == "rising":
+        case = case_from_logits(torch.linspace(-40, 40, 600).repeat(3, 1), torch.tensor([599, 0, -100]))
+    elif name == "confident":
+        case = case_from_logits(torch.tensor([[80.0, 0.0, 1.0, 2.0], [0.0, 80.0, 1.0, 2.0]]), torch.tensor([0, 0]))
+    else:
+        case = _case(name)
+        case = dataclasses.replace(case, hidden=case.hidden[:8], targets=case.targets[:8])
+    n, exact = len(case.targets), case.to(torch.float64)
+    places = rotated_places(len(case.head.weight), dim, 3, 0)
+
+    def rows(case: Case) -> HeadRows:
+        state, index = torch.empty(7, n, dtype=torch.float64), torch.empty(n, dtype=torch.int64)
+        return HeadRows(case.hidden, case.head, case.targets, case.temperature, state, index)
+
+    expected, of_eager = torch.empty(n, dim, dtype=torch.float64), rows(exact)
+    get("eager").stats_and_hash(of_eager, places, expected)
+    together, filled = torch.full((n, dim), torch.nan), rows(case)
+    get("cpu").stats_and_hash(filled, places, together)
+    apart = torch.full((n, dim), torch.nan)
+    get("cpu").delta_hash(filled, places, apart)
+    torch.testing.assert_close(filled.state, of_eager.state, rtol=2e-5, atol=2e-5, equal_nan=True)
+    assert torch.equal(filled.index, of_eager.index)
+    size = expected.abs().amax(dim=1, keepdim=True).clamp_min(1e-300)
+    for got in (together, apart):
+        assert float(((got.double() - expected).abs() / size).max()) < 1e-5
 
 
 def test_ranks_of_inner_products_survive_sketching():

@@ -116,7 +116,7 @@ def count(monkeypatch, tokenizer):
     hook(type(tokenizer), "__call__", lambda _, texts, **__: counted.update(tokenized=len(texts)))
     hook(acqcore.Student, "hidden", lambda _, ids: counted.update(forwards=1, tokens=ids.numel()))
     backend = type(get("cpu"))
-    for name in ("row_stats", "fill_hidden_grad", "delta_hash", "head_grad_norm"):
+    for name in ("row_stats", "fill_hidden_grad", "delta_hash", "stats_and_hash", "head_grad_norm"):
         assert name in vars(Backend)
         hook(backend, name, lambda _, rows, *__: counted.update(products=int(len(rows.hidden) > 0)))
     hook(backend, "fisher_sums", lambda _, rows, probes, *__: counted.update(products=2 + probes.count))

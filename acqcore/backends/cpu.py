@@ -82,10 +82,22 @@ class Cpu(Backend):
         places: torch.Tensor,  # [V] int32
         out: torch.Tensor,  # [N, n] float32, written
     ) -> None:
+        self._hash(rows, places, False, out)
+
+    def stats_and_hash(
+        self,
+        rows: HeadRows,
+        places: torch.Tensor,  # [V] int32
+        out: torch.Tensor,  # [N, n] float32, written
+    ) -> None:
+        self._hash(rows, places, True, out)
+
+    def _hash(self, rows: HeadRows, places: torch.Tensor, fill: bool, out: torch.Tensor) -> None:
         with _head_args(rows) as arguments:
             _core.delta_hash(
                 self.instruction_set(),
                 arguments,
+                fill,
                 rows.state.data_ptr(),
                 rows.index.data_ptr(),
                 places.data_ptr(),

@@ -80,11 +80,12 @@ void row_stats(const std::string& isa, const acqcore::HeadArgs& head, uintptr_t 
   run(isa, &acqcore::Operations::row_stats, args);
 }
 
-void delta_hash(const std::string& isa, const acqcore::HeadArgs& head, uintptr_t state, uintptr_t index,
+void delta_hash(const std::string& isa, const acqcore::HeadArgs& head, bool fill, uintptr_t state, uintptr_t index,
                 uintptr_t places, int64_t columns, uintptr_t out) {
   const acqcore::DeltaHashArgs args = {head,
-                                       reinterpret_cast<const double*>(state),
-                                       reinterpret_cast<const int64_t*>(index),
+                                       fill,
+                                       reinterpret_cast<double*>(state),
+                                       reinterpret_cast<int64_t*>(index),
                                        reinterpret_cast<const int32_t*>(places),
                                        columns,
                                        reinterpret_cast<float*>(out)};
@@ -216,8 +217,8 @@ void register_cpu(py::module_& m) {
            py::arg("targets"), py::arg("softcap"), py::arg("scale"), py::arg("temperature"), py::arg("vocab_start"));
   m.def("row_stats", &row_stats, py::arg("isa"), py::arg("head"), py::arg("bounds"), py::arg("samples"),
         py::arg("products"), py::arg("state"), py::arg("index"));
-  m.def("delta_hash", &delta_hash, py::arg("isa"), py::arg("head"), py::arg("state"), py::arg("index"),
-        py::arg("places"), py::arg("columns"), py::arg("out"));
+  m.def("delta_hash", &delta_hash, py::arg("isa"), py::arg("head"), py::arg("fill"), py::arg("state"),
+        py::arg("index"), py::arg("places"), py::arg("columns"), py::arg("out"));
   m.def("hash_columns", &hash_columns, py::arg("isa"), py::arg("threads"), py::arg("values"), py::arg("rows"),
         py::arg("columns"), py::arg("places"), py::arg("dim"), py::arg("out"));
   m.def("fisher_sums", &fisher_sums, py::arg("isa"), py::arg("head"), py::arg("state"), py::arg("index"),

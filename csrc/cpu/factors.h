@@ -4,6 +4,7 @@
 #include <math.h>
 
 #include "fold.h"
+#include "parallel.h"
 #include "tile.h"
 
 namespace acqcore::ACQCORE_ISA {
@@ -31,6 +32,67 @@ inline float fold_factors(const Transform& transform, const float* z, int n, int
     for (int i = 0; i < n; i += kLanes) store(factors + i, load(factors + i) * factor);
   }
   return scale;
+}
+
+constexpr int64_t kFoldSplits = 32;  // splits of the vocabulary, so that float32 suffices for each
+
+// A block of rows that are folded while sums over the vocabulary take up their factors.
+struct FoldedRows {
+  const int64_t* rows;  // row numbers
+  int64_t count;
+  int64_t columns;      // of a row's sums
+  float* sums;          // [count, columns], relative to the references, times 2^40
+  float* references;    // [count]
+  LaneState* lanes;     // [count]
+  RowState* states;     // [count]
+};
+
+inline FoldedRows take_folded_rows(Arena& arena, int64_t block, int64_t columns) {
+  return {nullptr, 0, columns, arena.take<float>(block * columns), arena.take<float>(block),
+          arena.take<LaneState>(block), arena.take<RowState>(block)};
+}
+
+// Folds the products z [kTile] of row i with a tile and turns them into factors, in place; the target's is 0. Rescales
+// the row's sums.
+inline void fold_row(const HeadArgs& head, const Transform& transform, const FoldedRows& folded, int64_t i, int64_t tile,
+                     int width, float* z) {
+  const int n = static_cast<int>(ceil_div(width, kLanes) * kLanes);
+  float copy[kTile];  // the logits, needed for the cap's derivative
+  transform(z, width, tile);
+  const int64_t target = head.targets[folded.rows[i]] - head.vocab_start - tile;
+  const bool here = target >= 0 && target < width;
+  if (here) folded.lanes[i].target = z[target];
+  const float* logits = transform.capped ? static_cast<float*>(memcpy(copy, z, 4 * n)) : z;
+  const float scale =
+      fold_factors(transform, logits, n, head.vocab_start + tile, folded.lanes[i], folded.references[i], z);
+  if (here) z[target] = 0;
+  if (scale == 1) return;
+  float* sums = folded.sums + i * folded.columns;
+  for (int64_t j = 0; j < folded.columns; ++j) sums[j] *= scale;
+}
+
+// Calls add_tile(tile, width) for every tile of the vocabulary, which calls fold_row for every row and adds the factors
+// to the sums; then writes the rows' states.
+template <typename AddTile>
+inline void fold_block(const HeadArgs& head, const FoldedRows& folded, double* state /* [7, N] */,
+                       int64_t* index /* [N] */, const AddTile& add_tile) {
+  const int64_t vocabulary = head.weight.rows;
+  const int64_t split_columns = ceil_div(ceil_div(vocabulary, kTile), kFoldSplits) * kTile;
+  for (int64_t i = 0; i < folded.count; ++i) {
+    clear(folded.states[i]);
+    folded.references[i] = -INFINITY;
+  }
+  for (int64_t first = 0; first < vocabulary; first += split_columns) {
+    const int64_t last = lesser(first + split_columns, vocabulary);
+    for (int64_t i = 0; i < folded.count; ++i) clear(folded.lanes[i]);
+    for (int64_t tile = first; tile < last; tile += kTile) {
+      add_tile(tile, static_cast<int>(lesser(kTile, last - tile)));
+    }
+    for (int64_t i = 0; i < folded.count; ++i) merge(folded.states[i], reduce(folded.lanes[i]));
+  }
+  for (int64_t i = 0; i < folded.count; ++i) {
+    write_state(folded.states + i, folded.rows[i], head.hidden.rows, state, index);
+  }
 }
 
 }  // namespace acqcore::ACQCORE_ISA

@@ -95,8 +95,9 @@ struct HiddenGradArgs {
 // Delta hashed to n places; delta [N, V] as in head_grad.py, zero in ignored rows.
 struct DeltaHashArgs {
   HeadArgs head;          // with targets
-  const double* state;    // [7, N], of row_stats for the same head
-  const int64_t* index;   // [N], of the same call
+  bool fill;              // write the state of row_stats in the same visit, for a whole vocabulary
+  double* state;          // [7, N]; read unless filled
+  int64_t* index;         // [N]; read unless filled
   const int32_t* places;  // [V]: column v is added to place p, or subtracted from place ~p if p is negative
   int64_t columns;        // n
   float* out;             // [N, n], written
