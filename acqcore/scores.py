@@ -22,7 +22,7 @@ class Scores(Mapping[str, torch.Tensor]):
         n_tokens: ``[n]`` int64, scored tokens.
         valid: ``[n]`` bool, False where a value is NaN.
         stderr: name -> ``[n]`` float32, standard errors of stochastic acquisitions that estimate them (mutual
-            information in its linear form); NaN with a single probe.
+            information in its linear form, ``epig``); NaN with a single probe.
     """
 
     def __init__(

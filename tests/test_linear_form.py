@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import acqcore
-from acqcore.acquisitions import LinearOptions
+from acqcore.acquisitions import REGISTRY, LinearOptions
 from acqcore.gradients import per_sample
 from acqcore.gradients.per_sample import controlled
 from acqcore.gradients.rules import is_linear
@@ -283,6 +283,12 @@ def test_the_control_is_unbiased_and_takes_noise_away():
         assert abs(float(mean.mean()) - 1) < 3 * float(mean.std()) / 100000**0.5
         assert float(mean.var()) < 0.35 * float(squares[:, :probes].mean(dim=1).var())
     assert torch.equal(controlled(squares[:, :1], excess[:, :1]), squares[:, :1])
+
+
+def test_an_estimate_below_zero_becomes_zero():
+    found = torch.tensor([[0.5, -0.7], [3.0, -1.0], [torch.nan, 1.0]], dtype=torch.float64)
+    values = REGISTRY["mutual_information"].value(found, LinearOptions(probes=2))
+    torch.testing.assert_close(values, torch.tensor([0.0, 0.5, torch.nan], dtype=torch.float64), equal_nan=True)
 
 
 def test_one_probe_has_no_standard_error(tiny_model):

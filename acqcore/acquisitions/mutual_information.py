@@ -42,12 +42,12 @@ def mutual_information(
 
     The linear form is its limit for small noise of variance s^2 on activations or weights theta (delta method):
     ``1/2 sum_i s_i^2 E_{y ~ p} (d log p_y / d theta_i)^2``, averaged over a sample's scored tokens, or summed with
-    ``reduction="sum"``.
+    ``reduction="sum"``. An estimate below 0, which few probes of a single token can give, becomes 0.
 
     Source: Houlsby et al. 2011 (BALD); by MC dropout, Gal, Islam & Ghahramani 2017.
     """
     if isinstance(options, LinearOptions):
         assert isinstance(found, torch.Tensor)
-        return options.factor * found.mean(dim=1)
+        return options.factor * found.mean(dim=1).clamp_min(0)
     assert isinstance(found, BayesStats)
     return found.mutual_information

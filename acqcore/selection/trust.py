@@ -7,7 +7,7 @@ import torch
 from acqcore import checks
 from acqcore.defaults import standard_defaults
 
-#: Candidate ridge strengths, relative to the mean eigenvalue of the centred Gram matrix.
+#: Candidate ridge strengths, relative to the mean squared singular value of the scaled vectors.
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
 

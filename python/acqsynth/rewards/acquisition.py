@@ -40,12 +40,12 @@ class AcquisitionReward(TrlReward):
     """TRL 1.16 reward function: the acquisition value of each completion for a student.
 
     Text that does not parse gets the lowest possible value: 0.0, or -1.0 for influence by cosine. Influence by dot
-    product has none, so such text gets the lowest value of the call if that is negative. Samples that cannot be scored
-    are masked. One ``acqcore.score`` call scores all completions of a call. Logged per sample: the value and whether
-    the text parses. Logged per call: shares parsed and masked, mean, correlation with length and, for randomly
-    estimated acquisitions, ``reliability`` as in :meth:`ComposedReward.metrics`. A call raises RuntimeError if the
-    student is to come from ``ACQSYNTH_STUDENT`` and it is not set, or if values have no lower bound on several ranks
-    without ``sync``; otherwise it raises as ``acqcore.score`` does.
+    product and ``epig`` have none, so such text gets the lowest value of the call if that is negative. Samples that
+    cannot be scored are masked. One ``acqcore.score`` call scores all completions of a call. Logged per sample: the
+    value and whether the text parses. Logged per call: shares parsed and masked, mean, correlation with length and, for
+    randomly estimated acquisitions, ``reliability`` as in :meth:`ComposedReward.metrics`. A call raises RuntimeError if
+    the student is to come from ``ACQSYNTH_STUDENT`` and it is not set, or if values have no lower bound on several
+    ranks without ``sync``; otherwise it raises as ``acqcore.score`` does.
 
     Args:
         student: a transformers causal LM (even the model in training: it is scored in eval mode and left unchanged), an
@@ -65,7 +65,7 @@ class AcquisitionReward(TrlReward):
         max_length: samples are truncated to this many tokens, and to the student's maximum length.
         sync: the ranks of the ``torch.distributed`` group call the reward together and share the lowest value, which
             is the reward for text that does not parse. Required on several ranks if values have no lower bound
-            (influence by dot product).
+            (influence by dot product, ``epig``).
         name: name under which TRL logs; by default ``acquisition_<acquisition>``.
         url: URL of a scoring server to use instead of a student; creates a :class:`RemoteAcquisitionReward`.
 
@@ -105,7 +105,7 @@ class AcquisitionReward(TrlReward):
         self._sync = sync
         cosine = acquisition == "influence" and (arguments or {}).get("similarity", "cosine") == "cosine"
         self._least = -1.0 if cosine else 0.0  #: the known lower bound of the values
-        self._unbounded = acquisition == "influence" and not cosine
+        self._unbounded = acquisition == "epig" or (acquisition == "influence" and not cosine)
 
     def _reward(self, prompts: Sequence[Any], completions: Sequence[Completion], log: Log) -> list[float | None]:
         if not self._checked_form:

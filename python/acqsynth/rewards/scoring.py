@@ -28,6 +28,9 @@ STUDENT_VARIABLE = "ACQSYNTH_STUDENT"
 #: Arguments of ``acqcore.influence_reference`` that may accompany influence's reference samples.
 REFERENCE = ("parameters", "dim", "seed")
 
+#: Arguments that may be the path of a file.
+SAVED = ("reference", "archive")
+
 #: Scoring switches the student's mode, so threads must take turns (AsyncGRPO runs several).
 _scoring = threading.Lock()
 
@@ -92,6 +95,7 @@ class Scorer:
         acqcore.check_request(
             known or "entropy", checked, reduction=reduction, batch_tokens=batch_tokens, backend=backend, device=device
         )
+        self.arguments = {name: _opened(name, given or {}) for name, given in self.arguments.items()}
         self.name = name
         self.reduction = reduction
         self.tokenizer = tokenizer
@@ -232,6 +236,13 @@ class Scorer:
                 self._shared = load_student(os.fspath(student), self.device)
             return self._shared.student
         return student if isinstance(student, acqcore.Student) else acqcore.Student.from_model(student)
+
+
+def _opened(acquisition: str, given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The arguments with a saved reference or archive in place of its path, so that all calls share it."""
+    paths = [name for name, value in given.items() if isinstance(value, os.PathLike | str) and name in SAVED]
+    options = REGISTRY[acquisition].options.of(acquisition, given) if paths else None
+    return {**given, **{name: getattr(options, name) for name in paths}}
 
 
 def _placed(

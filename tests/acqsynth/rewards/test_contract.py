@@ -15,6 +15,7 @@ import pytest
 import torch
 from fakes import PlainDomain, Told
 
+import acqcore
 from acqsynth.domains import Sample
 from acqsynth.rewards import AcquisitionReward, ComposedReward, combined, scoring
 from acqsynth.rewards.gates import New
@@ -164,12 +165,18 @@ class TestText:
         reward = self.reward(monkeypatch, [0.3], world, acquisition="entropy")
         assert reward(["p", "p"], ["", "a"]) == [0.0, 0.3]
 
-    def test_of_values_without_a_bound_needs_all_ranks(self, monkeypatch):
-        arguments = {"reference": self.REFERENCE, "similarity": "dot"}
-        options = {"acquisition": "influence", "arguments": arguments}
+    EPIG_REFERENCE = acqcore.EpigReference(torch.zeros(2, 1, 4), "all", 0, {})
+
+    @pytest.mark.parametrize(
+        ("acquisition", "arguments"),
+        [("influence", {"reference": REFERENCE, "similarity": "dot"}), ("epig", {"reference": EPIG_REFERENCE})],
+    )
+    def test_of_values_without_a_bound_needs_all_ranks(self, acquisition, arguments, monkeypatch):
+        options = {"acquisition": acquisition, "arguments": arguments}
+        message = f"{acquisition} have no lower bound, .* make the reward with sync=True"
         assert self.reward(monkeypatch, [-7.0], 1, **options)(["p", "p"], ["", "a"]) == [-7.0, -7.0]
         for values in ([-7.0], [7.0]):  # raises on every rank, as a single one would leave the others waiting
-            with pytest.raises(RuntimeError, match=r"influence have no lower bound, .* make the reward with sync=True"):
+            with pytest.raises(RuntimeError, match=message):
                 self.reward(monkeypatch, values, 2, **options)(["p", "p"], ["", "a"])
 
         def gather(found, own):

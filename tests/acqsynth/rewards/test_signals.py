@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 
 import acqcore
 from acqsynth.rewards import AcquisitionSignal, Scorer, Signal, acquisition_signals
@@ -121,6 +122,30 @@ def test_an_archive_of_gradients_grows_with_what_passes(domain, samples, model, 
     resumed = build()
     resumed.load_state_dict(signal.state_dict())
     assert resumed(samples) == signal(samples)
+
+
+def test_saved_references_and_archives_are_given_by_path(domain, samples, model, tokenizer, tmp_path):
+    encoded = {"samples": rows(samples[:2]), "tokenizer": tokenizer}
+    made = {"influence": acqcore.influence_reference(model, dim=64, **encoded)}
+    made["epig"] = acqcore.epig_reference(model, dim=64, **encoded)
+    for name, reference in made.items():
+        path = tmp_path / name
+        reference.save(path)
+        given, saved = (
+            acquisition_signals(model, {name: {"reference": value}}, domain, tokenizer=tokenizer)[0]
+            for value in (reference, str(path))
+        )
+        path.unlink()  # read once
+        assert saved(samples) == given(samples)
+    archive = acqcore.Archive(8)
+    archive.add(acqcore.grad_sketch(model, dim=64, **encoded))
+    torch.save(archive.state_dict(), tmp_path / "archive")
+    arguments = {"archive": str(tmp_path / "archive"), "dim": 64}
+    [signal] = acquisition_signals(model, {"archive_novelty": arguments}, domain, tokenizer=tokenizer)
+    before = signal(samples)
+    signal.accept(samples)
+    assert len(signal) == 3
+    assert signal(samples)[2] < before[2]
 
 
 def test_what_depends_on_the_others_is_asked_with_all_of_them(domain, samples, model, tokenizer):
