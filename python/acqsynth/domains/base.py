@@ -160,8 +160,8 @@ class Domain(ABC):
             FileNotFoundError: no such local file. ValueError: a column is missing (the message lists those present), a
                 row cannot be read (the message gives its number), or there are no rows.
         """
-        if limit is not None and limit < 1:
-            raise ValueError(f"limit: expected at least 1, got {limit}")
+        if limit is not None and (not isinstance(limit, int) or limit < 1):
+            raise ValueError(f"limit: expected an int >= 1, got {limit!r}")
         columns = columns or {}
         layout: Layout | None = None
         found: list[Sample] = []

@@ -61,8 +61,8 @@ class TransformersEngine(Engine):
             place = device or ("cuda" if torch.cuda.is_available() else "cpu")
             model = acqcore.load_model(path, dtype).to(place).eval()
             tokenizer = tokenizer or load_tokenizer(path)
-        if batch_tokens < 1:
-            raise ValueError(f"batch_tokens: expected at least 1, got {batch_tokens}")
+        if not isinstance(batch_tokens, int) or batch_tokens < 1:
+            raise ValueError(f"batch_tokens: expected an int >= 1, got {batch_tokens!r}")
         self.model = model
         self.tokenizer = tokenizer
         self.batch_tokens = batch_tokens

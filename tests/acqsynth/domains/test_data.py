@@ -131,7 +131,7 @@ def test_files_that_are_none(math, tmp_path):
     (tmp_path / "bytes.jsonl").write_bytes(b"\xff\xfe\n")
     with pytest.raises(ValueError, match=r"bytes\.jsonl: row 1: not JSON"):
         math.load(str(tmp_path / "bytes.jsonl"))
-    with pytest.raises(ValueError, match="limit: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="limit: expected an int >= 1, got 0"):
         math.load(str(tmp_path / "rows.tsv"), limit=0)
 
 
