@@ -263,7 +263,8 @@ def text(row: Row, column: str) -> str:
     if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf:
         value = str(value)  # a csv file does not distinguish 5 from "5"
     if not isinstance(value, str) or not value.strip() or _SURROGATE.search(value):
-        raise ValueError(f"{column}: expected text, got {value!r:.60}")
+        encoded = " in UTF-8" if isinstance(value, str) and value.strip() else ""
+        raise ValueError(f"{column}: expected text{encoded}, got {value!r:.60}")
     return value.replace("\r\n", "\n").strip()
 
 
