@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Protocol, TypeVar
 
 from acqsynth.domains import Domain, Messages, Sample
-from acqsynth.engines import Engine, Sampling
+from acqsynth.engines import Engine, Sampling, derived_seed
 from acqsynth.rewards.batch import Batch
 from acqsynth.rewards.texts import NearCopies
 
@@ -121,7 +121,7 @@ def write(
         engine: engine of the generator.
         domain: parses samples and names faults.
         prompts: used in turn, and then again with other random seeds.
-        sampling: how completions are drawn; its seed is that of the first round.
+        sampling: how completions are drawn; each round derives its own seed.
         rows: number of rows wanted.
         gates: as in :mod:`acqsynth.rewards.gates`, in order; those with an archive add the rows kept.
         asked: questions asked before; those of the rows kept are added.
@@ -320,8 +320,8 @@ def _draw_until(
     per_prompt: int,
 ) -> WriteResult[T]:
     """Calls ``keep`` in rounds until there are enough rows. ``keep`` draws for some prompts, returns the rows kept, at
-    most as many as are still wanted, and counts those dropped. ``sampling`` is that of the first round; later rounds
-    use the following seeds. A prompt yields at most ``per_prompt`` rows."""
+    most as many as are still wanted, and counts those dropped. Each round derives its
+    own seed from that of ``sampling``. A prompt yields at most ``per_prompt`` rows."""
     for name, value in (("rows", rows), ("rounds", rounds), ("prompts", len(prompts))):
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
@@ -333,7 +333,7 @@ def _draw_until(
         asked = min(len(prompts), math.ceil((rows - len(result.rows)) / (rate * per_prompt)))
         picked = [prompts[(next_prompt + i) % len(prompts)] for i in range(asked)]
         room = rows - len(result.rows)
-        result.rows += keep(picked, replace(sampling, seed=sampling.seed + result.rounds), room, dropped)
+        result.rows += keep(picked, replace(sampling, seed=derived_seed(sampling.seed, result.rounds)), room, dropped)
         next_prompt = (next_prompt + asked) % len(prompts)
         offered += asked * per_prompt
         result.completions += asked * sampling.n
