@@ -86,8 +86,9 @@ def write(rows: Sequence[dict[str, Any]], choices: Path, out: Path, *, small: bo
 def tables(results: Results, choices: dict[str, Any]) -> str:
     primary = results.minus(PRIMARY, AS_IT_IS)
     lines = [
-        f"- **Primary: {PRIMARY} minus {AS_IT_IS}: {interval(primary)} points** over {plural(primary.n, 'paired seed')} "
-        f"({verdict(primary, primary.p)}; paired standard deviation {primary.deviation:.1f}, a difference of "
+        f"- **Primary: {PRIMARY} minus {AS_IT_IS}: {interval(primary)} points** over "
+        f"{plural(primary.n, 'paired seed')} ({verdict(primary, primary.p)}; "
+        f"paired standard deviation {primary.deviation:.1f}, a difference of "
         f"{primary.detectable:.1f} would be found in 80 % of such runs)."
     ]
     lines += [f"- {name}: {results.mean(name):.1f} %." for name in ORIENTATION if name in results.found]

@@ -25,10 +25,10 @@ SUFFIXES = (".jsonl", ".csv", ".parquet")
 _DEEPEST = 200  # maximum nesting of a JSON value, well within Python's limit
 _DIGITS = 4000  # maximum digits of an integer; Python's limit is 4,300
 _CELL = 1 << 24  # maximum characters of a csv cell; an unclosed quote would turn the rest of the file into one cell
-_OTHERS = {
-    **{b"\xff\xfe\0\0": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\x1f\x8b": "a gzip file"},
-    **{b"PK\3\4": "a zip file", b"BZh91AY": "a bzip2 file", b"(\xb5/\xfd": "a zstd file", b"PAR1\x15": "a parquet file"},
-}  # by first bytes
+_OTHERS = {  # by first bytes
+    b"\xff\xfe\0\0": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\x1f\x8b": "a gzip file",
+    b"PK\3\4": "a zip file", b"BZh91AY": "a bzip2 file", b"(\xb5/\xfd": "a zstd file", b"PAR1\x15": "a parquet file",
+}  # fmt: skip
 _READ_BYTES = 1 << 20  # bytes of a parquet column read at a time
 _READ_ROWS = 1024  # parquet rows read at a time
 

@@ -179,8 +179,8 @@ EGGS = (
     [
         *(("12", other) for other in ("twelve", "a dozen", "1 dozen", "XII", "1 2", "12th", "several")),
         *(("1000", other) for other in ("1 000", "1,000", "1k", "1 thousand", "one thousand", "10^3", "10**3", "10³")),
-        *(("12", other) for other in ("0xc", "0XC", "0b1100", "0o14", "(10+2)", "15 - 3", "3 × 4", r"(3\*4)", "(24/2)")),
-        *(("1000", other) for other in ("0x3e8", "(999 + 1)", "(999.5+.5)")),
+        *(("12", other) for other in ("0xc", "0XC", "0b1100", "(10+2)", "15 - 3", "3 × 4", r"(3\*4)", "(24/2)")),
+        *(("1000", other) for other in ("0x3e8", "0o1750", "(999 + 1)", "(999.5+.5)")),
         *(("1000", other) for other in ("10 hundred", "1e3", "1 × 10^3", "$10^{3}$", "1000.0")),
     ],
 )
