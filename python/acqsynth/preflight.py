@@ -142,7 +142,7 @@ def on_this_machine(config: Config) -> None:
         ConfigError: a required device, package, model or file is missing, or the output cannot be written; names the
             key.
     """
-    from acqsynth.train_options import require_trackers
+    from acqsynth.train_options import require
 
     engine = config.engine
     trains = config.generator.options.get("use_vllm")
@@ -150,7 +150,7 @@ def on_this_machine(config: Config) -> None:
         if uses and importlib.util.find_spec("vllm") is None:
             raise ConfigError(f'{key}: vllm is not installed: run pip install "acqcore[vllm]"')
     for key, trainer in _trainers(config).items():
-        _checked(f"{key}.options.report_to", require_trackers, trainer)
+        _checked(f"{key}.options", require, trainer)
     device = engine.options.get("device")
     _checked("engine.options", acqcore.check_request, "entropy", device=None if device is None else str(device))
     _checked("domain", find_domain(config.domain).require)

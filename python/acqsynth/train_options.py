@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib.util
 import math
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
-from transformers import get_scheduler
+from transformers import Trainer, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 from trl import DPOConfig, GRPOConfig, SFTConfig
 
@@ -99,7 +100,7 @@ def _check_late(config: Any) -> None:
     weight = torch.optim.SGD([torch.zeros(1, requires_grad=True)], config.learning_rate)
     try:
         get_reporting_integration_callbacks(config.report_to)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"options: report_to: {error}") from error
     try:
         get_scheduler(config.lr_scheduler_type, weight, 1, 2, config.lr_scheduler_kwargs)
@@ -107,10 +108,15 @@ def _check_late(config: Any) -> None:
         raise ValueError(f"options: lr_scheduler_kwargs: {error}") from error
 
 
-def require_trackers(config: Any) -> None:
-    """Raises RuntimeError if a tracker of ``report_to`` is not installed."""
+def require(config: Any) -> None:
+    """Raises ImportError, RuntimeError or ValueError if a tracker, kernel or optimizer is not installed or lacks
+    options."""
     for tracker in get_reporting_integration_callbacks(config.report_to):
         tracker()
+    if config.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
+        raise ImportError('use_liger_kernel: liger-kernel is not installed: run pip install "liger-kernel"')
+    if config.optim_target_modules is None:  # otherwise it looks for modules of the model
+        Trainer.get_optimizer_cls_and_kwargs(config, torch.nn.Linear(1, 1))
 
 
 def check_prompts(config: GRPOConfig, prompts: int) -> None:
@@ -146,9 +152,9 @@ def _build(kind: type[T], options: Mapping[str, Any], table: str) -> T:
             near = difflib.get_close_matches(name, entries, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"{table}: {kind.__name__} has no field {name!r}{hint}")
-        known = _choices(entries[name])
-        for each in value if isinstance(value, list) else [value]:
-            if known and each is not None and str(each) not in known:
+        known, single = _choices(entries[name], hints[name]), hints[name] is str
+        for each in value if isinstance(value, list) and not single else [value]:
+            if known and (single or each is not None) and str(each) not in known:
                 raise ValueError(f"{table}: {name}: unknown {each!r}, expected one of {', '.join(known)}")
         if name in _RANGES and value is not None:
             _check_range(f"{table}: {name}", value, *_RANGES[name])
@@ -157,22 +163,24 @@ def _build(kind: type[T], options: Mapping[str, Any], table: str) -> T:
             raise ValueError(f"{table}: {name}: expected {str(wanted).replace('typing.', '')}, got {value!r}")
     try:
         return kind(**options)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{table}: {error}") from error
 
 
-def _choices(entry: dataclasses.Field[Any]) -> list[str]:
+def _choices(entry: dataclasses.Field[Any], hint: Any) -> list[str]:
     """The values that a field lists; of some fields of TRL only the description does."""
+    if get_origin(hint) is Literal:
+        return list(get_args(hint))
     if entry.name in _DESCRIBED and "choices" not in entry.metadata:
-        return list(dict.fromkeys(re.findall(r"(?<!=)['`](\w+)['`]", entry.metadata["help"])))
+        return list(dict.fromkeys(re.findall(r"(?<!=)['`](\w+)['`]", entry.metadata.get("help", ""))))
     return list(entry.metadata.get("choices") or ())
 
 
 def _fits(value: Any, hint: Any) -> bool:
     """Whether a value fits a field of booleans or numbers. Fields of other types are not checked: their annotations do
     not cover all that the libraries accept, such as lists for tuples and mappings for configurations."""
-    kinds = set(get_args(hint) or (hint,)) - {type(None)}
-    if value is None or not kinds <= {bool, int, float}:
+    kinds = set(get_args(hint) or (hint,))
+    if not kinds <= {bool, int, float, type(None)}:
         return True
     return type(value) in kinds or (type(value) is int and float in kinds)
 

@@ -7,6 +7,7 @@ import json
 import re
 
 import pytest
+from transformers import trainer_optimizer
 from transformers.integrations import integration_utils
 
 from acqsynth import models, preflight
@@ -64,9 +65,15 @@ REFUSED = {
     "generator.options.adam_beta1=2": "generator.options: adam_beta1: expected a number at least 0 and at most 1, got",
     "generator={model: m, method: dpo, options: {loss_type: [sigmoid, foo]}}": "loss_type: unknown 'foo', expected one",
     "student.options.loss_type=foo": "student.options: loss_type: unknown 'foo', expected one of nll, dft",
+    "student.options.loss_type=null": "student.options: loss_type: unknown None, expected one of nll, dft",
+    "student.options.loss_type=[nll]": "student.options: loss_type: unknown ['nll'], expected one of nll, dft",
     "student.options.optim=foo": "student.options: foo is not a valid OptimizerNames, please select one of",
     "student.options.lr_scheduler_type=cosine_with_min_lr": "student.options: lr_scheduler_kwargs: ",
     "evaluation.validity.options.report_to=foo": "evaluation.validity.options: report_to: foo is not supported",
+    "student.options.num_train_epochs=null": "student.options: num_train_epochs: expected float, got None",
+    "student.options.learning_rate=null": "student.options: learning_rate: expected float, got None",
+    "student.options.lora={bias: foo}": "student.options.lora: bias: unknown 'foo', expected one of none, all",
+    "generator.options.num_generations=null": "generator.options: unsupported operand",
     "generator.options.max_completion_length=0": "max_completion_length: expected an integer at least 1, got 0",
     "generator.options.reward_weights=[1, 2]": "generator.options: reward_weights: expected one weight",
     "generator.options.num_generatoins=8": "no field 'num_generatoins'; did you mean 'num_generations'?",
@@ -257,8 +264,21 @@ def test_rewards_may_be_scaled_in_each_way_of_the_library(scale):
 @pytest.mark.parametrize("key", ["generator", "student", "evaluation.validity"])
 def test_a_missing_tracker_is_said_before_a_run(key, monkeypatch):
     monkeypatch.setattr(integration_utils, "is_wandb_available", lambda: False)
-    with pytest.raises(ConfigError, match=rf"^{key}\.options\.report_to: WandbCallback requires wandb to be installed"):
+    with pytest.raises(ConfigError, match=rf"^{key}\.options: WandbCallback requires wandb to be installed"):
         preflight.on_this_machine(load("arithmetic", [f"{key}.options.report_to=wandb"]))
+
+
+def test_a_missing_kernel_is_said_before_a_run(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"^student\.options: use_liger_kernel: liger-kernel is not installed"):
+        preflight.on_this_machine(load("arithmetic", ["student.options.use_liger_kernel=true"]))
+
+
+@pytest.mark.parametrize("options", ["{optim: adamw_bnb_8bit}", "{optim_args: foo}"])
+def test_an_optimizer_that_cannot_be_made_is_said_before_a_run(options, monkeypatch):
+    monkeypatch.setattr(trainer_optimizer, "is_bitsandbytes_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"^student\.options: "):
+        preflight.on_this_machine(load("arithmetic", [f"student.options={options}"]))
 
 
 def test_a_domain_that_computes_may_label():
