@@ -44,9 +44,9 @@ def prompts(
 
 def deal(domain: Domain, seeds: Sequence[Sample], n: int, *, shown: int, seed: int) -> list[list[Sample]]:
     """The seeds that each of the n prompts of :func:`prompts` shows."""
-    if n < 1:
-        raise ValueError(f"n: expected at least 1, got {n}")
-    if not 0 <= shown <= len(seeds):
+    if not isinstance(n, int) or n < 1:
+        raise ValueError(f"n: expected an int >= 1, got {n!r}")
+    if not isinstance(shown, int) or not 0 <= shown <= len(seeds):
         raise ValueError(f"shown: expected 0 to {len(seeds)}, the number of seeds, got {shown}")
     shuffle = random.Random(seed).shuffle
     groups = domain.hands(seeds) if shown else [[]]
@@ -323,8 +323,8 @@ def _draw_until(
     most as many as are still wanted, and counts those dropped. Each round derives its
     own seed from that of ``sampling``. A prompt yields at most ``per_prompt`` rows."""
     for name, value in (("rows", rows), ("rounds", rounds), ("prompts", len(prompts))):
-        if value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}: expected an int >= 1, got {value!r}")
     result: WriteResult[T] = WriteResult([], rows)
     dropped: Counter[str] = Counter()
     next_prompt = offered = 0

@@ -150,7 +150,10 @@ class ScorerClient:
 
         Raises:
             ScorerError: the server rejects the request, or is not a scorer.
+            TypeError: samples are one string.
         """
+        if isinstance(samples, str):
+            raise TypeError("samples: expected a list of samples, got a string")
         acquisitions = [acquisitions] if isinstance(acquisitions, str) else list(acquisitions)
         question = {
             "acquisitions": acquisitions,

@@ -342,7 +342,7 @@ def test_a_copy_of_another_process_finds_out_for_itself(reached):
         ),
         *(
             ({"url": URL, "token": token}, "token: expected a token of visible ASCII characters")
-            for token in ("", "a\nb", "\xe9")
+            for token in ("", "a\nb", "\xe9", 5)
         ),
         ({"url": URL, "batch": 0}, "batch: expected an int >= 1, got 0"),
         ({"url": URL, "batch": 1.5}, "batch: expected an int >= 1, got 1.5"),
@@ -355,6 +355,8 @@ def test_a_copy_of_another_process_finds_out_for_itself(reached):
     ],
 )
 def test_bad_arguments(options, message):
+    with pytest.raises(TypeError, match="samples: expected a list of samples, got a string"):
+        ask(ScorerClient(URL), "abc")
     with pytest.raises(ValueError, match=message):
         ScorerClient(**options)
     with pytest.raises(ValueError, match="failures: expected an int >= 1, got 0"):
