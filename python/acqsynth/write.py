@@ -322,7 +322,9 @@ def _draw_until(
     """Calls ``keep`` in rounds until there are enough rows. ``keep`` draws for some prompts, returns the rows kept, at
     most as many as are still wanted, and counts those dropped. Each round derives its
     own seed from that of ``sampling``. A prompt yields at most ``per_prompt`` rows."""
-    for name, value in (("rows", rows), ("rounds", rounds), ("prompts", len(prompts))):
+    if not prompts:
+        raise ValueError("prompts: expected at least one, got none")
+    for name, value in (("rows", rows), ("rounds", rounds)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}: expected an int >= 1, got {value!r}")
     result: WriteResult[T] = WriteResult([], rows)

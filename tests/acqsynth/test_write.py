@@ -207,7 +207,7 @@ def test_it_gives_up_and_says_so(sums, scripted, caplog):
     [
         ({"rows": 0}, "rows: expected an int >= 1, got 0"),
         ({"rows": 1, "rounds": 0}, "rounds: expected an int >= 1, got 0"),
-        ({"rows": 1, "prompts": []}, "prompts: expected an int >= 1, got 0"),
+        ({"rows": 1, "prompts": []}, "prompts: expected at least one, got none"),
     ],
 )
 def test_nothing_to_do(sums, scripted, options, message):
