@@ -55,6 +55,10 @@ def difference(a: Sequence[float], b: Sequence[float]) -> Difference:
     return Difference(n, mean, mean - half, mean + half, deviation, p, half + float(student_t.ppf(0.8, n - 1)) * error)
 
 
+def plural(n: int, noun: str) -> str:
+    return f"{n} {noun}{'' if n == 1 else 's'}"
+
+
 def holm(p: Mapping[str, float]) -> dict[str, float]:
     """Adjusted p values of the comparisons of one family (Holm 1979)."""
     adjusted: dict[str, float] = {}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import harness
-from benchmarks.paired import Difference, difference, holm
+from benchmarks.paired import Difference, difference, holm, plural
 from benchmarks.pool_data import KINDS
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -85,7 +85,7 @@ def write(rows: Sequence[dict[str, Any]], choices: Path, out: Path, *, small: bo
     """Prints the tables and writes them next to the log and, unless ``small``, to ``results/`` and ``docs/``."""
     results = Results(rows)
     if "B" not in results.seeds or DEFAULT not in results.arms:
-        print(f"{len(rows)} units are done; no seed of pool B is complete yet")
+        print(f"units done: {len(rows)}; no seed of pool B is complete yet")
         return
     made = json.loads(choices.read_text()) if choices.exists() else {}
     text = tables(results, made)
@@ -172,7 +172,7 @@ def tables(results: Results, choices: dict[str, Any]) -> str:
             f"{one['state']}; default = gate {recipe['gate']}, value {recipe['value']}, spread {recipe['spread']}."
         )
     for pool in sorted(results.seeds, reverse=True):
-        lines += ["", f"**Pool {pool}**, {len(results.seeds[pool])} seeds", ""]
+        lines += ["", f"**Pool {pool}**, {plural(len(results.seeds[pool]), 'seed')}", ""]
         headings = ["arm", "seeds", "accuracy, %", "minus random", "p (Holm)", "default minus it", "p (Holm)"]
         headings += ["junk, %", *KINDS[1:], "test-retest"] if pool == "B" else []
         lines += ["| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import harness
-from benchmarks.paired import Difference, difference, holm
+from benchmarks.paired import Difference, difference, holm, plural
 from benchmarks.pool_report import DOCS, interval, verdict, write_section
 
 PAGE, PICTURE = DOCS / "evidence-write.md", DOCS / "evidence-write.png"
@@ -61,7 +61,7 @@ def write(rows: Sequence[dict[str, Any]], choices: Path, out: Path, *, small: bo
     """Prints the tables and writes them next to the log and, unless ``small``, to ``results/`` and ``docs/``."""
     results = Results(rows)
     if PRIMARY not in results.found or AS_IT_IS not in results.found:
-        print(f"{len(rows)} units are done; no seed of the report is complete yet")
+        print(f"units done: {len(rows)}; no seed of the report is complete yet")
         return
     made = json.loads(choices.read_text()) if choices.exists() else {}
     text = tables(results, made)
@@ -86,8 +86,9 @@ def write(rows: Sequence[dict[str, Any]], choices: Path, out: Path, *, small: bo
 def tables(results: Results, choices: dict[str, Any]) -> str:
     primary = results.minus(PRIMARY, AS_IT_IS)
     lines = [
-        f"- **Primary: {PRIMARY} minus {AS_IT_IS}: {interval(primary)} points** over {primary.n} paired seeds "
-        f"({verdict(primary, primary.p)}; paired standard deviation {primary.deviation:.1f}, a difference of "
+        f"- **Primary: {PRIMARY} minus {AS_IT_IS}: {interval(primary)} points** over "
+        f"{plural(primary.n, 'paired seed')} ({verdict(primary, primary.p)}; "
+        f"paired standard deviation {primary.deviation:.1f}, a difference of "
         f"{primary.detectable:.1f} would be found in 80 % of such runs)."
     ]
     lines += [f"- {name}: {results.mean(name):.1f} %." for name in ORIENTATION if name in results.found]
@@ -136,7 +137,7 @@ def picture(results: Results, path: Path) -> None:
         [one.mean for one, _ in found], range(len(found)), xerr=half, fmt="o", color="#c44e52", ms=4, capsize=2, lw=1
     )
     axis.axvline(0, color="#888888", lw=0.8)
-    axis.set_yticks(range(len(found)), [f"{arm} ({one.n} seeds)" for one, arm in found])
+    axis.set_yticks(range(len(found)), [f"{arm} ({plural(one.n, 'seed')})" for one, arm in found])
     for tick, (_, arm) in zip(axis.get_yticklabels(), found, strict=True):
         tick.set_fontweight("bold" if arm == PRIMARY else "normal")
     axis.set_xlabel(f"minus the generator {AS_IT_IS}, points (95 % interval)")

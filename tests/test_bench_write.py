@@ -383,9 +383,16 @@ class TestReport:
         assert text.splitlines()[0].count("no gain shown") == 1
         assert "would be found in 80 % of such runs" in text
 
+    def test_one_seed_is_no_seeds(self, tmp_path):
+        pytest.importorskip("matplotlib")
+        one = write_report.Results([row for row in self.rows(0.04) if row["seed"] == 0])
+        assert "over 1 paired seed (" in write_report.tables(one, {})
+        write_report.picture(one, tmp_path / "one.svg")
+        assert "(1 seed)" in (tmp_path / "one.svg").read_text()
+
     def test_an_unfinished_run_prints_no_table(self, tmp_path, capsys):
         write_report.write(self.rows(0.1)[:1], tmp_path / "none.json", tmp_path)
-        assert capsys.readouterr().out == "1 units are done; no seed of the report is complete yet\n"
+        assert capsys.readouterr().out == "units done: 1; no seed of the report is complete yet\n"
         assert not (tmp_path / "write.json").exists()
 
     def test_the_protocol_stands_in_the_docs(self):

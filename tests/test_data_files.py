@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
 import datetime
 import decimal
+import gzip
 import json
 import re
 from pathlib import Path
@@ -347,7 +349,7 @@ def test_a_quote_that_is_never_closed(last, block_rows, tmp_path):
 @pytest.mark.parametrize(
     ("content", "error"),
     [
-        (b"\x1f\x8b\x08\x00\x00", "not UTF-8: invalid start byte (byte 2)"),
+        ('{"text": "caf\xe9"}'.encode("latin-1"), "not UTF-8: invalid continuation byte (byte 14)"),
         (b'[{"text": "a"}]', "expected a JSON object, got list"),
         (b'{"text": "a"}\r{"text": "b"}', "not JSON: Extra data (column 15)"),
     ],
@@ -356,6 +358,28 @@ def test_a_file_none_of_whose_rows_is_readable(content, error, tmp_path):
     (tmp_path / "data.jsonl").write_bytes(content)
     with pytest.raises(ValueError, match=re.escape(f"data.jsonl: no row is readable; first error: {error}")):
         scan(tmp_path / "data.jsonl", 10, None)
+
+
+PLAIN = b"text,n\na,1\nb,2\n"
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        *((PLAIN.decode().encode(name), name[:6].upper()) for name in ("utf-16", "utf-16-le", "utf-16-be", "utf-32")),
+        (gzip.compress(PLAIN), "a gzip file"),
+        (bz2.compress(PLAIN), "a bzip2 file"),
+        (b"PAR1\x15\x04", "a parquet file"),
+        (bytes(100), "UTF-16 or binary data"),
+    ],
+)
+def test_a_file_in_another_encoding_is_named(content, found, suffix, tmp_path):
+    path = tmp_path / f"data.{suffix}"
+    path.write_bytes(content)
+    for read in (lambda: scan(path, 10, None), lambda: list(records(path))):
+        with pytest.raises(ValueError, match=rf"data\.{suffix}: expected text in UTF-8, got {found}"):
+            read()
 
 
 def test_values_of_parquet_that_json_has_not(tmp_path):

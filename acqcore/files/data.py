@@ -25,6 +25,10 @@ SUFFIXES = (".jsonl", ".csv", ".parquet")
 _DEEPEST = 200  # maximum nesting of a JSON value, well within Python's limit
 _DIGITS = 4000  # maximum digits of an integer; Python's limit is 4,300
 _CELL = 1 << 24  # maximum characters of a csv cell; an unclosed quote would turn the rest of the file into one cell
+_OTHERS = {  # by first bytes
+    b"\xff\xfe\0\0": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\x1f\x8b": "a gzip file",
+    b"PK\3\4": "a zip file", b"BZh91AY": "a bzip2 file", b"(\xb5/\xfd": "a zstd file", b"PAR1\x15": "a parquet file",
+}  # fmt: skip
 _READ_BYTES = 1 << 20  # bytes of a parquet column read at a time
 _READ_ROWS = 1024  # parquet rows read at a time
 
@@ -99,7 +103,8 @@ def scan(path: Path, block_rows: int, limit: int | None) -> tuple[list[Block], l
     Blank jsonl lines are not rows. Each block has ``block_rows`` rows, the last one the remainder.
 
     Raises:
-        ValueError: an extension not in ``SUFFIXES``, an invalid parquet file, no readable row.
+        ValueError: an extension not in ``SUFFIXES``, an invalid parquet file, text in another encoding than UTF-8, no
+            readable row.
         OSError: the file cannot be read. ModuleNotFoundError: parquet without pyarrow.
     """
     checks.one_of("extension of " + path.name, path.suffix, SUFFIXES)
@@ -237,9 +242,19 @@ def _parquet_batches(path: Path, columns: list[str]) -> Iterator[Any]:
             yield batch.rename_columns(names).select(columns)
 
 
+def _check_utf8(path: Path) -> None:
+    """Raises ValueError if the first bytes of a file are those of another encoding or a compressed file."""
+    with path.open("rb") as file:
+        start = file.read(8)
+    zeros = "UTF-16 or binary data" if 0 in start[:2] else None
+    if found := next((name for first, name in _OTHERS.items() if start.startswith(first)), zeros):
+        raise ValueError(f"{path}: expected text in UTF-8, got {found}")
+
+
 @contextmanager
 def _open(path: Path, line: int = 1, offset: int | None = None) -> Iterator[tuple[Iterator[Record], Callable[[], int]]]:
     """The records of a jsonl or csv from an offset on, and a function that returns the offset after the last one."""
+    _check_utf8(path)
     if path.suffix == ".jsonl":
         with path.open("rb") as file:
             file.seek(offset or 0)

@@ -64,7 +64,7 @@ def sound(index: int, key: str, text: str) -> str:
     except UnicodeEncodeError as error:
         raise ValueError(
             f"samples[{index}]: {key}: character {error.start} is the lone surrogate U+{ord(text[error.start]):04X}, "
-            "which is not valid text"
+            "half a surrogate pair or a byte that is not UTF-8"
         ) from None
     return text
 

@@ -30,8 +30,11 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON artefact."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """The content of a JSON artefact; ValueError names a damaged one."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not readable: {error}") from error
 
 
 def save_state(path: Path, state: Any) -> None:

@@ -83,7 +83,7 @@ class Batcher(Generic[Key, Item, Result]):
         observe: called with the number of items, size and seconds of each batch.
 
     Raises:
-        ValueError: limit is below 1 or wait is negative.
+        ValueError: limit is no int of at least 1, or wait no finite number of at least 0.
     """
 
     def __init__(
@@ -95,10 +95,10 @@ class Batcher(Generic[Key, Item, Result]):
         seconds: float = math.inf,
         observe: Callable[[int, int, float], None] | None = None,
     ) -> None:
-        if limit < 1:
-            raise ValueError(f"limit: expected at least 1, got {limit}")
-        if wait < 0:
-            raise ValueError(f"wait: expected at least 0 seconds, got {wait}")
+        if not isinstance(limit, int) or limit < 1:
+            raise ValueError(f"limit: expected an int >= 1, got {limit!r}")
+        if not isinstance(wait, int | float) or not 0 <= wait < math.inf:
+            raise ValueError(f"wait: expected at least 0 seconds, got {wait!r}")
         self.function = function
         self.limit = limit
         self.wait = wait

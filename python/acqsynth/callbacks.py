@@ -127,7 +127,7 @@ class Refresh(TrainerCallback):
             ``staleness_since_start``; 1 means that the order did not change.
 
     Raises:
-        ValueError: every is below 1.
+        ValueError: every is no int of at least 1.
     """
 
     def __init__(
@@ -138,8 +138,8 @@ class Refresh(TrainerCallback):
         student: Callable[[Path], None],
         probe: Callable[[], Sequence[float | None]],
     ) -> None:
-        if every < 1:
-            raise ValueError(f"every: expected at least 1 step, got {every}")
+        if not isinstance(every, int) or every < 1:
+            raise ValueError(f"every: expected an int >= 1, got {every!r}")
         self.every = every
         self.checkpoints = checkpoints
         self.copies = copies

@@ -8,6 +8,7 @@ digits, ``5.0`` for ``5``, a number before or after the question; spaces within 
 from __future__ import annotations
 
 import html
+import operator
 import re
 import unicodedata
 from collections import Counter
@@ -64,7 +65,10 @@ _LINE = re.compile(r"^[ \t]*(?:#{1,6}|>+|[-+])[ \t]+", re.MULTILINE)
 _NUMBER = re.compile(r"\d{1,3}(?:[, ]\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|(?<![\w.])\.\d+")
 _SCALES = {"k": 10**3, "dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6}
 _SCALED = re.compile(rf"(?<![\d.])(\d++(?:\.\d++)?) ?({'|'.join(_SCALES)})(?![a-z])")
+_OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "x": operator.mul, "/": operator.truediv}
 _POWER = re.compile(r"(?<![\d.])(?:(\d++(?:\.\d++)?)(?: ?[x*] ?10 ?(?:\^|\*\*) ?|e)|10 ?(?:\^|\*\*) ?)(\d\d?)(?!\d)")
+_LITERAL = re.compile(r"(?<![\w.])0(?:x[0-9a-f]{1,99}|o[0-7]{1,99}|b[01]{1,99})(?!\w)")
+_CALCULATION = re.compile(r"(?<![\w.])(\d++(?:\.\d++)?) ?([-+*/x]) ?(\d++(?:\.\d++)?)")
 _RAISED = re.compile("[⁰¹²³⁴-⁹]+")
 
 _LABEL = r"(?:(?:question|problem|exercise|task|step|example|variant|version|part|number|no|nr|id|q|v)(?![a-z])\.?\s*)"
@@ -136,10 +140,15 @@ def numbers(plain: str) -> Counter[Fraction]:
 
 
 def readings(plain: str) -> Counter[Fraction]:
-    """The values of numbers that a normal form writes in another way: ``1 2`` for 12, ``2k``, ``3 dozen``, ``10^3``."""
+    """The values of numbers that a normal form writes in another way: ``1 2`` for 12, ``2k``, ``3 dozen``, ``10^3``,
+    ``0xc``, ``(10+2)``."""
     found = numbers(re.sub(r"(?<=\d) (?=\d)", "", plain)) - numbers(plain)
     found.update(value(number) * _SCALES[scale] for number, scale in _SCALED.findall(plain))
     found.update(value(number or "1") * 10 ** int(power) for number, power in _POWER.findall(plain))
+    found.update(Fraction(int(literal, 0)) for literal in _LITERAL.findall(plain))
+    for a, sign, b in _CALCULATION.findall(plain):
+        if sign != "/" or value(b):
+            found[_OPERATIONS[sign](value(a), value(b))] += 1
     return found
 
 

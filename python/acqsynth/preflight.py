@@ -30,8 +30,9 @@ def check(config: Config) -> None:
     """
     domain = _checked("domain", find_domain, config.domain)
     _checked("engine", engines.check, config.engine.name, config.engine.options)
+    _check_seed("generator", config.generator.options)
+    _check_seed("student", config.student.options)
     _check_generator(config)
-    _check_fits(config)
     _check_labelling(config, domain)
     _check_reward(config, domain)
     _check_sources(config, domain)
@@ -41,17 +42,15 @@ def _check_generator(config: Config) -> None:
     from acqsynth import train_options
 
     generator = config.generator
-    _check_seed("generator", generator.options)
     if config.reward.refresh_steps and generator.method != "grpo":
         raise ConfigError(
             "reward.refresh_steps: expected 0, as only generator.method grpo scores while it trains, "
             f"got {config.reward.refresh_steps} with {generator.method}"
         )
-    if generator.method in ("grpo", "dpo"):
-        made, _ = _checked("generator", train_options.configuration, generator.method, generator.options, "unused")
-        if generator.method == "grpo":
-            _checked("generator", train_options.check_prompts, made, generator.prompts)
-            _check_refreshes(config.reward, made, train_options.grpo_steps(made, generator.prompts))
+    trainer = _trainers(config).get("generator")
+    if generator.method == "grpo":
+        _checked("generator", train_options.check_prompts, trainer, generator.prompts)
+        _check_refreshes(config.reward, trainer, train_options.grpo_steps(trainer, generator.prompts))
     if len(generator.options.get("reward_weights") or [1]) != 1:
         raise ConfigError("generator.options: reward_weights: expected one weight, that of the composed reward")
     if generator.method in ("best_of_n", "dpo") or "best_of_n" in config.baselines:
@@ -72,21 +71,27 @@ def _check_refreshes(reward: RewardConfig, trainer: Any, steps: int) -> None:
         raise ConfigError(
             f"reward.refresh_steps: expected below the generator's {steps} steps, got {reward.refresh_steps}"
         )
-    if reward.refresh_steps and reward.refresh_from is None and trainer.save_strategy == "no":
+    saved = {"no": False, "steps": trainer.save_steps < steps, "epoch": trainer.num_train_epochs > 1}
+    if reward.refresh_steps and reward.refresh_from is None and not saved[trainer.save_strategy]:
         raise ConfigError(
-            "reward.refresh_steps: expected 0 or generator.options.save_strategy other than no, as refreshes read "
-            f"the generator's checkpoints, got {reward.refresh_steps}"
+            "reward.refresh_steps: expected 0 or generator.options that save a checkpoint before the last of "
+            f"{steps} steps, as refreshes read the generator's checkpoints, got {reward.refresh_steps}"
         )
 
 
-def _check_fits(config: Config) -> None:
-    from acqsynth import train_options
+def _trainers(config: Config) -> dict[str, Any]:
+    """The configuration of each trainer, by key."""
+    from acqsynth.train_options import configuration
 
-    options = config.student.options
-    _check_seed("student", options)
-    _checked("student", train_options.configuration, "sft", options, "unused")
-    fits = {"save_strategy": "no", **options, **config.evaluation.validity.options}
-    _checked("evaluation.validity", train_options.configuration, "sft", fits, "unused")
+    generator, options = config.generator, config.student.options
+    given = {
+        "generator": (generator.method, generator.options),
+        "student": ("sft", options),
+        "evaluation.validity": ("sft", {"save_strategy": "no", **options, **config.evaluation.validity.options}),
+    }
+    if generator.method not in ("grpo", "dpo"):
+        del given["generator"]
+    return {key: _checked(key, configuration, *each, "unused")[0] for key, each in given.items()}
 
 
 def _check_seed(key: str, options: Mapping[str, Any]) -> None:
@@ -137,11 +142,15 @@ def on_this_machine(config: Config) -> None:
         ConfigError: a required device, package, model or file is missing, or the output cannot be written; names the
             key.
     """
+    from acqsynth.train_options import require
+
     engine = config.engine
     trains = config.generator.options.get("use_vllm")
     for key, uses in (("engine.name", engine.name == "vllm"), ("generator.options.use_vllm", trains)):
         if uses and importlib.util.find_spec("vllm") is None:
             raise ConfigError(f'{key}: vllm is not installed: run pip install "acqcore[vllm]"')
+    for key, trainer in _trainers(config).items():
+        _checked(f"{key}.options", require, trainer)
     device = engine.options.get("device")
     _checked("engine.options", acqcore.check_request, "entropy", device=None if device is None else str(device))
     _checked("domain", find_domain(config.domain).require)

@@ -20,7 +20,7 @@ import datasets
 from transformers import AutoConfig, PrinterCallback, TrainerCallback
 from trl import DPOTrainer, GRPOTrainer, SFTTrainer
 
-from acqsynth.artefacts import write_json
+from acqsynth.artefacts import read_json, write_json
 from acqsynth.callbacks import (
     CHECKPOINT,
     REWARD_STATE,
@@ -286,7 +286,7 @@ def pairs(groups: Sequence[Sequence[Candidate]]) -> list[dict[str, Any]]:
 
 def read_log(output: Path) -> list[dict[str, Any]]:
     """The logged steps of a finished training run; non-finite numbers become None."""
-    state = json.loads((output / "trainer_state.json").read_text(encoding="utf-8"))
+    state = read_json(output / "trainer_state.json")
     return [{key: _finite(value) for key, value in entry.items()} for entry in state["log_history"]]
 
 

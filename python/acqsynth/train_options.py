@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib.util
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
+from transformers import Trainer, get_scheduler
+from transformers.integrations import get_reporting_integration_callbacks
 from trl import DPOConfig, GRPOConfig, SFTConfig
 
 T = TypeVar("T")
@@ -76,6 +80,9 @@ def configuration(method: str, options: Mapping[str, Any], output: str | Path) -
         raise ValueError("options: max_steps: expected at least 1, or -1 for all of num_train_epochs, got 0")
     if config.eval_strategy != "no" or config.eval_on_start:
         raise ValueError("options: eval_strategy: expected no, as training has no evaluation rows")
+    if config.save_strategy == "best":
+        raise ValueError("options: save_strategy: expected no, steps or epoch, as training has no evaluation rows")
+    _check_late(config)
     if lora is None:
         return config, None
     if not isinstance(lora, Mapping):
@@ -86,6 +93,30 @@ def configuration(method: str, options: Mapping[str, Any], output: str | Path) -
     from peft import LoraConfig
 
     return config, _build(LoraConfig, {"task_type": "CAUSAL_LM", **lora}, "options.lora")
+
+
+def _check_late(config: Any) -> None:
+    """Raises ValueError for trackers or a schedule that a trainer would reject once its model is loaded."""
+    weight = torch.optim.SGD([torch.zeros(1, requires_grad=True)], config.learning_rate)
+    try:
+        get_reporting_integration_callbacks(config.report_to)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"options: report_to: {error}") from error
+    try:
+        get_scheduler(config.lr_scheduler_type, weight, 1, 2, config.lr_scheduler_kwargs)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"options: lr_scheduler_kwargs: {error}") from error
+
+
+def require(config: Any) -> None:
+    """Raises ImportError, RuntimeError or ValueError if a tracker, kernel or optimizer is not installed or lacks
+    options."""
+    for tracker in get_reporting_integration_callbacks(config.report_to):
+        tracker()
+    if config.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
+        raise ImportError('use_liger_kernel: liger-kernel is not installed: run pip install "liger-kernel"')
+    if config.optim_target_modules is None:  # otherwise it looks for modules of the model
+        Trainer.get_optimizer_cls_and_kwargs(config, torch.nn.Linear(1, 1))
 
 
 def check_prompts(config: GRPOConfig, prompts: int) -> None:
@@ -114,13 +145,17 @@ def _build(kind: type[T], options: Mapping[str, Any], table: str) -> T:
 
     HfArgumentParser.parse_dict fails on the annotations of LoraConfig and suggests no names.
     """
-    names = [entry.name for entry in dataclasses.fields(kind) if entry.init]  # type: ignore[arg-type]
+    entries = {entry.name: entry for entry in dataclasses.fields(kind) if entry.init}  # type: ignore[arg-type]
     hints = get_type_hints(kind)
     for name, value in options.items():
-        if name not in names:
-            near = difflib.get_close_matches(name, names, 1)
+        if name not in entries:
+            near = difflib.get_close_matches(name, entries, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"{table}: {kind.__name__} has no field {name!r}{hint}")
+        known, single = _choices(entries[name], hints[name]), hints[name] is str
+        for each in value if isinstance(value, list) and not single else [value]:
+            if known and (single or each is not None) and str(each) not in known:
+                raise ValueError(f"{table}: {name}: unknown {each!r}, expected one of {', '.join(known)}")
         if name in _RANGES and value is not None:
             _check_range(f"{table}: {name}", value, *_RANGES[name])
         elif not _fits(value, hints[name]):
@@ -128,18 +163,33 @@ def _build(kind: type[T], options: Mapping[str, Any], table: str) -> T:
             raise ValueError(f"{table}: {name}: expected {str(wanted).replace('typing.', '')}, got {value!r}")
     try:
         return kind(**options)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{table}: {error}") from error
+
+
+def _choices(entry: dataclasses.Field[Any], hint: Any) -> list[str]:
+    """The values that a field lists; of some fields of TRL only the description does."""
+    if get_origin(hint) is Literal:
+        return list(get_args(hint))
+    if entry.name in _DESCRIBED and "choices" not in entry.metadata:
+        return list(dict.fromkeys(re.findall(r"(?<!=)['`](\w+)['`]", entry.metadata.get("help", ""))))
+    return list(entry.metadata.get("choices") or ())
 
 
 def _fits(value: Any, hint: Any) -> bool:
     """Whether a value fits a field of booleans or numbers. Fields of other types are not checked: their annotations do
     not cover all that the libraries accept, such as lists for tuples and mappings for configurations."""
-    kinds = set(get_args(hint) or (hint,)) - {type(None)}
-    if value is None or not kinds <= {bool, int, float}:
+    kinds = set(get_args(hint) or (hint,))
+    if not kinds <= {bool, int, float, type(None)}:
         return True
     return type(value) in kinds or (type(value) is int and float in kinds)
 
+
+#: Fields whose values TRL quotes in its description instead of listing them.
+_DESCRIBED = {
+    *("loss_type", "scale_rewards", "importance_sampling_level", "multi_objective_aggregation", "f_divergence_type"),
+    *("vllm_mode", "vllm_importance_sampling_mode"),
+}
 
 #: Fields that no library validates early: type, minimum, maximum, whether the minimum itself is allowed.
 _RANGES: dict[str, tuple[type, float, float, bool]] = {
@@ -147,17 +197,29 @@ _RANGES: dict[str, tuple[type, float, float, bool]] = {
         (
             *("per_device_train_batch_size", "gradient_accumulation_steps", "num_generations", "num_iterations"),
             *("max_length", "max_completion_length", "max_prompt_length", "r", "lora_alpha", "steps_per_generation"),
+            *("dataset_num_proc", "precompute_ref_batch_size", "ref_model_sync_steps"),
         ),
         (int, 1, math.inf, True),
     ),
     **dict.fromkeys(("top_k", "seed", "data_seed", "dataloader_num_workers"), (int, 0, math.inf, True)),
-    **dict.fromkeys(("num_train_epochs", "temperature", "repetition_penalty"), (float, 0, math.inf, False)),
-    **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "beta", "epsilon"), (float, 0, math.inf, True)),
-    "warmup_steps": (float, 0, math.inf, True),
-    "warmup_ratio": (float, 0, 1, True),
+    **dict.fromkeys(
+        ("num_train_epochs", "temperature", "repetition_penalty", "save_steps"), (float, 0, math.inf, False)
+    ),
+    **dict.fromkeys(
+        (
+            *("learning_rate", "weight_decay", "max_grad_norm", "beta", "epsilon", "epsilon_high", "delta"),
+            *("adam_epsilon", "warmup_steps"),
+        ),
+        (float, 0, math.inf, True),
+    ),
+    **dict.fromkeys(
+        (
+            *("warmup_ratio", "min_p", "lora_dropout", "adam_beta1", "adam_beta2", "ref_model_mixup_alpha"),
+            *("label_smoothing", "label_smoothing_factor", "top_entropy_quantile"),
+        ),
+        (float, 0, 1, True),
+    ),
     "top_p": (float, 0, 1, False),
-    "min_p": (float, 0, 1, True),
-    "lora_dropout": (float, 0, 1, True),
 }
 
 

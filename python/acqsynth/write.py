@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Protocol, TypeVar
 
 from acqsynth.domains import Domain, Messages, Sample
-from acqsynth.engines import Engine, Sampling
+from acqsynth.engines import Engine, Sampling, derived_seed
 from acqsynth.rewards.batch import Batch
 from acqsynth.rewards.texts import NearCopies
 
@@ -44,9 +44,9 @@ def prompts(
 
 def deal(domain: Domain, seeds: Sequence[Sample], n: int, *, shown: int, seed: int) -> list[list[Sample]]:
     """The seeds that each of the n prompts of :func:`prompts` shows."""
-    if n < 1:
-        raise ValueError(f"n: expected at least 1, got {n}")
-    if not 0 <= shown <= len(seeds):
+    if not isinstance(n, int) or n < 1:
+        raise ValueError(f"n: expected an int >= 1, got {n!r}")
+    if not isinstance(shown, int) or not 0 <= shown <= len(seeds):
         raise ValueError(f"shown: expected 0 to {len(seeds)}, the number of seeds, got {shown}")
     shuffle = random.Random(seed).shuffle
     groups = domain.hands(seeds) if shown else [[]]
@@ -121,7 +121,7 @@ def write(
         engine: engine of the generator.
         domain: parses samples and names faults.
         prompts: used in turn, and then again with other random seeds.
-        sampling: how completions are drawn; its seed is that of the first round.
+        sampling: how completions are drawn; each round derives its own seed.
         rows: number of rows wanted.
         gates: as in :mod:`acqsynth.rewards.gates`, in order; those with an archive add the rows kept.
         asked: questions asked before; those of the rows kept are added.
@@ -320,11 +320,13 @@ def _draw_until(
     per_prompt: int,
 ) -> WriteResult[T]:
     """Calls ``keep`` in rounds until there are enough rows. ``keep`` draws for some prompts, returns the rows kept, at
-    most as many as are still wanted, and counts those dropped. ``sampling`` is that of the first round; later rounds
-    use the following seeds. A prompt yields at most ``per_prompt`` rows."""
-    for name, value in (("rows", rows), ("rounds", rounds), ("prompts", len(prompts))):
-        if value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")
+    most as many as are still wanted, and counts those dropped. Each round derives its
+    own seed from that of ``sampling``. A prompt yields at most ``per_prompt`` rows."""
+    if not prompts:
+        raise ValueError("prompts: expected at least one, got none")
+    for name, value in (("rows", rows), ("rounds", rounds)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}: expected an int >= 1, got {value!r}")
     result: WriteResult[T] = WriteResult([], rows)
     dropped: Counter[str] = Counter()
     next_prompt = offered = 0
@@ -333,7 +335,7 @@ def _draw_until(
         asked = min(len(prompts), math.ceil((rows - len(result.rows)) / (rate * per_prompt)))
         picked = [prompts[(next_prompt + i) % len(prompts)] for i in range(asked)]
         room = rows - len(result.rows)
-        result.rows += keep(picked, replace(sampling, seed=sampling.seed + result.rounds), room, dropped)
+        result.rows += keep(picked, replace(sampling, seed=derived_seed(sampling.seed, result.rounds)), room, dropped)
         next_prompt = (next_prompt + asked) % len(prompts)
         offered += asked * per_prompt
         result.completions += asked * sampling.n

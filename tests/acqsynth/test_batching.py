@@ -287,8 +287,9 @@ def test_works_in_a_forked_process(batcher, doubler):
 
 
 def test_wrong_arguments():
-    with pytest.raises(ValueError, match="limit: expected at least 1, got 0"):
-        Batcher(double, limit=0, wait=0.0)
+    for limit in (0, 1.5):
+        with pytest.raises(ValueError, match=f"limit: expected an int >= 1, got {limit}"):
+            Batcher(double, limit=limit, wait=0.0)
     with pytest.raises(ValueError, match="wait: expected at least 0 seconds, got -1"):
         Batcher(double, limit=1, wait=-1)
     one = Batcher(double, limit=1, wait=0)

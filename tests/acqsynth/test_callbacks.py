@@ -127,5 +127,5 @@ def test_rewards_with_a_state_are_restored(tmp_path, answer_reward):
 
 
 def test_wrong_arguments(tmp_path):
-    with pytest.raises(ValueError, match="every: expected at least 1 step, got 0"):
+    with pytest.raises(ValueError, match="every: expected an int >= 1, got 0"):
         Refresh(0, tmp_path, tmp_path, print, list)

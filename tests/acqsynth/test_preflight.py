@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 
 import pytest
+from transformers import trainer_optimizer
+from transformers.integrations import integration_utils
 
 from acqsynth import models, preflight
 from acqsynth.config import ConfigError, load, recipes
@@ -53,6 +56,24 @@ REFUSED = {
     "num_train_epochs, got 0",
     "generator.options.eval_strategy=steps": "generator.options: eval_strategy: expected no, as training has no",
     "student.options.eval_on_start=true": "student.options: eval_strategy: expected no, as training has no",
+    "generator.options.loss_type=foo": "generator.options: loss_type: unknown 'foo', expected one of grpo, dr_grpo",
+    "generator.options.scale_rewards=foo": "scale_rewards: unknown 'foo', expected one of True, group, batch, False",
+    "generator.options.importance_sampling_level=word": "level: unknown 'word', expected one of token, sequence",
+    "generator.options.report_to=foo": "generator.options: report_to: foo is not supported, only",
+    "generator.options.save_steps=0": "generator.options: save_steps: expected a number above 0, got 0",
+    "generator.options.save_strategy=best": "save_strategy: expected no, steps or epoch, as training has no evaluation",
+    "generator.options.adam_beta1=2": "generator.options: adam_beta1: expected a number at least 0 and at most 1, got",
+    "generator={model: m, method: dpo, options: {loss_type: [sigmoid, foo]}}": "loss_type: unknown 'foo', expected one",
+    "student.options.loss_type=foo": "student.options: loss_type: unknown 'foo', expected one of nll, dft",
+    "student.options.loss_type=null": "student.options: loss_type: unknown None, expected one of nll, dft",
+    "student.options.loss_type=[nll]": "student.options: loss_type: unknown ['nll'], expected one of nll, dft",
+    "student.options.optim=foo": "student.options: foo is not a valid OptimizerNames, please select one of",
+    "student.options.lr_scheduler_type=cosine_with_min_lr": "student.options: lr_scheduler_kwargs: ",
+    "evaluation.validity.options.report_to=foo": "evaluation.validity.options: report_to: foo is not supported",
+    "student.options.num_train_epochs=null": "student.options: num_train_epochs: expected float, got None",
+    "student.options.learning_rate=null": "student.options: learning_rate: expected float, got None",
+    "student.options.lora={bias: foo}": "student.options.lora: bias: unknown 'foo', expected one of none, all",
+    "generator.options.num_generations=null": "generator.options: unsupported operand",
     "generator.options.max_completion_length=0": "max_completion_length: expected an integer at least 1, got 0",
     "generator.options.reward_weights=[1, 2]": "generator.options: reward_weights: expected one weight",
     "generator.options.num_generatoins=8": "no field 'num_generatoins'; did you mean 'num_generations'?",
@@ -147,15 +168,16 @@ def test_packaged_rows_and_the_domain_are_known_before_a_run(overrides, message)
             plan(config)
 
 
-SAVES_NOTHING = ["reward.refresh_steps=10", "generator.options.save_strategy='no'"]
-
-
-def test_a_refresh_needs_checkpoints(tmp_path):
-    with pytest.raises(ConfigError, match=r"reward\.refresh_steps: expected 0 or generator\.options\.save_strategy"):
-        plan(load("arithmetic", SAVES_NOTHING))
-    plan(load("arithmetic", SAVES_NOTHING[:1]))
-    plan(load("arithmetic", SAVES_NOTHING[1:]))
-    plan(load("arithmetic", [*SAVES_NOTHING, f"reward.refresh_from={tmp_path}"]))
+@pytest.mark.parametrize("option", ["save_strategy='no'", "save_strategy=epoch", "save_steps=60"])
+def test_a_refresh_needs_checkpoints(option, tmp_path):
+    refreshed, saves_nothing = "reward.refresh_steps=10", f"generator.options.{option}"
+    with pytest.raises(ConfigError, match=r"reward\.refresh_steps: expected 0 or generator\.options that save a check"):
+        plan(load("arithmetic", [refreshed, saves_nothing]))
+    plan(load("arithmetic", [refreshed]))
+    plan(load("arithmetic", [refreshed, "generator.options.save_steps=59"]))
+    plan(load("arithmetic", [refreshed, "generator.options={save_strategy: epoch, num_train_epochs: 2}"]))
+    plan(load("arithmetic", [saves_nothing]))
+    plan(load("arithmetic", [refreshed, saves_nothing, f"reward.refresh_from={tmp_path}"]))
 
 
 @pytest.mark.parametrize("method", ["dpo", "best_of_n", "none"])
@@ -220,6 +242,43 @@ def test_a_missing_checker_is_said_before_a_run(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"^domain: math-verify is not installed: run pip install"):
         preflight.on_this_machine(load("math", WITHOUT_VLLM))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss_type": ["sigmoid", "ipo"], "f_divergence_type": "js_divergence"},
+        {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-7}},
+        {"report_to": ["tensorboard"], "save_steps": 0.5, "log_level": "info"},
+    ],
+)
+def test_other_values_of_the_library_are_accepted(options):
+    plan(load("arithmetic", [f"generator={json.dumps({'model': 'm', 'method': 'dpo', 'options': options})}"]))
+
+
+@pytest.mark.parametrize("scale", ["true", "'none'", "batch"])
+def test_rewards_may_be_scaled_in_each_way_of_the_library(scale):
+    plan(load("arithmetic", [f"generator.options={{scale_rewards: {scale}, loss_type: dr_grpo}}"]))
+
+
+@pytest.mark.parametrize("key", ["generator", "student", "evaluation.validity"])
+def test_a_missing_tracker_is_said_before_a_run(key, monkeypatch):
+    monkeypatch.setattr(integration_utils, "is_wandb_available", lambda: False)
+    with pytest.raises(ConfigError, match=rf"^{key}\.options: WandbCallback requires wandb to be installed"):
+        preflight.on_this_machine(load("arithmetic", [f"{key}.options.report_to=wandb"]))
+
+
+def test_a_missing_kernel_is_said_before_a_run(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"^student\.options: use_liger_kernel: liger-kernel is not installed"):
+        preflight.on_this_machine(load("arithmetic", ["student.options.use_liger_kernel=true"]))
+
+
+@pytest.mark.parametrize("options", ["{optim: adamw_bnb_8bit}", "{optim_args: foo}"])
+def test_an_optimizer_that_cannot_be_made_is_said_before_a_run(options, monkeypatch):
+    monkeypatch.setattr(trainer_optimizer, "is_bitsandbytes_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"^student\.options: "):
+        preflight.on_this_machine(load("arithmetic", [f"student.options={options}"]))
 
 
 def test_a_domain_that_computes_may_label():

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from acqsynth.artefacts import read_rows, read_table, write_json, write_rows
+from acqsynth.artefacts import read_json, read_rows, read_table, write_json, write_rows
 from acqsynth.config import Section, Source
 from acqsynth.domains import Sample
 from acqsynth.steps import Model, Step, StepError, Store, seconds_of
@@ -417,6 +417,10 @@ def test_json_is_whole_and_finite(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(tmp_path / "x.json", float("nan"))
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": "ü"}
+    for damaged in (b"\0\0\0", b'{"a": "\xff"}', b""):
+        (tmp_path / "x.json").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"x\.json: not readable: "):
+            read_json(tmp_path / "x.json")
 
 
 def test_a_killed_process_goes_on_with_its_chunks(tmp_path):

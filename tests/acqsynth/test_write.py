@@ -55,10 +55,12 @@ def test_the_seed_decides_the_order(sums):
 
 
 def test_prompts_that_can_not_be(sums):
-    with pytest.raises(ValueError, match="n: expected at least 1, got 0"):
-        prompts(sums, SEEDS, 0, shown=1, seed=0)
-    with pytest.raises(ValueError, match="shown: expected 0 to 7, the number of seeds, got 8"):
-        prompts(sums, SEEDS, 1, shown=8, seed=0)
+    for n in (0, 1.5):
+        with pytest.raises(ValueError, match=f"n: expected an int >= 1, got {n}"):
+            prompts(sums, SEEDS, n, shown=1, seed=0)
+    for shown in (8, 1.5):
+        with pytest.raises(ValueError, match=f"shown: expected 0 to 7, the number of seeds, got {shown}"):
+            prompts(sums, SEEDS, 1, shown=shown, seed=0)
 
 
 def test_seeds_are_shown_within_the_request_or_as_turns(sums):
@@ -175,7 +177,9 @@ def test_rounds_go_on_with_new_seeds_until_there_are_enough(sums, scripted):
         [f"prompt {i}" for i in (0, 1, 2, 3)],
         [f"prompt {i}" for i in (0, 1, 2)],
     ]
-    assert [sampling.seed for _, sampling in engine.calls] == [5, 6]
+    others = scripted(says)
+    write(others, sums, ASK, Sampling(n=2, seed=6), rows=7)
+    assert len({sampling.seed for _, sampling in [*engine.calls, *others.calls]}) == 4
     assert found.completions == 14
 
 
@@ -201,9 +205,9 @@ def test_it_gives_up_and_says_so(sums, scripted, caplog):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rows": 0}, "rows: expected at least 1, got 0"),
-        ({"rows": 1, "rounds": 0}, "rounds: expected at least 1, got 0"),
-        ({"rows": 1, "prompts": []}, "prompts: expected at least 1, got 0"),
+        ({"rows": 0}, "rows: expected an int >= 1, got 0"),
+        ({"rows": 1, "rounds": 0}, "rounds: expected an int >= 1, got 0"),
+        ({"rows": 1, "prompts": []}, "prompts: expected at least one, got none"),
     ],
 )
 def test_nothing_to_do(sums, scripted, options, message):

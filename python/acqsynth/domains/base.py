@@ -160,8 +160,8 @@ class Domain(ABC):
             FileNotFoundError: no such local file. ValueError: a column is missing (the message lists those present), a
                 row cannot be read (the message gives its number), or there are no rows.
         """
-        if limit is not None and limit < 1:
-            raise ValueError(f"limit: expected at least 1, got {limit}")
+        if limit is not None and (not isinstance(limit, int) or limit < 1):
+            raise ValueError(f"limit: expected an int >= 1, got {limit!r}")
         columns = columns or {}
         layout: Layout | None = None
         found: list[Sample] = []
@@ -263,7 +263,8 @@ def text(row: Row, column: str) -> str:
     if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf:
         value = str(value)  # a csv file does not distinguish 5 from "5"
     if not isinstance(value, str) or not value.strip() or _SURROGATE.search(value):
-        raise ValueError(f"{column}: expected text, got {value!r:.60}")
+        encoded = " in UTF-8" if isinstance(value, str) and value.strip() else ""
+        raise ValueError(f"{column}: expected text{encoded}, got {value!r:.60}")
     return value.replace("\r\n", "\n").strip()
 
 

@@ -38,14 +38,14 @@ class MathChecker:
         seconds: deadline of a check. A worker that exceeds it or dies is replaced, and its answer counts as not equal.
 
     Raises:
-        ValueError: workers below 1 or seconds not above 0.
+        ValueError: workers is no int of at least 1, or seconds no number above 0.
     """
 
     def __init__(self, workers: int = 2, seconds: float = 5.0) -> None:
-        if workers < 1:
-            raise ValueError(f"workers: expected at least 1, got {workers}")
-        if not seconds > 0:
-            raise ValueError(f"seconds: expected more than 0, got {seconds}")
+        if not isinstance(workers, int) or workers < 1:
+            raise ValueError(f"workers: expected an int >= 1, got {workers!r}")
+        if not isinstance(seconds, int | float) or not seconds > 0:
+            raise ValueError(f"seconds: expected more than 0, got {seconds!r}")
         self.workers = workers
         self.seconds = seconds
         #: Number of checks so far, and of those whose worker exceeded the deadline or died.

@@ -6,6 +6,7 @@ import re
 import unicodedata
 from fractions import Fraction
 from itertools import pairwise
+from math import gcd
 from typing import NamedTuple
 
 from acqsynth.domains.math_check import LONGEST
@@ -38,6 +39,8 @@ _EXPONENT = re.compile(r"\^\(([^()]*)\)")
 _BUILDER = re.compile(r"\\\{\s*([A-Za-z])\s*(?:\\mid|[:|])\s*(.*(?<![A-Za-z])\1(?![A-Za-z]).*)\\\}")
 _REALS = re.compile(r"(?:[A-Za-z]\s*\\in\s*)?\\mathbb(?:\s*R|\{R\})")
 _DATE = re.compile(r"\d+([-/])\d+\1\d+")
+_RANGE = re.compile(r"(\d+(?:\.\d+)?)-(\d+(?:\.\d+)?)")
+_TIME = re.compile(r"(\d?\d):([0-5]\d)")
 _RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+")
 _AFTER_DIGIT = re.compile("(?<=\\d)(?=[¼-¾⅐-⅞↉])")  # in a mixed number
 # Possessive quantifiers, so that no answer causes backtracking.
@@ -309,7 +312,17 @@ def compare(truth: Quantity, given: Quantity) -> bool | list[tuple[str, str]]:
         if pairs[-1][0].form == pairs[-1][1].form:
             return True
     unlike = [(a.plain, b.plain) for a, b in pairs if _worth_checking(a.form, b.form)]
-    return [pair for a, b in unlike for pair in _sides(a, b) if _of_a_kind(*pair)]
+    sides = [pair for a, b in unlike for pair in _sides(a, b)]
+    return [pair for pair in sides if _of_a_kind(*pair) and not any(map(_is_time_or_range, pair))]
+
+
+def _is_time_or_range(plain: str) -> bool:
+    """Whether an answer reads as a time or a range: ``10:30`` and ``5-6``, but not the ratio ``3:10``, in lowest terms,
+    nor the difference ``6-5``."""
+    if ends := _RANGE.fullmatch(plain):
+        return Fraction(ends[1]) < Fraction(ends[2])
+    time = _TIME.fullmatch(plain)
+    return time is not None and gcd(int(time[1]), int(time[2])) > 1
 
 
 def _of_a_kind(truth: str, given: str) -> bool:
@@ -414,6 +427,7 @@ def _plain(answer: str) -> str:
             plain = plain[len(opens) : -len(closes)].strip()
     plain = _DOLLARS.sub(r"\1 ", plain).strip()  # "$18$ eggs", not "$5 or $7"
     plain = re.sub(r"^\\approx(?![A-Za-z])", "", plain)
+    plain = re.sub(r"^0(?=\d:[0-5]\d)", "", plain)  # of a time
     plain = _LAYOUT.sub("", plain.replace(r"\%", "%").replace("{,}", ",").replace("\\ ", " "))
     comma = " and " if _INEQUALITY.search(plain) else ", "
     plain = _ZEROS.sub("", _SEPARATOR.sub(lambda found: " or " if found[1] == "or" else comma, plain))

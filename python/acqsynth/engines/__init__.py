@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, ClassVar
 
+import numpy
 import torch
 
 from acqsynth.domains import Messages
@@ -135,6 +136,11 @@ def check(name: str, options: Mapping[str, Any]) -> None:
             torch.device("cpu" if device is None else device)  # available here or not
         except (RuntimeError, TypeError) as error:
             raise ValueError(f"options.device: expected cpu, cuda or cuda:1, got {device!r}") from error
+
+
+def derived_seed(seed: int, number: int) -> int:
+    """The seed of 32 bits of a part of what ``seed`` determines; the parts of two seeds do not coincide."""
+    return int(numpy.random.SeedSequence([seed, number]).generate_state(1)[0])
 
 
 # --- tokens, shared by all engines ------------------------------------------------------------------------------------

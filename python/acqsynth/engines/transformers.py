@@ -11,14 +11,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 import acqcore
 from acqsynth.domains import Messages
-from acqsynth.engines import Completion, Engine, Sampling, completion, encode, eos_ids, leave_room, where_room
+from acqsynth.engines import (
+    Completion,
+    Engine,
+    Sampling,
+    completion,
+    derived_seed,
+    encode,
+    eos_ids,
+    leave_room,
+    where_room,
+)
 from acqsynth.models import load_tokenizer
 
 
@@ -61,8 +70,8 @@ class TransformersEngine(Engine):
             place = device or ("cuda" if torch.cuda.is_available() else "cpu")
             model = acqcore.load_model(path, dtype).to(place).eval()
             tokenizer = tokenizer or load_tokenizer(path)
-        if batch_tokens < 1:
-            raise ValueError(f"batch_tokens: expected at least 1, got {batch_tokens}")
+        if not isinstance(batch_tokens, int) or batch_tokens < 1:
+            raise ValueError(f"batch_tokens: expected an int >= 1, got {batch_tokens!r}")
         self.model = model
         self.tokenizer = tokenizer
         self.batch_tokens = batch_tokens
@@ -88,8 +97,7 @@ class TransformersEngine(Engine):
         done: dict[int, Completion] = {}
         with self._generating():
             for number, batch in enumerate(batches([len(row) for row in rows], room, self.batch_tokens)):
-                seed = int(numpy.random.SeedSequence([sampling.seed, number]).generate_state(1)[0])
-                torch.manual_seed(seed)
+                torch.manual_seed(derived_seed(sampling.seed, number))
                 drawn = self._batch([rows[i] for i in batch], room[batch[0]], sampling, eos)
                 done.update(zip(batch, drawn, strict=True))
         groups = [[done[i * draws + draw] for draw in range(draws)] for i in range(len(ids))]

@@ -196,7 +196,16 @@ class ComposedReward(TrlReward):
 
         Raises:
             ValueError: texts and groups differ in length.
+            TypeError: a group that is not hashable, or a tensor, which equals only itself.
         """
+        for i, group in enumerate(groups):
+            try:
+                hash(group)
+                usable = not isinstance(group, torch.Tensor)
+            except TypeError:
+                usable = False
+            if not usable:
+                raise TypeError(f"groups[{i}]: expected a hashable key such as a string, got {group!r:.60}")
         with self._turn:
             return self._score(texts, groups, update, by_runs=False)
 

@@ -246,8 +246,8 @@ class NearCopies:
     ) -> None:
         if not 0 < threshold <= 1:
             raise ValueError(f"threshold: expected a Jaccard index in (0, 1], got {threshold}")
-        if n < 1 or capacity < 1:
-            raise ValueError(f"n, capacity: expected at least 1, got {n} and {capacity}")
+        if not (isinstance(n, int) and isinstance(capacity, int)) or min(n, capacity) < 1:
+            raise ValueError(f"n, capacity: expected ints >= 1, got {n!r} and {capacity!r}")
         self.threshold = threshold
         self.n = n
         self.capacity = capacity
@@ -377,8 +377,8 @@ class Contamination:
     LEAST = 8
 
     def __init__(self, texts: Iterable[str], *, n: int = 13, common: int = 10) -> None:
-        if n < 1:
-            raise ValueError(f"n: expected at least 1 word, got {n}")
+        if not isinstance(n, int) or n < 1:
+            raise ValueError(f"n: expected an int >= 1, got {n!r}")
         self.n = n
         counts: Counter[str | tuple[str, ...]] = Counter()
         self._short: set[tuple[str, ...]] = set()

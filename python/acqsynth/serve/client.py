@@ -37,8 +37,10 @@ class CircuitBreaker:
     request may try once; if it succeeds, the breaker closes."""
 
     def __init__(self, failures: int = 3, cooldown: float = 30.0, clock: Callable[[], float] = time.monotonic) -> None:
-        if failures < 1:
-            raise ValueError(f"failures: expected at least 1, got {failures}")
+        if not isinstance(failures, int) or failures < 1:
+            raise ValueError(f"failures: expected an int >= 1, got {failures!r}")
+        if not isinstance(cooldown, int | float) or not cooldown >= 0:
+            raise ValueError(f"cooldown: expected at least 0 seconds, got {cooldown!r}")
         self.failures = failures
         self.cooldown = cooldown
         self._clock = clock
@@ -86,7 +88,7 @@ class ScorerClient:
     A scorer on this machine is reached directly; otherwise the proxies of the environment apply.
 
     Raises:
-        ValueError: an invalid URL or token, or a number out of range.
+        ValueError: an invalid URL or token, or a number that is out of range or of another type.
         RuntimeError: the environment names a proxy that httpx cannot use.
     """
 
@@ -110,10 +112,12 @@ class ScorerClient:
         if not sent or (address.port or 0) > 65535:
             raise ValueError(f"url: expected http://host:port, got {bare!r}")
         for name, value in (("batch", batch), ("attempts", attempts)):
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
-        if not timeout > 0:
-            raise ValueError(f"timeout: expected seconds above 0, got {timeout}")
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: expected an int >= 1, got {value!r}")
+        if not isinstance(timeout, int | float) or not timeout > 0:
+            raise ValueError(f"timeout: expected seconds above 0, got {timeout!r}")
+        if not isinstance(backoff, int | float) or not backoff >= 0:
+            raise ValueError(f"backoff: expected at least 0 seconds, got {backoff!r}")
         self.url = str(address.copy_with(userinfo=b"")).rstrip("/")  # without the password, as messages show it
         self.batch = batch
         self.timeout = timeout
@@ -146,7 +150,10 @@ class ScorerClient:
 
         Raises:
             ScorerError: the server rejects the request, or is not a scorer.
+            TypeError: samples are one string.
         """
+        if isinstance(samples, str):
+            raise TypeError("samples: expected a list of samples, got a string")
         acquisitions = [acquisitions] if isinstance(acquisitions, str) else list(acquisitions)
         question = {
             "acquisitions": acquisitions,

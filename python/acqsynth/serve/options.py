@@ -75,7 +75,7 @@ def token_from(variable: str, file: Path | None, environment: Mapping[str, str] 
 
 def checked_token(text: str, source: str) -> str:
     """The token in ``text``, without white space around it; raises ValueError as :func:`token_from`."""
-    token = text.strip()
+    token = text.strip() if isinstance(text, str) else ""
     if not token or not all("!" <= character <= "~" for character in token):
         raise ValueError(f"{source}: expected a token of visible ASCII characters without spaces")
     return token

@@ -14,7 +14,7 @@ from acqsynth import write
 from acqsynth.artefacts import read_json, read_rows, read_table, write_rows
 from acqsynth.config import EngineConfig, LabellingConfig, SamplingConfig
 from acqsynth.domains import Domain, Messages, Sample, domain as find_domain
-from acqsynth.engines import Sampling
+from acqsynth.engines import Sampling, derived_seed
 from acqsynth.label import Labeller
 from acqsynth.rewards.gates import sample_gates
 from acqsynth.rewards.texts import NearCopies
@@ -110,7 +110,7 @@ def write_questions(context: StepContext, *, writing: Writing, mistakes: Path | 
     reward, asked = writing.scoring.build(shown), _earlier(writing)
 
     def chunk(start: int, some: Sequence[Any]) -> dict[str, Any]:
-        sampling = _sampling(writing.sampling, 1, writing.seed + start)
+        sampling = _sampling(writing.sampling, 1, derived_seed(writing.seed, start))
         made = write.write(engine, domain, some, sampling, rows=len(some), gates=reward.gates, asked=asked)
         rows = [{"sample": asdict(sample), "scores": {}} for sample in made.rows]
         return {"rows": rows, "completions": made.completions, "dropped": made.dropped}
@@ -135,7 +135,7 @@ def select_questions(
     reward, asked = writing.scoring.build(shown), _earlier(writing)
 
     def chunk(start: int, some: Sequence[Any]) -> dict[str, Any]:
-        sampling = _sampling(writing.sampling, candidates, writing.seed + start)
+        sampling = _sampling(writing.sampling, candidates, derived_seed(writing.seed, start))
         made = write.best(engine, some, reward, sampling, rows=len(some), asked=asked)
         rows = []
         for best in made.rows:
@@ -234,7 +234,7 @@ def label_questions(
         labeller = Labeller(labelling, own, lambda: load_engine(engine, str(model)))
 
         def chunk(start: int, some: Sequence[Sample]) -> list[dict[str, Any]]:
-            labels = labeller(some, seed + start)
+            labels = labeller(some, derived_seed(seed, start))
             return [{"sample": asdict(x.sample), "agreement": x.agreement} for x in labels if x.sample is not None]
 
         for some in context.chunks("labels", asked, CHUNK, chunk):

@@ -61,7 +61,7 @@ def test_a_long_integer_is_read_whole(math, tmp_path):
 def test_half_a_surrogate_pair_names_its_row(math, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"question": "a?", "answer": "5"}\n{"question": "a \\ud83d b?", "answer": "5"}\n')
-    with pytest.raises(ValueError, match=r"rows\.jsonl: row 2: question: expected text, got 'a \\ud83d b\?'"):
+    with pytest.raises(ValueError, match=r"rows\.jsonl: row 2: question: expected text in UTF-8, got 'a \\ud83d b\?'"):
         math.load(str(path))
 
 
@@ -129,9 +129,12 @@ def test_files_that_are_none(math, tmp_path):
     with pytest.raises(ValueError, match=r"rows\.parquet: .*[Pp]arquet"):
         math.load(str(tmp_path / "rows.parquet"))
     (tmp_path / "bytes.jsonl").write_bytes(b"\xff\xfe\n")
-    with pytest.raises(ValueError, match=r"bytes\.jsonl: row 1: not JSON"):
+    with pytest.raises(ValueError, match=r"bytes\.jsonl: expected text in UTF-8, got UTF-16"):
         math.load(str(tmp_path / "bytes.jsonl"))
-    with pytest.raises(ValueError, match="limit: expected at least 1, got 0"):
+    (tmp_path / "latin.csv").write_bytes("question,answer\nHow many legs has a caf\xe9?,4\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin\.csv: row 1: question: expected text in UTF-8, got"):
+        math.load(str(tmp_path / "latin.csv"))
+    with pytest.raises(ValueError, match="limit: expected an int >= 1, got 0"):
         math.load(str(tmp_path / "rows.tsv"), limit=0)
 
 

@@ -125,7 +125,7 @@ def test_a_worker_that_does_not_start_says_why(monkeypatch, tmp_path):
             checker.equal([("1", "2")])
 
 
-@pytest.mark.parametrize(("options", "name"), [({"workers": 0}, "workers"), ({"seconds": 0.0}, "seconds")])
+@pytest.mark.parametrize(("options", "name"), [({"workers": 0.5}, "workers"), ({"seconds": 0.0}, "seconds")])
 def test_bad_options_name_the_argument(options, name):
     with pytest.raises(ValueError, match=f"^{name}: expected"):
         MathChecker(**options)

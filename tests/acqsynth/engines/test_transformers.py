@@ -274,5 +274,5 @@ def test_wrong_arguments(model, tokenizer):
         TransformersEngine(model)
     with pytest.raises(ValueError, match="device, dtype: expected None"):
         TransformersEngine(model, tokenizer, device="cpu")
-    with pytest.raises(ValueError, match="batch_tokens: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="batch_tokens: expected an int >= 1, got 0"):
         TransformersEngine(model, tokenizer, batch_tokens=0)

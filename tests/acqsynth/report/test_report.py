@@ -223,7 +223,11 @@ def test_what_was_not_run_is_said():
 def test_a_log_without_rewards_is_said():
     found = whole() | {"training": measures.training([[{"step": 1, "loss": 0.5}]])}
     assert found["training"]["cost"] is None
-    assert "scores before it trains" in page(found, figures=True).text
+    told = page(found, figures=True).text
+    assert "The trainer logged no reward per step." in told
+    assert "scores before it trains" not in told
+    found["recipe"]["generator"]["method"] = "dpo"
+    assert "no reward per step: dpo scores before it trains." in page(found, figures=True).text
 
 
 def test_one_set_and_one_size_leave_no_empty_places():

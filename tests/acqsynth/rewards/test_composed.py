@@ -528,6 +528,12 @@ def test_wrong_configuration_raises_at_once(domain, options, error, message):
         ComposedReward(domain, **({"signals": [Told("a", {})]} | options))
 
 
+@pytest.mark.parametrize("group", [["a"], {"uid": 1}, ("a", [1]), torch.tensor(1)])
+def test_a_group_without_equals_is_named(domain, group):
+    with pytest.raises(TypeError, match=r"groups\[1\]: expected a hashable key such as a string, got"):
+        ComposedReward(domain, []).score(["a", "b"], [0, group])
+
+
 def test_groups_of_another_length(domain):
     with pytest.raises(ValueError, match="groups: expected 6, one per text, got 1"):
         plain(domain, Told("a", VALUES)).score(TEXTS, ["p"])

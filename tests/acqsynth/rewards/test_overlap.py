@@ -179,6 +179,8 @@ EGGS = (
     [
         *(("12", other) for other in ("twelve", "a dozen", "1 dozen", "XII", "1 2", "12th", "several")),
         *(("1000", other) for other in ("1 000", "1,000", "1k", "1 thousand", "one thousand", "10^3", "10**3", "10³")),
+        *(("12", other) for other in ("0xc", "0XC", "0b1100", "(10+2)", "15 - 3", "3 × 4", r"(3\*4)", "(24/2)")),
+        *(("1000", other) for other in ("0x3e8", "0o1750", "(999 + 1)", "(999.5+.5)")),
         *(("1000", other) for other in ("10 hundred", "1e3", "1 × 10^3", "$10^{3}$", "1000.0")),
     ],
 )
@@ -201,6 +203,9 @@ def test_a_number_in_another_form_is_no_other_number(number, other):
         ("1000", "10^4"),
         ("1000", "2 000"),
         ("12", "1.2"),
+        ("12", "0xd"),
+        ("12", "(10+3)"),
+        ("12", "6/0"),
     ],
 )
 def test_another_number_in_another_form_is_another_exercise(number, other):

@@ -138,7 +138,7 @@ def test_grpo_awaits_two_at_once(url, model, tokenizer, tmp_path):
         ({"url": URL, "max_length": 1}, ValueError, "max_length: expected at least 2 tokens, got 1"),
         ({"url": URL, "parse": 3}, TypeError, "parse: expected a function of a text, got int"),
         ({"url": URL, "device": "cuda"}, TypeError, "device"),
-        ({"url": URL, "client": {"attempts": 0}}, ValueError, "attempts: expected at least 1, got 0"),
+        ({"url": URL, "client": {"attempts": 0}}, ValueError, "attempts: expected an int >= 1, got 0"),
     ],
 )
 def test_bad_arguments(options, error, message):

@@ -6,6 +6,7 @@ import asyncio
 import functools
 import json
 import logging
+import math
 import pickle
 import random
 
@@ -341,18 +342,27 @@ def test_a_copy_of_another_process_finds_out_for_itself(reached):
         ),
         *(
             ({"url": URL, "token": token}, "token: expected a token of visible ASCII characters")
-            for token in ("", "a\nb", "\xe9")
+            for token in ("", "a\nb", "\xe9", 5)
         ),
-        ({"url": URL, "batch": 0}, "batch: expected at least 1, got 0"),
-        ({"url": URL, "attempts": 0}, "attempts: expected at least 1, got 0"),
+        ({"url": URL, "batch": 0}, "batch: expected an int >= 1, got 0"),
+        ({"url": URL, "batch": 1.5}, "batch: expected an int >= 1, got 1.5"),
+        ({"url": URL, "attempts": 0}, "attempts: expected an int >= 1, got 0"),
+        ({"url": URL, "attempts": "3"}, "attempts: expected an int >= 1, got '3'"),
         ({"url": URL, "timeout": 0.0}, "timeout: expected seconds above 0"),
+        ({"url": URL, "timeout": None}, "timeout: expected seconds above 0, got None"),
+        ({"url": URL, "backoff": -1.0}, "backoff: expected at least 0 seconds, got -1.0"),
+        ({"url": URL, "backoff": math.nan}, "backoff: expected at least 0 seconds, got nan"),
     ],
 )
 def test_bad_arguments(options, message):
+    with pytest.raises(TypeError, match="samples: expected a list of samples, got a string"):
+        ask(ScorerClient(URL), "abc")
     with pytest.raises(ValueError, match=message):
         ScorerClient(**options)
-    with pytest.raises(ValueError, match="failures: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="failures: expected an int >= 1, got 0"):
         CircuitBreaker(0)
+    with pytest.raises(ValueError, match="cooldown: expected at least 0 seconds, got '30'"):
+        CircuitBreaker(cooldown="30")
 
 
 @pytest.fixture(autouse=True)

@@ -146,6 +146,20 @@ def test_repeats_of_an_earlier_chunk_are_replaced(writing, tmp_path, monkeypatch
         assert asked(tmp_path / str(killed_at)) == (whole, counts)
 
 
+def test_no_two_chunks_or_seeds_draw_alike(writing, tmp_path, monkeypatch, scripted, ask):
+    """The second chunk of seed 0 begins where seed 5 would."""
+    monkeypatch.setattr(questions, "CHUNK", 5)
+    drawn = itertools.count(50)
+    engine = scripted(lambda prompt, i, seed: written(f"{next(drawn)}+9", 1))
+    monkeypatch.setattr(engines, "load", lambda *arguments: engine)
+    for seed in (0, 1, 5):
+        (tmp_path / str(seed)).mkdir()
+        ask(StepContext(tmp_path / str(seed)), writing=replace(writing, n=10, seed=seed))
+    seeds = [sampling.seed for _, sampling in engine.calls]
+    assert len(seeds) >= 6
+    assert len(set(seeds)) == len(seeds)
+
+
 def test_the_gate_new_gets_the_rows_shown(writing, tmp_path, monkeypatch, scripted, ask):
     """A held-out row that no prompt shows may be asked, and earlier questions are read once, not for each chunk."""
     monkeypatch.setattr(questions, "CHUNK", 2)
