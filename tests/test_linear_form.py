@@ -515,4 +515,6 @@ def test_half_precision_has_the_values_of_float32(options, factor, dtype, tiny_m
     with torch.no_grad():
         model.lm_head.weight.mul_(factor)
     exact, got = (_score(model.to(of), samples, **options)["mutual_information"] for of in (torch.float32, dtype))
-    torch.testing.assert_close(got, exact, rtol=0.1, atol=0)
+    # Rounded to bfloat16, large logits are off by so much that even the entropy changes by an eighth.
+    rounded = dtype == torch.bfloat16 and factor > 1
+    torch.testing.assert_close(got, exact, rtol=0.25 if rounded else 0.1, atol=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -77,12 +78,16 @@ def answers(question):
 
 @pytest.fixture
 def student(model, tokenizer):
-    """A student trained once for all tests, on similar questions and answers, with and without chat format."""
+    """A student trained once for all tests, on similar questions and answers, with and without chat format. Some have
+    another name or lack a number, so that on any machine it finds such questions fluent."""
     if not TAUGHT:
         rng = random.Random(1)
         rows = []
         for _ in range(120):
             s = right(rng.randint(10, 99), rng.randint(10, 99))
+            s = replace(s, question=s.question.replace("Ada", rng.choice(("Ada", "Eva"))))
+            if rng.random() < 0.25:
+                s = replace(s, question=s.question.replace(s.question.split()[2], "some", 1))
             chat = f"<|user|>{s.question}</s><|assistant|>{s.reasoning}\n{s.answer}</s>"
             rows += [s.question + " " + s.reasoning, chat]
         teach(model, [torch.tensor([tokenizer(row)["input_ids"]]) for row in rows])
