@@ -71,7 +71,7 @@ def _check_refreshes(reward: RewardConfig, trainer: Any, steps: int) -> None:
         raise ConfigError(
             f"reward.refresh_steps: expected below the generator's {steps} steps, got {reward.refresh_steps}"
         )
-    saved = {"no": False, "steps": trainer.save_steps < steps, "epoch": trainer.num_train_epochs > 1}
+    saved = {"no": False, "steps": 0 < trainer.save_steps < steps, "epoch": trainer.num_train_epochs > 1}
     if reward.refresh_steps and reward.refresh_from is None and not saved[trainer.save_strategy]:
         raise ConfigError(
             "reward.refresh_steps: expected 0 or generator.options that save a checkpoint before the last of "

@@ -152,7 +152,8 @@ def _build(kind: type[T], options: Mapping[str, Any], table: str) -> T:
             near = difflib.get_close_matches(name, entries, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"{table}: {kind.__name__} has no field {name!r}{hint}")
-        known, single = _choices(entries[name], hints[name]), hints[name] is str
+        known = [choice for choice in _choices(entries[name], hints[name]) if choice not in entries]
+        single = hints[name] is str
         for each in value if isinstance(value, list) and not single else [value]:
             if known and (single or each is not None) and str(each) not in known:
                 raise ValueError(f"{table}: {name}: unknown {each!r}, expected one of {', '.join(known)}")
@@ -168,7 +169,7 @@ def _build(kind: type[T], options: Mapping[str, Any], table: str) -> T:
 
 
 def _choices(entry: dataclasses.Field[Any], hint: Any) -> list[str]:
-    """The values that a field lists; of some fields of TRL only the description does."""
+    """The values that a field lists; of some fields of TRL only the description does, among names of other fields."""
     if get_origin(hint) is Literal:
         return list(get_args(hint))
     if entry.name in _DESCRIBED and "choices" not in entry.metadata:
@@ -197,14 +198,14 @@ _RANGES: dict[str, tuple[type, float, float, bool]] = {
         (
             *("per_device_train_batch_size", "gradient_accumulation_steps", "num_generations", "num_iterations"),
             *("max_length", "max_completion_length", "max_prompt_length", "r", "lora_alpha", "steps_per_generation"),
-            *("dataset_num_proc", "precompute_ref_batch_size", "ref_model_sync_steps"),
+            *("precompute_ref_batch_size", "ref_model_sync_steps"),
         ),
         (int, 1, math.inf, True),
     ),
-    **dict.fromkeys(("top_k", "seed", "data_seed", "dataloader_num_workers"), (int, 0, math.inf, True)),
     **dict.fromkeys(
-        ("num_train_epochs", "temperature", "repetition_penalty", "save_steps"), (float, 0, math.inf, False)
+        ("top_k", "seed", "data_seed", "dataloader_num_workers", "dataset_num_proc"), (int, 0, math.inf, True)
     ),
+    **dict.fromkeys(("num_train_epochs", "temperature", "repetition_penalty"), (float, 0, math.inf, False)),
     **dict.fromkeys(
         (
             *("learning_rate", "weight_decay", "max_grad_norm", "beta", "epsilon", "epsilon_high", "delta"),

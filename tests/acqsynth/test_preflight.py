@@ -56,15 +56,17 @@ REFUSED = {
     "num_train_epochs, got 0",
     "generator.options.eval_strategy=steps": "generator.options: eval_strategy: expected no, as training has no",
     "student.options.eval_on_start=true": "student.options: eval_strategy: expected no, as training has no",
-    "generator.options.loss_type=foo": "generator.options: loss_type: unknown 'foo', expected one of grpo, dr_grpo",
+    "generator.options.loss_type=foo": "generator.options: loss_type: unknown 'foo', expected one of grpo, dr_grpo, "
+    "dapo, bnpo, cispo, sapo, luspo, vespo",
+    "generator.options.vllm_mode=use_vllm": "generator.options: vllm_mode: unknown 'use_vllm', expected one of",
     "generator.options.scale_rewards=foo": "scale_rewards: unknown 'foo', expected one of True, group, batch, False",
     "generator.options.importance_sampling_level=word": "level: unknown 'word', expected one of token, sequence",
     "generator.options.report_to=foo": "generator.options: report_to: foo is not supported, only",
-    "generator.options.save_steps=0": "generator.options: save_steps: expected a number above 0, got 0",
     "generator.options.save_strategy=best": "save_strategy: expected no, steps or epoch, as training has no evaluation",
     "generator.options.adam_beta1=2": "generator.options: adam_beta1: expected a number at least 0 and at most 1, got",
     "generator={model: m, method: dpo, options: {loss_type: [sigmoid, foo]}}": "loss_type: unknown 'foo', expected one",
     "student.options.loss_type=foo": "student.options: loss_type: unknown 'foo', expected one of nll, dft",
+    "student.options.dataset_num_proc=-1": "dataset_num_proc: expected an integer at least 0, got -1",
     "student.options.loss_type=null": "student.options: loss_type: unknown None, expected one of nll, dft",
     "student.options.loss_type=[nll]": "student.options: loss_type: unknown ['nll'], expected one of nll, dft",
     "student.options.optim=foo": "student.options: foo is not a valid OptimizerNames, please select one of",
@@ -168,7 +170,7 @@ def test_packaged_rows_and_the_domain_are_known_before_a_run(overrides, message)
             plan(config)
 
 
-@pytest.mark.parametrize("option", ["save_strategy='no'", "save_strategy=epoch", "save_steps=60"])
+@pytest.mark.parametrize("option", ["save_strategy='no'", "save_strategy=epoch", "save_steps=60", "save_steps=0"])
 def test_a_refresh_needs_checkpoints(option, tmp_path):
     refreshed, saves_nothing = "reward.refresh_steps=10", f"generator.options.{option}"
     with pytest.raises(ConfigError, match=r"reward\.refresh_steps: expected 0 or generator\.options that save a check"):
@@ -250,6 +252,7 @@ def test_a_missing_checker_is_said_before_a_run(monkeypatch):
         {"loss_type": ["sigmoid", "ipo"], "f_divergence_type": "js_divergence"},
         {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-7}},
         {"report_to": ["tensorboard"], "save_steps": 0.5, "log_level": "info"},
+        {"save_strategy": "no", "save_steps": 0, "dataset_num_proc": 0},
     ],
 )
 def test_other_values_of_the_library_are_accepted(options):
