@@ -313,7 +313,13 @@ def compare(truth: Quantity, given: Quantity) -> bool | list[tuple[str, str]]:
             return True
     unlike = [(a.plain, b.plain) for a, b in pairs if _worth_checking(a.form, b.form)]
     sides = [pair for a, b in unlike for pair in _sides(a, b)]
-    return [pair for pair in sides if _of_a_kind(*pair) and not any(map(_is_time_or_range, pair))]
+    return [pair for pair in sides if _of_a_kind(*pair) and not _differ_in_reading(*pair)]
+
+
+def _differ_in_reading(truth: str, given: str) -> bool:
+    """Whether one answer may be a time or a range and the other not; for ``2:3``, ``10:15`` can only be a ratio."""
+    ratio = ":" in truth and not _TIME.fullmatch(truth)
+    return _is_time_or_range(truth) or (_is_time_or_range(given) and not ratio)
 
 
 def _is_time_or_range(plain: str) -> bool:
