@@ -192,8 +192,8 @@ class LinearOptions(Options):
             token that predicts the first scored one on; prompts then need no graph. For ``posterior="dropout"`` only.
         variance: variance of a weight, by default 1e-6; only scales the values. For ``posterior="isotropic"`` only.
         reference: for ``posterior="laplace"``, from :func:`acqcore.laplace_posterior` with the same ``layers``.
-        probes: cotangents to average, a backward of activations each. Two or more give a sample a standard error; that
-            of two is up to a third too small if a single token is scored.
+        probes: cotangents to average, a backward of activations each. Two or more give a sample a standard error.
+            With two and a single scored token, it is up to a third too small.
         seed: seed of the cotangents' signs.
 
     Raises:

@@ -36,7 +36,7 @@ inline float fold_factors(const Transform& transform, const float* z, int n, int
 
 constexpr int64_t kFoldSplits = 32;  // splits of the vocabulary, so that float32 suffices for each
 
-// A block of rows that are folded while sums over the vocabulary take up their factors.
+// A block of rows that are folded while their factors are added to sums over the vocabulary.
 struct FoldedRows {
   const int64_t* rows;  // row numbers
   int64_t count;
@@ -71,8 +71,8 @@ inline void fold_row(const HeadArgs& head, const Transform& transform, const Fol
   for (int64_t j = 0; j < folded.columns; ++j) sums[j] *= scale;
 }
 
-// Calls add_tile(tile, width) for every tile of the vocabulary, which calls fold_row for every row and adds the factors
-// to the sums; then writes the rows' states.
+// For every tile of the vocabulary calls add_tile(tile, width), which must call fold_row for every row and add the
+// factors to the sums; then writes the rows' states.
 template <typename AddTile>
 inline void fold_block(const HeadArgs& head, const FoldedRows& folded, double* state /* [7, N] */,
                        int64_t* index /* [N] */, const AddTile& add_tile) {

@@ -98,7 +98,7 @@ struct DeltaHashArgs {
   bool fill;              // write the state of row_stats in the same visit, for a whole vocabulary
   double* state;          // [7, N]; read unless filled
   int64_t* index;         // [N]; read unless filled
-  const int32_t* places;  // [V]: column v is added to place p, or subtracted from place ~p if p is negative
+  const int32_t* places;  // [V], of rotated_places: column v is added to place p, or subtracted from ~p if p < 0
   int64_t columns;        // n
   float* out;             // [N, n], written
 };

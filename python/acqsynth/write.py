@@ -320,8 +320,8 @@ def _draw_until(
     per_prompt: int,
 ) -> WriteResult[T]:
     """Calls ``keep`` in rounds until there are enough rows. ``keep`` draws for some prompts, returns the rows kept, at
-    most as many as are still wanted, and counts those dropped. Each round derives its
-    own seed from that of ``sampling``. A prompt yields at most ``per_prompt`` rows."""
+    most as many as are still wanted, and counts those dropped. Each round derives its own seed from that of
+    ``sampling``. A prompt yields at most ``per_prompt`` rows."""
     if not prompts:
         raise ValueError("prompts: expected at least one, got none")
     for name, value in (("rows", rows), ("rounds", rounds)):

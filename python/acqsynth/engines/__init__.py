@@ -139,7 +139,7 @@ def check(name: str, options: Mapping[str, Any]) -> None:
 
 
 def derived_seed(seed: int, number: int) -> int:
-    """The seed of 32 bits of a part of what ``seed`` determines; the parts of two seeds do not coincide."""
+    """A 32-bit seed for part ``number`` of a run with ``seed``; neighbouring seeds share no parts."""
     return int(numpy.random.SeedSequence([seed, number]).generate_state(1)[0])
 
 
