@@ -6,6 +6,7 @@ import importlib.util
 import warnings
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from acqcore.backends.triton import INTERPRETED
@@ -41,3 +42,15 @@ def in_eighths():
         return replace(case, hidden=hidden, head=replace(head, weight=weight, bias=bias))
 
     return rounded
+
+
+@pytest.fixture
+def rounded_once(monkeypatch):
+    """Products of tiles in float64, rounded at the end, for values that cannot be made exact: the same in any place."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def create_dot(builder, a, b, c, input_precision, max_num_imprecise_acc):
+        product = a.data.astype(np.float64) @ b.data.astype(np.float64) + c.data
+        return TensorHandle(product.astype(c.data.dtype), c.dtype.scalar)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)

@@ -61,7 +61,7 @@ def test_signs_of_tiles_of_any_width(width):
         torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_row_does_not_depend_on_its_batch_or_the_ring(monkeypatch):
+def test_a_row_does_not_depend_on_its_batch_or_the_ring(rounded_once, monkeypatch):
     case, probes = random_case(70, 24, 300, bias=True), _probes(70)
     whole = _sums(case, probes)
     monkeypatch.setattr(cotangents, "ROWS", 64)
