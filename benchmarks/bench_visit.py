@@ -14,6 +14,7 @@ import importlib.util
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -122,6 +123,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[32, 128, 512, 2048])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--out", type=Path, help="write this JSON instead, without a plot; for a second machine")
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     arguments = parser.parse_args()
     for dtype in arguments.dtypes:
@@ -148,7 +150,7 @@ def main() -> None:
                 clock=CLOCKS[arguments.clock],
             )
             notes: dict[str, object] = {"ratio_to": STATISTICS, "clock": arguments.clock}
-            harness.report("visit", rows, unit="GFLOP/s", notes=notes, keep=True)
+            harness.report("visit", rows, unit="GFLOP/s", notes=notes, out=arguments.out, keep=True)
 
 
 if __name__ == "__main__":
