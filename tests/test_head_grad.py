@@ -12,6 +12,7 @@ import torch
 import acqcore
 from acqcore import checks
 from acqcore.backends import HeadRows, get
+from acqcore.backends.cpu import Cpu
 from acqcore.head_grad import SKETCH_ROWS, grad_sketch_from, head_grad_norm_from, hidden_grad_from, loss_weights
 from acqcore.signs import rotated_places
 from acqcore.testing import Case, case_from_logits, exact_hidden_grad, random_case
@@ -135,6 +136,16 @@ def test_samples_do_not_depend_on_the_batch(form, implementation):
             backend=implementation,
         )  # fmt: skip
         torch.testing.assert_close(alone[0], whole[i], rtol=1e-5, atol=0)
+
+
+def test_a_sketch_takes_one_visit(monkeypatch):
+    """On a CPU the statistics come with it, not from an operation of their own."""
+    case, asked = random_case(6, 16, 40), []
+    for op in ("row_stats", "delta_hash", "stats_and_hash"):
+        original = getattr(Cpu, op)
+        monkeypatch.setattr(Cpu, op, lambda *given, op=op, original=original: (asked.append(op), original(*given)))
+    acqcore.grad_sketch(case.hidden, case.head, case.targets, torch.tensor([0, 2, 6]), dim=32, backend="cpu")
+    assert asked == ["stats_and_hash"]
 
 
 @pytest.mark.parametrize("dim", [999, 1000])

@@ -34,8 +34,6 @@ inline float fold_factors(const Transform& transform, const float* z, int n, int
   return scale;
 }
 
-constexpr int64_t kFoldSplits = 32;  // splits of the vocabulary, so that float32 suffices for each
-
 // A block of rows that are folded while their factors are added to sums over the vocabulary.
 struct FoldedRows {
   const int64_t* rows;  // row numbers

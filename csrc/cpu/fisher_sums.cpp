@@ -17,7 +17,6 @@
 namespace acqcore::ACQCORE_ISA {
 namespace {
 
-constexpr int64_t kMaxSplits = 32;               // as in row_stats.cpp: float32 suffices for a split
 constexpr int64_t kBlockRows = (kHasTiles ? 64 : 32) * kVectorRows;  // maximum: 4 probes use 5 MB a thread; half as many are 15 % slower
 constexpr float kLowestRoot = -87.0f;            // below this, exp (1e-38) is rounded to 0
 constexpr int kWords = kTile / 32 + 4;           // words of a tile's signs, up to the end of the last counter
@@ -200,7 +199,7 @@ void run_block(const FisherSumsArgs& args, const Inner& inner, const Transform& 
   }
   memset(ws.factors, 0, 4 * (args.probes + 1) * block * kTile);
   memset(ws.sums, 0, 4 * (args.probes + 1) * block * columns);
-  const int64_t split_columns = ceil_div(ceil_div(head.weight.rows, kTile), kMaxSplits) * kTile;
+  const int64_t split_columns = ceil_div(ceil_div(head.weight.rows, kTile), kFoldSplits) * kTile;
   for (int64_t first = 0; first < head.weight.rows; first += split_columns) {
     const int64_t last = lesser(first + split_columns, head.weight.rows);
     for (int64_t i = 0; i < count; ++i) clear(ws.lanes[i]);

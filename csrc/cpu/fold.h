@@ -24,6 +24,7 @@ struct LaneState {
 };
 
 constexpr int64_t kStretch = 8192;
+constexpr int64_t kFoldSplits = 32;  // splits of a vocabulary that a block folds one after another, for the same reason
 
 // The state of a row in float64, unscaled.
 struct RowState {
