@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 from weakref import WeakSet
 
+from acqsynth import checks
+
 Key = TypeVar("Key", bound=Hashable)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -95,8 +97,7 @@ class Batcher(Generic[Key, Item, Result]):
         seconds: float = math.inf,
         observe: Callable[[int, int, float], None] | None = None,
     ) -> None:
-        if not isinstance(limit, int) or limit < 1:
-            raise ValueError(f"limit: expected an int >= 1, got {limit!r}")
+        checks.positive_int("limit", limit)
         if not isinstance(wait, int | float) or not 0 <= wait < math.inf:
             raise ValueError(f"wait: expected at least 0 seconds, got {wait!r}")
         self.function = function

@@ -17,6 +17,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl.trainer.utils import get_callable_name, is_async_callable
 
+from acqsynth import checks
 from acqsynth.artefacts import load_state, save_state
 from acqsynth.evaluate import rank_correlation
 
@@ -138,8 +139,7 @@ class Refresh(TrainerCallback):
         student: Callable[[Path], None],
         probe: Callable[[], Sequence[float | None]],
     ) -> None:
-        if not isinstance(every, int) or every < 1:
-            raise ValueError(f"every: expected an int >= 1, got {every!r}")
+        checks.positive_int("every", every)
         self.every = every
         self.checkpoints = checkpoints
         self.copies = copies

@@ -11,6 +11,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Protocol, TypeVar
 
+from acqsynth import checks
 from acqsynth.domains import Domain, Messages, Sample
 from acqsynth.engines import Engine, Sampling, derived_seed
 from acqsynth.rewards.batch import Batch
@@ -44,8 +45,7 @@ def prompts(
 
 def deal(domain: Domain, seeds: Sequence[Sample], n: int, *, shown: int, seed: int) -> list[list[Sample]]:
     """The seeds that each of the n prompts of :func:`prompts` shows."""
-    if not isinstance(n, int) or n < 1:
-        raise ValueError(f"n: expected an int >= 1, got {n!r}")
+    checks.positive_int("n", n)
     if not isinstance(shown, int) or not 0 <= shown <= len(seeds):
         raise ValueError(f"shown: expected 0 to {len(seeds)}, the number of seeds, got {shown}")
     shuffle = random.Random(seed).shuffle
@@ -324,9 +324,8 @@ def _draw_until(
     ``sampling``. A prompt yields at most ``per_prompt`` rows."""
     if not prompts:
         raise ValueError("prompts: expected at least one, got none")
-    for name, value in (("rows", rows), ("rounds", rounds)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}: expected an int >= 1, got {value!r}")
+    checks.positive_int("rows", rows)
+    checks.positive_int("rounds", rounds)
     result: WriteResult[T] = WriteResult([], rows)
     dropped: Counter[str] = Counter()
     next_prompt = offered = 0

@@ -89,7 +89,7 @@ REFUSED = {
     "labelling={method: majority, options: {max_tokens: 0}}": "labelling.max_tokens: expected at least 1, got 0",
     "labelling={method: majority, options: {max_tokens: x}}": "labelling.max_tokens: expected an integer, got 'x'",
     "reward.labelling={method: majority, options: {max_tokens: 1.5}}": "max_tokens: expected an integer, got 1.5",
-    "reward.answers={k: x}": "reward.answers: k: expected at least 1 answer, got 'x'",
+    "reward.answers={k: x}": "reward.answers: k: expected an int >= 1, got 'x'",
     "reward.answers={max_tokens: x}": "reward.answers: max_tokens: expected an integer, got 'x'",
     "reward.labelling={method: majority, options: {foo: 1}}": "reward.labelling.options: unknown 'foo'",
     "data.seeds.source=bundled:poems": "data.seeds.source",
@@ -117,7 +117,7 @@ REFUSED = {
     "reward.scoring={max_lenth: 1}": "reward.scoring: unknown 'max_lenth', expected some of reduction, backend",
     "reward.scoring={domain: x}": "reward.scoring: unknown 'domain', expected some of reduction, backend",
     "reward.scoring={tokenizer: x}": "reward.scoring: unknown 'tokenizer', expected some of reduction, backend",
-    "reward.signals={proximity: {clusters: a}}": "reward.signals.proximity: clusters: expected at least 1, got 'a'",
+    "reward.signals={proximity: {clusters: a}}": "reward.signals.proximity: clusters: expected an int >= 1, got 'a'",
     "reward={signals: {diversity: {}}, embedder: ngramm}": "reward.embedder: unknown 'ngramm', did you mean ngram?",
     "reward.answers={temperature: 0}": "reward.answers: temperature: expected more than 0",
     "labelling={method: majority, temperature: 0}": "labelling.temperature: expected more than 0",
@@ -127,7 +127,7 @@ REFUSED = {
     ),
     "student.options.seed=5": "student.options: seed is set by student.seeds",
     "generator.options.seed=5": "generator.options: seed is set by generator.seeds",
-    "reward.answers={k: 0}": "reward.answers: k: expected at least 1 answer, got 0",
+    "reward.answers={k: 0}": "reward.answers: k: expected an int >= 1, got 0",
 }
 
 

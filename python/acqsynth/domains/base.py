@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from acqsynth import checks
 from acqsynth.parsing import fields
 
 Messages = list[dict[str, str]]  #: chat turns, each ``{"role", "content"}``
@@ -160,8 +161,8 @@ class Domain(ABC):
             FileNotFoundError: no such local file. ValueError: a column is missing (the message lists those present), a
                 row cannot be read (the message gives its number), or there are no rows.
         """
-        if limit is not None and (not isinstance(limit, int) or limit < 1):
-            raise ValueError(f"limit: expected an int >= 1, got {limit!r}")
+        if limit is not None:
+            checks.positive_int("limit", limit)
         columns = columns or {}
         layout: Layout | None = None
         found: list[Sample] = []

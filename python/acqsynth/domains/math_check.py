@@ -26,6 +26,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from acqsynth import checks
+
 START_SECONDS = 120.0  # sympy's import takes half a second on an idle machine
 LONGEST = 2000  # maximum characters of an answer; longer ones are never equal here
 
@@ -42,8 +44,7 @@ class MathChecker:
     """
 
     def __init__(self, workers: int = 2, seconds: float = 5.0) -> None:
-        if not isinstance(workers, int) or workers < 1:
-            raise ValueError(f"workers: expected an int >= 1, got {workers!r}")
+        checks.positive_int("workers", workers)
         if not isinstance(seconds, int | float) or not seconds > 0:
             raise ValueError(f"seconds: expected more than 0, got {seconds!r}")
         self.workers = workers

@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 import acqcore
+from acqsynth import checks
 from acqsynth.domains import Messages
 from acqsynth.engines import (
     Completion,
@@ -70,8 +71,7 @@ class TransformersEngine(Engine):
             place = device or ("cuda" if torch.cuda.is_available() else "cpu")
             model = acqcore.load_model(path, dtype).to(place).eval()
             tokenizer = tokenizer or load_tokenizer(path)
-        if not isinstance(batch_tokens, int) or batch_tokens < 1:
-            raise ValueError(f"batch_tokens: expected an int >= 1, got {batch_tokens!r}")
+        checks.positive_int("batch_tokens", batch_tokens)
         self.model = model
         self.tokenizer = tokenizer
         self.batch_tokens = batch_tokens

@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
+from acqsynth import checks
 from acqsynth.domains import Domain, Sample
 from acqsynth.engines import Completion, Engine, Sampling
 from acqsynth.label import cluster
@@ -65,8 +66,7 @@ class SampledAnswers:
         top2: bool = False,
         seed: int = 0,
     ) -> None:
-        if not isinstance(k, int) or k < 1:
-            raise ValueError(f"k: expected at least 1 answer, got {k!r}")
+        checks.positive_int("k", k)
         self.engine = engine
         self.domain = domain
         self.k = k

@@ -21,6 +21,7 @@ import torch
 
 import acqcore
 from acqcore.acquisitions import REGISTRY
+from acqsynth import checks
 from acqsynth.domains import Domain, Sample
 from acqsynth.rewards.batch import Batch
 from acqsynth.rewards.scoring import Scorer
@@ -217,8 +218,7 @@ class Proximity(Published):
     ) -> None:
         if not seeds:
             raise ValueError("seeds: expected at least one sample")
-        if not isinstance(clusters, int) or clusters < 1:
-            raise ValueError(f"clusters: expected at least 1, got {clusters!r}")
+        checks.positive_int("clusters", clusters)
         self.embed = embed
         self.texts = [sample.question for sample in seeds]
         self.clusters = clusters

@@ -21,6 +21,7 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 
 import acqcore
+from acqsynth import checks
 from acqsynth.models import load_tokenizer
 from acqsynth.normal_form import normal_form, numbers, readings, spelled
 
@@ -246,8 +247,8 @@ class NearCopies:
     ) -> None:
         if not 0 < threshold <= 1:
             raise ValueError(f"threshold: expected a Jaccard index in (0, 1], got {threshold}")
-        if not (isinstance(n, int) and isinstance(capacity, int)) or min(n, capacity) < 1:
-            raise ValueError(f"n, capacity: expected ints >= 1, got {n!r} and {capacity!r}")
+        checks.positive_int("n", n)
+        checks.positive_int("capacity", capacity)
         self.threshold = threshold
         self.n = n
         self.capacity = capacity
@@ -377,8 +378,7 @@ class Contamination:
     LEAST = 8
 
     def __init__(self, texts: Iterable[str], *, n: int = 13, common: int = 10) -> None:
-        if not isinstance(n, int) or n < 1:
-            raise ValueError(f"n: expected an int >= 1, got {n!r}")
+        checks.positive_int("n", n)
         self.n = n
         counts: Counter[str | tuple[str, ...]] = Counter()
         self._short: set[tuple[str, ...]] = set()

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from acqsynth import checks
 from acqsynth.rewards.scoring import Scored
 from acqsynth.serve.options import TOKEN_VARIABLE, checked_token, is_loopback, token_from
 
@@ -37,8 +38,7 @@ class CircuitBreaker:
     request may try once; if it succeeds, the breaker closes."""
 
     def __init__(self, failures: int = 3, cooldown: float = 30.0, clock: Callable[[], float] = time.monotonic) -> None:
-        if not isinstance(failures, int) or failures < 1:
-            raise ValueError(f"failures: expected an int >= 1, got {failures!r}")
+        checks.positive_int("failures", failures)
         if not isinstance(cooldown, int | float) or not cooldown >= 0:
             raise ValueError(f"cooldown: expected at least 0 seconds, got {cooldown!r}")
         self.failures = failures
@@ -112,8 +112,7 @@ class ScorerClient:
         if not sent or (address.port or 0) > 65535:
             raise ValueError(f"url: expected http://host:port, got {bare!r}")
         for name, value in (("batch", batch), ("attempts", attempts)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected an int >= 1, got {value!r}")
+            checks.positive_int(name, value)
         if not isinstance(timeout, int | float) or not timeout > 0:
             raise ValueError(f"timeout: expected seconds above 0, got {timeout!r}")
         if not isinstance(backoff, int | float) or not backoff >= 0:

@@ -240,5 +240,5 @@ class TestReleasedAnswerVariance:
 
 
 def test_wrong_k(domain, scripted):
-    with pytest.raises(ValueError, match="k: expected at least 1 answer, got 0"):
+    with pytest.raises(ValueError, match="k: expected an int >= 1, got 0"):
         SampledAnswers(scripted(SCRIPT.__getitem__), domain, k=0)

@@ -483,7 +483,7 @@ def test_thousands_of_questions_from_one_template_in_a_moment():
 def test_wrong_arguments():
     with pytest.raises(ValueError, match="threshold"):
         NearCopies(0)
-    with pytest.raises(ValueError, match="n, capacity"):
+    with pytest.raises(ValueError, match="capacity: expected an int >= 1"):
         NearCopies(capacity=0)
     with pytest.raises(ValueError, match="n: expected"):
         Contamination([], n=0)

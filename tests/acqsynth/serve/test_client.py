@@ -346,6 +346,7 @@ def test_a_copy_of_another_process_finds_out_for_itself(reached):
         ),
         ({"url": URL, "batch": 0}, "batch: expected an int >= 1, got 0"),
         ({"url": URL, "batch": 1.5}, "batch: expected an int >= 1, got 1.5"),
+        ({"url": URL, "batch": True}, "batch: expected an int >= 1, got True"),
         ({"url": URL, "attempts": 0}, "attempts: expected an int >= 1, got 0"),
         ({"url": URL, "attempts": "3"}, "attempts: expected an int >= 1, got '3'"),
         ({"url": URL, "timeout": 0.0}, "timeout: expected seconds above 0"),
