@@ -62,5 +62,5 @@ def test_released_clusters_first_characters(minilm):
 def test_wrong_arguments():
     with pytest.raises(ValueError, match="seeds: expected at least one"):
         Proximity(NgramEmbedder(), [])
-    with pytest.raises(ValueError, match="clusters: expected at least 1"):
+    with pytest.raises(ValueError, match="clusters: expected an int >= 1, got 0"):
         Proximity(NgramEmbedder(), SEEDS, clusters=0)
