@@ -41,9 +41,8 @@ def row_stats(
 def delta_hash(
     isa: str,
     head: HeadArgs,
-    fill: bool,  # write the state too
-    state: int,  # float64 [7, N], read unless filled
-    index: int,  # int64 [N], read unless filled
+    state: int,  # float64 [7, N]
+    index: int,  # int64 [N]
     places: int,  # int32 [V]
     columns: int,
     out: int,  # float32 [N, columns], written
@@ -71,12 +70,15 @@ def fisher_sums(
     signed_sums: int,  # float64 [P, N], written
     squares: int,  # float64 [N], written
 ) -> None: ...
-def hidden_grad(
+def delta_sums(
     isa: str,
     head: HeadArgs,
     state: int,  # float64 [7, N], written
     index: int,  # int64 [N], written
-    out: int,  # float32 [N, D], written
+    values: int,  # float32 [N, D], written, or 0
+    places: int,  # int32 [V], or 0
+    columns: int,
+    hashed: int,  # float32 [N, columns], written, or 0
 ) -> None: ...
 def gram_norm(
     isa: str,

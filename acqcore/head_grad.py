@@ -17,6 +17,7 @@ over those columns, so the ranks add up D numbers for dL/dh, one for the squared
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeAlias
 
 import torch
@@ -90,7 +91,7 @@ def hidden_grad(
     state, index = empty_state(hidden)
     sums = torch.empty(hidden.shape, dtype=dtype, device=hidden.device)
     if len(head.weight):
-        chosen.hidden_grad(HeadRows(hidden, head, trusted, temperature, state, index), sums)
+        chosen.delta_sums(HeadRows(hidden, head, trusted, temperature, state, index), sums)
     else:  # a shard may be empty; backends never see an empty one
         no_vocabulary(trusted, state, index)
         sums.zero_()
@@ -99,7 +100,7 @@ def hidden_grad(
 
 
 def _normalised(
-    sums: torch.Tensor,  # [N, D] of ``Backend.hidden_grad``, overwritten
+    sums: torch.Tensor,  # [N, D], values of ``Backend.delta_sums``, overwritten
     head: Head,
     stats: RowStats,  # over the whole vocabulary
     local_max: torch.Tensor,  # [N] float64: the largest logits that ``sums`` are relative to
@@ -239,12 +240,12 @@ def grad_sketch(
     chosen = checked_backend(hidden, head, targets, temperature, backend, "delta_hash")
     bounds = checks.offsets(offsets, targets)
     weights, check_scored = _loss_weights(targets, bounds, loss, token_weights)
-    stats = None  # computed in the same pass over the weights, unless ranks share them
-    if head.group is not None or not len(head.weight):
+    if head.group is None and len(head.weight):
+        sketches = delta_visit(hidden, head, targets, bounds, weights, temperature, chosen, False, (dim, seed))[2]
+        assert sketches is not None
+    else:  # ranks share the statistics
         stats = row_stats(hidden, head, targets, temperature=temperature, backend=backend)
-    trusted = checks.targets_in_range(targets, head.vocab_size)
-    assert trusted is not None
-    sketches = _sketches(hidden, head, trusted, stats, bounds, weights, temperature, chosen, dim, seed)
+        sketches = grad_sketch_from(hidden, head, stats, bounds, weights, temperature, backend, dim, seed)
     check_scored()
     return sketches
 
@@ -341,22 +342,52 @@ def grad_sketch_from(
     """:func:`grad_sketch` from known statistics, ``[B, dim]``; arguments are trusted."""
     assert stats.targets is not None
     chosen = chosen_backend(hidden, head, backend, "delta_hash")
-    return _sketches(hidden, head, stats.targets, stats, bounds, weights, temperature, chosen, dim, seed)
+    rows = HeadRows(hidden, head, stats.targets, temperature, stats.state, stats.max_index)
+    return _sketches(rows, True, None, bounds, weights, chosen, dim, seed)
 
 
-def _sketches(
+def delta_visit(
     hidden: torch.Tensor,  # [N, D]
-    head: Head,
+    head: Head,  # of the whole vocabulary
     targets: torch.Tensor,  # [N]
-    stats: RowStats | None,  # None: not known yet
     bounds: Bounds,
     weights: torch.Tensor,  # [N] float64
     temperature: float,
+    backend: Backend,
+    with_hidden: bool,
+    sketch: tuple[int, int] | None,  # dim and seed
+) -> tuple[RowStats, torch.Tensor | None, torch.Tensor | None]:
+    """Statistics of the rows, and as asked :func:`hidden_grad` ``[N, D]`` and :func:`grad_sketch` ``[B, dim]``, in one
+    pass over the weights on a CPU; arguments are trusted."""
+    state, index = empty_state(hidden)
+    trusted = checks.targets_in_range(targets, head.vocab_size)
+    dtype = compute_dtype(hidden.dtype, head.weight.dtype)
+    values = torch.empty(hidden.shape, dtype=dtype, device=hidden.device) if with_hidden else None
+    rows = HeadRows(hidden, head, trusted, temperature, state, index)
+    sketches = None
+    if sketch is None:
+        backend.delta_sums(rows, values)
+    else:
+        sketches = _sketches(rows, False, values, bounds, weights, backend, *sketch)
+    stats = stats_of(hidden, targets, state, index, dtype)
+    if values is not None:
+        values = _normalised(values, head, stats, state[MAX], temperature)
+    return stats, values, sketches
+
+
+def _sketches(
+    rows: HeadRows,
+    known: bool,  # whether their state is filled; otherwise it is written
+    values: torch.Tensor | None,  # [N, D] of ``Backend.delta_sums``, written if the state is
+    bounds: Bounds,
+    weights: torch.Tensor,  # [N] float64
     chosen: Backend,
     dim: int,
     seed: int,
 ) -> torch.Tensor:
     """``[B, dim]``."""
+    hidden, head, targets = rows.hidden, rows.head, rows.targets
+    assert targets is not None
     dtype = compute_dtype(hidden.dtype, head.weight.dtype)
     of_rows, of_columns = head_places(head, dim, seed)
     if not bounds:  # torch cannot transform an empty batch
@@ -364,18 +395,24 @@ def _sketches(
     sketches = hidden.new_zeros((len(bounds), dim // 2 + 1, 2), dtype=dtype)  # spectra, real and imaginary part
     for begin in range(0, len(hidden) if len(head.weight) else 0, SKETCH_ROWS):
         part = slice(begin, begin + SKETCH_ROWS)
-        left = hidden.new_empty((len(hidden[part]), dim), dtype=dtype)
-        if stats is None:
-            state, index = empty_state(hidden[part])
-            chosen.stats_and_hash(HeadRows(hidden[part], head, targets[part], temperature, state, index), of_rows, left)
+        own = replace(
+            rows,
+            hidden=hidden[part],
+            targets=targets[part],
+            state=rows.state[:, part].contiguous(),
+            index=rows.index[part],
+        )
+        left = hidden.new_empty((len(own.hidden), dim), dtype=dtype)
+        if known:
+            chosen.delta_hash(own, of_rows, left)
         else:
-            state, index = stats.state[:, part].contiguous(), stats.max_index[part]
-            chosen.delta_hash(HeadRows(hidden[part], head, targets[part], temperature, state, index), of_rows, left)
+            chosen.delta_sums(own, None if values is None else values[part], of_rows, left)
+            rows.state[:, part] = own.state
         left *= weights[part, None].to(dtype)
         spectrum = torch.fft.rfft(left)
         del left  # holds at most 64 MiB at a time
         ignored = targets[part, None] == checks.IGNORE_INDEX  # the hidden state may be NaN
-        _multiply(spectrum, torch.fft.rfft(of_columns(hidden[part].masked_fill(ignored, 0), dtype)))
+        _multiply(spectrum, torch.fft.rfft(of_columns(own.hidden.masked_fill(ignored, 0), dtype)))
         first, lengths = _within(bounds, begin, begin + len(spectrum))
         add_segments(sketches[first : first + len(lengths)], lengths, torch.view_as_real(spectrum))
         del spectrum

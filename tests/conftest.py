@@ -88,7 +88,20 @@ class OnDevice(Backend):
 
 
 #: Arguments of a backend's operations, and fields of dataclass arguments, that the operations write.
-WRITTEN = {"state", "index", "products", "votes", "out", "squared", "sums", "signed", "squares", "keep"}
+WRITTEN = {
+    "state",
+    "index",
+    "products",
+    "votes",
+    "out",
+    "values",
+    "hashed",
+    "squared",
+    "sums",
+    "signed",
+    "squares",
+    "keep",
+}
 
 
 def _on_device(name: str) -> Any:
@@ -103,7 +116,7 @@ def _on_device(name: str) -> Any:
     return call
 
 
-for _name in (Backend.__abstractmethods__ - {"longest_gram"}) | {"stats_and_hash"}:
+for _name in (Backend.__abstractmethods__ - {"longest_gram"}) | {"delta_sums"}:
     setattr(OnDevice, _name, _on_device(_name))
 abc.update_abstractmethods(OnDevice)
 

@@ -141,11 +141,11 @@ def test_samples_do_not_depend_on_the_batch(form, implementation):
 def test_a_sketch_takes_one_visit(monkeypatch):
     """On a CPU the statistics come with it, not from an operation of their own."""
     case, asked = random_case(6, 16, 40), []
-    for op in ("row_stats", "delta_hash", "stats_and_hash"):
+    for op in ("row_stats", "delta_hash", "delta_sums"):
         original = getattr(Cpu, op)
         monkeypatch.setattr(Cpu, op, lambda *given, op=op, original=original: (asked.append(op), original(*given)))
     acqcore.grad_sketch(case.hidden, case.head, case.targets, torch.tensor([0, 2, 6]), dim=32, backend="cpu")
-    assert asked == ["stats_and_hash"]
+    assert asked == ["delta_sums"]
 
 
 @pytest.mark.parametrize("dim", [999, 1000])
@@ -263,8 +263,8 @@ def test_sketch_keeps_inner_products(implementation):
 @pytest.mark.parametrize("name", ["odd shapes", "everything", "absent targets", "two columns", "rising", "confident"])
 @pytest.mark.parametrize("isa", ISAS, ids="cpu/{}".format)
 def test_hashed_delta(name, dim, isa, monkeypatch):
-    """In one visit with the statistics and after them, within 1e-5 of each row's largest entry. For Triton's kernel see
-    ``kernels/test_sketch.py``."""
+    """In one visit with the statistics and dL/dh, and after it, within 1e-5 of each row's largest entry. For Triton's
+    kernel see ``kernels/test_sketch.py``."""
     monkeypatch.setenv("ACQCORE_ISA", isa)
     if name == "rising":
         case = case_from_logits(torch.linspace(-40, 40, 600).repeat(3, 1), torch.tensor([599, 0, -100]))
@@ -281,11 +281,20 @@ def test_hashed_delta(name, dim, isa, monkeypatch):
         return HeadRows(case.hidden, case.head, case.targets, case.temperature, state, index)
 
     expected, of_eager = torch.empty(n, dim, dtype=torch.float64), rows(exact)
-    get("eager").stats_and_hash(of_eager, places, expected)
-    together, filled = torch.full((n, dim), torch.nan), rows(case)
-    get("cpu").stats_and_hash(filled, places, together)
+    expected_values = torch.empty(case.hidden.shape, dtype=torch.float64)
+    get("eager").delta_sums(of_eager, expected_values, places, expected)
+    together, values, filled = torch.full((n, dim), torch.nan), torch.full_like(case.hidden, torch.nan), rows(case)
+    get("cpu").delta_sums(filled, values, places, together)
     apart = torch.full((n, dim), torch.nan)
     get("cpu").delta_hash(filled, places, apart)
+    values_alone, hash_alone = torch.empty_like(values), torch.empty_like(together)
+    get("cpu").delta_sums(rows(case), values_alone)
+    get("cpu").delta_sums(rows(case), None, places, hash_alone)
+    assert torch.equal(values, values_alone)
+    assert torch.equal(together, hash_alone)
+    of_weights = case.head.weight.double().norm(dim=1).mean()
+    bound = 1e-5 * (expected_values.norm(dim=1) + of_weights)
+    assert ((values.double() - expected_values).norm(dim=1) <= bound).all()
     torch.testing.assert_close(filled.state, of_eager.state, rtol=2e-5, atol=2e-5, equal_nan=True)
     assert torch.equal(filled.index, of_eager.index)
     size = expected.abs().amax(dim=1, keepdim=True).clamp_min(1e-300)

@@ -150,7 +150,7 @@ def test_statistics_are_those_of_row_stats(name, implementation):
     assert torch.equal(with_gram.max_index, alone.max_index)
     state, index = empty_state(case.hidden)
     rows = HeadRows(case.hidden, case.head, case.targets, case.temperature, state, index)
-    chosen.hidden_grad(rows, torch.empty_like(case.hidden))
+    chosen.delta_sums(rows, torch.empty_like(case.hidden))
     assert torch.equal(state.nan_to_num(7), alone.state.nan_to_num(7))
     assert torch.equal(index, alone.max_index)
 

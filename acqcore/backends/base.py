@@ -164,16 +164,6 @@ class Backend(ABC):
         Places come from ``signs.rotated_places`` for the rows of this weight.
         """
 
-    def stats_and_hash(
-        self,
-        rows: HeadRows,
-        places: torch.Tensor,  # [V] int32
-        out: torch.Tensor,  # [N, n], written
-    ) -> None:
-        """``row_stats`` and ``delta_hash`` of a whole vocabulary, in one pass over the weights if a kernel can."""
-        self.row_stats(rows)
-        self.delta_hash(rows, places, out)
-
     @abstractmethod
     def gram_norm(
         self,
@@ -201,19 +191,27 @@ class Backend(ABC):
     ) -> None:
         """Like ``gram_norm`` for samples of any length, from delta formed in a second pass over the weights."""
 
-    def hidden_grad(
+    def delta_sums(
         self,
         rows: HeadRows,
-        out: torch.Tensor,  # [N, D] float32 (float64 on eager in float64), written
+        values: torch.Tensor | None = None,  # [N, D] float32 (float64 on eager in float64), written
+        places: torch.Tensor | None = None,  # [V] int32, as in ``delta_hash``
+        hashed: torch.Tensor | None = None,  # [N, n], written, with places
     ) -> None:
-        """Fill the state as ``row_stats`` does, and ``out``, in one pass over the weights if a kernel can.
+        """Fill the state as ``row_stats`` does, and ``values`` and ``hashed`` if given, in one pass over the weights if
+        a kernel can.
 
-        ``out_s = sum_v exp(z_s[v] - m_s) cap'_s[v] W_v`` over the columns of this weight except the row's target, with
-        ``m_s`` and ``cap'`` as in :class:`Gram`; zero where rows of a Gram are zero. ``head_grad.hidden_grad`` turns it
-        into dL/dh: it normalises and adds the target's column exactly.
+        ``values_s = sum_v exp(z_s[v] - m_s) cap'_s[v] W_v`` over the columns of this weight except the row's target,
+        with ``m_s`` and ``cap'`` as in :class:`Gram`; zero where rows of a Gram are zero. ``head_grad.hidden_grad``
+        turns it into dL/dh: it normalises and adds the target's column exactly. ``hashed``, of a whole vocabulary, is
+        that of ``delta_hash``.
         """
         self.row_stats(rows)
-        self.fill_hidden_grad(rows, out)
+        if values is not None:
+            self.fill_hidden_grad(rows, values)
+        if hashed is not None:
+            assert places is not None
+            self.delta_hash(rows, places, hashed)
 
     @abstractmethod
     def fill_hidden_grad(
@@ -221,7 +219,7 @@ class Backend(ABC):
         rows: HeadRows,  # their state filled, for the whole vocabulary
         out: torch.Tensor,  # [N, D], written
     ) -> None:
-        """``out`` of ``hidden_grad`` with ``m = state[MAX]``, in a pass of its own."""
+        """``values`` of ``delta_sums`` with ``m = state[MAX]``, in a pass of its own."""
 
     @abstractmethod
     def fisher_sums(

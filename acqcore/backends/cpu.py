@@ -82,22 +82,10 @@ class Cpu(Backend):
         places: torch.Tensor,  # [V] int32
         out: torch.Tensor,  # [N, n] float32, written
     ) -> None:
-        self._hash(rows, places, False, out)
-
-    def stats_and_hash(
-        self,
-        rows: HeadRows,
-        places: torch.Tensor,  # [V] int32
-        out: torch.Tensor,  # [N, n] float32, written
-    ) -> None:
-        self._hash(rows, places, True, out)
-
-    def _hash(self, rows: HeadRows, places: torch.Tensor, fill: bool, out: torch.Tensor) -> None:
         with _head_args(rows) as arguments:
             _core.delta_hash(
                 self.instruction_set(),
                 arguments,
-                fill,
                 rows.state.data_ptr(),
                 rows.index.data_ptr(),
                 places.data_ptr(),
@@ -150,18 +138,23 @@ class Cpu(Backend):
                 squared.data_ptr(),
             )
 
-    def hidden_grad(
+    def delta_sums(
         self,
         rows: HeadRows,
-        out: torch.Tensor,  # [N, D], written
+        values: torch.Tensor | None = None,  # [N, D], written
+        places: torch.Tensor | None = None,  # [V] int32
+        hashed: torch.Tensor | None = None,  # [N, n] float32, written
     ) -> None:
         with _head_args(rows) as arguments:
-            _core.hidden_grad(
+            _core.delta_sums(
                 self.instruction_set(),
                 arguments,
                 rows.state.data_ptr(),
                 rows.index.data_ptr(),
-                out.data_ptr(),
+                pointer(values),
+                pointer(places),
+                0 if hashed is None else hashed.shape[1],
+                pointer(hashed),
             )
 
     def fill_hidden_grad(
@@ -172,7 +165,7 @@ class Cpu(Backend):
         """Folds the logits again, beside which the second product is most of the cost."""
         assert rows.targets is not None
         own = replace(rows, state=torch.empty_like(rows.state), index=torch.empty_like(rows.index))
-        self.hidden_grad(own, out)
+        self.delta_sums(own, out)
         shift = (own.state[0] - rows.state[0]).exp().where(rows.targets != -100, 0)  # not 1 for a shard
         out *= shift[:, None].to(out.dtype)
 

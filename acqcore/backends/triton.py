@@ -222,13 +222,20 @@ class Triton(Chunked):
     ) -> None:
         self._hash(rows, places, False, out)
 
-    def stats_and_hash(
+    def delta_sums(
         self,
         rows: HeadRows,
-        places: torch.Tensor,  # [V] int32
-        out: torch.Tensor,  # [N, n] float32, written
+        values: torch.Tensor | None = None,  # [N, D], written
+        places: torch.Tensor | None = None,  # [V] int32
+        hashed: torch.Tensor | None = None,  # [N, n] float32, written
     ) -> None:
-        self._hash(rows, places, True, out)
+        if hashed is None:
+            super().delta_sums(rows, values)
+            return
+        assert places is not None
+        self._hash(rows, places, True, hashed)
+        if values is not None:
+            self.fill_hidden_grad(rows, values)
 
     def _hash(self, rows: HeadRows, places: torch.Tensor, fill: bool, out: torch.Tensor) -> None:
         from acqcore.kernels.sketch import hashed_delta

@@ -128,9 +128,11 @@ def passes(shape: Shape, work: Work) -> Passes:
     - Gradients for one kind of target: a backward pass through the blocks of the deepest need (of activations only,
       which costs a forward pass) and two products; each norm or sketch costs the same again through its own blocks. In
       the head, a sketch takes one product; a norm T / 2D of one beside the statistics, plus one for predicted targets.
+      The statistics come with the first sketch or, if no norm or probes give them, with the gradient of the hidden
+      states; these two share a product as well.
     - P probes of one seed: P + 2 products, and for each probe a backward pass through the blocks of the deepest need; a
       norm or sketch of weights costs the same again through its own blocks. The first seed also gives the statistics,
-      unless a norm of the head already does.
+      unless a norm or sketch of the head already does.
     """
     plan = work.plan
     on_hidden = any(need.on_hidden for need in plan.draws)
@@ -142,6 +144,7 @@ def passes(shape: Shape, work: Work) -> Passes:
             last = _blocks(draw.layers, shape)
             trunk += 1 - last / shape.blocks + draw.draws * last / shape.blocks
     kept = 0
+    probed = [need for need in plan.needs if isinstance(need, ProbeNeed)]
     for predicted in (False, True):
         needs = [n for n in plan.needs if isinstance(n, GradientNeed) and n.predicted == predicted]
         depths = {n: 0 if n.parameters == "head" else _blocks(n.parameters, shape) for n in needs}
@@ -149,13 +152,15 @@ def passes(shape: Shape, work: Work) -> Passes:
         trunk += (deepest + sum(depths.values())) / shape.blocks
         head += 2 * (deepest > 0)
         gram = min(1.0, work.scored / (2 * shape.hidden))
-        for need in needs:
-            if isinstance(need.parameters, str):
-                head += 1 if need.dim is not None else gram + predicted
+        of_head = [need for need in needs if isinstance(need.parameters, str)]
+        head += sum(1 if need.dim is not None else gram + predicted for need in of_head)
         kept = max(kept, deepest)
-    probed = [need for need in plan.needs if isinstance(need, ProbeNeed)]
-    of_head = [n for n in plan.needs if isinstance(n, GradientNeed) and isinstance(n.parameters, str)]
-    head -= bool(probed) and all(need.predicted or need.dim is not None for need in of_head)
+        if predicted:
+            continue
+        if any(need.dim is not None for need in of_head):
+            head -= 1 + (deepest > 0)
+        elif not of_head:
+            head -= deepest > 0 or bool(probed)
     for seed in {need.seed for need in probed}:
         of_seed = [need for need in probed if need.seed == seed]
         most = max(need.probes for need in of_seed)

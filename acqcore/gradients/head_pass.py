@@ -35,7 +35,9 @@ class HeadPass:
     places: torch.Tensor  # [N] int64, index of each token in its sample
     visited: HeadVisit | None = None  # source of stats, if it kept the norm's inputs
     carried: tuple[Probes, FisherGrads] | None = None  # from the same visit as stats
-    _found: dict[tuple[int, int] | None, torch.Tensor] = field(default_factory=dict, repr=False)
+    hidden_grads: torch.Tensor | None = None  # [N, D] of ``head_grad.hidden_grad``, from the same visit
+    #: None -> squared norms, (dim, seed) -> sketches, as far as they are known.
+    found: dict[tuple[int, int] | None, torch.Tensor] = field(default_factory=dict, repr=False)
 
     @cached_property
     def weights(self) -> torch.Tensor:
@@ -61,27 +63,27 @@ class HeadPass:
 
     def predicted(self, loss: Loss) -> HeadPass:
         """The same rows with the most likely tokens as targets."""
-        return replace(self, stats=predicted_targets(self.stats), loss=loss, visited=None, _found={})
+        return replace(self, stats=predicted_targets(self.stats), loss=loss, visited=None, hidden_grads=None, found={})
 
     def squared_norm(self) -> torch.Tensor:
         """Squared norm of each sample's head gradient, ``[B]`` float64."""
-        if None not in self._found:
+        if None not in self.found:
             if self.visited is not None:
                 norm = self.visited.grad_norm(self.weights)
             else:
                 norm = head_grad_norm_from(
                     self.hidden, self.head, self.stats, self.bounds, self.weights, 1.0, self.backend
                 )
-            self._found[None] = norm.double().square()
-        return self._found[None]
+            self.found[None] = norm.double().square()
+        return self.found[None]
 
     def sketch(self, dim: int, seed: int) -> torch.Tensor:
         """Sketch of each sample's head gradient, ``[B, dim]``."""
-        if (dim, seed) not in self._found:
-            self._found[dim, seed] = grad_sketch_from(
+        if (dim, seed) not in self.found:
+            self.found[dim, seed] = grad_sketch_from(
                 self.hidden, self.head, self.stats, self.bounds, self.weights, 1.0, self.backend, dim, seed
             )
-        return self._found[dim, seed]
+        return self.found[dim, seed]
 
     def hidden_gradient(
         self,
@@ -89,7 +91,9 @@ class HeadPass:
         positions: torch.Tensor,  # [N] int64
     ) -> torch.Tensor:
         """Gradient of the samples' losses in ``hidden``, ``[B, T, D]``; the N rows are its flattened ``positions``."""
-        gradient = hidden_grad_from(self.hidden, self.head, self.stats, 1.0, self.backend)  # [N, D]
+        gradient = self.hidden_grads
+        if gradient is None:
+            gradient = hidden_grad_from(self.hidden, self.head, self.stats, 1.0, self.backend)
         return spread(gradient * self.weights[:, None].to(gradient.dtype), hidden, positions)
 
     def fisher_grads(self, probes: int, seed: int) -> FisherGrads:

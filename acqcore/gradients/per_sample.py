@@ -83,17 +83,20 @@ class SampleGradients:
         self._of_completions = not names and all(need.positions == "completion" for need in of_trunk)
         #: Whether the forward must keep a graph.
         self.deep = bool(names or modules)
-        written = [need.loss for need in self._needs if not need.predicted]
+        written = [need for need in self._needs if not need.predicted]
         #: Loss that weights the written tokens.
-        self.loss: Loss = written[0] if written else "mean"
+        self.loss: Loss = written[0].loss if written else "mean"
+        #: Whether a backward under the written targets reaches the trunk.
+        self.of_trunk = self._reaches_trunk(written)
         #: Seed of random cotangents -> number needed.
         self.probes: dict[int, int] = {}
         for need in self._probed:
             self.probes[need.seed] = max(need.probes, self.probes.get(need.seed, 0))
+        of_head = [need for need in written if self._selections[need.parameters].head]
         #: Whether a need asks for the norm of the head's gradient under the written targets.
-        self.of_head = any(
-            need.dim is None and not need.predicted and self._selections[need.parameters].head for need in self._needs
-        )
+        self.of_head = any(need.dim is None for need in of_head)
+        #: Length and seed of a sketch of it, if a need asks for one.
+        self.head_sketch = next(((need.dim, need.seed) for need in of_head if need.dim is not None), None)
 
     @property
     def one_by_one(self) -> bool:

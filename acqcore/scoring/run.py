@@ -19,6 +19,7 @@ from acqcore.gradients.capture import OneByOne
 from acqcore.gradients.head_pass import HeadPass
 from acqcore.gradients.need import GradientNeed, ProbeNeed
 from acqcore.gradients.per_sample import SampleGradients
+from acqcore.head_grad import delta_visit, loss_weights
 from acqcore.head_visit import visit
 from acqcore.row_stats import checked_backend, row_stats
 from acqcore.scoring.draws import Batch, Draws
@@ -175,8 +176,9 @@ class Runner:
             return None
         if self.head.group is not None or self.head.weight.device.type != "cpu":  # no kernel joins them there
             return None
-        if self._gradients is not None and self._gradients.probes and not self._gradients.of_head:
-            return None  # the statistics come with the probes
+        gradients = self._gradients
+        if gradients is not None and (gradients.head_sketch or (gradients.probes and not gradients.of_head)):
+            return None  # the statistics come with the sketch or the probes
         return next((options for options in self._draws if options.on_hidden and options.form == "block"), None)
 
     def _visit_head(
@@ -189,10 +191,21 @@ class Runner:
         head, gradients = self.head, self._gradients
         targets = batch.targets.to(hidden.device)
         keys, places = (value.to(hidden.device) for value in batch.keys_and_places)
-        visited = carried = rows = None
+        loss = "mean" if gradients is None else gradients.loss
+        visited = carried = rows = hidden_grads = None
+        known = {}
         if self._joined_draws is not None:
             rows, results[self._joined_draws] = self._draws[self._joined_draws].rows_of_hidden(batch, hidden)
-        if gradients is not None and gradients.of_head:
+        if gradients is not None and self._sums_with_statistics:
+            backend = checked_backend(hidden, head, targets, 1.0, self._backend, "delta_hash")
+            weights = loss_weights(targets, batch.bounds, loss, None)
+            asked = gradients.of_trunk, gradients.head_sketch
+            stats, hidden_grads, sketches = delta_visit(
+                hidden, head, targets, batch.bounds, weights, 1.0, backend, *asked
+            )
+            if sketches is not None:
+                known[gradients.head_sketch] = sketches
+        elif gradients is not None and gradients.of_head:
             backend = checked_backend(hidden, head, targets, 1.0, self._backend, "head_grad_norm")
             visited = visit(hidden, head, targets, batch.bounds, 1.0, backend, draws=rows)
             stats = visited.stats
@@ -207,8 +220,20 @@ class Runner:
             carried = probes, cotangents
         else:
             stats = row_stats(hidden, head, targets, backend=self._backend)
-        loss = "mean" if gradients is None else gradients.loss
-        return HeadPass(hidden, head, stats, batch.bounds, loss, self._backend, keys, places, visited, carried)
+        return HeadPass(
+            hidden, head, stats, batch.bounds, loss, self._backend, keys, places, visited, carried, hidden_grads, known
+        )
+
+    @cached_property
+    def _sums_with_statistics(self) -> bool:
+        """Whether the pass over the head's weights that gives the statistics gives dL/dh or a sketch, too."""
+        gradients, head = self._gradients, self.head
+        if gradients is None or head.group is not None or not len(head.weight):
+            return False
+        if gradients.head_sketch is not None:
+            return True
+        elsewhere = gradients.of_head or gradients.probes or self._joined_draws is not None
+        return gradients.of_trunk and not elsewhere and head.weight.device.type == "cpu"  # no kernel joins them on GPUs
 
 
 def check_reference_set(

@@ -80,12 +80,11 @@ void row_stats(const std::string& isa, const acqcore::HeadArgs& head, uintptr_t 
   run(isa, &acqcore::Operations::row_stats, args);
 }
 
-void delta_hash(const std::string& isa, const acqcore::HeadArgs& head, bool fill, uintptr_t state, uintptr_t index,
+void delta_hash(const std::string& isa, const acqcore::HeadArgs& head, uintptr_t state, uintptr_t index,
                 uintptr_t places, int64_t columns, uintptr_t out) {
   const acqcore::DeltaHashArgs args = {head,
-                                       fill,
-                                       reinterpret_cast<double*>(state),
-                                       reinterpret_cast<int64_t*>(index),
+                                       reinterpret_cast<const double*>(state),
+                                       reinterpret_cast<const int64_t*>(index),
                                        reinterpret_cast<const int32_t*>(places),
                                        columns,
                                        reinterpret_cast<float*>(out)};
@@ -116,11 +115,16 @@ void head_grad_norm(const std::string& isa, const acqcore::HeadArgs& head, uintp
   run(isa, &acqcore::Operations::head_grad_norm, args);
 }
 
-void hidden_grad(const std::string& isa, const acqcore::HeadArgs& head, uintptr_t state, uintptr_t index,
-                 uintptr_t out) {
-  const acqcore::HiddenGradArgs args = {head, reinterpret_cast<double*>(state), reinterpret_cast<int64_t*>(index),
-                                        reinterpret_cast<float*>(out)};
-  run(isa, &acqcore::Operations::hidden_grad, args);
+void delta_sums(const std::string& isa, const acqcore::HeadArgs& head, uintptr_t state, uintptr_t index,
+                uintptr_t values, uintptr_t places, int64_t columns, uintptr_t hashed) {
+  const acqcore::DeltaSumsArgs args = {head,
+                                       reinterpret_cast<double*>(state),
+                                       reinterpret_cast<int64_t*>(index),
+                                       reinterpret_cast<float*>(values),
+                                       reinterpret_cast<const int32_t*>(places),
+                                       columns,
+                                       reinterpret_cast<float*>(hashed)};
+  run(isa, &acqcore::Operations::delta_sums, args);
 }
 
 void fisher_sums(const std::string& isa, const acqcore::HeadArgs& head, uintptr_t state, uintptr_t index, int probes,
@@ -217,15 +221,15 @@ void register_cpu(py::module_& m) {
            py::arg("targets"), py::arg("softcap"), py::arg("scale"), py::arg("temperature"), py::arg("vocab_start"));
   m.def("row_stats", &row_stats, py::arg("isa"), py::arg("head"), py::arg("bounds"), py::arg("samples"),
         py::arg("products"), py::arg("state"), py::arg("index"));
-  m.def("delta_hash", &delta_hash, py::arg("isa"), py::arg("head"), py::arg("fill"), py::arg("state"),
-        py::arg("index"), py::arg("places"), py::arg("columns"), py::arg("out"));
+  m.def("delta_hash", &delta_hash, py::arg("isa"), py::arg("head"), py::arg("state"), py::arg("index"),
+        py::arg("places"), py::arg("columns"), py::arg("out"));
   m.def("hash_columns", &hash_columns, py::arg("isa"), py::arg("threads"), py::arg("values"), py::arg("rows"),
         py::arg("columns"), py::arg("places"), py::arg("dim"), py::arg("out"));
   m.def("fisher_sums", &fisher_sums, py::arg("isa"), py::arg("head"), py::arg("state"), py::arg("index"),
         py::arg("probes"), py::arg("seed"), py::arg("samples"), py::arg("positions"), py::arg("sums"),
         py::arg("signed_sums"), py::arg("squares"));
-  m.def("hidden_grad", &hidden_grad, py::arg("isa"), py::arg("head"), py::arg("state"), py::arg("index"),
-        py::arg("out"));
+  m.def("delta_sums", &delta_sums, py::arg("isa"), py::arg("head"), py::arg("state"), py::arg("index"),
+        py::arg("values"), py::arg("places"), py::arg("columns"), py::arg("hashed"));
   m.def("gram_norm", &gram_norm, py::arg("isa"), py::arg("head"), py::arg("state"), py::arg("index"), py::arg("bounds"),
         py::arg("samples"), py::arg("products"), py::arg("local_max"), py::arg("weights"), py::arg("squared"));
   m.def("head_grad_norm", &head_grad_norm, py::arg("isa"), py::arg("head"), py::arg("state"), py::arg("index"),

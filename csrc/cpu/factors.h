@@ -34,21 +34,28 @@ inline float fold_factors(const Transform& transform, const float* z, int n, int
   return scale;
 }
 
-// A block of rows that are folded while their factors are added to sums over the vocabulary.
+// Sums over the vocabulary that belong to a block of rows, relative to the rows' references, times 2^40.
+struct RowSums {
+  int64_t columns;
+  float* sums;  // [count, columns]
+
+  float* of(int64_t row) const { return sums + row * columns; }
+
+  void rescale(int64_t row, float scale) const {
+    for (int64_t j = 0; j < columns; ++j) of(row)[j] *= scale;
+  }
+};
+
+// A block of rows that are folded while their factors are added to sums.
 struct FoldedRows {
   const int64_t* rows;  // row numbers
   int64_t count;
-  int64_t columns;      // of a row's sums
-  float* sums;          // [count, columns], relative to the references, times 2^40
+  RowSums values;       // of factors times values
+  RowSums hashed;       // of factors, by place
   float* references;    // [count]
   LaneState* lanes;     // [count]
   RowState* states;     // [count]
 };
-
-inline FoldedRows take_folded_rows(Arena& arena, int64_t block, int64_t columns) {
-  return {nullptr, 0, columns, arena.take<float>(block * columns), arena.take<float>(block),
-          arena.take<LaneState>(block), arena.take<RowState>(block)};
-}
 
 // Folds the products z [kTile] of row i with a tile and turns them into factors, in place; the target's is 0. Rescales
 // the row's sums.
@@ -65,8 +72,8 @@ inline void fold_row(const HeadArgs& head, const Transform& transform, const Fol
       fold_factors(transform, logits, n, head.vocab_start + tile, folded.lanes[i], folded.references[i], z);
   if (here) z[target] = 0;
   if (scale == 1) return;
-  float* sums = folded.sums + i * folded.columns;
-  for (int64_t j = 0; j < folded.columns; ++j) sums[j] *= scale;
+  folded.values.rescale(i, scale);
+  folded.hashed.rescale(i, scale);
 }
 
 // For every tile of the vocabulary calls add_tile(tile, width), which must call fold_row for every row and add the

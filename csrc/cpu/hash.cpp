@@ -1,7 +1,7 @@
 // Rows hashed to places, one addition per entry: given rows, or rows of delta, without materializing the logits.
 #include "delta.h"
-#include "factors.h"
 #include "isa.h"
+#include "places.h"
 #include "tasks.h"
 #include "values.h"
 
@@ -12,80 +12,30 @@ constexpr int64_t kBlockRows = 28 * kVectorRows;  // maximum: delta of 224 x 384
 
 // Per-thread scratch.
 struct Workspace {
-  float* hidden;      // [block_rows / kPanelRows, units, kPanelRows]
-  float* weights;     // [kTile, depth]
-  float* delta;       // [block_rows, kTile]
-  FoldedRows folded;  // of block_rows
-  DeltaRow* rows;     // [block_rows]
+  float* hidden;   // [block_rows / kPanelRows, units, kPanelRows]
+  float* weights;  // [kTile, depth]
+  float* delta;    // [block_rows, kTile]
+  float* sums;     // [block_rows, columns]
+  DeltaRow* rows;  // [block_rows]
 };
 
-// Adds each value of a row to its place in `out`, or subtracts it.
-void add_places(const int32_t* places /* [width] */, const float* values /* [width] */, int64_t width, float* out) {
-  for (int64_t v = 0; v < width; ++v) {
-    const int32_t negative = places[v] >> 31;  // 0 or all ones
-    uint32_t bits;
-    memcpy(&bits, values + v, 4);
-    out[places[v] ^ negative] += from_bits(bits ^ (uint32_t(negative) & 0x80000000u));
-  }
-}
-
-// The same for places of which most follow each other, as those of rotated_places do.
-void add_rotated(const int32_t* places /* [width] */, const float* values /* [width] */, int64_t width, float* out) {
-  int64_t v = 0;
-  for (; v + kLanes <= width; v += kLanes) {
-    const int32_t first = places[v] ^ (places[v] >> 31), last = places[v + kLanes - 1] ^ (places[v + kLanes - 1] >> 31);
-    if (last - first != kLanes - 1) {  // places start over in between
-      add_places(places + v, values + v, kLanes, out);
-      continue;
-    }
-    UintVec signs;
-    memcpy(&signs, places + v, sizeof signs);
-    const Vec signed_values = (Vec)((UintVec)load(values + v) ^ (signs & 0x80000000u));
-    store(out + first, load(out + first) + signed_values);
-  }
-  add_places(places + v, values + v, width - v, out);
-}
-
-// One task: delta of rows whose state is known.
-void hash_block(const DeltaHashArgs& args, const Inner& inner, const Transform& transform, const Workspace& ws) {
+// Runs one task.
+void hash_block(const DeltaHashArgs& args, const Inner& inner, const Transform& transform, const int64_t* rows,
+                int64_t count, const Workspace& ws) {
   const HeadArgs& head = args.head;
-  const FoldedRows& block = ws.folded;
-  const int64_t whole = pack_block(head, inner, block.rows, block.count, ws.hidden);
+  const int64_t whole = pack_block(head, inner, rows, count, ws.hidden), columns = args.columns;
   for (int64_t i = 0; i < whole; ++i) {
-    ws.rows[i] = i < block.count ? delta_row(head, args.state, args.index, block.rows[i], 1.0) : padding_row();
+    ws.rows[i] = i < count ? delta_row(head, args.state, args.index, rows[i], 1.0) : padding_row();
   }
+  memset(ws.sums, 0, 4 * count * columns);
   for (int64_t tile = 0; tile < head.weight.rows; tile += kTile) {
     const int width = static_cast<int>(lesser(kTile, head.weight.rows - tile));
     delta_tile(head, inner, transform, ws.rows, whole, ws.hidden, tile, width, ws.weights, ws.delta);
-    for (int64_t i = 0; i < block.count; ++i) {
-      add_rotated(args.places + tile, ws.delta + i * kTile, width, block.sums + i * args.columns);
+    for (int64_t i = 0; i < count; ++i) {
+      add_rotated(args.places + tile, ws.delta + i * kTile, width, ws.sums + i * columns);
     }
   }
-}
-
-// One task: the state of rows, and their delta in the same visit of the weights, normalised at its end.
-void fold_and_hash_block(const DeltaHashArgs& args, const Inner& inner, const Transform& transform,
-                         const Workspace& ws) {
-  const HeadArgs& head = args.head;
-  const FoldedRows& block = ws.folded;
-  const int64_t whole = pack_block(head, inner, block.rows, block.count, ws.hidden);
-  fold_block(head, block, args.state, args.index, [&](int64_t tile, int width) {
-    multiply_tile(head, inner, ws.hidden, whole, tile, width, ws.weights, ws.delta);
-    for (int64_t i = 0; i < block.count; ++i) {
-      float* z = ws.delta + i * kTile;
-      fold_row(head, transform, block, i, tile, width, z);
-      add_rotated(args.places + tile, z, width, block.sums + i * args.columns);
-    }
-  });
-  for (int64_t i = 0; i < block.count; ++i) {
-    const DeltaRow row = delta_row(head, args.state, args.index, block.rows[i], 1.0);
-    float* sums = block.sums + i * args.columns;
-    for (int64_t j = 0; j < args.columns; ++j) sums[j] *= row.term;
-    if (row.target < 0 || row.target >= head.weight.rows) continue;
-    const float t = transform.capped ? block.states[i].target / transform.after : 0;
-    const float at_target = row.at_target * row.slope * (1 - t * t);
-    add_places(args.places + row.target, &at_target, 1, sums);
-  }
+  for (int64_t i = 0; i < count; ++i) memcpy(args.out + rows[i] * columns, ws.sums + i * columns, 4 * columns);
 }
 
 }  // namespace
@@ -102,14 +52,11 @@ bool hash_columns(const HashColumnsArgs& args) {
 
 bool delta_hash(const DeltaHashArgs& args) {
   const HeadArgs& head = args.head;
-  const int64_t n = head.hidden.rows, columns = args.columns;
-  Scratch row_scratch(8 * n);
+  Scratch row_scratch(8 * head.hidden.rows);
   if (row_scratch.missing()) return false;
   int64_t* rows = row_scratch.as<int64_t>();
-  const int64_t scored = scored_rows(head, rows, [&](int64_t i) {
-    if (args.fill) write_state(nullptr, i, n, args.state, args.index);
-    memset(args.out + i * columns, 0, 4 * columns);
-  });
+  const int64_t scored =
+      scored_rows(head, rows, [&](int64_t i) { memset(args.out + i * args.columns, 0, 4 * args.columns); });
   if (scored == 0) return true;
 
   const Inner inner = inner_dimension(head);
@@ -117,18 +64,11 @@ bool delta_hash(const DeltaHashArgs& args) {
   const int64_t block = rows_of_block(head, scored, kBlockRows);
   const auto carve = [&](Arena& arena) {
     return Workspace{arena.take<float>(block * inner.units), arena.take<float>(kTile * inner.depth),
-                     arena.take<float>(block * kTile), take_folded_rows(arena, block, columns),
+                     arena.take<float>(block * kTile), arena.take<float>(block * args.columns),
                      arena.take<DeltaRow>(block)};
   };
-  return run_tasks(head.threads, ceil_div(scored, block), carve, [&](int64_t task, Workspace ws) {
-    FoldedRows& folded = ws.folded;
-    folded.rows = rows + task * block;
-    folded.count = lesser(block, scored - task * block);
-    memset(folded.sums, 0, 4 * folded.count * columns);
-    (args.fill ? fold_and_hash_block : hash_block)(args, inner, transform, ws);
-    for (int64_t i = 0; i < folded.count; ++i) {
-      memcpy(args.out + folded.rows[i] * columns, folded.sums + i * columns, 4 * columns);
-    }
+  return run_tasks(head.threads, ceil_div(scored, block), carve, [&](int64_t task, const Workspace& ws) {
+    hash_block(args, inner, transform, rows + task * block, lesser(block, scored - task * block), ws);
   });
 }
 

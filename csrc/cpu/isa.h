@@ -84,20 +84,22 @@ struct GramNormArgs {
   double* squared;          // [samples], written
 };
 
-// The state of RowStatsArgs, and sum_v exp(z_v - m) cap'_v W_v over all columns but the row's target.
-struct HiddenGradArgs {
-  HeadArgs head;   // with targets
-  double* state;   // [7, N], written
-  int64_t* index;  // [N], written
-  float* out;      // [N, D], written
+// The state of RowStatsArgs, and sums over the vocabulary; `values` and `hashed` may be null.
+struct DeltaSumsArgs {
+  HeadArgs head;          // with targets
+  double* state;          // [7, N], written
+  int64_t* index;         // [N], written
+  float* values;          // [N, D], written: sum_v exp(z_v - m) cap'_v W_v over all columns but the row's target
+  const int32_t* places;  // as in DeltaHashArgs
+  int64_t columns;        // n
+  float* hashed;          // [N, n], written: as by DeltaHashArgs, for a whole vocabulary
 };
 
 // Delta hashed to n places; delta [N, V] as in head_grad.py, zero in ignored rows.
 struct DeltaHashArgs {
   HeadArgs head;          // with targets
-  bool fill;              // write the state of row_stats in the same visit, for a whole vocabulary
-  double* state;          // [7, N]; read unless filled
-  int64_t* index;         // [N]; read unless filled
+  const double* state;    // [7, N]
+  const int64_t* index;   // [N]
   const int32_t* places;  // [V], of rotated_places: column v is added to place p, or subtracted from ~p if p < 0
   int64_t columns;        // n
   float* out;             // [N, n], written
@@ -172,7 +174,7 @@ struct Operations {
   bool (*row_stats)(const RowStatsArgs&);
   bool (*logit_stats)(const LogitStatsArgs&);
   bool (*delta_hash)(const DeltaHashArgs&);
-  bool (*hidden_grad)(const HiddenGradArgs&);
+  bool (*delta_sums)(const DeltaSumsArgs&);
   bool (*fisher_sums)(const FisherSumsArgs&);
   bool (*gram_norm)(const GramNormArgs&);
   bool (*head_grad_norm)(const HeadGradNormArgs&);

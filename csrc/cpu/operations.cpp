@@ -15,7 +15,7 @@ bool row_stats(const RowStatsArgs& args);            // row_stats.cpp
 bool logit_stats(const LogitStatsArgs& args);        // logit_stats.cpp
 bool delta_hash(const DeltaHashArgs& args);          // hash.cpp
 bool hash_columns(const HashColumnsArgs& args);      // hash.cpp
-bool hidden_grad(const HiddenGradArgs& args);        // hidden_grad.cpp
+bool delta_sums(const DeltaSumsArgs& args);          // delta_sums.cpp
 bool fisher_sums(const FisherSumsArgs& args);        // fisher_sums.cpp
 bool gram_norm(const GramNormArgs& args);            // gram_norm.cpp
 bool head_grad_norm(const HeadGradNormArgs& args);   // head_grad_norm.cpp
@@ -49,7 +49,7 @@ bool multiplies(const GramArgs& gram) {
 bool multiplies(const RowStatsArgs& args) { return multiplies(args.gram) || multiplies(args.head); }
 
 // Factors that multiply values are split into bfloat16 too.
-bool multiplies(const HiddenGradArgs&) { return true; }
+bool multiplies(const DeltaSumsArgs& args) { return args.values || multiplies(args.head); }
 bool multiplies(const FisherSumsArgs&) { return true; }
 
 bool multiplies(const MixtureStatsArgs& args) {
@@ -67,7 +67,7 @@ bool by_dtype(const Args& args) {
 const Operations kOperations = {by_dtype<RowStatsArgs, row_stats, &Operations::row_stats>,
                                 logit_stats,
                                 by_dtype<DeltaHashArgs, delta_hash, &Operations::delta_hash>,
-                                by_dtype<HiddenGradArgs, hidden_grad, &Operations::hidden_grad>,
+                                by_dtype<DeltaSumsArgs, delta_sums, &Operations::delta_sums>,
                                 by_dtype<FisherSumsArgs, fisher_sums, &Operations::fisher_sums>,
                                 by_dtype<GramNormArgs, gram_norm, &Operations::gram_norm>,
                                 by_dtype<HeadGradNormArgs, head_grad_norm, &Operations::head_grad_norm>,
@@ -77,7 +77,7 @@ const Operations kOperations = {by_dtype<RowStatsArgs, row_stats, &Operations::r
 
 #else
 
-const Operations kOperations = {row_stats, logit_stats,    delta_hash,    hidden_grad,  fisher_sums,
+const Operations kOperations = {row_stats, logit_stats,    delta_hash,    delta_sums,   fisher_sums,
                                 gram_norm, head_grad_norm, mixture_stats, dropout_mask, hash_columns};
 
 #endif

@@ -49,7 +49,7 @@ def _expected(case: Case) -> torch.Tensor:
     exact = case.to(torch.float64)
     state, index = torch.empty(7, len(exact.hidden), dtype=torch.float64), torch.empty(len(exact.hidden)).long()
     out = torch.empty_like(exact.hidden)
-    eager.Eager().hidden_grad(HeadRows(exact.hidden, exact.head, exact.targets, exact.temperature, state, index), out)
+    eager.Eager().delta_sums(HeadRows(exact.hidden, exact.head, exact.targets, exact.temperature, state, index), out)
     return 2 * out
 
 
