@@ -73,6 +73,9 @@ def fisher_sums(
 def delta_sums(
     isa: str,
     head: HeadArgs,
+    bounds: int,  # as in row_stats
+    samples: int,
+    products: int,
     state: int,  # float64 [7, N], written
     index: int,  # int64 [N], written
     values: int,  # float32 [N, D], written, or 0

@@ -16,18 +16,18 @@ over those columns, so the ranks add up D numbers for dL/dh, one for the squared
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from typing import TypeAlias
 
 import torch
 
 from acqcore import checks
-from acqcore.backends import Backend, HeadRows
+from acqcore.backends import Backend, Gram, HeadRows
 from acqcore.backends.scatter import add_segments
 from acqcore.defaults import standard_defaults
 from acqcore.head import Head, compute_dtype
-from acqcore.head_visit import FORMS, visit
+from acqcore.head_visit import FORMS, HeadVisit, empty_gram, visit
 from acqcore.kept import kept, on_device
 from acqcore.literals import Loss
 from acqcore.row_stats import (
@@ -241,7 +241,7 @@ def grad_sketch(
     bounds = checks.offsets(offsets, targets)
     weights, check_scored = _loss_weights(targets, bounds, loss, token_weights)
     if head.group is None and len(head.weight):
-        sketches = delta_visit(hidden, head, targets, bounds, weights, temperature, chosen, False, (dim, seed))[2]
+        sketches = delta_visit(hidden, head, targets, bounds, weights, temperature, chosen, sketch=(dim, seed))[2]
         assert sketches is not None
     else:  # ranks share the statistics
         stats = row_stats(hidden, head, targets, temperature=temperature, backend=backend)
@@ -343,7 +343,7 @@ def grad_sketch_from(
     assert stats.targets is not None
     chosen = chosen_backend(hidden, head, backend, "delta_hash")
     rows = HeadRows(hidden, head, stats.targets, temperature, stats.state, stats.max_index)
-    return _sketches(rows, True, None, bounds, weights, chosen, dim, seed)
+    return _sketches(rows, True, None, None, bounds, weights, chosen, dim, seed)
 
 
 def delta_visit(
@@ -354,31 +354,35 @@ def delta_visit(
     weights: torch.Tensor,  # [N] float64
     temperature: float,
     backend: Backend,
-    with_hidden: bool,
-    sketch: tuple[int, int] | None,  # dim and seed
-) -> tuple[RowStats, torch.Tensor | None, torch.Tensor | None]:
-    """Statistics of the rows, and as asked :func:`hidden_grad` ``[N, D]`` and :func:`grad_sketch` ``[B, dim]``, in one
-    pass over the weights on a CPU; arguments are trusted."""
+    *,
+    norms: bool = False,
+    with_hidden: bool = False,
+    sketch: tuple[int, int] | None = None,  # dim and seed
+) -> tuple[HeadVisit, torch.Tensor | None, torch.Tensor | None]:
+    """Statistics of the rows with inputs for :func:`head_grad_norm`, :func:`hidden_grad` ``[N, D]`` and
+    :func:`grad_sketch` ``[B, dim]``, as asked, in one pass over the weights on a CPU; arguments are trusted."""
     state, index = empty_state(hidden)
     trusted = checks.targets_in_range(targets, head.vocab_size)
     dtype = compute_dtype(hidden.dtype, head.weight.dtype)
+    short, gram = empty_gram(hidden, head, bounds, backend) if norms else ((), None)
     values = torch.empty(hidden.shape, dtype=dtype, device=hidden.device) if with_hidden else None
     rows = HeadRows(hidden, head, trusted, temperature, state, index)
     sketches = None
     if sketch is None:
-        backend.delta_sums(rows, values)
+        backend.delta_sums(rows, values, None, None, gram)
     else:
-        sketches = _sketches(rows, False, values, bounds, weights, backend, *sketch)
+        sketches = _sketches(rows, False, values, gram, bounds, weights, backend, *sketch)
     stats = stats_of(hidden, targets, state, index, dtype)
     if values is not None:
         values = _normalised(values, head, stats, state[MAX], temperature)
-    return stats, values, sketches
+    return HeadVisit(hidden, head, temperature, backend, stats, bounds, short, gram, state[MAX]), values, sketches
 
 
 def _sketches(
     rows: HeadRows,
-    known: bool,  # whether their state is filled; otherwise it is written
-    values: torch.Tensor | None,  # [N, D] of ``Backend.delta_sums``, written if the state is
+    known: bool,  # whether their state is filled; otherwise it, ``values`` and ``gram`` are written
+    values: torch.Tensor | None,  # [N, D] of ``Backend.delta_sums``
+    gram: Gram | None,
     bounds: Bounds,
     weights: torch.Tensor,  # [N] float64
     chosen: Backend,
@@ -393,30 +397,45 @@ def _sketches(
     if not bounds:  # torch cannot transform an empty batch
         return hidden.new_empty((0, dim), dtype=dtype)
     sketches = hidden.new_zeros((len(bounds), dim // 2 + 1, 2), dtype=dtype)  # spectra, real and imaginary part
-    for begin in range(0, len(hidden) if len(head.weight) else 0, SKETCH_ROWS):
-        part = slice(begin, begin + SKETCH_ROWS)
-        own = replace(
-            rows,
-            hidden=hidden[part],
-            targets=targets[part],
-            state=rows.state[:, part].contiguous(),
-            index=rows.index[part],
-        )
-        left = hidden.new_empty((len(own.hidden), dim), dtype=dtype)
+    uncut = frozenset() if gram is None else frozenset(gram.bounds)
+    for begin, end in _parts(bounds, uncut) if len(head.weight) else ():
+        part = slice(begin, end)
+        state, index = rows.state[:, part].contiguous(), rows.index[part]
+        own = replace(rows, hidden=hidden[part], targets=targets[part], state=state, index=index)
+        left = hidden.new_empty((end - begin, dim), dtype=dtype)
         if known:
             chosen.delta_hash(own, of_rows, left)
         else:
-            chosen.delta_sums(own, None if values is None else values[part], of_rows, left)
-            rows.state[:, part] = own.state
+            of_part = None if gram is None else gram.within(begin, end)
+            chosen.delta_sums(own, None if values is None else values[part], of_rows, left, of_part)
+            rows.state[:, part] = state
         left *= weights[part, None].to(dtype)
         spectrum = torch.fft.rfft(left)
         del left  # holds at most 64 MiB at a time
         ignored = targets[part, None] == checks.IGNORE_INDEX  # the hidden state may be NaN
         _multiply(spectrum, torch.fft.rfft(of_columns(own.hidden.masked_fill(ignored, 0), dtype)))
-        first, lengths = _within(bounds, begin, begin + len(spectrum))
+        first, lengths = _within(bounds, begin, end)
         add_segments(sketches[first : first + len(lengths)], lengths, torch.view_as_real(spectrum))
         del spectrum
     return summed(torch.fft.irfft(torch.view_as_complex(sketches), n=dim), head.group)
+
+
+def _parts(bounds: Bounds, uncut: Collection[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Ranges of at most ``SKETCH_ROWS`` rows; a longer sample is a range if it is among ``uncut``, else several.
+
+    How a sample is cut does not depend on the others.
+    """
+    begin = 0
+    for sample in bounds:
+        first, last = sample
+        if last - begin > SKETCH_ROWS and first > begin:
+            yield begin, first
+            begin = first
+        while last - begin > SKETCH_ROWS and sample not in uncut:
+            yield begin, begin + SKETCH_ROWS
+            begin += SKETCH_ROWS
+    if bounds[-1][1] > begin:
+        yield begin, bounds[-1][1]
 
 
 def _multiply(

@@ -64,6 +64,22 @@ class HeadVisit:
         return summed(squared, self.head.group).clamp_min(0).sqrt().to(stats.dtype)
 
 
+def empty_gram(
+    hidden: torch.Tensor,  # [N, D]
+    head: Head,
+    bounds: tuple[tuple[int, int], ...],
+    backend: Backend,
+    form: str = "auto",
+) -> tuple[tuple[int, ...], Gram | None]:
+    """The samples that ``form`` selects, as in :func:`visit`, and their uninitialised Gram matrices."""
+    limit = {"auto": backend.longest_gram(hidden.shape[1]), "gram": len(hidden), "direct": 0}[form]
+    short = tuple(i for i, (begin, end) in enumerate(bounds) if end - begin <= limit)
+    if not short:
+        return short, None
+    dtype = compute_dtype(hidden.dtype, head.weight.dtype)
+    return short, Gram.empty(tuple(bounds[i] for i in short), dtype, hidden.device)
+
+
 def visit(
     hidden: torch.Tensor,  # [N, D]
     head: Head,
@@ -81,12 +97,7 @@ def visit(
     ``auto`` forms Gram matrices for samples of at most ``backend.longest_gram(D)`` rows, ``gram`` for all and
     ``direct`` for none. If the statistics are already known, only the Gram matrices need the pass over the weights.
     """
-    limit = {"auto": backend.longest_gram(hidden.shape[1]), "gram": len(hidden), "direct": 0}[form]
-    short = tuple(i for i, (begin, end) in enumerate(bounds) if end - begin <= limit)
-    gram = None
-    if short:
-        dtype = compute_dtype(hidden.dtype, head.weight.dtype)
-        gram = Gram.empty(tuple(bounds[i] for i in short), dtype, hidden.device)
+    short, gram = empty_gram(hidden, head, bounds, backend, form)
     own = known
     if draws is not None:
         state, index = empty_state(hidden)

@@ -148,16 +148,17 @@ def test_a_sketch_takes_one_visit(monkeypatch):
     assert asked == ["delta_sums"]
 
 
+@pytest.mark.parametrize("length", [30, SKETCH_ROWS + 20])
 @pytest.mark.parametrize("dim", [999, 1000])
-def test_a_sketch_does_not_depend_on_the_batch(dim):
-    """Bit for bit at every place in a vector, and where a sample is hashed in two parts."""
-    case, length = random_case(1100, 16, 40), 30
+def test_a_sketch_does_not_depend_on_the_batch(dim, length):
+    """Bit for bit at every place in a vector, next to samples that are hashed with it, and hashed in two parts."""
+    case = random_case(SKETCH_ROWS + 70, 16, 40)
     alone = acqcore.grad_sketch(
         case.hidden[:length], case.head, case.targets[:length], torch.tensor([0, length]), dim=dim, backend="cpu"
     )
-    for place in (*range(1, 10), SKETCH_ROWS - 7):
+    for place in (*range(1, 10), len(case.hidden) - length - 1):
         hidden, targets = case.hidden.roll(place, 0), case.targets.roll(place)
-        offsets = torch.tensor([0, place, place + length, 1100])
+        offsets = torch.tensor([0, place, place + length, len(case.hidden)])
         found = acqcore.grad_sketch(hidden, case.head, targets, offsets, dim=dim, backend="cpu")
         assert torch.equal(found[1], alone[0])
 

@@ -16,6 +16,7 @@ from acqcore.bayes import dropout_rows, dropout_stats
 from acqcore.head_grad import loss_weights
 from acqcore.head_visit import visit
 from acqcore.row_stats import RowStats, empty_state
+from acqcore.signs import rotated_places
 from acqcore.testing import Case, case_from_logits, exact_hidden_grad, random_case, worst_errors
 
 #: Rows per sample; the longer lengths are not multiples of a block or panel.
@@ -155,12 +156,14 @@ def test_statistics_are_those_of_row_stats(name, implementation):
     assert torch.equal(index, alone.max_index)
 
 
+@pytest.mark.parametrize("beside", ["statistics", "dL/dh", "dL/dh and a sketch"])
 @pytest.mark.parametrize("length", [N // 2, N])  # N: longer than the cpu backend leaves unpacked, in all but AVX-512
-@pytest.mark.parametrize("name", ["rising", "repeated targets", "everything", "-inf tiles", "std 30"])
-def test_products_are_their_definition(name, length, implementation):
+@pytest.mark.parametrize("name", ["rising", "repeated targets", "everything", "-inf tiles", "std 30", "deep"])
+def test_products_are_their_definition(name, length, beside, implementation):
     """Grams without the targets' columns match float64 entry by entry, are symmetric, and are zero in ignored rows."""
     case = _case(name)
-    got, expected = (_products(c, length, b) for c, b in ((case, implementation), (case.to(torch.float64), "eager")))
+    got = _products(case, length, beside, implementation)
+    expected = _products(case.to(torch.float64), length, "statistics", "eager")
     scale = expected.diagonal(dim1=1, dim2=2).sqrt()
     bound = scale[:, :, None] * scale[:, None, :]
     assert ((got.double() - expected).abs() <= 1e-4 * bound + 1e-30).all()
@@ -169,14 +172,31 @@ def test_products_are_their_definition(name, length, implementation):
     assert (got[ignored] == 0).all()
 
 
-def _products(case: Case, length: int, backend: str) -> torch.Tensor:
-    """Gram matrices of the samples of ``length`` rows, ``[N / length, length, length]``."""
+def _products(case: Case, length: int, beside: str, backend: str) -> torch.Tensor:
+    """Gram matrices of the samples of ``length`` rows, ``[N / length, length, length]``.
+
+    They do not change a bit of the statistics and sums beside them.
+    """
     bounds = tuple((begin, begin + length) for begin in range(0, N, length))
+    chosen = get_backend(backend)
+
+    def run(gram: Gram | None) -> list[torch.Tensor]:
+        state, index = empty_state(case.hidden)
+        rows = HeadRows(case.hidden, case.head, case.targets, case.temperature, state, index)
+        if beside == "statistics":
+            chosen.row_stats(rows, gram)
+            return [state, index]
+        values, hashed = torch.empty_like(case.hidden), None
+        places = rotated_places(len(case.head.weight), 50, 3, 0)
+        if beside == "dL/dh and a sketch":
+            hashed = torch.empty(N, 50, dtype=case.hidden.dtype)
+        chosen.delta_sums(rows, values, places, hashed, gram)
+        return [state, index, values, *([] if hashed is None else [hashed])]
+
     gram = Gram.empty(bounds, case.hidden.dtype, case.hidden.device)
     gram.products.fill_(torch.nan)
-    state, index = empty_state(case.hidden)
-    rows = HeadRows(case.hidden, case.head, case.targets, case.temperature, state, index)
-    get_backend(backend).row_stats(rows, gram)
+    for with_gram, alone in zip(run(gram), run(None), strict=True):
+        torch.testing.assert_close(with_gram, alone, rtol=0, atol=0, equal_nan=True)
     return gram.products.view(-1, length, length)
 
 

@@ -48,6 +48,16 @@ class Gram:
         starts = matrix_starts(bounds)
         return cls(bounds, starts[:-1], torch.empty(starts[-1], dtype=dtype, device=device))
 
+    def within(self, begin: int, end: int) -> Gram | None:
+        """The samples among rows [begin, end), which are counted from ``begin``; None without any."""
+        own = [i for i, (first, last) in enumerate(self.bounds) if begin <= first and last <= end]
+        if not own:
+            return None
+        bounds = tuple((self.bounds[i][0] - begin, self.bounds[i][1] - begin) for i in own)
+        starts = matrix_starts(bounds)
+        first = self.starts[own[0]]
+        return Gram(bounds, starts[:-1], self.products[first : first + starts[-1]])
+
     def split(self, longest: int) -> tuple[Gram, Gram]:
         """The samples of at most ``longest`` rows, and the others."""
 
@@ -197,16 +207,17 @@ class Backend(ABC):
         values: torch.Tensor | None = None,  # [N, D] float32 (float64 on eager in float64), written
         places: torch.Tensor | None = None,  # [V] int32, as in ``delta_hash``
         hashed: torch.Tensor | None = None,  # [N, n], written, with places
+        gram: Gram | None = None,
     ) -> None:
-        """Fill the state as ``row_stats`` does, and ``values`` and ``hashed`` if given, in one pass over the weights if
-        a kernel can.
+        """Fill the state and ``gram`` as ``row_stats`` does, and ``values`` and ``hashed``, as far as given, in one
+        pass over the weights if a kernel can.
 
         ``values_s = sum_v exp(z_s[v] - m_s) cap'_s[v] W_v`` over the columns of this weight except the row's target,
         with ``m_s`` and ``cap'`` as in :class:`Gram`; zero where rows of a Gram are zero. ``head_grad.hidden_grad``
         turns it into dL/dh: it normalises and adds the target's column exactly. ``hashed``, of a whole vocabulary, is
         that of ``delta_hash``.
         """
-        self.row_stats(rows)
+        self.row_stats(rows, gram)
         if values is not None:
             self.fill_hidden_grad(rows, values)
         if hashed is not None:

@@ -144,11 +144,16 @@ class Cpu(Backend):
         values: torch.Tensor | None = None,  # [N, D], written
         places: torch.Tensor | None = None,  # [V] int32
         hashed: torch.Tensor | None = None,  # [N, n] float32, written
+        gram: Gram | None = None,
     ) -> None:
+        bounds = None if gram is None else torch.tensor(gram.bounds, dtype=torch.int64)
         with _head_args(rows) as arguments:
             _core.delta_sums(
                 self.instruction_set(),
                 arguments,
+                pointer(bounds),
+                0 if gram is None else len(gram.bounds),
+                0 if gram is None else gram.products.data_ptr(),
                 rows.state.data_ptr(),
                 rows.index.data_ptr(),
                 pointer(values),

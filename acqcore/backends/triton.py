@@ -228,9 +228,10 @@ class Triton(Chunked):
         values: torch.Tensor | None = None,  # [N, D], written
         places: torch.Tensor | None = None,  # [V] int32
         hashed: torch.Tensor | None = None,  # [N, n] float32, written
+        gram: Gram | None = None,
     ) -> None:
-        if hashed is None:
-            super().delta_sums(rows, values)
+        if hashed is None or gram is not None:
+            super().delta_sums(rows, values, places, hashed, gram)
             return
         assert places is not None
         self._hash(rows, places, True, hashed)

@@ -128,8 +128,8 @@ def passes(shape: Shape, work: Work) -> Passes:
     - Gradients for one kind of target: a backward pass through the blocks of the deepest need (of activations only,
       which costs a forward pass) and two products; each norm or sketch costs the same again through its own blocks. In
       the head, a sketch takes one product; a norm T / 2D of one beside the statistics, plus one for predicted targets.
-      The statistics come with the first sketch or, if no norm or probes give them, with the gradient of the hidden
-      states; these two share a product as well.
+      The statistics come with the first sketch or, without probes, with the gradient of the hidden states; these two
+      share a product as well.
     - P probes of one seed: P + 2 products, and for each probe a backward pass through the blocks of the deepest need; a
       norm or sketch of weights costs the same again through its own blocks. The first seed also gives the statistics,
       unless a norm or sketch of the head already does.
@@ -159,8 +159,8 @@ def passes(shape: Shape, work: Work) -> Passes:
             continue
         if any(need.dim is not None for need in of_head):
             head -= 1 + (deepest > 0)
-        elif not of_head:
-            head -= deepest > 0 or bool(probed)
+        elif (deepest and not probed) or (probed and not of_head):
+            head -= 1
     for seed in {need.seed for need in probed}:
         of_seed = [need for need in probed if need.seed == seed]
         most = max(need.probes for need in of_seed)

@@ -199,10 +199,11 @@ class Runner:
         if gradients is not None and self._sums_with_statistics:
             backend = checked_backend(hidden, head, targets, 1.0, self._backend, "delta_hash")
             weights = loss_weights(targets, batch.bounds, loss, None)
-            asked = gradients.of_trunk, gradients.head_sketch
-            stats, hidden_grads, sketches = delta_visit(
-                hidden, head, targets, batch.bounds, weights, 1.0, backend, *asked
-            )
+            visited, hidden_grads, sketches = delta_visit(
+                hidden, head, targets, batch.bounds, weights, 1.0, backend, norms=gradients.of_head,
+                with_hidden=gradients.of_trunk, sketch=gradients.head_sketch,
+            )  # fmt: skip
+            stats = visited.stats
             if sketches is not None:
                 known[gradients.head_sketch] = sketches
         elif gradients is not None and gradients.of_head:
@@ -232,7 +233,7 @@ class Runner:
             return False
         if gradients.head_sketch is not None:
             return True
-        elsewhere = gradients.of_head or gradients.probes or self._joined_draws is not None
+        elsewhere = gradients.probes or self._joined_draws is not None
         return gradients.of_trunk and not elsewhere and head.weight.device.type == "cpu"  # no kernel joins them on GPUs
 
 

@@ -115,9 +115,13 @@ void head_grad_norm(const std::string& isa, const acqcore::HeadArgs& head, uintp
   run(isa, &acqcore::Operations::head_grad_norm, args);
 }
 
-void delta_sums(const std::string& isa, const acqcore::HeadArgs& head, uintptr_t state, uintptr_t index,
-                uintptr_t values, uintptr_t places, int64_t columns, uintptr_t hashed) {
+void delta_sums(const std::string& isa, const acqcore::HeadArgs& head, uintptr_t bounds, int64_t samples,
+                uintptr_t products, uintptr_t state, uintptr_t index, uintptr_t values, uintptr_t places,
+                int64_t columns, uintptr_t hashed) {
+  const acqcore::GramArgs gram = {reinterpret_cast<const int64_t*>(bounds), samples,
+                                  reinterpret_cast<float*>(products)};
   const acqcore::DeltaSumsArgs args = {head,
+                                       gram,
                                        reinterpret_cast<double*>(state),
                                        reinterpret_cast<int64_t*>(index),
                                        reinterpret_cast<float*>(values),
@@ -228,8 +232,9 @@ void register_cpu(py::module_& m) {
   m.def("fisher_sums", &fisher_sums, py::arg("isa"), py::arg("head"), py::arg("state"), py::arg("index"),
         py::arg("probes"), py::arg("seed"), py::arg("samples"), py::arg("positions"), py::arg("sums"),
         py::arg("signed_sums"), py::arg("squares"));
-  m.def("delta_sums", &delta_sums, py::arg("isa"), py::arg("head"), py::arg("state"), py::arg("index"),
-        py::arg("values"), py::arg("places"), py::arg("columns"), py::arg("hashed"));
+  m.def("delta_sums", &delta_sums, py::arg("isa"), py::arg("head"), py::arg("bounds"), py::arg("samples"),
+        py::arg("products"), py::arg("state"), py::arg("index"), py::arg("values"), py::arg("places"),
+        py::arg("columns"), py::arg("hashed"));
   m.def("gram_norm", &gram_norm, py::arg("isa"), py::arg("head"), py::arg("state"), py::arg("index"), py::arg("bounds"),
         py::arg("samples"), py::arg("products"), py::arg("local_max"), py::arg("weights"), py::arg("squared"));
   m.def("head_grad_norm", &head_grad_norm, py::arg("isa"), py::arg("head"), py::arg("state"), py::arg("index"),

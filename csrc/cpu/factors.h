@@ -58,8 +58,8 @@ struct FoldedRows {
 };
 
 // Folds the products z [kTile] of row i with a tile and turns them into factors, in place; the target's is 0. Rescales
-// the row's sums.
-inline void fold_row(const HeadArgs& head, const Transform& transform, const FoldedRows& folded, int64_t i, int64_t tile,
+// the row's sums, and returns the factor.
+inline float fold_row(const HeadArgs& head, const Transform& transform, const FoldedRows& folded, int64_t i, int64_t tile,
                      int width, float* z) {
   const int n = static_cast<int>(ceil_div(width, kLanes) * kLanes);
   float copy[kTile];  // the logits, needed for the cap's derivative
@@ -71,9 +71,11 @@ inline void fold_row(const HeadArgs& head, const Transform& transform, const Fol
   const float scale =
       fold_factors(transform, logits, n, head.vocab_start + tile, folded.lanes[i], folded.references[i], z);
   if (here) z[target] = 0;
-  if (scale == 1) return;
-  folded.values.rescale(i, scale);
-  folded.hashed.rescale(i, scale);
+  if (scale != 1) {
+    folded.values.rescale(i, scale);
+    folded.hashed.rescale(i, scale);
+  }
+  return scale;
 }
 
 // For every tile of the vocabulary calls add_tile(tile, width), which must call fold_row for every row and add the

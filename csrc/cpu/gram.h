@@ -39,8 +39,8 @@ constexpr int64_t kLongestUnpacked = INT64_MAX;
 constexpr int64_t kLongestUnpacked = 64;
 #endif
 
-constexpr int kPackedSide = 48;
-static_assert(kPackedSide % kVectorRows == 0 && kPackedSide % kPanelColumns == 0);
+constexpr int kPackedSide = 48;  // the longest side of all layouts
+static_assert(kPackedSide % kVectorRows == 0 && kPackedSide % kPanelColumns == 0 && kPanelRows < kPackedSide);
 
 // Layout of a sample's triangle: blocks of `side` rows and columns on and above the diagonal.
 struct GramLayout {

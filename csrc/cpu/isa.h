@@ -84,9 +84,10 @@ struct GramNormArgs {
   double* squared;          // [samples], written
 };
 
-// The state of RowStatsArgs, and sums over the vocabulary; `values` and `hashed` may be null.
+// The state and Grams of RowStatsArgs, and sums over the vocabulary; `values` and `hashed` may be null.
 struct DeltaSumsArgs {
   HeadArgs head;          // with targets
+  GramArgs gram;
   double* state;          // [7, N], written
   int64_t* index;         // [N], written
   float* values;          // [N, D], written: sum_v exp(z_v - m) cap'_v W_v over all columns but the row's target

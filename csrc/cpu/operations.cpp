@@ -49,7 +49,7 @@ bool multiplies(const GramArgs& gram) {
 bool multiplies(const RowStatsArgs& args) { return multiplies(args.gram) || multiplies(args.head); }
 
 // Factors that multiply values are split into bfloat16 too.
-bool multiplies(const DeltaSumsArgs& args) { return args.values || multiplies(args.head); }
+bool multiplies(const DeltaSumsArgs& args) { return args.values || multiplies(args.gram) || multiplies(args.head); }
 bool multiplies(const FisherSumsArgs&) { return true; }
 
 bool multiplies(const MixtureStatsArgs& args) {

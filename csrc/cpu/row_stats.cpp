@@ -12,10 +12,10 @@
 // fold adds 5 %.
 #include "blocks.h"
 #include "factors.h"
-#include "gram.h"
 #include "isa.h"
 #include "mixture.h"
 #include "parallel.h"
+#include "samples.h"
 #include "tile.h"
 
 namespace acqcore::ACQCORE_ISA {
@@ -25,16 +25,6 @@ constexpr int64_t kGramSlots = 8;           // bounds the memory of the Grams
 constexpr int64_t kPackedBytes = 16 << 20;  // limit on packed hidden states
 constexpr int64_t kGramBytes = 24 << 20;    // limit on the Grams of all slots, unless one sample exceeds it
 constexpr int64_t kMaxRows = 4096 / kPanelRows * kPanelRows;
-
-// A sample with a Gram matrix. Row numbers count scored rows only.
-struct Sample {
-  int64_t begin, end;
-  int64_t number;           // in GramArgs
-  int64_t product;          // its first element in GramArgs::products
-  int64_t gram;             // its first element in a slot's Grams
-  int64_t* specials;         // its targets' columns in this weight, ascending
-  int64_t special_count;
-};
 
 // Rows of a task. No other block shares their panels or samples.
 struct Block {
@@ -175,25 +165,6 @@ struct Shared {
   float* grams;         // [slots, chunk_grams]
 };
 
-// Adds a tile to a sample's Gram.
-void finish_tile(const Sample& sample, const GramLayout& layout, const Workspace& ws, int64_t tile, int width,
-                 float* gram) {
-  const int64_t rows = sample.end - sample.begin;
-  const int n = static_cast<int>(ceil_div(width, kLanes) * kLanes);
-  for (int64_t s = lower_bound(sample.specials, sample.special_count, tile);
-       s < sample.special_count && sample.specials[s] < tile + width; ++s) {
-    for (int64_t i = 0; i < rows; ++i) ws.factors[i * kTile + sample.specials[s] - tile] = 0;
-  }
-  for (int64_t i = rows; i < layout.padded; ++i) {
-    ws.scale[i] = 1;
-    memset(ws.factors + i * kTile, 0, 4 * n);
-  }
-  bool rescaled = false;
-  for (int64_t i = 0; i < rows; ++i) rescaled = rescaled || ws.scale[i] != 1;
-  if (rescaled) rescale_gram(ws.scale, layout, gram);
-  add_to_gram(ws.factors, layout, n, gram, ws.split);
-}
-
 // Folds a row's draws over a tile.
 void fold_draws(const RowStatsArgs& args, const Transform& transform, float* z /* [K, kTile] */, int64_t tile, int width,
                 int64_t target, LaneState* lanes /* [K] */) {
@@ -264,7 +235,11 @@ void run_task(const RowStatsArgs& args, const Plan& plan, const Limits& limits, 
                                          ws.factors + own * kTile);
             if (i + 1 == samples[s].end) {
               const GramLayout layout(samples[s].end - samples[s].begin, plan.inner.pairs);
-              finish_tile(samples[s], layout, ws, tile, width, grams + samples[s].gram);
+              for (int64_t j = layout.rows; j < layout.padded; ++j) {
+                ws.scale[j] = 1;
+                memset(ws.factors + j * kTile, 0, 4 * n);
+              }
+              add_tile_to_gram(samples[s], layout, ws.factors, ws.scale, tile, width, grams + samples[s].gram, ws.split);
               ++s;
             }
           }
@@ -297,35 +272,19 @@ void finish_row(const RowStatsArgs& args, const Plan& plan, const Limits& limits
 }
 
 // Merges a sample's slots, rebased to its rows' largest logits, and writes its matrix of products.
-void write_products(const RowStatsArgs& args, const Plan& plan, const Limits& limits, const Sample& sample,
-                    const Shared& shared, const RowState* totals /* of the chunk */, double* scale /* [slots, padded] */) {
-  const int64_t begin = args.gram.bounds[2 * sample.number];
-  const int64_t length = args.gram.bounds[2 * sample.number + 1] - begin;
-  const int64_t count = sample.end - sample.begin;
-  const GramLayout layout(count, plan.inner.pairs);
-  float* products = args.gram.products + sample.product;
-  if (count < length) memset(products, 0, 4 * length * length);
+void finish_sample(const RowStatsArgs& args, const Plan& plan, const Limits& limits, const Sample& sample,
+                   const Shared& shared, const RowState* totals /* of the chunk */, double* scale /* [slots, padded] */) {
+  const GramLayout layout(sample.end - sample.begin, plan.inner.pairs);
   for (int64_t slot = 0; slot < plan.slots; ++slot) {
     const float* references = shared.references + slot * limits.chunk_rows - shared.first;
-    for (int64_t i = 0; i < count; ++i) {
+    for (int64_t i = 0; i < layout.rows; ++i) {
       const float reference = references[sample.begin + i];
       // Factors are scaled by 2^40.
       scale[slot * layout.padded + i] =
           reference == -INFINITY ? 0 : exp(double(reference) - totals[sample.begin + i - shared.first].max) * 0x1p-40;
     }
   }
-  for (int64_t s = 0; s < count; ++s) {
-    const float* gram = shared.grams + sample.gram + layout.row(s);
-    const int64_t to = shared.rows[sample.begin + s] - begin;
-    for (int64_t t = s; t < count; ++t) {
-      double sum = 0;
-      for (int64_t slot = 0; slot < plan.slots; ++slot) {
-        sum += double(gram[slot * limits.chunk_grams + t]) * scale[slot * layout.padded + s] * scale[slot * layout.padded + t];
-      }
-      const int64_t other = shared.rows[sample.begin + t] - begin;
-      products[to * length + other] = products[other * length + to] = static_cast<float>(sum);
-    }
-  }
+  write_products(args.gram, sample, layout, shared.rows, plan.slots, shared.grams, limits.chunk_grams, scale);
 }
 
 }  // namespace
@@ -339,35 +298,10 @@ bool row_stats(const RowStatsArgs& args) {
   int64_t* rows = row_scratch.as<int64_t>();
   int64_t* specials = special_scratch.as<int64_t>();
   Sample* samples = sample_scratch.as<Sample>();
-  int64_t scored = 0, special_count = 0, sample_count = 0, product = 0;
-  for (int64_t i = 0, next = 0; i < n; ++i) {
-    const bool covered = next < gram.samples && i >= gram.bounds[2 * next];
-    if (covered && i == gram.bounds[2 * next]) {
-      samples[sample_count] = {scored, scored, next, product, 0, specials + special_count, 0};
-      product += (gram.bounds[2 * next + 1] - i) * (gram.bounds[2 * next + 1] - i);
-    }
-    if (head.targets && head.targets[i] == -100) {
-      write_state(nullptr, i, n, args.state, args.index);
-    } else {
-      rows[scored++] = i;
-      if (covered) {
-        const int64_t column = head.targets[i] - head.vocab_start;
-        if (column >= 0 && column < head.weight.rows) specials[special_count++] = column;
-      }
-    }
-    if (covered && i + 1 == gram.bounds[2 * next + 1]) {
-      Sample& sample = samples[sample_count];
-      sample.end = scored;
-      sample.special_count = sort_distinct(sample.specials, specials + special_count - sample.specials);
-      if (sample.end > sample.begin) {
-        ++sample_count;
-      } else {
-        const int64_t length = gram.bounds[2 * next + 1] - gram.bounds[2 * next];
-        memset(gram.products + sample.product, 0, 4 * length * length);
-      }
-      ++next;
-    }
-  }
+  const Listed listed = list_samples(head, gram, rows, specials, samples, [&](int64_t i) {
+    write_state(nullptr, i, n, args.state, args.index);
+  });
+  const int64_t scored = listed.rows, sample_count = listed.samples;
   if (scored == 0) return true;
 
   const Plan plan = make_plan(args, scored);
@@ -440,7 +374,7 @@ bool row_stats(const RowStatsArgs& args) {
       for (int64_t i = 0; i < chunk.rows; ++i) finish_row(args, plan, limits, shared, i);
 #pragma omp for schedule(dynamic, 1)
       for (int64_t s = sample_begin; s < sample_end; ++s) {
-        write_products(args, plan, limits, samples[s], shared, shared.states, scale);
+        finish_sample(args, plan, limits, samples[s], shared, shared.states, scale);
       }
     }
   }
