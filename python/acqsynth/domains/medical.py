@@ -89,6 +89,7 @@ class Medical(Domain):
 
     name: ClassVar[str] = "medical"
     layouts = LAYOUTS
+    proves: ClassVar[bool] = False  # verify only refutes
 
     def generator_prompt(self, shown: Sequence[Sample]) -> Messages:
         return ask_for_sample(
