@@ -20,7 +20,7 @@ from acqsynth.artefacts import read_table, write_table
 from acqsynth.config import ConfigError
 from acqsynth.pipeline import Plan
 from acqsynth.report import render
-from acqsynth.report.metrics import STUDENT, percent, points, span
+from acqsynth.report.metrics import STUDENT, largest, percent, points, span
 from acqsynth.steps import StepError, Store
 
 HUB = "hub:"  #: prefix of repository targets
@@ -146,7 +146,7 @@ def _write_model(
     )
     body = [
         f"# {repository or 'A student fine-tuned under acqcore'}",
-        f"`{base}` fine-tuned on {_learnt(metrics, plan.main)} rows of the arm `{plan.main}`, seed {seed}.",
+        f"`{base}` fine-tuned on {largest(metrics, plan.main)['rows']} rows of the arm `{plan.main}`, seed {seed}.",
         _counts(metrics["arms"][plan.main], metrics.get("samples")),
         *_result(metrics, plan.main),
         _licence(license, "weights", f"the base model `{base}`, the seeds and the generator"),
@@ -187,37 +187,23 @@ def _counts(arm: Mapping[str, Any], samples: Mapping[str, Any] | None) -> str:
     return "\n".join(["## Counts", "", "| | |", "|---|---|", *rows]) if rows else ""
 
 
-def _learnt(metrics: Mapping[str, Any], main: str) -> int:
-    """Rows that the main arm's student learnt, at most those wanted."""
-    return int(_largest(metrics, main)["rows"])
-
-
-def _largest(metrics: Mapping[str, Any], main: str) -> Mapping[str, Any]:
-    """The result of the main arm's student after the most rows."""
-    results = [each for each in metrics["arms"][main]["results"] if each["student"] == STUDENT]
-    found: Mapping[str, Any] = max(results, key=lambda each: each["rows_wanted"])
-    return found
-
-
 def _result(metrics: Mapping[str, Any], main: str) -> list[str]:
     """The report's verdict and the accuracies of the main arm's student."""
-    largest = _largest(metrics, main)
+    result = largest(metrics, main)
     level = f"{100 * metrics['level']:g} %" if "level" in metrics else "the report's"
     rows = [
         f"| {name} | {percent(metrics['base'][STUDENT][name]['accuracy']['mean'])} | "
         f"{percent(found['accuracy']['mean'])} | {points(found['change']['mean'])} | "
         f"{span(found['change'])} |"
-        for name, found in largest["sets"].items()
+        for name, found in result["sets"].items()
     ]
-    table = [
-        "| evaluation set | before | after | points | interval |", "|---|---|---|---|---|", *rows
-    ]  # fmt: skip
+    table = ["| evaluation set | before | after | points | interval |", "|---|---|---|---|---|", *rows]
     made_by = [f"- {name}: {value}" for name, value in metrics.get("machine", {}).items()]
     return [
         "## Result",
         "\n".join(f"- {said['text']}" for said in metrics["verdict"]),
-        f"{len(largest['seeds'])} students with {_seeds(largest['seeds'])}, on rows written with generator "
-        f"{_seeds(largest['generators'])}, with {level} intervals:",
+        f"{len(result['seeds'])} students with {_seeds(result['seeds'])}, on rows written with generator "
+        f"{_seeds(result['generators'])}, with {level} intervals:",
         "\n".join(table),
         "\n".join(made_by),
     ]

@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from acqsynth.report.metrics import IN_DISTRIBUTION, KNOWN, STUDENT, percent, points, span
+from acqsynth.report.metrics import IN_DISTRIBUTION, KNOWN, STUDENT, largest, percent, points, span
 
 INK, QUIET, RULE = "#1d2733", "#5d6b7a", "#d9dfe6"
 MAIN, OTHER, BAD = "#1f5fa8", "#a9b8c7", "#b3382c"
@@ -85,12 +85,7 @@ def render(metrics: Mapping[str, Any]) -> str:
 
 
 def _largest(metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Arm -> result of the recipe's own student at its largest size."""
-    found = {}
-    for arm, entry in metrics["arms"].items():
-        own = [result for result in entry["results"] if result["student"] == STUDENT]
-        found[arm] = max(own, key=lambda result: result["rows_wanted"])
-    return found
+    return {arm: largest(metrics, arm) for arm in metrics["arms"]}
 
 
 def _one_generator(metrics: Mapping[str, Any]) -> bool:
@@ -126,10 +121,10 @@ def _moved(metrics: Mapping[str, Any]) -> list[tuple[str, float, float]]:
 @matplotlib.rc_context(_STYLE)
 def _figures(metrics: Mapping[str, Any]) -> dict[str, str | None]:
     """Name -> SVG; None if there is nothing to show."""
-    main, largest = metrics["main"], _largest(metrics)
+    main = metrics["main"]
     base = metrics["base"][STUDENT][IN_DISTRIBUTION]["accuracy"]
     bars = [("base student", base)]
-    bars += [(arm, result["sets"][IN_DISTRIBUTION]["accuracy"]) for arm, result in largest.items()]
+    bars += [(arm, result["sets"][IN_DISTRIBUTION]["accuracy"]) for arm, result in _largest(metrics).items()]
     curves: dict[str, list[tuple[int, Any]]] = {}
     for line in _table(metrics):
         if line["student"] == STUDENT:
