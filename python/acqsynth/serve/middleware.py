@@ -180,10 +180,11 @@ class Gate:
             await send(message)
 
         self._active += 1
-        held = _Held(self, self._limits.max_bodies)
+        pieces: list[bytes] = []  # of the body
         try:
-            body = await self._admitted(scope, receive, held)
-            await self.app(scope, _replayed(body, receive), counted)
+            await self._admitted(scope, receive, pieces)
+            pieces[:] = [b"".join(pieces)]
+            await self.app(scope, _replayed(pieces[0], receive), counted)
         except ServiceError as error:
             # The rest of the body may still arrive, so the connection cannot be reused.
             await error_response(error, close=True)(scope, receive, counted)
@@ -192,13 +193,13 @@ class Gate:
             await error_response(ServiceError("internal", "the scorer failed; see its log"))(scope, receive, counted)
         finally:
             self._active -= 1
-            held.release()
+            self._held -= sum(map(len, pieces))
             route = scope["path"] if scope["path"] in ROUTES else "other"
             self._metrics.requests.labels(route, str(status)).inc()
             self._metrics.seconds.labels(route).observe(time.monotonic() - begin)
 
-    async def _admitted(self, scope: Scope, receive: Receive, held: _Held) -> bytes:
-        """Admits a request and returns its body."""
+    async def _admitted(self, scope: Scope, receive: Receive, pieces: list[bytes]) -> None:
+        """Admits a request and reads its body into ``pieces``."""
         self._access.check(scope["path"], scope["headers"])
         if self._active > self._limits.max_requests and scope["path"] not in OPEN:
             raise ServiceError("busy", f"{self._limits.max_requests} requests are already being answered", 1)
@@ -210,49 +211,26 @@ class Gate:
             raise ServiceError("too_large", f"the body has {declared[:18]} bytes, at most {most} are allowed")
         try:
             async with asyncio.timeout(self._limits.body_timeout):
-                return await _read(receive, most, held)
+                await self._read(receive, pieces)
         except TimeoutError:
             raise ServiceError(
                 "slow_body", f"the body did not arrive within {self._limits.body_timeout:g} seconds"
             ) from None
 
-
-class _Held:
-    """The bytes held by one request, counted in its gate."""
-
-    def __init__(self, gate: Gate, most: int) -> None:
-        self._gate = gate
-        self._most = most
-        self._size = 0
-
-    def add(self, size: int) -> None:
-        """
-        Raises:
-            ServiceError: ``busy``, the requests together hold too many bytes.
-        """
-        self._size += size
-        self._gate._held += size
-        if self._gate._held > self._most:
-            raise ServiceError("busy", f"requests already hold {self._most} bytes", 1)
-
-    def release(self) -> None:
-        self._gate._held -= self._size
-
-
-async def _read(receive: Receive, most: int, held: _Held) -> bytes:
-    pieces: list[bytes] = []
-    size = 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ServiceError("client_closed", "the client closed the connection")
-        pieces.append(message.get("body", b""))
-        size += len(pieces[-1])
-        held.add(len(pieces[-1]))
-        if size > most:
-            raise ServiceError("too_large", f"the body has more than {most} bytes, at most {most} are allowed")
-        if not message.get("more_body", False):
-            return b"".join(pieces)
+    async def _read(self, receive: Receive, pieces: list[bytes]) -> None:
+        most, held, size, more = self._limits.max_body, self._limits.max_bodies, 0, True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ServiceError("client_closed", "the client closed the connection")
+            pieces.append(message.get("body", b""))
+            size += len(pieces[-1])
+            self._held += len(pieces[-1])
+            if self._held > held:
+                raise ServiceError("busy", f"requests already hold {held} bytes", 1)
+            if size > most:
+                raise ServiceError("too_large", f"the body has more than {most} bytes, at most {most} are allowed")
+            more = message.get("more_body", False)
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
