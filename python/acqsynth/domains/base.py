@@ -202,7 +202,11 @@ class Domain(ABC):
         unless the reasoning ends with it."""
         if self.answer_of(sample.reasoning) == sample.answer:
             return sample.reasoning
-        return "\n".join(part for part in (sample.reasoning, sample.answer) if part)
+        return "\n".join(part for part in (sample.reasoning, self.stated(sample.answer)) if part)
+
+    def stated(self, answer: str) -> str:
+        """An answer as a solution states it."""
+        return answer
 
     def labelled(self, sample: Sample, answer: str, reasoning: str) -> Sample:
         """The sample with a student's answer and reasoning instead of its own."""
