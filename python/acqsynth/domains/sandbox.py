@@ -224,7 +224,9 @@ def _run(command: Sequence[str], job: Job, limits: Limits) -> Result:
         json.dump(asdict(job), work)
         work.seek(0)
         pipes = contextlib.ExitStack()  # closed here once both processes have inherited their ends
-        requests, replies, verdict = (_pipe(pipes) for _ in range(3))
+        requests, replies, verdict = os.pipe(), os.pipe(), os.pipe()
+        for end in (*requests, *replies, *verdict):
+            pipes.callback(os.close, end)
         kept = stack.enter_context(os.fdopen(os.dup(verdict[0]), "rb"))
 
         def start(role: str, stdin: Any, *ends: int) -> subprocess.Popen[bytes]:
@@ -265,14 +267,6 @@ def _run(command: Sequence[str], job: Job, limits: Limits) -> Result:
             status, detail = late
     out, err = ((reader.kept[i] + reader.kept[i + 2])[: limits.output].decode(errors="replace") for i in (1, 2))
     return Result(status, detail, out, err, time.monotonic() - begin)
-
-
-def _pipe(stack: contextlib.ExitStack) -> tuple[int, int]:
-    """Both ends of a pipe, closed with ``stack``."""
-    ends = os.pipe()
-    for end in ends:
-        stack.callback(os.close, end)
-    return ends
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

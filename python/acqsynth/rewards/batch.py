@@ -79,9 +79,8 @@ def numbers(function: Callable[[Any], Any], samples: Sequence[Sample]) -> list[f
     """A signal's values or standard errors as plain floats in the range of float32; None if there are none, and for NaN
     and infinity."""
     found = function(samples)
-    plain = [None if value is None else float(value) for value in ([None] * len(samples) if found is None else found)]
-    finite = (value if value is not None and math.isfinite(value) else None for value in plain)
-    return [None if value is None else max(-_LARGEST, min(_LARGEST, value)) for value in finite]
+    plain = [math.nan if v is None else float(v) for v in ([None] * len(samples) if found is None else found)]
+    return [max(-_LARGEST, min(_LARGEST, value)) if math.isfinite(value) else None for value in plain]
 
 
 def sample_length(sample: Sample) -> int:

@@ -280,23 +280,20 @@ class ComposedReward(TrlReward):
         Raises:
             ValueError: the state belongs to a reward with other signals or gates.
         """
-        with self._turn:
-            self._load(state)
-
-    def _load(self, state: Mapping[str, Any]) -> None:
         stateful = self._stateful()
         for key, ours in (("parts", stateful), ("length_bins", self.length_bins), ("history", self.history)):
             if (found := set(state.get(key, ()))) != set(ours):
                 raise ValueError(f"state: expected {key} {sorted(ours)}, got {sorted(found)}")
-        self._guard.load_state_dict(state, (part.name for part in self._parts()))
-        self.masked = state["masked"]
-        # Older states lack these.
-        self.scored, self._lowest = state.get("scored", 0), state.get("lowest", math.inf)
-        self.history = {name: list(values) for name, values in state["history"].items()}
-        for name, bins in self.length_bins.items():
-            bins.load_state_dict(state["length_bins"][name])
-        for key, part in stateful.items():
-            part.load_state_dict(state["parts"][key])
+        with self._turn:
+            self._guard.load_state_dict(state, (part.name for part in self._parts()))
+            self.masked = state["masked"]
+            # Older states lack these.
+            self.scored, self._lowest = state.get("scored", 0), state.get("lowest", math.inf)
+            self.history = {name: list(values) for name, values in state["history"].items()}
+            for name, bins in self.length_bins.items():
+                bins.load_state_dict(state["length_bins"][name])
+            for key, part in stateful.items():
+                part.load_state_dict(state["parts"][key])
 
     def __repr__(self) -> str:
         weights = ", ".join(f"{weight:g} {name}" for name, weight in self.weights.items())

@@ -10,12 +10,12 @@ import asyncio
 import contextlib
 import json
 import logging
-import math
 import statistics
 from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import torch
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -189,7 +189,7 @@ class Service:
         rewards = [self._typical if reward is None else reward for reward in known_or_least]
         return {
             "rewards": rewards,
-            "scores": [_logistic(reward) for reward in rewards],
+            "scores": torch.tensor(rewards, dtype=torch.float64).sigmoid().tolist(),
             "extra_logs": {
                 "masked": [float(x) for x in masked],
                 "gated": [float(x) for x in gated],
@@ -344,7 +344,3 @@ def _chunks(samples: Sequence[Any], characters: int) -> Iterator[list[Any]]:
 def _printable(message: str) -> str:
     """Half a surrogate pair, which a template may quote, has no UTF-8."""
     return message.encode(errors="backslashreplace").decode()
-
-
-def _logistic(x: float) -> float:
-    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
