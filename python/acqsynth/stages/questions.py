@@ -17,7 +17,7 @@ from acqsynth.domains import Messages, Sample, domain as find_domain
 from acqsynth.engines import Sampling, derived_seed
 from acqsynth.label import Labeller
 from acqsynth.rewards.gates import sample_gates
-from acqsynth.stages.shared import CHUNK, Scoring, fused, load_engine, signal_values
+from acqsynth.stages.rows import CHUNK, Scoring, fused, load_engine, signal_values
 from acqsynth.steps import StepContext, StepError
 from acqsynth.write import Candidate, WriteResult
 
