@@ -24,7 +24,7 @@ import torch
 
 from acqcore import Reduction
 from acqsynth.parsing import parse_sample
-from acqsynth.rewards.reliability import Spread
+from acqsynth.rewards.batch import Spread
 from acqsynth.rewards.scoring import Scored, Scorer
 from acqsynth.rewards.trl import Completion, Log, LogExtra, LogMetric, TrlReward, completion_text, prompt_key, summary
 

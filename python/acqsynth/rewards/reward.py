@@ -224,7 +224,7 @@ class ComposedReward(TrlReward):
 
         ``gated/<gate>`` and ``masked``: shares of the samples. ``<signal>/mean``, ``<signal>/length_correlation`` and
         the same for ``total``: over the samples that passed. ``<signal>/reliability``: share of its spread within
-        groups that is not estimation noise (:mod:`acqsynth.rewards.reliability`), for signals with standard errors.
+        groups that is not estimation noise (:class:`acqsynth.rewards.batch.Spread`), for signals with standard errors.
         ``archive/<signal or gate>``: number of entries. Signals and gates add the metrics in their ``logged``.
         """
         n = len(rewards.total)
