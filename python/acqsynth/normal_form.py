@@ -102,7 +102,8 @@ def normal_form(text: str) -> str:
     plain = visible(_RAISED.sub(r"^\g<0>", html.unescape(text)).translate(_BRACKETED))
     if not plain.isascii():
         plain = _ORNAMENTS.sub("", plain.translate(_ALIKE))
-        plain = unicodedata.normalize("NFC", "".join(map(_digit, plain)))
+        digits = (str(unicodedata.digit(x)) if x.isdigit() and not x.isascii() else x for x in plain)
+        plain = unicodedata.normalize("NFC", "".join(digits))
     plain = _CAPITAL_I.sub(lambda word: word[0].replace("I", "l"), plain).casefold().translate(_ALIKE)
     if "<" in plain:
         plain = _COMMENT.sub("", plain)
@@ -170,7 +171,3 @@ def _written(number: Fraction) -> str:
         digit, rest = divmod(rest * 10, 1)
         digits += str(digit)
     return f"{whole}.{digits}"
-
-
-def _digit(char: str) -> str:
-    return str(unicodedata.digit(char)) if char.isdigit() and not char.isascii() else char

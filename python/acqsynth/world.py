@@ -47,10 +47,6 @@ CHAT_TEMPLATE = (
 )
 
 
-def _by_kind(**shares: float) -> dict[str, float]:
-    return {name: shares[skill.kind] for name, skill in SKILLS.items()}
-
-
 @dataclass(frozen=True)
 class Settings:
     """Everything that determines the weights.
@@ -85,7 +81,9 @@ class Settings:
             "lucky": 0.2, "code": 0.2,
         }
     )  # fmt: skip
-    writing: Mapping[str, float] = field(default_factory=lambda: _by_kind(strong=1.0, weak=0.5, coin=0.5, table=0.5))
+    writing: Mapping[str, float] = field(
+        default_factory=lambda: {name: 1.0 if skill.kind == "strong" else 0.5 for name, skill in SKILLS.items()}
+    )
     skewed: bool = False
 
     @property

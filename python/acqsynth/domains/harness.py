@@ -1,13 +1,10 @@
 """Runs inside the sandbox: one process holds the program, another, in a separate sandbox, holds the tests.
 
 A program that shares an interpreter with its tests can pass them without being right: it exits with status 0, returns
-an object equal to everything, redefines ``abs``, or finds the grader in a frame. A program that shares a process
-namespace with them can read the expected values from ``/proc``, or kill the grader and write the verdict itself. So
-the program's process receives only its source and the arguments of calls, and sends only results.
-
-A function that the tests call is a :class:`Remote`; arguments and results cross two pipes as JSON and are rebuilt as
-plain values. Instances of the program's own classes stay with the program; the tests see a ``Remote`` that is equal
-only to itself.
+an object equal to everything, redefines ``abs``, or finds the grader in a frame. One that shares their process
+namespace can read the expected values from ``/proc``, or write the verdict itself. So the program's process receives
+only its source and the arguments of calls, and sends only results, as JSON through two pipes. Functions and objects of
+the program are a :class:`Remote` to the tests.
 
 ``acqsynth.domains.sandbox`` starts this file as a script, with only the standard library:
 

@@ -69,11 +69,7 @@ def collect(
     """
     found: dict[str, Any] = {"main": main, "level": level}
     found["sets"] = {
-        name: {
-            "domain": domain,
-            "rows": len(base[STUDENT, name].right),
-            "in_distribution": name == IN_DISTRIBUTION,
-        }
+        name: {"domain": domain, "rows": len(base[STUDENT, name].right), "in_distribution": name == IN_DISTRIBUTION}
         for name, domain in sets.items()
     }
     fits: dict[tuple[str, str, int], _Fits] = {}

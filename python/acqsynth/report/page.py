@@ -80,18 +80,13 @@ def render(metrics: Mapping[str, Any]) -> str:
         in_distribution=IN_DISTRIBUTION,
         student=STUDENT,
         known_from=KNOWN,
-        one_generator=_one_generator(metrics),
+        # Whether no arm's fits learn from rows of several generators.
+        one_generator=all(len(set(line.get("generators") or [0])) == 1 for line in _table(metrics)),
     )
 
 
 def _largest(metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     return {arm: largest(metrics, arm) for arm in metrics["arms"]}
-
-
-def _one_generator(metrics: Mapping[str, Any]) -> bool:
-    """Whether no arm's fits learn from rows of several generators."""
-    results = [result for entry in metrics["arms"].values() for result in entry["results"]]
-    return all(len(set(result.get("generators") or [0])) == 1 for result in results)
 
 
 def _table(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:

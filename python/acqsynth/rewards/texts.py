@@ -374,7 +374,7 @@ class Contamination:
         counts: Counter[str | tuple[str, ...]] = Counter()
         self._short: set[tuple[str, ...]] = set()
         for text in texts:
-            found = _joined(_sentences(text))
+            found = list(itertools.chain(*_sentences(text)))
             if len(found) < n:
                 self._short.add(tuple(found))
             counts.update({*_runs(found, n), *self._spelt(spelled(normal_form(text)))})
@@ -387,7 +387,7 @@ class Contamination:
         ):
             return True
         sentences = _sentences(str(text))
-        found = _joined(sentences)
+        found = list(itertools.chain(*sentences))
         if tuple(found) in self._short or any(run in self._runs for run in _runs(found, self.n)):
             return True
         ends = set(itertools.accumulate(map(len, sentences)))
@@ -406,10 +406,6 @@ class Contamination:
 def _sentences(text: str) -> list[list[str]]:
     """The words of each sentence, without punctuation."""
     return [words(_PUNCTUATION.sub(" ", sentence)) for sentence in _END.split(normal_form(text))]
-
-
-def _joined(sentences: Iterable[list[str]]) -> list[str]:
-    return list(itertools.chain.from_iterable(sentences))
 
 
 def _counts(found: Iterable[str]) -> list[str]:
