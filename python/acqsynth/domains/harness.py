@@ -29,7 +29,7 @@ import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # importing typing costs 4 ms, in two processes per job
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Mapping
     from typing import Any, BinaryIO
 
 PLAIN_TYPES = (bool, int, float, complex, str, bytes, list, tuple, set, frozenset, dict, range)
@@ -167,7 +167,7 @@ def serve(requests: BinaryIO, replies: BinaryIO) -> None:
     """Executes the program of the first request, then the operations that the tests request."""
     objects: list[Any] = []
     operations: dict[str, Callable[..., Any]] = {
-        "call": lambda function, *arguments, **named: function(*arguments, **named),
+        "call": lambda function, /, *arguments, **named: function(*arguments, **named),
         "getattr": getattr,
         "setattr": setattr,
         "getitem": lambda container, key: container[key],
@@ -253,7 +253,7 @@ class Child:
             raise Gone(str(fault)) from None
         raise error
 
-    def operate(self, operation: str, remote: Remote, *arguments: Any, **named: Any) -> Any:
+    def operate(self, operation: str, remote: Remote, /, *arguments: Any, **named: Any) -> Any:
         def refer(value: Any) -> dict[str, int]:
             if type(value) is not Remote:
                 raise TypeError(f"a test passes a {type(value).__name__}, which cannot be given to the program")
@@ -283,29 +283,18 @@ class Remote:
         object.__setattr__(self, "_child", child)
         object.__setattr__(self, "_number", number)
 
-    def __call__(self, *arguments: Any, **named: Any) -> Any:
-        return self._child.operate("call", self, *arguments, **named)
-
-    def __getattr__(self, name: str) -> Any:
-        return self._child.operate("getattr", self, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        self._child.operate("setattr", self, name, value)
-
-    def __getitem__(self, key: Any) -> Any:
-        return self._child.operate("getitem", self, key)
-
-    def __len__(self) -> int:
-        return self._child.operate("len", self)
-
-    def __iter__(self) -> Iterator[Any]:
-        return self._child.operate("iter", self)
-
-    def __next__(self) -> Any:
-        return self._child.operate("next", self)
-
     def __bool__(self) -> bool:
         return True
+
+
+def _operates(operation: str) -> Callable[..., Any]:
+    """The special method of :class:`Remote` for an operation; only positional parameters, as a program may name its
+    own the same."""
+    return lambda remote, /, *arguments, **named: remote._child.operate(operation, remote, *arguments, **named)
+
+
+for _operation in ("call", "getattr", "setattr", "getitem", "len", "iter", "next"):
+    setattr(Remote, f"__{_operation}__", _operates(_operation))
 
 
 def _put_back(mine: Any, left: Any) -> None:

@@ -358,6 +358,11 @@ class TestValues:
         program = "def f(x, y, z):\n    x.sort(); y.add(5); z['a'] = 1"
         assert one(program, tests, ("f",)).status == "passed"
 
+    def test_parameters_have_any_name(self):
+        names = ("self", "operation", "remote", "function", "child", "value")
+        jobs = [Job(f"def f(a, {name}): return a - {name}", f"assert f(3, {name}=1) == 2", ("f",)) for name in names]
+        assert [result for result in run(jobs, SHORT) if result.status != "passed"] == []
+
     def test_objects_stay_with_the_program(self):
         program = (
             "class Node:\n    def __init__(self, value): self.value = value; self.next = None\n"
