@@ -114,17 +114,14 @@ def _write_dataset(
     )
     seeds, generator = metrics["recipe"]["data"]["seeds"]["source"], metrics["recipe"]["generator"]["model"]
     found = metrics["arms"][plan.main]
-    body = [
+    lead = [
         f"# {repository or 'Training rows written under acqcore'}",
         f"{rows} rows in the domain `{metrics['recipe']['domain']}`, written by a model and not checked by hand. "
         f"Generator: `{generator}` ({found['description']}). Seeds: `{seeds}`.",
         "`report.html` holds the whole evaluation.",
-        _counts(found, metrics.get("samples")),
-        *_result(metrics, plan.main),
-        _licence(license, "rows", f"the seeds `{seeds}` and the generator `{generator}`"),
-        _recipe(metrics),
     ]
-    DatasetCard(_card(data, body)).save(target / "README.md")
+    licence = _licence(license, "rows", f"the seeds `{seeds}` and the generator `{generator}`")
+    DatasetCard(_card(data, lead, metrics, plan.main, licence)).save(target / "README.md")
 
 
 def _write_model(
@@ -144,15 +141,12 @@ def _write_model(
         base_model=base if _HUB_ID.fullmatch(base) else None,
         datasets=[repository] if repository else None,
     )
-    body = [
+    lead = [
         f"# {repository or 'A student fine-tuned under acqcore'}",
         f"`{base}` fine-tuned on {largest(metrics, plan.main)['rows']} rows of the arm `{plan.main}`, seed {seed}.",
-        _counts(metrics["arms"][plan.main], metrics.get("samples")),
-        *_result(metrics, plan.main),
-        _licence(license, "weights", f"the base model `{base}`, the seeds and the generator"),
-        _recipe(metrics),
     ]
-    ModelCard(_card(data, body)).save(target / "README.md")
+    licence = _licence(license, "weights", f"the base model `{base}`, the seeds and the generator")
+    ModelCard(_card(data, lead, metrics, plan.main, licence)).save(target / "README.md")
 
 
 def _upload(folder: Path, repository: str, kind: str, public: bool) -> str:
@@ -165,8 +159,12 @@ def _upload(folder: Path, repository: str, kind: str, public: bool) -> str:
 # --- parts of a card --------------------------------------------------------------------------------------------------
 
 
-def _card(data: Any, body: list[str]) -> str:
-    return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(part for part in body if part) + "\n"
+def _card(data: Any, lead: Sequence[str], metrics: Mapping[str, Any], main: str, licence: str) -> str:
+    text = yaml.safe_dump(metrics["recipe"], sort_keys=False, allow_unicode=True)
+    recipe = f"## Recipe\n\n```yaml\n{text}```"
+    counts = _counts(metrics["arms"][main], metrics.get("samples"))
+    parts = [f"---\n{data.to_yaml()}\n---", *lead, counts, *_result(metrics, main), licence, recipe]
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def _counts(arm: Mapping[str, Any], samples: Mapping[str, Any] | None) -> str:
@@ -216,11 +214,6 @@ def _seeds(seeds: Sequence[int]) -> str:
 
 def _licence(license: str, what: str, depends: str) -> str:
     return f"## Licence\n\nThe {what} are published under `{license}`. The terms of {depends} also apply."
-
-
-def _recipe(metrics: Mapping[str, Any]) -> str:
-    text = yaml.safe_dump(metrics["recipe"], sort_keys=False, allow_unicode=True)
-    return f"## Recipe\n\n```yaml\n{text}```"
 
 
 def _shown(value: Any) -> Any:
