@@ -1,8 +1,8 @@
 """Training with TRL: a student learns rows (``sft``), a generator learns from a reward (``grpo``, ``dpo``).
 
 Each function writes a folder for ``from_pretrained``, with the tokenizer, ``trainer_state.json`` (the log of all
-steps), TRL's model card and, with LoRA, ``adapter/``. During training the folder holds checkpoints, each with the state
-of the reward. A killed run resumes from the last complete checkpoint when called again with the same arguments.
+steps), TRL's model card and, with LoRA, ``adapter/``. A killed run resumes from its last complete checkpoint if called
+again with the same arguments.
 """
 
 from __future__ import annotations

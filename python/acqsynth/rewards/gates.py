@@ -18,7 +18,7 @@ more agreement and unsolvable questions more entropy than any honest sample. Gat
 ====================  ===========================================================================================
 
 Cheap gates come first; each sees only samples that passed the earlier ones. Gates that compare or measure text use its
-normal form (:mod:`acqsynth.normal_form`), so disguised copies still count as copies.
+normal form (:mod:`acqsynth.normal_form`).
 """
 
 from __future__ import annotations

@@ -212,13 +212,12 @@ def _unlike(words: Sequence[str], others: Sequence[str]) -> int:
 class NearCopies:
     """A bounded set of texts that finds near copies of a new text.
 
-    Shingles are runs of ``n`` characters of the normal form without spaces and signs between words. Two texts are near
-    copies if the Jaccard index of their shingles is at least ``threshold``, unless the new one has other numbers in
-    place of some: an exercise with different numbers is a new exercise, one with an extra number, or with numbers left
-    out or in words, is not. Numbers compare by value. Likewise, other content words in place of more than one word in
-    25, an opposite, another operator, or a negation more or less make another question: ``decrease`` for ``increase``,
-    ``left`` for ``right``. Words added, left out, moved, split, misspelt or inflected, and other function words, do
-    not. ``text in copies`` tests whether a text with the same normal form is stored.
+    Two texts are near copies if the Jaccard index of their shingles, runs of ``n`` characters of the normal form
+    without spaces and signs between words, is at least ``threshold``. Another question has other numbers in place of
+    some, compared by value, other content words in place of more than one word in 25, an opposite (``left`` for
+    ``right``), another operator, or a negation more or less. Numbers and words that are added, left out, moved, split,
+    misspelt, inflected or spelt out make none. ``text in copies`` tests whether a text with the same normal form is
+    stored.
 
     Args:
         threshold: in (0, 1].
