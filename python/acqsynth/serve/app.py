@@ -173,7 +173,7 @@ class Service:
                 "gets the lowest reward; ask for this form in the prompts",
                 len(responses),
             )
-        self._parsed = True  # or the warning was logged
+        self._parsed |= bool(responses)  # or the warning was logged
         if known := [value for value in values.values() if value is not None]:
             self._typical = statistics.fmean(known)
             self._least = min(self._least, *known)
