@@ -1,4 +1,5 @@
-"""State of one reward call: samples, results shared by signals and gates, entries from text to total, final rewards."""
+"""State of one reward call: samples, results shared by signals and gates, entries from text to total, final rewards,
+and how much of a signal's spread is noise."""
 
 from __future__ import annotations
 
@@ -17,10 +18,14 @@ from acqsynth.normal_form import visible
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+Values = Sequence[float | None]
+
 LOWEST = 0.5  #: below this, most of a signal's spread within a group is noise, and a warning is logged
 ENOUGH = 16  #: degrees of freedom required for a warning; with fewer the estimate is too uncertain
 
-Values = Sequence[float | None]
+_LARGEST = torch.finfo(torch.float32).max  # squares of larger values overflow in statistics
+_TRIES = 3  # samples on which a signal or gate fails before it is itself considered broken
 
 
 @dataclass(frozen=True)
@@ -97,12 +102,6 @@ class Watch:
                 "Raise its probes or draws; for mutual_information, form='linear' with more probes costs least",
                 self._name, signal, found, 100 * (1 - found),
             )  # fmt: skip
-
-
-T = TypeVar("T")
-
-_LARGEST = torch.finfo(torch.float32).max  # squares of larger values overflow in statistics
-_TRIES = 3  # samples on which a signal or gate fails before it is itself considered broken
 
 
 class Batch(list[Sample]):

@@ -26,6 +26,8 @@ from acqsynth.serve.options import Limits
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 ROUTES = frozenset({"/score", "/get_reward", "/student", "/health", "/metrics", "/openapi.json"})
 OPEN = frozenset({"/health"})  #: routes that reveal nothing and need no token
 ADMIN = frozenset({"/student"})  #: routes that need the admin token
@@ -48,6 +50,12 @@ STATUS = {
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _SAMPLES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+DEEPEST = 128  # levels of a body; pydantic allows at most 200
+SMALL = 1 << 14  # bytes checked in the event loop, in well under a millisecond
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+# A string or a structural character. Possessive, so that no text causes backtracking.
+_TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[\]{},:]', re.DOTALL)
 
 
 class ServiceError(Exception):
@@ -260,16 +268,6 @@ def error_response(error: ServiceError, *, close: bool = False) -> JSONResponse:
     return JSONResponse({"error": {"type": error.kind, "message": str(error)}}, error.status, headers)
 
 
-T = TypeVar("T")
-
-DEEPEST = 128  # levels of a body; pydantic allows at most 200
-SMALL = 1 << 14  # bytes checked in the event loop, in well under a millisecond
-
-_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-# A string or a structural character. Possessive, so that no text causes backtracking.
-_TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[\]{},:]', re.DOTALL)
-
-
 class JsonRoute(APIRoute):
     """A route whose endpoint takes ``body``, a pydantic model, and ``request``.
 
@@ -285,10 +283,7 @@ class JsonRoute(APIRoute):
             if not _is_json(request.headers.get("content-type", "")):
                 raise ServiceError("invalid_request", "content-type: expected application/json")
             raw, most = await request.body(), request.app.state.max_values
-            if len(raw) <= SMALL:
-                body = read(raw, most)
-            else:
-                body = await asyncio.to_thread(read, raw, most)
+            body = read(raw, most) if len(raw) <= SMALL else await asyncio.to_thread(read, raw, most)
             return await self.endpoint(body, request)
 
         def read(raw: bytes, most: int) -> Any:
