@@ -257,7 +257,7 @@ class Child:
         def refer(value: Any) -> dict[str, int]:
             if type(value) is not Remote:
                 raise TypeError(f"a test passes a {type(value).__name__}, which cannot be given to the program")
-            return {"object": object.__getattribute__(value, "_number")}
+            return {"object": object.__getattribute__(value, "_harness_number")}
 
         value, left = self.ask(
             {
@@ -277,11 +277,12 @@ class Child:
 
 
 class Remote:
-    """An object of the program; equal only to itself, as the program's own ``__eq__`` would prove nothing."""
+    """An object of the program; equal only to itself, as the program's own ``__eq__`` would prove nothing. Its own
+    attributes have names that no program's have."""
 
     def __init__(self, child: Child, number: int) -> None:
-        object.__setattr__(self, "_child", child)
-        object.__setattr__(self, "_number", number)
+        object.__setattr__(self, "_harness_child", child)
+        object.__setattr__(self, "_harness_number", number)
 
     def __bool__(self) -> bool:
         return True
@@ -290,7 +291,7 @@ class Remote:
 def _operates(operation: str) -> Callable[..., Any]:
     """The special method of :class:`Remote` for an operation; only positional parameters, as a program may name its
     own the same."""
-    return lambda remote, /, *arguments, **named: remote._child.operate(operation, remote, *arguments, **named)
+    return lambda remote, /, *arguments, **named: remote._harness_child.operate(operation, remote, *arguments, **named)
 
 
 for _operation in ("call", "getattr", "setattr", "getitem", "len", "iter", "next"):
