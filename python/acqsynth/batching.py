@@ -73,9 +73,8 @@ class _Lane:
 class Batcher(Generic[Key, Item, Result]):
     """Collects items and passes them to ``function`` in batches, on a separate thread.
 
-    A batch runs once its lane holds items of total size ``limit``, or ``wait`` seconds after its first item arrived;
-    items that arrive while it runs join later batches. A request larger than a batch is split, and other requests run
-    in between. If a batch of several requests fails, each request is retried alone, so that one cannot fail another.
+    A batch runs once its lane holds items of total size ``limit``, or ``wait`` seconds after its first item arrived.
+    A larger request is split. If a batch of several requests fails, each is retried alone.
 
     Args:
         function: maps the key of a lane and n items to n results, in order.

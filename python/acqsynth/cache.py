@@ -8,17 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def cache_dir() -> Path:
-    """The model cache: ``ACQCORE_CACHE``, else ``~/.cache/acqcore``."""
-    return Path(os.environ.get("ACQCORE_CACHE") or Path.home() / ".cache" / "acqcore")
-
-
 def cached(name: str, make: Callable[[Path], None]) -> Path:
-    """The folder ``name`` in the cache; ``make(folder)`` fills it if it is missing.
+    """The folder ``name`` in ``ACQCORE_CACHE``, else ``~/.cache/acqcore``; ``make(folder)`` fills it if it is missing.
 
     The folder appears atomically, so an interrupted or concurrent call leaves nothing half-written.
     """
-    target = cache_dir() / name
+    target = Path(os.environ.get("ACQCORE_CACHE") or Path.home() / ".cache" / "acqcore") / name
     if not target.is_dir():
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix="making-") as temporary:

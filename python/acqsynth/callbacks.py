@@ -116,16 +116,15 @@ class Refresh(TrainerCallback):
     """Refreshes the student behind the reward during training with a trainer's newest checkpoint.
 
     The reward scores with a copy, into which LoRA is merged: trainers delete old checkpoints, and a resumed run
-    continues with the student it had.
+    continues with the student it had. The rank correlation of the probe's scores before and after a refresh is logged
+    as ``staleness``, that of the first and the latest of the run as ``staleness_since_start``.
 
     Args:
         every: steps between refreshes.
         checkpoints: folder of the checkpoints.
         copies: folder for the copies. Those of the current student and of the last checkpoint's are kept.
         student: path of a model -> None; makes the reward score with that model.
-        probe: scores a fixed set of samples with the current reward. The rank correlation of the scores before and
-            after a refresh is logged as ``staleness``, that of the first and the latest scores of the run as
-            ``staleness_since_start``; 1 means that the order did not change.
+        probe: scores a fixed set of samples with the current reward.
 
     Raises:
         ValueError: every is no int of at least 1.
@@ -186,11 +185,8 @@ class Refresh(TrainerCallback):
         self._saved = self._current
 
     def state_dict(self) -> dict[str, Any]:
-        """The name of the student's checkpoint and the first scores of the probe."""
-        return {
-            "student": self._current,
-            "first": [None if score is None else float(score) for score in self._first],
-        }
+        """The student's checkpoint and the first scores of the probe."""
+        return {"student": self._current, "first": [None if score is None else float(score) for score in self._first]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Makes the reward score with the student of :meth:`state_dict`.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import sys
@@ -14,6 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from acqsynth import config, pipeline, preflight
+from acqsynth.artefacts import read_json
 from acqsynth.config import ConfigError
 from acqsynth.pipeline import Plan
 from acqsynth.steps import Step, StepError, Store
@@ -76,7 +76,10 @@ def run(plan: Plan, steps: Sequence[Step]) -> None:
     done = len(steps) - ran
     console.print(f"{ran} of {len(steps)} steps ran{f', {done} were already done' if done else ''}.")
     if plan.report in steps:
-        _conclude(console, store.path(plan.report))
+        folder = store.path(plan.report)
+        for said in read_json(folder / "metrics.json")["verdict"]:
+            console.print(Text(said["text"]))
+        console.print(Text(f"Report: {(folder / 'report.html').resolve()}"))
 
 
 def dry_run(plan: Plan, steps: Sequence[Step]) -> None:
@@ -100,14 +103,6 @@ def print_help_config() -> None:
         given = {"": "", "required": ", required"}.get(default, f", {default} by default")
         console.print(Text.assemble((key, "bold"), f"  {expected}{given}\n    {doc}"))
     console.print(f"\nRecipes in the package: {', '.join(config.recipes())}.")
-
-
-def _conclude(console: Console, folder: Path) -> None:
-    """Prints the verdict and the path of the report."""
-    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    for said in metrics["verdict"]:
-        console.print(Text(said["text"]))
-    console.print(Text(f"Report: {(folder / 'report.html').resolve()}"))
 
 
 def _needed(steps: Sequence[Step]) -> set[Step]:

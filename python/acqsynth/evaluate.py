@@ -1,9 +1,8 @@
 """Accuracy, intervals and tests over fits, and the validity of signals.
 
-An interval covers the variation over test sets and over fits (seeds of generator or student). It uses Student's t
-with the variance over fits plus that over rows and Welch-Satterthwaite degrees of freedom: a bootstrap over two fits
-would cover fit noise half of the time, one over a single fit never. Changes between two students are paired row by row.
-Multiple comparisons are corrected by Holm's procedure (Holm 1979).
+An interval covers the variation over test sets and over fits (seeds of generator or student): Student's t with the
+variance over fits plus that over rows and Welch-Satterthwaite degrees of freedom. A bootstrap over two fits would cover
+fit noise half of the time. Changes between two students are paired row by row.
 """
 
 from __future__ import annotations

@@ -38,11 +38,8 @@ def label(
 ) -> list[Label]:
     """Labels each question, or gives the reason why there is no label.
 
-    Answers with equal canonical forms share a cluster. Clusters are merged if the domain finds their representatives
-    equivalent, in both directions, to each other and to the same other representatives.
-
-    The label is taken from a completion of the largest cluster that was not cut off: the one of median length in
-    tokens, as the shortest often skips steps and the longest rambles.
+    The label is taken from a completion of the largest cluster (:func:`cluster`) that was not cut off: the one of
+    median length in tokens, as the shortest often skips steps and the longest rambles.
 
     Args:
         engine: engine of the student or a stronger teacher.
@@ -117,8 +114,9 @@ def cluster(
 ) -> list[list[list[int]]]:
     """Clusters each question's answers; returns indices, largest cluster first. None belongs to no cluster.
 
-    The domain compares only the first answers of clusters, in one call for all questions. Pairs it finds equal are
-    compared in the other direction too. If tests judge an answer regardless of the other, two wrong answers differ.
+    Answers with equal canonical forms share a cluster. Clusters are merged if the domain finds their first answers
+    equivalent, in both directions, to each other and to the same other ones. It compares those of all questions in one
+    call.
     """
     by_form: list[list[list[int]]] = []
     for row in answers:

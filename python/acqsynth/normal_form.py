@@ -74,6 +74,7 @@ _RAISED = re.compile("[⁰¹²³⁴-⁹]+")
 _LABEL = r"(?:(?:question|problem|exercise|task|step|example|variant|version|part|number|no|nr|id|q|v)(?![a-z])\.?\s*)"
 _BEFORE = re.compile(rf"^\W*(?:{_LABEL}[#(\[]?\d+[.):\]]*|[#(\[]?\d+(?:[.)\]:]+(?=\s)|\.(?=[a-z]))|#\d+(?=\s))\s*")
 _BEHIND = re.compile(rf"(?<=[.?!])(?:\s*[#(\[]\s*{_LABEL}?\d+\s*[)\]]?|\s+{_LABEL}?\d+)[\s.]*$")
+_DECIMALS = 30  # of the value of a number; further ones are cut
 _END = 64  # characters searched for a numbering at either end
 
 # Signs without a meaning in formulas; "!" counts behind a number, "'" in f'(x), a full stop within a number.
@@ -102,7 +103,8 @@ def normal_form(text: str) -> str:
     plain = visible(_RAISED.sub(r"^\g<0>", html.unescape(text)).translate(_BRACKETED))
     if not plain.isascii():
         plain = _ORNAMENTS.sub("", plain.translate(_ALIKE))
-        plain = unicodedata.normalize("NFC", "".join(map(_digit, plain)))
+        digits = (str(unicodedata.digit(x)) if x.isdigit() and not x.isascii() else x for x in plain)
+        plain = unicodedata.normalize("NFC", "".join(digits))
     plain = _CAPITAL_I.sub(lambda word: word[0].replace("I", "l"), plain).casefold().translate(_ALIKE)
     if "<" in plain:
         plain = _COMMENT.sub("", plain)
@@ -157,20 +159,12 @@ def value(number: str) -> Fraction:
     """The value of a number as :func:`normal_form` finds it."""
     whole, _, rest = number.replace(",", "").replace(" ", "").partition(".")
     # Truncated: Python refuses to parse integers of thousands of digits.
-    rest = rest[:30]
+    rest = rest[:_DECIMALS]
     return int(whole[-300:] or "0") + Fraction(int(rest or "0"), 10 ** len(rest))
 
 
 def _written(number: Fraction) -> str:
     if number.denominator == 1:
         return str(number.numerator)
-    whole, rest = divmod(number, 1)
-    digits = ""
-    while rest:
-        digit, rest = divmod(rest * 10, 1)
-        digits += str(digit)
-    return f"{whole}.{digits}"
-
-
-def _digit(char: str) -> str:
-    return str(unicodedata.digit(char)) if char.isdigit() and not char.isascii() else char
+    digits = str(number.numerator * 10**_DECIMALS // number.denominator).zfill(_DECIMALS + 1)
+    return f"{digits[:-_DECIMALS]}.{digits[-_DECIMALS:].rstrip('0')}"

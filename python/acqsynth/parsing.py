@@ -43,7 +43,8 @@ def parse_sample(text: str) -> dict[str, str] | None:
     sample = fields(text)
     if sample is None:
         return None
-    return {"prompt": sample["question"] + "\n", "completion": _solution(sample)}
+    solution = "\n".join(sample[tag] for tag in ("reasoning", "answer") if tag in sample)
+    return {"prompt": sample["question"] + "\n", "completion": solution}
 
 
 def parse_chat_sample(text: str) -> dict[str, list[dict[str, str]]] | None:
@@ -52,17 +53,13 @@ def parse_chat_sample(text: str) -> dict[str, list[dict[str, str]]] | None:
     Returns:
         ``{"messages": [the question as user, reasoning and answer as assistant]}``, or None.
     """
-    sample = fields(text)
+    sample = parse_sample(text)
     if sample is None:
         return None
-    user = {"role": "user", "content": sample["question"]}
-    return {"messages": [user, {"role": "assistant", "content": _solution(sample)}]}
+    user = {"role": "user", "content": sample["prompt"].removesuffix("\n")}
+    return {"messages": [user, {"role": "assistant", "content": sample["completion"]}]}
 
 
 def as_text(text: str) -> str | None:
     """The whole text, stripped, for generators that write no tags; None if nothing is left."""
     return text.strip() if visible(text).strip() else None
-
-
-def _solution(sample: dict[str, str]) -> str:
-    return "\n".join(sample[tag] for tag in ("reasoning", "answer") if tag in sample)

@@ -10,7 +10,7 @@ import importlib.util
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,9 @@ def check(config: Config) -> None:
     """
     domain = _checked("domain", find_domain, config.domain)
     _checked("engine", engines.check, config.engine.name, config.engine.options)
-    _check_seed("generator", config.generator.options)
-    _check_seed("student", config.student.options)
+    for key, options in (("generator", config.generator.options), ("student", config.student.options)):
+        if "seed" in options:
+            raise ConfigError(f"{key}.options: seed is set by {key}.seeds")
     _check_generator(config)
     _check_labelling(config, domain)
     _check_reward(config, domain)
@@ -92,11 +93,6 @@ def _trainers(config: Config) -> dict[str, Any]:
     if generator.method not in ("grpo", "dpo"):
         del given["generator"]
     return {key: _checked(key, configuration, *each, "unused")[0] for key, each in given.items()}
-
-
-def _check_seed(key: str, options: Mapping[str, Any]) -> None:
-    if "seed" in options:
-        raise ConfigError(f"{key}.options: seed is set by {key}.seeds")
 
 
 def _check_labelling(config: Config, domain: Domain) -> None:

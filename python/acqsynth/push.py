@@ -20,7 +20,7 @@ from acqsynth.artefacts import read_table, write_table
 from acqsynth.config import ConfigError
 from acqsynth.pipeline import Plan
 from acqsynth.report import render
-from acqsynth.report.metrics import STUDENT, percent, points, span
+from acqsynth.report.metrics import STUDENT, largest, percent, points, span
 from acqsynth.steps import StepError, Store
 
 HUB = "hub:"  #: prefix of repository targets
@@ -114,17 +114,14 @@ def _write_dataset(
     )
     seeds, generator = metrics["recipe"]["data"]["seeds"]["source"], metrics["recipe"]["generator"]["model"]
     found = metrics["arms"][plan.main]
-    body = [
+    lead = [
         f"# {repository or 'Training rows written under acqcore'}",
         f"{rows} rows in the domain `{metrics['recipe']['domain']}`, written by a model and not checked by hand. "
         f"Generator: `{generator}` ({found['description']}). Seeds: `{seeds}`.",
         "`report.html` holds the whole evaluation.",
-        _counts(found, metrics.get("samples")),
-        *_result(metrics, plan.main),
-        _licence(license, "rows", f"the seeds `{seeds}` and the generator `{generator}`"),
-        _recipe(metrics),
     ]
-    DatasetCard(_card(data, body)).save(target / "README.md")
+    licence = _licence(license, "rows", f"the seeds `{seeds}` and the generator `{generator}`")
+    DatasetCard(_card(data, lead, metrics, plan.main, licence)).save(target / "README.md")
 
 
 def _write_model(
@@ -144,15 +141,12 @@ def _write_model(
         base_model=base if _HUB_ID.fullmatch(base) else None,
         datasets=[repository] if repository else None,
     )
-    body = [
+    lead = [
         f"# {repository or 'A student fine-tuned under acqcore'}",
-        f"`{base}` fine-tuned on {_learnt(metrics, plan.main)} rows of the arm `{plan.main}`, seed {seed}.",
-        _counts(metrics["arms"][plan.main], metrics.get("samples")),
-        *_result(metrics, plan.main),
-        _licence(license, "weights", f"the base model `{base}`, the seeds and the generator"),
-        _recipe(metrics),
+        f"`{base}` fine-tuned on {largest(metrics, plan.main)['rows']} rows of the arm `{plan.main}`, seed {seed}.",
     ]
-    ModelCard(_card(data, body)).save(target / "README.md")
+    licence = _licence(license, "weights", f"the base model `{base}`, the seeds and the generator")
+    ModelCard(_card(data, lead, metrics, plan.main, licence)).save(target / "README.md")
 
 
 def _upload(folder: Path, repository: str, kind: str, public: bool) -> str:
@@ -165,8 +159,12 @@ def _upload(folder: Path, repository: str, kind: str, public: bool) -> str:
 # --- parts of a card --------------------------------------------------------------------------------------------------
 
 
-def _card(data: Any, body: list[str]) -> str:
-    return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(part for part in body if part) + "\n"
+def _card(data: Any, lead: Sequence[str], metrics: Mapping[str, Any], main: str, licence: str) -> str:
+    text = yaml.safe_dump(metrics["recipe"], sort_keys=False, allow_unicode=True)
+    recipe = f"## Recipe\n\n```yaml\n{text}```"
+    counts = _counts(metrics["arms"][main], metrics.get("samples"))
+    parts = [f"---\n{data.to_yaml()}\n---", *lead, counts, *_result(metrics, main), licence, recipe]
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def _counts(arm: Mapping[str, Any], samples: Mapping[str, Any] | None) -> str:
@@ -187,37 +185,23 @@ def _counts(arm: Mapping[str, Any], samples: Mapping[str, Any] | None) -> str:
     return "\n".join(["## Counts", "", "| | |", "|---|---|", *rows]) if rows else ""
 
 
-def _learnt(metrics: Mapping[str, Any], main: str) -> int:
-    """Rows that the main arm's student learnt, at most those wanted."""
-    return int(_largest(metrics, main)["rows"])
-
-
-def _largest(metrics: Mapping[str, Any], main: str) -> Mapping[str, Any]:
-    """The result of the main arm's student after the most rows."""
-    results = [each for each in metrics["arms"][main]["results"] if each["student"] == STUDENT]
-    found: Mapping[str, Any] = max(results, key=lambda each: each["rows_wanted"])
-    return found
-
-
 def _result(metrics: Mapping[str, Any], main: str) -> list[str]:
     """The report's verdict and the accuracies of the main arm's student."""
-    largest = _largest(metrics, main)
+    result = largest(metrics, main)
     level = f"{100 * metrics['level']:g} %" if "level" in metrics else "the report's"
     rows = [
         f"| {name} | {percent(metrics['base'][STUDENT][name]['accuracy']['mean'])} | "
         f"{percent(found['accuracy']['mean'])} | {points(found['change']['mean'])} | "
         f"{span(found['change'])} |"
-        for name, found in largest["sets"].items()
+        for name, found in result["sets"].items()
     ]
-    table = [
-        "| evaluation set | before | after | points | interval |", "|---|---|---|---|---|", *rows
-    ]  # fmt: skip
+    table = ["| evaluation set | before | after | points | interval |", "|---|---|---|---|---|", *rows]
     made_by = [f"- {name}: {value}" for name, value in metrics.get("machine", {}).items()]
     return [
         "## Result",
         "\n".join(f"- {said['text']}" for said in metrics["verdict"]),
-        f"{len(largest['seeds'])} students with {_seeds(largest['seeds'])}, on rows written with generator "
-        f"{_seeds(largest['generators'])}, with {level} intervals:",
+        f"{len(result['seeds'])} students with {_seeds(result['seeds'])}, on rows written with generator "
+        f"{_seeds(result['generators'])}, with {level} intervals:",
         "\n".join(table),
         "\n".join(made_by),
     ]
@@ -230,11 +214,6 @@ def _seeds(seeds: Sequence[int]) -> str:
 
 def _licence(license: str, what: str, depends: str) -> str:
     return f"## Licence\n\nThe {what} are published under `{license}`. The terms of {depends} also apply."
-
-
-def _recipe(metrics: Mapping[str, Any]) -> str:
-    text = yaml.safe_dump(metrics["recipe"], sort_keys=False, allow_unicode=True)
-    return f"## Recipe\n\n```yaml\n{text}```"
 
 
 def _shown(value: Any) -> Any:

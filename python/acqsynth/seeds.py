@@ -1,9 +1,8 @@
 """Loads the rows of a recipe's sources, including the bundled ones: a seed set and word problems.
 
 The seed set has 60 short samples written for this project, 20 each of mathematics, medicine and code. Most are ordinary
-and correct. Some are deliberately trivial, ambiguous (no answer follows from the question) or garbled, to show how
-acquisition functions respond: a large value alone does not distinguish what a student does not know yet from what
-nobody can know. The 96 word problems come in 12 kinds, all with the right answer.
+and correct; some are deliberately trivial, ambiguous (no answer follows from the question) or garbled, to show how
+acquisition functions respond. The 96 word problems come in 12 kinds, all with the right answer.
 """
 
 from __future__ import annotations

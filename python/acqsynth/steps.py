@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 from pydantic import BaseModel
@@ -100,14 +100,6 @@ class Artefact:
         return f"{self.step}/{self.path}" if self.path else str(self.step)
 
 
-class Stateful(Protocol):
-    """An object whose state is saved between chunks."""
-
-    def state_dict(self) -> Any: ...
-
-    def load_state_dict(self, state: Any) -> None: ...
-
-
 def _nothing(line: str) -> None:
     """Prints nothing."""
 
@@ -139,7 +131,7 @@ class StepContext:
         items: Sequence[T],
         size: int,
         function: Callable[[int, Sequence[T]], Any],
-        state: Stateful | None = None,
+        state: Any = None,
     ) -> Iterator[Any]:
         """Yields ``function(start, items[start : start + size])`` for each chunk, in order. Chunks finished before a
         kill are not computed again.
@@ -147,8 +139,8 @@ class StepContext:
         Args:
             name: name of the chunks within this step.
             function: its results must be JSON values.
-            state: state that the function changes. It is saved with each chunk and restored before the first chunk
-                that is computed after finished ones.
+            state: an object with ``state_dict`` that the function changes. Its state is saved with each chunk and
+                restored before the first chunk that is computed after finished ones.
         """
         last: Path | None = None
         behind = False
@@ -309,7 +301,7 @@ class Store:
         return {
             "settings": step.settings(),
             "inputs": {str(artefact): self._digest(artefact) for artefact in step.inputs},
-            "outside": {name: _stamp(_outside_path(name)) for name in step.outside},
+            "outside": {name: _stamp(name) for name in step.outside},
         }
 
     def _digest(self, artefact: Artefact) -> str:
@@ -373,12 +365,7 @@ def _replaced(value: Any, leaf: Callable[[Any], Any]) -> Any:
 def _leaves(value: Any) -> list[Any]:
     """Every artefact, model and source within ``value``."""
     found: list[Any] = []
-
-    def add(leaf: Any) -> Any:
-        found.append(leaf)
-        return leaf
-
-    _replaced(value, add)
+    _replaced(value, found.append)
     return found
 
 
@@ -436,13 +423,10 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _outside_path(name: str) -> Path:
-    return intents_path(name) if name.startswith(INTENTS) else Path(name).expanduser()
-
-
-def _stamp(path: Path) -> Any:
+def _stamp(name: str) -> Any:
     """A value that changes with an outside file: its SHA-256, or sizes and times of the files below a folder, which
     may hold a large model."""
+    path = intents_path(name) if name.startswith(INTENTS) else Path(name).expanduser()
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.is_file())
         return [[str(p.relative_to(path)), p.stat().st_size, p.stat().st_mtime_ns] for p in files]

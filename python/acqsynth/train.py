@@ -1,8 +1,8 @@
 """Training with TRL: a student learns rows (``sft``), a generator learns from a reward (``grpo``, ``dpo``).
 
 Each function writes a folder for ``from_pretrained``, with the tokenizer, ``trainer_state.json`` (the log of all
-steps), TRL's model card and, with LoRA, ``adapter/``. During training the folder holds checkpoints, each with the state
-of the reward. A killed run resumes from the last complete checkpoint when called again with the same arguments.
+steps), TRL's model card and, with LoRA, ``adapter/``. A killed run resumes from its last complete checkpoint if called
+again with the same arguments.
 """
 
 from __future__ import annotations
@@ -287,7 +287,10 @@ def pairs(groups: Sequence[Sequence[Candidate]]) -> list[dict[str, Any]]:
 def read_log(output: Path) -> list[dict[str, Any]]:
     """The logged steps of a finished training run; non-finite numbers become None."""
     state = read_json(output / "trainer_state.json")
-    return [{key: _finite(value) for key, value in entry.items()} for entry in state["log_history"]]
+    return [
+        {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in entry.items()}
+        for entry in state["log_history"]
+    ]
 
 
 def _run(trainer: Any, output: Path, rewards: Sequence[Any] = ()) -> None:
@@ -317,8 +320,3 @@ def _run(trainer: Any, output: Path, rewards: Sequence[Any] = ()) -> None:
         trainer.create_model_card()
         for folder in output.glob(f"{CHECKPOINT}*"):
             shutil.rmtree(folder)
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no infinities and no NaN."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -88,7 +88,8 @@ def configuration(method: str, options: Mapping[str, Any], output: str | Path) -
     if not isinstance(lora, Mapping):
         raise ValueError(f"options.lora: expected fields of peft.LoraConfig, got {lora!r}")
     modules = lora.get("target_modules")
-    if not (modules is None or isinstance(modules, str) or _are_names(modules)):
+    names = isinstance(modules, list) and bool(modules) and all(isinstance(name, str) for name in modules)
+    if not (modules is None or isinstance(modules, str) or names):
         raise ValueError(f"options.lora: target_modules: expected a pattern or names, got {modules!r}")
     from peft import LoraConfig
 
@@ -134,10 +135,6 @@ def grpo_steps(config: GRPOConfig, prompts: int) -> int:
     completions = prompts * config.num_generations // generated * generated * config.num_iterations
     per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
     return math.ceil(config.num_train_epochs * max(1, -(-completions // per_step)))
-
-
-def _are_names(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(name, str) for name in value)
 
 
 def _build(kind: type[T], options: Mapping[str, Any], table: str) -> T:
@@ -194,33 +191,20 @@ _DESCRIBED = {
 
 #: Fields that no library validates early: type, minimum, maximum, whether the minimum itself is allowed.
 _RANGES: dict[str, tuple[type, float, float, bool]] = {
-    **dict.fromkeys(
-        (
-            *("per_device_train_batch_size", "gradient_accumulation_steps", "num_generations", "num_iterations"),
-            *("max_length", "max_completion_length", "max_prompt_length", "r", "lora_alpha", "steps_per_generation"),
-            *("precompute_ref_batch_size", "ref_model_sync_steps"),
-        ),
-        (int, 1, math.inf, True),
-    ),
-    **dict.fromkeys(
-        ("top_k", "seed", "data_seed", "dataloader_num_workers", "dataset_num_proc"), (int, 0, math.inf, True)
-    ),
-    **dict.fromkeys(("num_train_epochs", "temperature", "repetition_penalty"), (float, 0, math.inf, False)),
-    **dict.fromkeys(
-        (
-            *("learning_rate", "weight_decay", "max_grad_norm", "beta", "epsilon", "epsilon_high", "delta"),
-            *("adam_epsilon", "warmup_steps"),
-        ),
-        (float, 0, math.inf, True),
-    ),
-    **dict.fromkeys(
-        (
-            *("warmup_ratio", "min_p", "lora_dropout", "adam_beta1", "adam_beta2", "ref_model_mixup_alpha"),
-            *("label_smoothing", "label_smoothing_factor", "top_entropy_quantile"),
-        ),
-        (float, 0, 1, True),
-    ),
-    "top_p": (float, 0, 1, False),
+    name: limits
+    for limits, names in {
+        (int, 1, math.inf, True): "per_device_train_batch_size gradient_accumulation_steps num_generations "
+        "num_iterations max_length max_completion_length max_prompt_length r lora_alpha steps_per_generation "
+        "precompute_ref_batch_size ref_model_sync_steps",
+        (int, 0, math.inf, True): "top_k seed data_seed dataloader_num_workers dataset_num_proc",
+        (float, 0, math.inf, False): "num_train_epochs temperature repetition_penalty",
+        (float, 0, math.inf, True): "learning_rate weight_decay max_grad_norm beta epsilon epsilon_high delta "
+        "adam_epsilon warmup_steps",
+        (float, 0, 1, True): "warmup_ratio min_p lora_dropout adam_beta1 adam_beta2 ref_model_mixup_alpha "
+        "label_smoothing label_smoothing_factor top_entropy_quantile",
+        (float, 0, 1, False): "top_p",
+    }.items()
+    for name in names.split()
 }
 
 

@@ -4,9 +4,8 @@ It learns two tasks at once, as chat turns: to answer questions (*practice*: mos
 write a new sample in the tagged format when shown some (*writing*: every skill, mostly those shown). Rows are drawn on
 demand from the training split only; the coin is tossed anew for each.
 
-The tokenizer has one token per word, tag and digit; other text is spelt out. A digit at the start of a number is a
-different token (`` 4``, with the space before it) from one within (``7``), as in byte-level tokenizers of real models.
-All printable ASCII text is decoded unchanged.
+The tokenizer has one token per word, tag and digit, with the space before a number in its first digit's, as in
+byte-level tokenizers of real models. Other text is spelt out; printable ASCII text is decoded unchanged.
 """
 
 from __future__ import annotations
@@ -47,10 +46,6 @@ CHAT_TEMPLATE = (
 )
 
 
-def _by_kind(**shares: float) -> dict[str, float]:
-    return {name: shares[skill.kind] for name, skill in SKILLS.items()}
-
-
 @dataclass(frozen=True)
 class Settings:
     """Everything that determines the weights.
@@ -85,7 +80,9 @@ class Settings:
             "lucky": 0.2, "code": 0.2,
         }
     )  # fmt: skip
-    writing: Mapping[str, float] = field(default_factory=lambda: _by_kind(strong=1.0, weak=0.5, coin=0.5, table=0.5))
+    writing: Mapping[str, float] = field(
+        default_factory=lambda: {name: 1.0 if skill.kind == "strong" else 0.5 for name, skill in SKILLS.items()}
+    )
     skewed: bool = False
 
     @property

@@ -258,22 +258,14 @@ def best(
         chosen = []
         for group in candidates(engine, picked, reward, sampling):
             dropped.update(reason for candidate in group if (reason := candidate.rejected_by))
-            valid = sorted((c for c in group if c.rejected_by is None), key=_total, reverse=True)
+            # A candidate that nothing rejects has a total.
+            valid = sorted((c for c in group if c.rejected_by is None), key=lambda c: c.total or 0.0, reverse=True)
             dropped["not the best of its prompt"] += len(valid[1:])
             chosen += valid[:1]
         near = any("new" in candidate.gates for candidate in chosen)
-        return _first_new(chosen, _sample, room, asked, dropped, near=near)
+        return _first_new(chosen, lambda candidate: candidate.sample, room, asked, dropped, near=near)
 
     return _draw_until(prompts, keep, sampling, rows=rows, rounds=rounds, per_prompt=1)
-
-
-def _total(candidate: Candidate) -> float:
-    return -math.inf if candidate.total is None else candidate.total
-
-
-def _sample(candidate: Candidate) -> Sample:
-    assert candidate.sample is not None
-    return candidate.sample
 
 
 def questions() -> NearCopies:
@@ -281,31 +273,26 @@ def questions() -> NearCopies:
     return NearCopies(capacity=sys.maxsize)
 
 
-def is_new(sample: Sample, asked: NearCopies, dropped: Counter[str], *, near: bool) -> bool:
-    """Whether the question is no near copy of one asked before, or without ``near`` has another normal form; adds it
-    if so, and counts it as dropped if not."""
-    if asked.find(sample.question) is not None if near else sample.question in asked:
-        dropped["repeats a question"] += 1
-        return False
-    asked.add([sample.question])
-    return True
-
-
 def _first_new(
     rows: Sequence[T],
-    sample_of: Callable[[T], Sample],
+    sample_of: Callable[[T], Any],
     room: int,
     asked: NearCopies,
     dropped: Counter[str],
     *,
     near: bool,
 ) -> list[T]:
-    """The first ``room`` rows that ask a new question; only these count as asked."""
+    """The first ``room`` rows that ask a new question, no near copy of one asked or, without ``near``, one with another
+    normal form; only these count as asked."""
     kept: list[T] = []
     for row in rows:
+        question = sample_of(row).question
         if len(kept) == room:
             dropped["surplus"] += 1
-        elif is_new(sample_of(row), asked, dropped, near=near):
+        elif asked.find(question) is not None if near else question in asked:
+            dropped["repeats a question"] += 1
+        else:
+            asked.add([question])
             kept.append(row)
     return kept
 

@@ -25,6 +25,7 @@ REFUSED = {
     "reward.scoring.backend=gpu": "reward.scoring: backend: unknown 'gpu'",
     "reward.answers.max_tokens=0": "reward.answers: max_tokens: expected at least 1, got 0",
     "reward.answers.temperature=-1": "reward.answers: temperature: expected at least 0, got -1",
+    "reward.answers.key=1": "reward.answers: got an unexpected keyword argument 'key'",
     "reward.answers.seed=-1": "reward.answers: seed: expected at least 0",
     "reward.signals={mutual_information: {draws: 1}}": "draws",
     "reward.signals={mutual_information: {foo: 1}}": "foo",

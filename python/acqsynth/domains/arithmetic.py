@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, Literal
 
-from acqsynth.domains.base import Domain, Layout, Messages, Row, Sample, optional, text
+from acqsynth.domains.base import Domain, Layout, Messages, Sample, optional, text, written
 
 Kind = Literal["strong", "weak", "coin", "table"]
 SPLITS = ("train", "test")
@@ -89,16 +89,17 @@ SKILLS: dict[str, Skill] = {
 }
 
 
-def _row(row: Row) -> Sample:
-    return _with_skill(text(row, "question"), text(row, "answer"), optional(row, "reasoning"))
-
-
 class Arithmetic(Domain):
     """The arithmetic world; needs no data, but can load some."""
 
     name: ClassVar[str] = "arithmetic"
     answer_tokens: ClassVar[int] = 32
-    layouts: ClassVar[Sequence[Layout]] = (Layout(("question", "answer"), _row),)
+    layouts: ClassVar[Sequence[Layout]] = (
+        Layout(
+            ("question", "answer"),
+            lambda row: _with_skill(text(row, "question"), text(row, "answer"), optional(row, "reasoning")),
+        ),
+    )
 
     def generator_prompt(self, shown: Sequence[Sample]) -> Messages:
         return [{"role": "user", "content": "\n".join(["new", *map(self.tagged, shown)])}]
@@ -158,8 +159,7 @@ class Arithmetic(Domain):
         ]
 
     def tagged(self, sample: Sample) -> str:
-        parts = {"question": sample.question, "reasoning": sample.reasoning, "answer": sample.answer}
-        return "".join(f"<{tag}>{text}</{tag}>" for tag, text in parts.items() if text)
+        return written(sample, end="")
 
     def rows(self, n: int, seed: int, *, skills: Sequence[str] | None = None, split: str = "train") -> list[Sample]:
         """``n`` rows with distinct questions, evenly over the skills and shuffled; equal seeds give equal rows. Fewer

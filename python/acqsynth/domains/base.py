@@ -57,10 +57,10 @@ class Layout:
     optional: tuple[str, ...] = ()  #: columns that are read if present
 
 
-def written(sample: Sample) -> str:
-    """A sample in the format of ``acqsynth.parsing``."""
+def written(sample: Sample, end: str = "\n") -> str:
+    """A sample in the format of ``acqsynth.parsing``, with an end of line after tags and fields."""
     parts = {"question": sample.question, "reasoning": sample.reasoning, "answer": sample.answer}
-    return "\n".join(f"<{tag}>\n{part}\n</{tag}>" for tag, part in parts.items() if part)
+    return end.join(f"<{tag}>{end}{part}{end}</{tag}>" for tag, part in parts.items() if part)
 
 
 def ask_for_sample(task: str, answer: str, shown: Sequence[Sample]) -> Messages:
@@ -168,14 +168,14 @@ class Domain(ABC):
         found: list[Sample] = []
         number = 0
         for number, row in rows(source, split, self.class_names):
+            renamed = _renamed(row, columns)
             if layout is None:
                 if unknown := [column for column in columns.values() if column not in row]:
                     raise ValueError(f"columns: no {_listed(unknown)} in {source}, which has {_listed(row)}")
-                layout = _layout(source, _renamed(row, columns), self.layouts)
+                layout = _layout(source, renamed, self.layouts)
                 known = (*layout.columns, *layout.optional)
                 if unknown := [name for name in columns if name not in known]:
                     raise ValueError(f"columns: unknown field {_listed(unknown)}, expected some of {_listed(known)}")
-            renamed = _renamed(row, columns)
             if missing := [column for column in layout.columns if column not in renamed]:
                 raise ValueError(f"{source}: row {number}: no {_listed(missing)}, only {_listed(row)}")
             try:
@@ -202,7 +202,11 @@ class Domain(ABC):
         unless the reasoning ends with it."""
         if self.answer_of(sample.reasoning) == sample.answer:
             return sample.reasoning
-        return "\n".join(part for part in (sample.reasoning, sample.answer) if part)
+        return "\n".join(part for part in (sample.reasoning, self.stated(sample.answer)) if part)
+
+    def stated(self, answer: str) -> str:
+        """An answer as a solution states it."""
+        return answer
 
     def labelled(self, sample: Sample, answer: str, reasoning: str) -> Sample:
         """The sample with a student's answer and reasoning instead of its own."""

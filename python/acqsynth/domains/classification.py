@@ -141,8 +141,7 @@ class Classification(Domain):
         return sample and _labelled(sample.question, self._spelt(sample.answer))
 
     def labelled(self, sample: Sample, answer: str, reasoning: str) -> Sample:
-        """As :meth:`Domain.labelled`; the answer is the label as written in the seeds, and so is the skill. The
-        reasoning is dropped."""
+        """As :meth:`Domain.labelled`; answer and skill are the label as written in the seeds, without reasoning."""
         label = self._spelt(answer)
         return replace(sample, answer=label, reasoning="", extra={**sample.extra, "skill": label})
 

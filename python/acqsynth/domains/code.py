@@ -175,12 +175,9 @@ class Code(Domain):
             sandbox.require()
 
     def verify(self, samples: Sequence[Sample]) -> list[bool | None]:
-        """Whether each sample's answer passes its tests, and the tests depend on the answer.
-
-        They do not if they also pass with each function replaced by one that always returns the same value, for two
-        different values: ``assert abs(f(1)) == abs(f(1))`` and ``assert isinstance(f(1), int)`` do. Tests that fit a
-        wrong answer are not detected.
-        """
+        """Whether each sample's answer passes its tests, and these depend on the answer: they do not if they also pass
+        with each function replaced by a constant, for two different constants, as ``assert isinstance(f(1), int)``.
+        Tests that fit a wrong answer are not detected."""
         checked = [i for i, sample in enumerate(samples) if sample.extra.get("tests")]
         real = {i: _job(i, samples[i], _source(samples[i].answer)) for i in checked}
         passed = [i for i, right in zip(real, self._passed(list(real.values())), strict=True) if right]

@@ -1,13 +1,10 @@
 """Runs inside the sandbox: one process holds the program, another, in a separate sandbox, holds the tests.
 
 A program that shares an interpreter with its tests can pass them without being right: it exits with status 0, returns
-an object equal to everything, redefines ``abs``, or finds the grader in a frame. A program that shares a process
-namespace with them can read the expected values from ``/proc``, or kill the grader and write the verdict itself. So
-the program's process receives only its source and the arguments of calls, and sends only results.
-
-A function that the tests call is a :class:`Remote`; arguments and results cross two pipes as JSON and are rebuilt as
-plain values. Instances of the program's own classes stay with the program; the tests see a ``Remote`` that is equal
-only to itself.
+an object equal to everything, redefines ``abs``, or finds the grader in a frame. One that shares their process
+namespace can read the expected values from ``/proc``, or write the verdict itself. So the program's process receives
+only its source and the arguments of calls, and sends only results, as JSON through two pipes. Functions and objects of
+the program are a :class:`Remote` to the tests.
 
 ``acqsynth.domains.sandbox`` starts this file as a script, with only the standard library:
 
@@ -32,7 +29,7 @@ import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # importing typing costs 4 ms, in two processes per job
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Mapping
     from typing import Any, BinaryIO
 
 PLAIN_TYPES = (bool, int, float, complex, str, bytes, list, tuple, set, frozenset, dict, range)
@@ -170,7 +167,7 @@ def serve(requests: BinaryIO, replies: BinaryIO) -> None:
     """Executes the program of the first request, then the operations that the tests request."""
     objects: list[Any] = []
     operations: dict[str, Callable[..., Any]] = {
-        "call": lambda function, *arguments, **named: function(*arguments, **named),
+        "call": lambda function, /, *arguments, **named: function(*arguments, **named),
         "getattr": getattr,
         "setattr": setattr,
         "getitem": lambda container, key: container[key],
@@ -256,11 +253,11 @@ class Child:
             raise Gone(str(fault)) from None
         raise error
 
-    def operate(self, operation: str, remote: Remote, *arguments: Any, **named: Any) -> Any:
+    def operate(self, operation: str, remote: Remote, /, *arguments: Any, **named: Any) -> Any:
         def refer(value: Any) -> dict[str, int]:
             if type(value) is not Remote:
                 raise TypeError(f"a test passes a {type(value).__name__}, which cannot be given to the program")
-            return {"object": object.__getattribute__(value, "_number")}
+            return {"object": object.__getattribute__(value, "_harness_number")}
 
         value, left = self.ask(
             {
@@ -280,35 +277,25 @@ class Child:
 
 
 class Remote:
-    """An object of the program; equal only to itself, as the program's own ``__eq__`` would prove nothing."""
+    """An object of the program; equal only to itself, as the program's own ``__eq__`` would prove nothing. Its own
+    attributes have names that no program's have."""
 
     def __init__(self, child: Child, number: int) -> None:
-        object.__setattr__(self, "_child", child)
-        object.__setattr__(self, "_number", number)
-
-    def __call__(self, *arguments: Any, **named: Any) -> Any:
-        return self._child.operate("call", self, *arguments, **named)
-
-    def __getattr__(self, name: str) -> Any:
-        return self._child.operate("getattr", self, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        self._child.operate("setattr", self, name, value)
-
-    def __getitem__(self, key: Any) -> Any:
-        return self._child.operate("getitem", self, key)
-
-    def __len__(self) -> int:
-        return self._child.operate("len", self)
-
-    def __iter__(self) -> Iterator[Any]:
-        return self._child.operate("iter", self)
-
-    def __next__(self) -> Any:
-        return self._child.operate("next", self)
+        object.__setattr__(self, "_harness_child", child)
+        object.__setattr__(self, "_harness_number", number)
 
     def __bool__(self) -> bool:
         return True
+
+
+def _operates(operation: str) -> Callable[..., Any]:
+    """The special method of :class:`Remote` for an operation; only positional parameters, as a program may name its
+    own the same."""
+    return lambda remote, /, *arguments, **named: remote._harness_child.operate(operation, remote, *arguments, **named)
+
+
+for _operation in ("call", "getattr", "setattr", "getitem", "len", "iter", "next"):
+    setattr(Remote, f"__{_operation}__", _operates(_operation))
 
 
 def _put_back(mine: Any, left: Any) -> None:

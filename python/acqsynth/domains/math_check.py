@@ -1,11 +1,9 @@
 """Equality of mathematical answers by math-verify, in processes that can be killed.
 
-math-verify needs unbounded time and memory on some inputs (``9^{9^{9^9}}``), and its own guard, ``signal.alarm``, works
-only in a main thread: in a trainer's thread it raises, and a caller that catches this counts every answer as wrong.
-So each check runs in the main thread of a worker process with a deadline enforced by the kernel.
+math-verify needs unbounded time and memory on some inputs (``9^{9^{9^9}}``), and its own guard, ``signal.alarm``, fails
+in a trainer's thread. So each check runs in the main thread of a worker process with a deadline enforced by the kernel.
 
-Run as a script, this file is the worker: it reads pairs as JSON lines and writes ``true`` or ``false`` for each. Its
-top-level imports exclude the package.
+Run as a script, this file is the worker: it reads pairs as JSON lines and writes ``true`` or ``false`` for each.
 """
 
 from __future__ import annotations
@@ -228,7 +226,6 @@ def _equal(gold: Any, answer: Any) -> bool:
 
 
 def _work() -> None:
-    """Answers requests until stdin ends."""
     read = _reader()
     seconds = float(sys.argv[1])
     signal.signal(signal.SIGALRM, signal.SIG_DFL)

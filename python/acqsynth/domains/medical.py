@@ -89,6 +89,7 @@ class Medical(Domain):
 
     name: ClassVar[str] = "medical"
     layouts = LAYOUTS
+    proves: ClassVar[bool] = False  # verify only refutes
 
     def generator_prompt(self, shown: Sequence[Sample]) -> Messages:
         return ask_for_sample(
@@ -112,22 +113,19 @@ class Medical(Domain):
         last = _without_bold(lines[-1]) if lines else ""
         return last if _choice(last, {}) else None
 
-    def solution(self, sample: Sample) -> str:
-        if self.answer_of(sample.reasoning) == sample.answer:
-            return sample.reasoning
-        stated = f"The answer is {sample.answer}"
-        return "\n".join(part for part in (sample.reasoning, stated) if part)
+    def stated(self, answer: str) -> str:
+        return f"The answer is {answer}"
 
     def canonical(self, answer: str) -> str:
         """An option's letter in upper case, a decision in lower case, or the text in lower case without punctuation."""
-        plain = _without_bold(answer)
-        return _choice(plain, {}) or " ".join(_words(plain))
+        return _read(answer, {})
 
     def equivalent(self, gold: Sequence[Sample], answers: Sequence[str | None]) -> list[bool]:
         """Whether letters or decisions agree; an option's full text counts as its letter."""
         return [
-            answer is not None and self._choice_of(sample, sample.answer) == self._choice_of(sample, answer)
+            answer is not None and _read(sample.answer, options) == _read(answer, options)
             for sample, answer in zip(gold, answers, strict=True)
+            for options in [sample.extra.get("options", {})]
         ]
 
     def verify(self, samples: Sequence[Sample]) -> list[bool | None]:
@@ -145,8 +143,8 @@ class Medical(Domain):
     def fault(self, sample: Sample) -> str | None:
         if len(sample.question) < 20:
             return "the question is too short"
-        options = sample.extra.get("options")
-        choice = self._choice_of(sample, sample.answer)
+        options = sample.extra.get("options", {})
+        choice = _read(sample.answer, options)
         if not options:
             if choice not in DECISIONS:
                 return "neither options A) to D) nor an answer of yes, no or maybe"
@@ -157,10 +155,11 @@ class Medical(Domain):
             return "two options are the same"
         return None
 
-    def _choice_of(self, sample: Sample, answer: str) -> str:
-        """The canonical answer, with an option's text replaced by its letter."""
-        plain = _without_bold(answer)
-        return _choice(plain, sample.extra.get("options", {})) or " ".join(_words(plain))
+
+def _read(answer: str, options: Mapping[str, str]) -> str:
+    """The canonical answer, with an option's text replaced by its letter."""
+    plain = _without_bold(answer)
+    return _choice(plain, options) or " ".join(_words(plain))
 
 
 def _without_bold(answer: str) -> str:
@@ -184,7 +183,7 @@ class _Token(NamedTuple):
 
 
 _Texts = list[tuple[str, list[str]]]  # letters and the words of their options
-_Read = tuple[_Token, int]  # a token and the index of the piece behind it
+_Found = tuple[_Token, int]  # a token and the index of the piece behind it
 
 
 def _choice(plain: str, options: Mapping[str, str]) -> str | None:
@@ -274,7 +273,7 @@ def _tokens(answer: str, options: Mapping[str, str]) -> list[_Token]:
     return tokens
 
 
-def _option(pieces: list[str], at: int, texts: _Texts, listed: bool) -> _Read | None:
+def _option(pieces: list[str], at: int, texts: _Texts, listed: bool) -> _Found | None:
     """ "B) aspirin", "B aspirin"; in a list, "aspirin", but not "aspirin poisoning" or a text that is a letter."""
     letter, marked = _mark(pieces, at)
     for owner, words in texts:
@@ -288,7 +287,7 @@ def _option(pieces: list[str], at: int, texts: _Texts, listed: bool) -> _Read | 
     return None
 
 
-def _letter(pieces: list[str], at: int, before: list[_Token], listed: bool) -> _Read | None:
+def _letter(pieces: list[str], at: int, before: list[_Token], listed: bool) -> _Found | None:
     """ "B", "(b)", "A is wrong", but not "hepatitis B", "a fever" or, behind the first choice, "B. anthracis"."""
     letter, marked = _mark(pieces, at)
     if not letter or not (listed or marked) or (before and before[-1].kind == "word"):
@@ -299,7 +298,7 @@ def _letter(pieces: list[str], at: int, before: list[_Token], listed: bool) -> _
     return None if article or genus else (_Token("choice", letter, marked), at + 1)
 
 
-def _decision(pieces: list[str], at: int, before: list[_Token]) -> _Read | None:
+def _decision(pieces: list[str], at: int, before: list[_Token]) -> _Found | None:
     """ "yes", "no, ...", "no maybe", but not "no fever" or, behind a letter, "maybe"."""
     word, follower = pieces[at].lower(), pieces[at + 1].lower()
     if word not in DECISIONS:

@@ -5,9 +5,8 @@ A program sees the shared libraries, the interpreter with its standard library (
 process with one thread; a seccomp filter denies more, so the limit on its address space limits its memory. CPU seconds,
 address space, file size and open files are limited from inside, wall-clock time and output from outside.
 
-The tests run in a second sandbox (see ``acqsynth.domains.harness``). The program's sandbox never holds the tests or
-the expected values: it receives the source and the arguments of calls, and returns results, which the other side
-compares. The verdict comes through a pipe that only the tests' process has; the exit status proves nothing.
+The tests run in a second sandbox (see ``acqsynth.domains.harness``), so that the program's never holds them or the
+expected values. The verdict comes through a pipe that only the tests' process has; the exit status proves nothing.
 
 Not contained: kernel bugs within reach of such a process; machine load within the limits; and a program that knows its
 tests and hard-codes their answers.
@@ -175,7 +174,6 @@ def _compiled() -> str:
 
 
 def _executable() -> str:
-    """The interpreter underlying a virtual environment."""
     return os.path.realpath(sys.executable)
 
 
@@ -193,17 +191,13 @@ def _contained(bwrap: str, limits: Limits) -> list[str]:
     prefix = os.path.realpath(sys.base_prefix)
     for path in (f"{prefix}/lib", _executable()):
         line += ["--ro-bind", path, path]
-    for path in _site_packages(prefix):  # may contain this package, or a data set with solutions
+    folders = {sysconfig.get_path("purelib", vars={"base": prefix}), *site.getsitepackages([prefix])}
+    for path in sorted(filter(os.path.isdir, folders)):  # may contain this package, or a data set with solutions
         line += ["--tmpfs", path, "--remount-ro", path]
     line += ["--dev", "/dev", "--remount-ro", "/dev"]  # and no /proc
     line += ["--ro-bind", _compiled(), "/harness"]
     line += ["--size", str(2 * limits.file_size), "--tmpfs", "/tmp", "--chdir", "/tmp", "--remount-ro", "/"]
     return [*line, "--", *_interpreter("/harness")]
-
-
-def _site_packages(prefix: str) -> list[str]:
-    folders = {sysconfig.get_path("purelib", vars={"base": prefix}), *site.getsitepackages([prefix])}
-    return sorted(folder for folder in folders if os.path.isdir(folder))
 
 
 def _run(command: Sequence[str], job: Job, limits: Limits) -> Result:
@@ -224,7 +218,9 @@ def _run(command: Sequence[str], job: Job, limits: Limits) -> Result:
         json.dump(asdict(job), work)
         work.seek(0)
         pipes = contextlib.ExitStack()  # closed here once both processes have inherited their ends
-        requests, replies, verdict = (_pipe(pipes) for _ in range(3))
+        requests, replies, verdict = os.pipe(), os.pipe(), os.pipe()
+        for end in (*requests, *replies, *verdict):
+            pipes.callback(os.close, end)
         kept = stack.enter_context(os.fdopen(os.dup(verdict[0]), "rb"))
 
         def start(role: str, stdin: Any, *ends: int) -> subprocess.Popen[bytes]:
@@ -267,17 +263,8 @@ def _run(command: Sequence[str], job: Job, limits: Limits) -> Result:
     return Result(status, detail, out, err, time.monotonic() - begin)
 
 
-def _pipe(stack: contextlib.ExitStack) -> tuple[int, int]:
-    """Both ends of a pipe, closed with ``stack``."""
-    ends = os.pipe()
-    for end in ends:
-        stack.callback(os.close, end)
-    return ends
-
-
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Kills bwrap, and with it the sandbox."""
-    if process.poll() is None:
+    if process.poll() is None:  # bwrap, and with it the sandbox
         os.killpg(process.pid, signal.SIGKILL)
 
 

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import numpy
 import torch
 
+from acqsynth import checks
 from acqsynth.domains import Messages
 
 NAMES = ("transformers", "vllm")
@@ -127,9 +128,8 @@ def check(name: str, options: Mapping[str, Any]) -> None:
         for option in options:
             if option not in known:
                 raise ValueError(f"options: unknown {option!r}, expected one of {', '.join(known)}")
-        tokens, dtype, device = options.get("batch_tokens", 1), options.get("dtype", "auto"), options.get("device")
-        if type(tokens) is not int or tokens < 1:
-            raise ValueError(f"options.batch_tokens: expected an int >= 1, got {tokens!r}")
+        dtype, device = options.get("dtype", "auto"), options.get("device")
+        checks.positive_int("options.batch_tokens", options.get("batch_tokens", 1))
         if not isinstance(dtype, torch.dtype | None) and dtype not in DTYPES:
             raise ValueError(f"options.dtype: unknown {dtype!r}, expected one of {', '.join(DTYPES)}")
         try:

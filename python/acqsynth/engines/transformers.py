@@ -104,10 +104,8 @@ class TransformersEngine(Engine):
         return [group * sampling.n for group in groups] if greedy else groups
 
     def logprobs(self, prompts: Sequence[str | Messages], texts: Sequence[str], at_once: int = 32) -> list[list[float]]:
-        """Log-probability of each of m texts, including the end token, as the completion of each of n prompts.
-
-        The end token makes a text comparable with longer texts that begin with it. The keys and values of a prompt are
-        computed once.
+        """Log-probability of each of m texts, including the end token, as the completion of each of n prompts. The end
+        token makes a text comparable with longer texts that begin with it.
 
         Args:
             prompts: as in :meth:`generate`.
@@ -140,11 +138,12 @@ class TransformersEngine(Engine):
                 for prompt, fit in zip(ids, fits, strict=True)
             ]
 
-    def _padded(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids ``[m, T]``, padded on the right, and the mask of real tokens."""
+    def _padded(self, rows: list[list[int]], side: str = "right", pad: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids ``[m, T]`` and the mask of real tokens."""
         ids = [torch.tensor(row) for row in rows]
-        tokens = pad_sequence(ids, batch_first=True)
-        there = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in ids], batch_first=True)
+        tokens = pad_sequence(ids, batch_first=True, padding_value=pad, padding_side=side)
+        masks = [torch.ones_like(row, dtype=torch.bool) for row in ids]
+        there = pad_sequence(masks, batch_first=True, padding_side=side)
         return tokens.to(self.model.device), there.to(self.model.device)
 
     def _continued(self, prompt: list[int], parts: list[tuple[torch.Tensor, torch.Tensor]]) -> list[float]:
@@ -189,13 +188,11 @@ class TransformersEngine(Engine):
         pad = self.tokenizer.pad_token_id
         if pad is None:
             pad = eos[0] if eos else 0  # masked, so any token will do
-        ids = [torch.tensor(row) for row in rows]
-        tokens = pad_sequence(ids, batch_first=True, padding_value=pad, padding_side="left")
-        mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True, padding_side="left")
+        tokens, mask = self._padded(rows, "left", pad)
         kept = _Logprobs() if sampling.top2 else None
         output = self.model.generate(
-            input_ids=tokens.to(self.model.device),
-            attention_mask=mask.to(self.model.device),
+            input_ids=tokens,
+            attention_mask=mask.long(),
             logits_processor=LogitsProcessorList([] if kept is None else [kept]),
             generation_config=GenerationConfig(
                 do_sample=sampling.temperature > 0,

@@ -9,8 +9,8 @@ batches. It never raises, which would break OpenRLHF's batch; failures are maske
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
+from math import isnan
 from typing import Any
 
 import torch
@@ -48,7 +48,7 @@ def reward_func(queries: Sequence[str], prompts: Sequence[str], labels: Sequence
     logs = {
         "masked": [float(scored.masked) for scored in found],
         "gated": [float(scored.gated) for scored in found],
-        **{name: [_number(scored.components[name]) for scored in found] for name in names},
+        **{name: [0.0 if isnan(x := scored.components[name]) else x for scored in found] for name in names},
     }
     return {
         "rewards": rewards,
@@ -60,8 +60,7 @@ def reward_func(queries: Sequence[str], prompts: Sequence[str], labels: Sequence
 def response_of(query: str, prompt: str) -> str | None:
     """The text after the prompt; None if the query does not contain the prompt, or one of them is no text.
 
-    The query is decoded from tokens, so it may start with special tokens and differ in white space. Examples in the
-    prompt must not be mistaken for the response.
+    The query is decoded from tokens, so it may start with special tokens and differ in white space.
     """
     if not (isinstance(query, str) and isinstance(prompt, str)):
         return None
@@ -96,7 +95,3 @@ def _scored(scorer: TextScorer, queries: Sequence[str], prompts: Sequence[str], 
         for response, prompt in zip(responses, prompts, strict=True)
     ]
     return [scorer.masked(names) if future is None else future.result()[0] for future in futures]
-
-
-def _number(value: float) -> float:
-    return 0.0 if math.isnan(value) else value

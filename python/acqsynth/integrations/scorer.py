@@ -25,7 +25,7 @@ REWARD_VARIABLE = "ACQSYNTH_REWARD"
 class Scored:
     """The result for one text; every field is always a number."""
 
-    score: float  #: the total; if masked, the mean of the rest of its group, whose advantage is close to zero
+    score: float  #: the total; if masked, see :class:`TextScorer`
     masked: bool  #: a scorer failed
     gated: bool  #: a gate rejected it
     components: dict[str, float]  #: each signal; NaN if it has no value
@@ -34,11 +34,9 @@ class Scored:
 class TextScorer:
     """Scores single texts in batches with a composed reward; never raises because of a text.
 
-    Texts of the same group in one batch are scored as a group. A batch may lack part of a group, so the reward's fusion
-    should compare across calls, as ``quantile`` (the default) and ``raw`` do.
-
-    These trainers do not support masked samples. A masked sample gets the mean score of its group in the batch, else of
-    the batch, else of the last batch with a score (1/2 if there is none), so that its advantage is close to zero.
+    A batch may lack part of a group, so the reward's fusion should compare across calls, as ``quantile`` (the default)
+    and ``raw`` do. These trainers do not support masked samples, which get the mean score of their group in the batch,
+    else of the batch, else of the last batch with a score (1/2 if there is none): an advantage close to zero.
 
     Args:
         reward: the reward; None uses the one named by the environment.

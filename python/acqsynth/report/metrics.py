@@ -69,11 +69,7 @@ def collect(
     """
     found: dict[str, Any] = {"main": main, "level": level}
     found["sets"] = {
-        name: {
-            "domain": domain,
-            "rows": len(base[STUDENT, name].right),
-            "in_distribution": name == IN_DISTRIBUTION,
-        }
+        name: {"domain": domain, "rows": len(base[STUDENT, name].right), "in_distribution": name == IN_DISTRIBUTION}
         for name, domain in sets.items()
     }
     fits: dict[tuple[str, str, int], _Fits] = {}
@@ -146,15 +142,19 @@ def machine() -> dict[str, str]:
     return found
 
 
+def largest(found: Mapping[str, Any], arm: str) -> Mapping[str, Any]:
+    """The result of an arm's own student after the most rows."""
+    own = (result for result in found["arms"][arm]["results"] if result["student"] == STUDENT)
+    return max(own, key=lambda result: int(result["rows_wanted"]))
+
+
 def verdict(found: Mapping[str, Any]) -> list[dict[str, str]]:
     """Sentences on the recipe's own student at its largest size, each ``{"kind": gain | loss | none | note, "text"}``.
 
     A gain or loss requires at least ``FEWEST`` fits and significance by Holm's procedure over all comparisons here.
     """
     main = found["main"]
-    results = found["arms"][main]["results"]
-    largest = max(result["rows_wanted"] for result in results)
-    result = next(r for r in results if r["student"] == STUDENT and r["rows_wanted"] == largest)
+    result = largest(found, main)
     here = result["sets"][IN_DISTRIBUTION]
     before = found["base"][STUDENT][IN_DISTRIBUTION]["accuracy"]["mean"]
     judged = [
@@ -166,7 +166,7 @@ def verdict(found: Mapping[str, Any]) -> list[dict[str, str]]:
         )
     ]
     for comparison in found["comparisons"]:
-        if comparison["student"] == STUDENT and comparison["rows_wanted"] == largest:
+        if comparison["student"] == STUDENT and comparison["rows_wanted"] == result["rows_wanted"]:
             judged.append((comparison["difference"], f"{main} over {comparison['against']} at equal rows", _HERE))
     if here["known"] is not None:
         skills = ", ".join(

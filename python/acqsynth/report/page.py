@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from acqsynth.report.metrics import IN_DISTRIBUTION, KNOWN, STUDENT, percent, points, span
+from acqsynth.report.metrics import IN_DISTRIBUTION, KNOWN, STUDENT, largest, percent, points, span
 
 INK, QUIET, RULE = "#1d2733", "#5d6b7a", "#d9dfe6"
 MAIN, OTHER, BAD = "#1f5fa8", "#a9b8c7", "#b3382c"
@@ -80,23 +80,13 @@ def render(metrics: Mapping[str, Any]) -> str:
         in_distribution=IN_DISTRIBUTION,
         student=STUDENT,
         known_from=KNOWN,
-        one_generator=_one_generator(metrics),
+        # Whether no arm's fits learn from rows of several generators.
+        one_generator=all(len(set(line.get("generators") or [0])) == 1 for line in _table(metrics)),
     )
 
 
 def _largest(metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Arm -> result of the recipe's own student at its largest size."""
-    found = {}
-    for arm, entry in metrics["arms"].items():
-        own = [result for result in entry["results"] if result["student"] == STUDENT]
-        found[arm] = max(own, key=lambda result: result["rows_wanted"])
-    return found
-
-
-def _one_generator(metrics: Mapping[str, Any]) -> bool:
-    """Whether no arm's fits learn from rows of several generators."""
-    results = [result for entry in metrics["arms"].values() for result in entry["results"]]
-    return all(len(set(result.get("generators") or [0])) == 1 for result in results)
+    return {arm: largest(metrics, arm) for arm in metrics["arms"]}
 
 
 def _table(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -126,10 +116,10 @@ def _moved(metrics: Mapping[str, Any]) -> list[tuple[str, float, float]]:
 @matplotlib.rc_context(_STYLE)
 def _figures(metrics: Mapping[str, Any]) -> dict[str, str | None]:
     """Name -> SVG; None if there is nothing to show."""
-    main, largest = metrics["main"], _largest(metrics)
+    main = metrics["main"]
     base = metrics["base"][STUDENT][IN_DISTRIBUTION]["accuracy"]
     bars = [("base student", base)]
-    bars += [(arm, result["sets"][IN_DISTRIBUTION]["accuracy"]) for arm, result in largest.items()]
+    bars += [(arm, result["sets"][IN_DISTRIBUTION]["accuracy"]) for arm, result in _largest(metrics).items()]
     curves: dict[str, list[tuple[int, Any]]] = {}
     for line in _table(metrics):
         if line["student"] == STUDENT:

@@ -7,8 +7,7 @@ environment variable ``ACQSYNTH_STUDENT`` names the student. ``AcquisitionReward
 acquisition="entropy")`` scores on a server started by ``acqsynth serve``.
 
 Malformed text scores highest on most acquisitions, so the format check multiplies the value; with an added bonus such
-text would still rank first. If values can be negative, text that does not parse gets the lowest possible value: -1 for
-influence, which is a cosine.
+text would still rank first.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ import torch
 
 from acqcore import Reduction
 from acqsynth.parsing import parse_sample
-from acqsynth.rewards.reliability import Spread
+from acqsynth.rewards.batch import Spread
 from acqsynth.rewards.scoring import Scored, Scorer
 from acqsynth.rewards.trl import Completion, Log, LogExtra, LogMetric, TrlReward, completion_text, prompt_key, summary
 
@@ -41,20 +40,18 @@ class AcquisitionReward(TrlReward):
 
     Text that does not parse gets the lowest possible value: 0.0, or -1.0 for influence by cosine. Influence by dot
     product and ``epig`` have none, so such text gets the lowest value of the call if that is negative. Samples that
-    cannot be scored are masked. One ``acqcore.score`` call scores all completions of a call. Logged per sample: the
-    value and whether the text parses. Logged per call: shares parsed and masked, mean, correlation with length and, for
-    randomly estimated acquisitions, ``reliability`` as in :meth:`ComposedReward.metrics`. A call raises RuntimeError if
-    the student is to come from ``ACQSYNTH_STUDENT`` and it is not set, or if values have no lower bound on several
-    ranks without ``sync``; otherwise it raises as ``acqcore.score`` does.
+    cannot be scored are masked. Logged per sample: the value and whether the text parses. Logged per call: shares
+    parsed and masked, mean, correlation with length and, for randomly estimated acquisitions, ``reliability`` as in
+    :meth:`ComposedReward.metrics`. A call raises RuntimeError if ``ACQSYNTH_STUDENT`` is needed and not set, or if
+    values have no lower bound on several ranks without ``sync``; otherwise it raises as ``acqcore.score`` does.
 
     Args:
         student: a transformers causal LM (even the model in training: it is scored in eval mode and left unchanged), an
             ``acqcore.Student``, a path or hub id, or None for the path in the environment variable
             ``ACQSYNTH_STUDENT``. A path is loaded on the first call and shared by all rewards of the process.
         acquisition: a name from ``acqcore.acquisitions()``. To combine several, pass several rewards; TRL weights them.
-        parse: maps a completion's text to a sample for ``acqcore.score``, or to None if it is not a sample. By default
-            it reads the tagged question and its solution. ``acqsynth.parsing`` also has ``parse_chat_sample``, which
-            returns chat turns, and ``as_text``, which keeps the whole completion.
+        parse: maps a completion's text to a sample for ``acqcore.score``, or to None if it is not a sample; see
+            ``acqsynth.parsing``. By default it reads the tagged question and its solution.
         arguments: the acquisition's arguments, as in ``acquisition_args`` of ``acqcore.score``: ``{"parameters":
             "all"}`` for ``grad_norm``; ``{"reference": ...}``, which ``influence`` requires.
         reduction: how token values are reduced to one, as in ``acqcore.score``.

@@ -189,10 +189,9 @@ class Learnability:
     """``p (1 - p)`` in [0, 1/4], p the share of the student's answers that equal the sample's own.
 
     Args:
-        verified: return 0 unless ``domain.verify`` confirms the sample's own answer. Without this check, a question
-            whose answer is a coin toss gets the largest possible value. Domains that cannot prove answers (mathematics,
-            medicine) use the majority of the student's answers instead: 0 unless it agrees with the sample's own.
-            ``logged`` records this as ``by_majority``.
+        verified: return 0 unless ``domain.verify`` confirms the sample's own answer, as a question whose answer is a
+            coin toss gets the largest value. For domains that cannot prove answers (mathematics, medicine), 0 unless
+            the majority of the student's answers agrees with it; ``logged`` records this as ``by_majority``.
     """
 
     name = "learnability"

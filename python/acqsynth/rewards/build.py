@@ -221,7 +221,7 @@ def _picked(gates: Sequence[Gate], names: Sequence[str] | None) -> list[Gate]:
     return [gate for gate in gates if names is None or gate.name in names]
 
 
-def _named(key: str, make: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+def _named(key: str, make: Callable[..., Any], /, *arguments: Any, **options: Any) -> Any:
     """Calls ``make``; prefixes its errors with the recipe key."""
     try:
         return make(*arguments, **options)

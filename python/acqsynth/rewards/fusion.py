@@ -95,10 +95,6 @@ def checked_weights(names: Mapping[str, object], weights: Mapping[str, float] | 
 # returns [n].
 
 
-def _raw(r: Values, g: Groups, w: Values, past: list[Values]) -> Values:
-    return w @ r
-
-
 def _z(r: Values, g: Groups, w: Values, past: list[Values]) -> Values:
     count = np.bincount(g).astype(np.float64)  # [G], 0 for a fully masked group
     present = count > 0
@@ -153,7 +149,7 @@ def _bounded(
 
 
 METHODS: dict[str, Callable[[Values, Groups, Values, list[Values]], Values]] = {
-    "raw": _raw,
+    "raw": lambda r, g, w, past: w @ r,
     "z": _z,
     "rank": _rank,
     "quantile": _quantile,

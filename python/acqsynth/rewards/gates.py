@@ -18,7 +18,7 @@ more agreement and unsolvable questions more entropy than any honest sample. Gat
 ====================  ===========================================================================================
 
 Cheap gates come first; each sees only samples that passed the earlier ones. Gates that compare or measure text use its
-normal form (:mod:`acqsynth.normal_form`), so disguised copies still count as copies.
+normal form (:mod:`acqsynth.normal_form`).
 """
 
 from __future__ import annotations
@@ -438,14 +438,11 @@ def _holds(text: Sequence[str], part: Sequence[str]) -> bool:
     return "\n".join(["", *part, ""]) in "\n".join(["", *text, ""])
 
 
-def _find(text: list[str], part: list[str]) -> list[int]:
-    """Positions in ``text`` where the words of ``part`` begin."""
-    return [i for i in range(len(text) - len(part) + 1) if text[i : i + len(part)] == part]
-
-
 def _stated(question: list[str], answer: list[str]) -> bool:
     """Whether the question contains a marker word, then at most three fillers, then the answer."""
-    for begin in _find(question, answer):
+    for begin in range(len(question) - len(answer) + 1):
+        if question[begin : begin + len(answer)] != answer:
+            continue
         i, fillers = begin - 1, 0
         while i >= 0 and question[i] in _FILLERS and fillers < 3:
             i, fillers = i - 1, fillers + 1

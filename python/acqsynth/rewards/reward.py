@@ -8,18 +8,14 @@ GRPO, best-of-n and DPO share it. A call with n completions takes these steps:
 1. Each text is parsed, then passes through the gates, cheap ones first, until one rejects it. A sample that a gate
    replaces, such as by a labelled one, passes the earlier gates again.
 2. Signals score the samples that passed. A scorer that fails, on one sample or on all, masks: the sample's total is
-   None, and the sample is excluded from all statistics. Failures are counted and logged, and never become a number.
-   A weighted signal or a gate that has failed on all samples so far, at least three, raises
-   :class:`acqsynth.rewards.batch.BrokenPartError`, on all ranks under ``sync``: it would mask every sample.
+   None, and the sample is excluded from all statistics. A weighted signal or a gate that has failed on all samples so
+   far, at least three, raises :class:`acqsynth.rewards.batch.BrokenPartError`, on all ranks under ``sync``.
 3. Each signal's value is normalised against samples of similar length (:class:`acqsynth.rewards.fusion.LengthBins`).
 4. :func:`acqsynth.rewards.fusion.fuse` combines the signals. A gated sample gets the floor: 0 under ``rank`` and
    ``quantile``, whose values are above 0; otherwise one standard deviation of the call below the lowest of its group
    (of the call, if none of the group passed; under ``raw``, of all calls so far). So it never outranks or ties with a
    valid sample of its group. While no sample has passed, it is 0.
 5. Archives add the samples that passed.
-
-The published method adds a format bonus to one signal (:mod:`acqsynth.rewards.paper`). Here the format is a gate,
-because a signal can outweigh a bonus, and text that is not a question has the largest signal of all.
 """
 
 from __future__ import annotations
@@ -47,12 +43,10 @@ from acqsynth.rewards.trl import Completion, Log, TrlReward, completion_text, pr
 PARSES = "parses"  #: name of the gate before all others
 
 #: Signals of the default reward and their weights. They rank a weak but learnable skill first, never a trap, and their
-#: ranks agree with the measured gain (``benchmarks/bench_signals.py``). ``influence`` (in all parameters) needs a
-#: reference set, ``learnability`` (of answers that the domain confirms) an engine for the student. Pure measures of
-#: magnitude are excluded because they favour coin flips and noise. Influence gets 0.25, as it is the noisiest for a
-#: single sample; so does learnability, which cannot tell guessing from half-learnt skills (at 0.5 each, one row in five
-#: came from a trap; at 0.25, one in eight). Diversity gets 0.1: at 0.5 the generator learnt to ask for the most digits
-#: (``benchmarks/bench_loop.py``, on its tuning seeds).
+#: ranks agree with the measured gain (``benchmarks/bench_signals.py``). Measures of magnitude favour coin flips and
+#: noise. Influence is the noisiest for a single sample, and learnability cannot tell guessing from half-learnt skills:
+#: at 0.5 each, one row in five came from a trap; at 0.25, one in eight. With diversity at 0.5 the generator learnt to
+#: ask for the most digits (``benchmarks/bench_loop.py``, on its tuning seeds).
 DEFAULT_WEIGHTS: dict[str, float] = {
     "mutual_information": 1.0,
     "influence": 0.25,
@@ -70,9 +64,8 @@ INFORMATION: dict[str, Any] = {"form": "linear", "probes": 4}
 class ComposedReward(TrlReward):
     """Gated and fused signals: a TRL 1.16 reward function, with ``score`` for other callers.
 
-    Archives, histories and length statistics are updated in training only; TRL's evaluation leaves them unchanged.
-    Calls and refreshes from several threads take turns. A call logs each signal's values, the gate that rejected each
-    sample, and :meth:`metrics`.
+    TRL's evaluation leaves archives, histories and length statistics unchanged. Calls and refreshes from several
+    threads take turns. A call logs each signal's values, the gate that rejected each sample, and :meth:`metrics`.
 
     Args:
         domain: parses texts.
@@ -224,7 +217,7 @@ class ComposedReward(TrlReward):
 
         ``gated/<gate>`` and ``masked``: shares of the samples. ``<signal>/mean``, ``<signal>/length_correlation`` and
         the same for ``total``: over the samples that passed. ``<signal>/reliability``: share of its spread within
-        groups that is not estimation noise (:mod:`acqsynth.rewards.reliability`), for signals with standard errors.
+        groups that is not estimation noise (:class:`acqsynth.rewards.batch.Spread`), for signals with standard errors.
         ``archive/<signal or gate>``: number of entries. Signals and gates add the metrics in their ``logged``.
         """
         n = len(rewards.total)
@@ -280,23 +273,20 @@ class ComposedReward(TrlReward):
         Raises:
             ValueError: the state belongs to a reward with other signals or gates.
         """
-        with self._turn:
-            self._load(state)
-
-    def _load(self, state: Mapping[str, Any]) -> None:
         stateful = self._stateful()
         for key, ours in (("parts", stateful), ("length_bins", self.length_bins), ("history", self.history)):
             if (found := set(state.get(key, ()))) != set(ours):
                 raise ValueError(f"state: expected {key} {sorted(ours)}, got {sorted(found)}")
-        self._guard.load_state_dict(state, (part.name for part in self._parts()))
-        self.masked = state["masked"]
-        # Older states lack these.
-        self.scored, self._lowest = state.get("scored", 0), state.get("lowest", math.inf)
-        self.history = {name: list(values) for name, values in state["history"].items()}
-        for name, bins in self.length_bins.items():
-            bins.load_state_dict(state["length_bins"][name])
-        for key, part in stateful.items():
-            part.load_state_dict(state["parts"][key])
+        with self._turn:
+            self._guard.load_state_dict(state, (part.name for part in self._parts()))
+            self.masked = state["masked"]
+            # Older states lack these.
+            self.scored, self._lowest = state.get("scored", 0), state.get("lowest", math.inf)
+            self.history = {name: list(values) for name, values in state["history"].items()}
+            for name, bins in self.length_bins.items():
+                bins.load_state_dict(state["length_bins"][name])
+            for key, part in stateful.items():
+                part.load_state_dict(state["parts"][key])
 
     def __repr__(self) -> str:
         weights = ", ".join(f"{weight:g} {name}" for name, weight in self.weights.items())

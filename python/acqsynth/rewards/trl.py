@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from acqsynth.rewards.reliability import Watch
+from acqsynth.rewards.batch import Watch
 
 logger = logging.getLogger(__name__)
 

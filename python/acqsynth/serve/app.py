@@ -10,12 +10,12 @@ import asyncio
 import contextlib
 import json
 import logging
-import math
 import statistics
 from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import torch
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -25,9 +25,8 @@ import acqcore
 from acqsynth.batching import Batcher
 from acqsynth.integrations.openrlhf import response_of
 from acqsynth.parsing import parse_sample
-from acqsynth.serve.middleware import Access, Gate, Metrics, ServiceError, error_response
+from acqsynth.serve.middleware import Access, Gate, JsonRoute, Metrics, ServiceError, answered, error_response
 from acqsynth.serve.options import Limits
-from acqsynth.serve.routes import JsonRoute, answered
 from acqsynth.serve.schema import (
     ErrorBody,
     Health,
@@ -80,11 +79,10 @@ class Service:
         self.limits = limits or Limits()
         self.access = access or Access()
         self.acquisition = acquisition
-        self.backend = backend
         self.metrics = Metrics()
         self.metrics.student_version.set(students.current.version)
         self.batcher: Batcher[Key, acqcore.Row, Values] = Batcher(
-            self._values,
+            lambda key, rows: key[1].values(key[0], rows, self.limits.batch_tokens, backend),
             limit=self.limits.batch_tokens,
             wait=self.limits.wait,
             seconds=self.limits.batch_seconds,
@@ -98,10 +96,6 @@ class Service:
         self._typical = 0.0
         self._parsed = False
         self._least = 0.0
-
-    def _values(self, key: Key, rows: list[acqcore.Row]) -> list[Values]:
-        loaded, question = key
-        return question.values(loaded, rows, self.limits.batch_tokens, self.backend)
 
     async def score(
         self, samples: Sequence[Any], question: Question, max_length: int | None
@@ -179,7 +173,7 @@ class Service:
                 "gets the lowest reward; ask for this form in the prompts",
                 len(responses),
             )
-        self._parsed = True  # or the warning was logged
+        self._parsed |= bool(responses)  # or the warning was logged
         if known := [value for value in values.values() if value is not None]:
             self._typical = statistics.fmean(known)
             self._least = min(self._least, *known)
@@ -189,7 +183,7 @@ class Service:
         rewards = [self._typical if reward is None else reward for reward in known_or_least]
         return {
             "rewards": rewards,
-            "scores": [_logistic(reward) for reward in rewards],
+            "scores": torch.tensor(rewards, dtype=torch.float64).sigmoid().tolist(),
             "extra_logs": {
                 "masked": [float(x) for x in masked],
                 "gated": [float(x) for x in gated],
@@ -285,7 +279,11 @@ def create_app(service: Service) -> FastAPI:
                 "stderr": {name: [row.stderr.get(name) for row in values] for name in estimated},
                 "n_tokens": n_tokens,
                 "valid": [None not in row.values for row in values],
-                "errors": [{"index": i, "message": _printable(message)} for i, message in sorted(errors.items())],
+                # A template may quote half a surrogate pair, which has no UTF-8.
+                "errors": [
+                    {"index": i, "message": message.encode(errors="backslashreplace").decode()}
+                    for i, message in sorted(errors.items())
+                ],
             }
         )
 
@@ -298,11 +296,7 @@ def create_app(service: Service) -> FastAPI:
             )
         return JSONResponse(await answered(request, service.rewards(body.query, body.prompts), service.limits.timeout))
 
-    @bodies.post(
-        "/student",
-        response_model=StudentInfo,
-        responses=_documented(*sorted((*_OF_BODIES, 403, 409))),
-    )
+    @bodies.post("/student", response_model=StudentInfo, responses=_documented(*sorted((*_OF_BODIES, 403, 409))))
     async def student(body: StudentRequest, request: Request) -> Response:
         """Replaces the student; queued requests keep the previous one."""
         return JSONResponse((await service.reload(body.path)).described())
@@ -339,12 +333,3 @@ def _chunks(samples: Sequence[Any], characters: int) -> Iterator[list[Any]]:
         chunk.append(sample)
         total += size
     yield chunk
-
-
-def _printable(message: str) -> str:
-    """Half a surrogate pair, which a template may quote, has no UTF-8."""
-    return message.encode(errors="backslashreplace").decode()
-
-
-def _logistic(x: float) -> float:
-    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))

@@ -1,4 +1,4 @@
-"""Checks before a request reaches its route: tokens, limits on bodies and concurrency; errors and metrics."""
+"""What stands between a request and its route: tokens, limits on bodies and concurrency, deadlines, errors, metrics."""
 
 from __future__ import annotations
 
@@ -6,13 +6,18 @@ import asyncio
 import base64
 import binascii
 import hmac
+import json
 import logging
+import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar, get_type_hints
 
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from pydantic import ValidationError
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -20,6 +25,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from acqsynth.serve.options import Limits
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 ROUTES = frozenset({"/score", "/get_reward", "/student", "/health", "/metrics", "/openapi.json"})
 OPEN = frozenset({"/health"})  #: routes that reveal nothing and need no token
@@ -43,6 +50,12 @@ STATUS = {
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _SAMPLES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+DEEPEST = 128  # levels of a body; pydantic allows at most 200
+SMALL = 1 << 14  # bytes checked in the event loop, in well under a millisecond
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+# A string or a structural character. Possessive, so that no text causes backtracking.
+_TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[\]{},:]', re.DOTALL)
 
 
 class ServiceError(Exception):
@@ -180,10 +193,11 @@ class Gate:
             await send(message)
 
         self._active += 1
-        held = _Held(self, self._limits.max_bodies)
+        pieces: list[bytes] = []  # of the body
         try:
-            body = await self._admitted(scope, receive, held)
-            await self.app(scope, _replayed(body, receive), counted)
+            await self._admitted(scope, receive, pieces)
+            pieces[:] = [b"".join(pieces)]
+            await self.app(scope, _replayed(pieces[0], receive), counted)
         except ServiceError as error:
             # The rest of the body may still arrive, so the connection cannot be reused.
             await error_response(error, close=True)(scope, receive, counted)
@@ -192,13 +206,13 @@ class Gate:
             await error_response(ServiceError("internal", "the scorer failed; see its log"))(scope, receive, counted)
         finally:
             self._active -= 1
-            held.release()
+            self._held -= sum(map(len, pieces))
             route = scope["path"] if scope["path"] in ROUTES else "other"
             self._metrics.requests.labels(route, str(status)).inc()
             self._metrics.seconds.labels(route).observe(time.monotonic() - begin)
 
-    async def _admitted(self, scope: Scope, receive: Receive, held: _Held) -> bytes:
-        """Admits a request and returns its body."""
+    async def _admitted(self, scope: Scope, receive: Receive, pieces: list[bytes]) -> None:
+        """Admits a request and reads its body into ``pieces``."""
         self._access.check(scope["path"], scope["headers"])
         if self._active > self._limits.max_requests and scope["path"] not in OPEN:
             raise ServiceError("busy", f"{self._limits.max_requests} requests are already being answered", 1)
@@ -210,49 +224,26 @@ class Gate:
             raise ServiceError("too_large", f"the body has {declared[:18]} bytes, at most {most} are allowed")
         try:
             async with asyncio.timeout(self._limits.body_timeout):
-                return await _read(receive, most, held)
+                await self._read(receive, pieces)
         except TimeoutError:
             raise ServiceError(
                 "slow_body", f"the body did not arrive within {self._limits.body_timeout:g} seconds"
             ) from None
 
-
-class _Held:
-    """The bytes held by one request, counted in its gate."""
-
-    def __init__(self, gate: Gate, most: int) -> None:
-        self._gate = gate
-        self._most = most
-        self._size = 0
-
-    def add(self, size: int) -> None:
-        """
-        Raises:
-            ServiceError: ``busy``, the requests together hold too many bytes.
-        """
-        self._size += size
-        self._gate._held += size
-        if self._gate._held > self._most:
-            raise ServiceError("busy", f"requests already hold {self._most} bytes", 1)
-
-    def release(self) -> None:
-        self._gate._held -= self._size
-
-
-async def _read(receive: Receive, most: int, held: _Held) -> bytes:
-    pieces: list[bytes] = []
-    size = 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ServiceError("client_closed", "the client closed the connection")
-        pieces.append(message.get("body", b""))
-        size += len(pieces[-1])
-        held.add(len(pieces[-1]))
-        if size > most:
-            raise ServiceError("too_large", f"the body has more than {most} bytes, at most {most} are allowed")
-        if not message.get("more_body", False):
-            return b"".join(pieces)
+    async def _read(self, receive: Receive, pieces: list[bytes]) -> None:
+        most, held, size, more = self._limits.max_body, self._limits.max_bodies, 0, True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ServiceError("client_closed", "the client closed the connection")
+            pieces.append(message.get("body", b""))
+            size += len(pieces[-1])
+            self._held += len(pieces[-1])
+            if self._held > held:
+                raise ServiceError("busy", f"requests already hold {held} bytes", 1)
+            if size > most:
+                raise ServiceError("too_large", f"the body has more than {most} bytes, at most {most} are allowed")
+            more = message.get("more_body", False)
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
@@ -275,3 +266,111 @@ def error_response(error: ServiceError, *, close: bool = False) -> JSONResponse:
     if close:
         headers["Connection"] = "close"
     return JSONResponse({"error": {"type": error.kind, "message": str(error)}}, error.status, headers)
+
+
+class JsonRoute(APIRoute):
+    """A route whose endpoint takes ``body``, a pydantic model, and ``request``.
+
+    The body is parsed and validated in one pass. FastAPI's own handler parses, resolves dependencies and then
+    validates; measured without scoring, that took 15 to 20 % more CPU time for a request of one short sample. The
+    structure of a body is bounded before pydantic sees it, since pydantic reports every error of every value.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        model = get_type_hints(self.endpoint)["body"]
+
+        async def handle(request: Request) -> Response:
+            if not _is_json(request.headers.get("content-type", "")):
+                raise ServiceError("invalid_request", "content-type: expected application/json")
+            raw, most = await request.body(), request.app.state.max_values
+            body = read(raw, most) if len(raw) <= SMALL else await asyncio.to_thread(read, raw, most)
+            return await self.endpoint(body, request)
+
+        def read(raw: bytes, most: int) -> Any:
+            check_structure(raw, most)
+            try:
+                try:
+                    return model.model_validate_json(raw)
+                except ValidationError as error:
+                    if not _SURROGATE.search(raw) or error.errors(include_url=False)[0]["type"] != "json_invalid":
+                        raise
+                # pydantic rejects the whole body for half a surrogate pair; only its sample should fail.
+                return model.model_validate(json.loads(raw))
+            except ValidationError as error:
+                raise _refused(error) from None
+            except (ValueError, RecursionError) as error:
+                raise ServiceError("bad_request", f"Invalid JSON: {error}"[:500]) from None
+
+        return handle
+
+
+async def answered(request: Request, work: Awaitable[T], timeout: float) -> T:
+    """Awaits ``work``; cancels it at the deadline or when the client disconnects.
+
+    Raises:
+        ServiceError: ``deadline_exceeded``, ``client_closed``.
+    """
+    own = asyncio.current_task()
+    assert own is not None
+    gone = False
+
+    async def watch() -> None:
+        nonlocal gone
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        gone = True
+        own.cancel()
+
+    watcher = asyncio.get_running_loop().create_task(watch())
+    try:
+        async with asyncio.timeout(timeout) as deadline:
+            return await work
+    except TimeoutError:
+        if not deadline.expired():
+            raise
+        raise ServiceError("deadline_exceeded", f"no answer within {timeout:g} seconds") from None
+    except asyncio.CancelledError:
+        if not gone or own.uncancel():
+            raise
+        raise ServiceError("client_closed", "the client closed the connection") from None
+    finally:
+        watcher.cancel()
+
+
+def _is_json(content_type: str) -> bool:
+    """Whether this is JSON; browsers send other content types cross-site without a CORS preflight."""
+    media = content_type.partition(";")[0].strip().lower()
+    return media == "application/json" or (media.startswith("application/") and media.endswith("+json"))
+
+
+def check_structure(body: bytes, most: int) -> None:
+    """Counts the values of a JSON text without building them; the text need not be valid.
+
+    Raises:
+        ServiceError: ``too_large``, more than ``most`` values; ``bad_request``, nested deeper than ``DEEPEST``.
+    """
+    if len(body) <= most and body.count(b"[") + body.count(b"{") <= DEEPEST:
+        return
+    depth = values = 0
+    for i, found in enumerate(_TOKEN.finditer(body)):
+        sign = found[0]
+        if sign in (b"[", b"{"):
+            depth += 1
+            if depth > DEEPEST:
+                raise ServiceError("bad_request", f"Invalid JSON: nested deeper than {DEEPEST} levels")
+        elif sign in (b"]", b"}"):
+            depth -= 1
+        values += sign in (b"[", b"{", b",", b":")
+        if values > most or i > 4 * most:  # JSON has at most one string and one closing bracket for each of these
+            raise ServiceError("too_large", f"the body has more than {most} values")
+
+
+def _refused(error: ValidationError) -> ServiceError:
+    """The first error: its place and what was expected, but not the arbitrary value found."""
+    fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    if fault["type"] == "json_invalid":
+        return ServiceError("bad_request", fault["msg"])
+    place = ".".join(str(part) for part in fault["loc"] if not isinstance(part, str) or part.isidentifier())
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    kind = "too_large" if fault["type"] in ("too_long", "string_too_long") else "invalid_request"
+    return ServiceError(kind, f"{place[:200] or 'body'}: {fault['msg'][:1000]}{more}")

@@ -189,13 +189,11 @@ def bounded_protocol(limits: Limits) -> type[HttpToolsProtocol]:
                 self._timer = None
 
         def _refuse(self) -> None:
-            if self._in_head and not self.transport.is_closing() and not self._answering():
+            answering = self.cycle is not None and not self.cycle.response_complete
+            if self._in_head and not self.transport.is_closing() and not answering:
                 self.transport.write(
                     b"HTTP/1.1 431 Request Header Fields Too Large\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
                 )
             self.transport.close()
-
-        def _answering(self) -> bool:
-            return self.cycle is not None and not self.cycle.response_complete
 
     return Bounded

@@ -172,16 +172,13 @@ class Students:
         async with self._loading:
             folder = _inside(self._root, path)
             try:
-                student, mark = await asyncio.to_thread(self._read, folder)
+                student = await asyncio.to_thread(acqcore.Student.load, folder, device=self._device)
+                mark = await asyncio.to_thread(fingerprint, student)
             except Exception as error:  # transformers raises arbitrary exceptions for broken files
                 reason = str(error).strip().split("\n")[0].replace(str(self._root), "")
                 raise ServiceError("invalid_request", f"path: {path!r} cannot be loaded: {reason}") from error
             self.current = Loaded(path, self.current.version + 1, mark, student)
             return self.current
-
-    def _read(self, folder: Path) -> tuple[acqcore.Student, str]:
-        student = acqcore.Student.load(folder, device=self._device)
-        return student, fingerprint(student)
 
 
 def text_size(value: Any) -> int:

@@ -14,11 +14,11 @@ from acqsynth.stages.questions import (
     write_questions as write_questions,
 )
 from acqsynth.stages.rows import (
+    Scoring as Scoring,
     collect_rows as collect_rows,
     filter_rows as filter_rows,
     random_rows as random_rows,
 )
-from acqsynth.stages.shared import Scoring as Scoring
 from acqsynth.stages.students import (
     Replay as Replay,
     answer_rows as answer_rows,

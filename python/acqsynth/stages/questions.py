@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,13 @@ from typing import Any
 from acqsynth import write
 from acqsynth.artefacts import read_json, read_rows, read_table, write_rows
 from acqsynth.config import EngineConfig, LabellingConfig, SamplingConfig
-from acqsynth.domains import Domain, Messages, Sample, domain as find_domain
+from acqsynth.domains import Messages, Sample, domain as find_domain
 from acqsynth.engines import Sampling, derived_seed
 from acqsynth.label import Labeller
 from acqsynth.rewards.gates import sample_gates
-from acqsynth.rewards.texts import NearCopies
-from acqsynth.stages.shared import CHUNK, Scoring, fused, load_engine, signal_values
+from acqsynth.stages.rows import CHUNK, Scoring, fused, load_engine, signal_values
 from acqsynth.steps import StepContext, StepError
+from acqsynth.write import Candidate, WriteResult
 
 _PROBE = 32  # samples whose order before and after a student refresh measures staleness
 
@@ -105,18 +105,7 @@ def write_questions(context: StepContext, *, writing: Writing, mistakes: Path | 
     pool = read_rows(writing.held_out)
     if mistakes is not None:
         pool = sample_mistakes(pool, read_table(mistakes)["right"], max(writing.n, writing.shown), writing.seed)
-    domain, engine = writing.scoring.find_domain(), load_engine(writing.scoring.engine, writing.generator)
-    prompts, shown = _prompts(writing, domain, pool)
-    reward, asked = writing.scoring.build(shown), _earlier(writing)
-
-    def chunk(start: int, some: Sequence[Any]) -> dict[str, Any]:
-        sampling = _sampling(writing.sampling, 1, derived_seed(writing.seed, start))
-        made = write.write(engine, domain, some, sampling, rows=len(some), gates=reward.gates, asked=asked)
-        rows = [{"sample": asdict(sample), "scores": {}} for sample in made.rows]
-        return {"rows": rows, "completions": made.completions, "dropped": made.dropped}
-
-    chunks = context.chunks("samples", prompts, CHUNK, chunk, reward)
-    _write_kept(context, chunks, writing.n, asked, later=bool(writing.earlier))
+    _write(context, writing, pool)
 
 
 def select_questions(
@@ -130,34 +119,7 @@ def select_questions(
     if spent:
         drawn = sum(read_json(path)["completions"] for path in ([spent] if isinstance(spent, Path) else spent))
         candidates = max(2, math.ceil((drawn + writing.n) / writing.n))
-    domain, engine = writing.scoring.find_domain(), load_engine(writing.scoring.engine, writing.generator)
-    prompts, shown = _prompts(writing, domain, read_rows(writing.held_out))
-    reward, asked = writing.scoring.build(shown), _earlier(writing)
-
-    def chunk(start: int, some: Sequence[Any]) -> dict[str, Any]:
-        sampling = _sampling(writing.sampling, candidates, derived_seed(writing.seed, start))
-        made = write.best(engine, some, reward, sampling, rows=len(some), asked=asked)
-        rows = []
-        for best in made.rows:
-            parts = {f"reward_{name}": value for name, value in best.components.items()}
-            assert best.sample is not None
-            rows.append({"sample": asdict(best.sample), "scores": {"reward": best.total, **parts}})
-        return {"rows": rows, "completions": made.completions, "dropped": made.dropped}
-
-    _write_kept(context, context.chunks("samples", prompts, CHUNK, chunk, reward), writing.n, asked)
-
-
-def _prompts(writing: Writing, domain: Domain, pool: Sequence[Sample]) -> tuple[list[Messages], list[Sample]]:
-    """The prompts, and the rows of the pool that they show."""
-    hands = write.deal(domain, pool, writing.n, shown=min(writing.shown, len(pool)), seed=writing.seed)
-    shown = {sample.question: sample for hand in hands for sample in hand}
-    return [write.prompt(domain, hand, writing.turns) for hand in hands], list(shown.values())
-
-
-def _earlier(writing: Writing) -> NearCopies:
-    asked = write.questions()
-    asked.add(sample.question for path in writing.earlier for sample in read_rows(path))
-    return asked
+    _write(context, writing, read_rows(writing.held_out), candidates)
 
 
 def sample_mistakes(pool: Sequence[Sample], right: Sequence[bool], n: int, seed: int) -> list[Sample]:
@@ -178,29 +140,53 @@ def _sampling(config: SamplingConfig, n: int, seed: int) -> Sampling:
     return Sampling(n, config.temperature, config.top_p, config.max_tokens, seed)
 
 
-def _write_kept(
-    context: StepContext, chunks: Iterable[Mapping[str, Any]], n: int, asked: NearCopies, *, later: bool = False
-) -> None:
-    """Writes the samples of all chunks and the counts of kept and dropped completions. Questions of chunks finished
-    before a kill are added to ``asked``, so that the next chunk does not repeat them. A later round may be empty, so
-    that the run can go on with the rows of earlier ones."""
+def _write(context: StepContext, writing: Writing, pool: Sequence[Sample], candidates: int | None = None) -> None:
+    """Writes samples, or the best candidate of each prompt, and the counts of kept and dropped completions. The prompts
+    show rows of the pool."""
+    domain, engine = writing.scoring.find_domain(), load_engine(writing.scoring.engine, writing.generator)
+    hands = write.deal(domain, pool, writing.n, shown=min(writing.shown, len(pool)), seed=writing.seed)
+    prompts = [write.prompt(domain, hand, writing.turns) for hand in hands]
+    reward = writing.scoring.build(list({sample.question: sample for hand in hands for sample in hand}.values()))
+    asked = write.questions()
+    asked.add(sample.question for path in writing.earlier for sample in read_rows(path))
+
+    def chunk(start: int, some: Sequence[Messages]) -> dict[str, Any]:
+        sampling, wanted = _sampling(writing.sampling, candidates or 1, derived_seed(writing.seed, start)), len(some)
+        made: WriteResult[Any]
+        if candidates is None:
+            made = write.write(engine, domain, some, sampling, rows=wanted, gates=reward.gates, asked=asked)
+        else:
+            made = write.best(engine, some, reward, sampling, rows=wanted, asked=asked)
+        rows = [_scored(row) for row in made.rows]
+        return {"rows": rows, "completions": made.completions, "dropped": made.dropped}
+
     rows: list[Mapping[str, Any]] = []
     completions, dropped = 0, Counter[str]()
-    for chunk in chunks:
-        rows += chunk["rows"]
-        asked.add(row["sample"]["question"] for row in chunk["rows"])
-        completions += chunk["completions"]
-        dropped.update(chunk["dropped"])
-        context.say(f"{len(rows)} samples of {n} from {completions} completions")
+    for found in context.chunks("samples", prompts, CHUNK, chunk, reward):
+        rows += found["rows"]
+        # Of chunks finished before a kill, so that the next one does not repeat them.
+        asked.add(row["sample"]["question"] for row in found["rows"])
+        completions += found["completions"]
+        dropped.update(found["dropped"])
+        context.say(f"{len(rows)} samples of {writing.n} from {completions} completions")
     if not rows:
         none = f"none of {completions} completions is a sample ({_reasons(dropped)})"
-        if not later:
+        if not writing.earlier:
             raise StepError(none)
+        # The run can go on with the rows of earlier rounds.
         context.say(f"{none}; this round adds no rows: set fewer rounds or a higher generator.sampling.temperature")
     scores = {name: [row["scores"][name] for row in rows] for name in (rows[0]["scores"] if rows else ())}
     write_rows(context.folder / "samples.parquet", [Sample(**row["sample"]) for row in rows], scores)
-    counts = {"wanted": n, "kept": len(rows), "completions": completions, "dropped": dict(dropped.most_common())}
-    context.write("counts.json", counts)
+    counts = {"wanted": writing.n, "kept": len(rows), "completions": completions}
+    context.write("counts.json", {**counts, "dropped": dict(dropped.most_common())})
+
+
+def _scored(row: Sample | Candidate) -> dict[str, Any]:
+    if isinstance(row, Sample):
+        return {"sample": asdict(row), "scores": {}}
+    assert row.sample is not None
+    parts = {f"reward_{name}": value for name, value in row.components.items()}
+    return {"sample": asdict(row.sample), "scores": {"reward": row.total, **parts}}
 
 
 def _reasons(dropped: Counter[str]) -> str:

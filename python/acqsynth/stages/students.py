@@ -16,8 +16,7 @@ from acqsynth.config import EngineConfig, ValidityConfig
 from acqsynth.domains import Sample, domain as find_domain
 from acqsynth.evaluate import Evaluation, evaluate, evaluate_by_likelihood
 from acqsynth.preflight import validity_reward
-from acqsynth.stages.rows import rows_of_skills
-from acqsynth.stages.shared import CHUNK, Scoring, joined, load_engine, signal_values
+from acqsynth.stages.rows import CHUNK, Scoring, joined, load_engine, rows_of_skills, signal_values
 from acqsynth.steps import StepContext
 
 

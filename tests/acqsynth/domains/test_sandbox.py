@@ -358,15 +358,22 @@ class TestValues:
         program = "def f(x, y, z):\n    x.sort(); y.add(5); z['a'] = 1"
         assert one(program, tests, ("f",)).status == "passed"
 
+    def test_parameters_have_any_name(self):
+        names = ("self", "operation", "remote", "function", "child", "value")
+        jobs = [Job(f"def f(a, {name}): return a - {name}", f"assert f(3, {name}=1) == 2", ("f",)) for name in names]
+        assert [result for result in run(jobs, SHORT) if result.status != "passed"] == []
+
     def test_objects_stay_with_the_program(self):
         program = (
-            "class Node:\n    def __init__(self, value): self.value = value; self.next = None\n"
+            "class Node:\n    _child, _number = None, 3\n"
+            "    def __init__(self, value): self.value = value; self.next = None\n"
             "    def __len__(self): return 7\n    def __getitem__(self, i): return i * 2\n"
             "def last(node):\n    return last(node.next) if node.next else node\n"
             "def count():\n    yield 1\n    yield 2\n"
         )
         tests = (
             "a, b = Node(1), Node(value=2)\na.next = b\nassert last(a) is b\nassert last(a).value == 2\nassert a != b\n"
+            "assert (a._child, a._number) == (None, 3)\n"
             "assert (len(a), a[3]) == (7, 6)\nassert list(count()) == [1, 2]\nassert next(count()) == 1"
         )
         result = one(program, tests, ("Node", "last", "count"))

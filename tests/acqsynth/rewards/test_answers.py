@@ -10,6 +10,7 @@ import torch
 from acqsynth import domains
 from acqsynth.domains import Sample
 from acqsynth.domains.math import Math
+from acqsynth.domains.medical import Medical
 from acqsynth.rewards import AnswerVariance, Confidence, Learnability, SampledAnswers, SemanticEntropy
 from acqsynth.rewards.batch import Batch
 
@@ -75,6 +76,14 @@ def test_where_nothing_proves_an_answer_the_majority_does(scripted, domain, monk
     learnability = Learnability(SampledAnswers(scripted(script.__getitem__), domain), verified=True)
     asked = [("torn", "7"), ("torn", "8"), ("tied", "7"), ("wrong", "13"), ("wrong", "7"), ("sure", "7"), ("lost", "7")]
     assert learnability([Sample(*pair) for pair in asked]) == [1 / 4, 0, 0, 0, 0, 0, 0]
+    assert learnability.logged == {"by_majority": 1.0}
+
+
+@pytest.mark.parametrize("domain", [Math(), Medical()], ids=lambda domain: domain.name)
+def test_domains_that_only_refute_answers_ask_the_majority(domain, scripted):
+    script = ["\\boxed{yes}"] * 6 + ["\\boxed{no}"] * 2
+    learnability = Learnability(SampledAnswers(scripted(lambda question: script), domain), verified=True)
+    assert learnability([Sample("Does it?", "yes"), Sample("Does it?", "no")]) == [3 / 16, 0]
     assert learnability.logged == {"by_majority": 1.0}
 
 

@@ -13,7 +13,7 @@ from fakes import Told, written
 import acqcore
 from acqsynth.parsing import parse_sample
 from acqsynth.rewards import AcquisitionReward, ComposedReward
-from acqsynth.rewards.reliability import ENOUGH, Spread
+from acqsynth.rewards.batch import ENOUGH, Spread
 
 GROUPS, MEMBERS = 400, 8
 

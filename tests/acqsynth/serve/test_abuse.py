@@ -12,8 +12,7 @@ import pytest
 
 import acqcore
 from acqsynth.serve.app import create_app
-from acqsynth.serve.middleware import ServiceError
-from acqsynth.serve.routes import DEEPEST, check_structure
+from acqsynth.serve.middleware import DEEPEST, ServiceError, check_structure
 from acqsynth.serve.server import HEAD_BYTES, bounded_protocol
 
 BEARER = {"Authorization": "Bearer secret"}

@@ -177,10 +177,10 @@ class TestGetReward:
 
     def test_responses_without_the_form_are_told_once(self, ask, serve, caplog):
         def asking(*queries):
-            bodies = ({"query": [query] * 2, "prompts": [""] * 2} for query in queries)
+            bodies = ({"query": [query] * 2 * bool(query), "prompts": [""] * 2 * bool(query)} for query in queries)
             ask(serve(), *(("POST", "/get_reward", {"json": body}) for body in bodies))
 
-        asking("What is 2 + 2? 4.", "What is 3 + 3? 6.")
+        asking("", "What is 2 + 2? 4.", "What is 3 + 3? 6.")  # the first request is empty
         assert caplog.text.count("none of 2 responses has the form <question>") == 1
         caplog.clear()
         asking(GOOD, "no form")

@@ -6,8 +6,7 @@ import asyncio
 
 import pytest
 
-from acqsynth.serve.middleware import ServiceError
-from acqsynth.serve.routes import answered
+from acqsynth.serve.middleware import ServiceError, answered
 
 
 class Client:

@@ -7,11 +7,12 @@ import random
 from collections import Counter
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import fake_run
 import pytest
-from fake_run import run
+from fake_run import plan_of, run
 from fakes import SEEDS, TRAINER, Sums, written
 
 from acqsynth import domains, engines, label, stages, write
@@ -19,7 +20,7 @@ from acqsynth.artefacts import read_json, read_rows, write_rows
 from acqsynth.config import EngineConfig, LabellingConfig, RewardConfig, SamplingConfig
 from acqsynth.domains import Sample
 from acqsynth.stages import Scoring, Writing, questions
-from acqsynth.steps import StepContext, StepError
+from acqsynth.steps import StepContext, StepError, Store
 
 
 def test_a_generator_learns_from_a_student_that_moves(scoring, student_path, tmp_path):
@@ -196,7 +197,10 @@ def test_a_later_round_that_repeats_itself_adds_no_rows(fakes, recipe, monkeypat
         return fake_run.write(*arguments, asked=asked, **options) if of_first_round else repeats
 
     monkeypatch.setattr(write, "write", converged)
-    plan, store, _ = run(recipe, "rounds=2", "baselines=[no_rl]", "evaluation.validity.batches=0")
+    plan, said = plan_of(recipe, "rounds=2", "baselines=[no_rl]", "evaluation.validity.batches=0"), []
+    store = Store(Path(plan.config.output), said.append)
+    for step in plan.steps:
+        store.run(step)
     arm = plan.arms["grpo"]
     first, second = (read_rows(store.path(step) / "samples.parquet") for step in arm.labelled)
     assert first
@@ -205,9 +209,7 @@ def test_a_later_round_that_repeats_itself_adds_no_rows(fakes, recipe, monkeypat
     kept = read_json(store.path(arm.written[0]) / "counts.json")["kept"]
     assert metrics["arms"]["grpo"]["written"]["kept"] == kept
     assert metrics["arms"]["grpo"]["written"]["dropped"]["repeats a question"] == 45
-    said: list[str] = []
-    questions._write_kept(StepContext(recipe.parent, said.append), [], 8, write.questions(), later=True)
-    assert "adds no rows: set fewer rounds or a higher generator.sampling.temperature" in said[-1]
+    assert any("adds no rows: set fewer rounds or a higher generator.sampling.temperature" in line for line in said)
 
 
 def test_nothing_labelled_is_one_sentence(fakes, recipe, monkeypatch):

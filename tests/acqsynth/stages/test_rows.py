@@ -13,7 +13,7 @@ from fake_run import plan_of, run
 from acqsynth.artefacts import read_json, read_rows
 from acqsynth.domains import Sample
 from acqsynth.rewards import ComposedReward, build
-from acqsynth.stages import shared
+from acqsynth.stages import rows as stage
 from acqsynth.steps import StepError, Store
 
 
@@ -102,7 +102,7 @@ class Recorded:
 def test_signals_of_a_pool_are_given_one_batch():
     seen = []
     reward = SimpleNamespace(signals=[Recorded(name, seen) for name in ("a", "b")])
-    assert shared.signal_values(reward, [Sample("1+1", "2")]) == {"a": [1.0], "b": [1.0]}
+    assert stage.signal_values(reward, [Sample("1+1", "2")]) == {"a": [1.0], "b": [1.0]}
     assert seen[0] is seen[1]
 
 
@@ -110,7 +110,7 @@ def test_rows_are_ranked_by_the_weights_of_the_reward():
     reward = SimpleNamespace(fusion="raw", weights={"entropy": 2.0, "margin": -1.0}, length_bins={})
     logged_only = [None, 50.0, -50.0, 0.0]
     columns = {"entropy": [3.0, 1.0, None, 2.0], "margin": [0.0, 9.0, 5.0, 1.0], "loss": logged_only}
-    fused = shared.fused(columns, reward, [Sample("1+1", "2")] * 4)
+    fused = stage.fused(columns, reward, [Sample("1+1", "2")] * 4)
     assert fused == [6.0, -7.0, None, 3.0]
 
 
@@ -120,12 +120,12 @@ def test_rows_are_ranked_after_their_lengths_effect_is_removed(sums):
     surplus = [[0.0, 3.0, 1.0, 2.0][i % 4] for i in range(len(rows))]
     columns = {"loss": [len(row.question) + more for row, more in zip(rows, surplus, strict=True)]}
     reward = ComposedReward(sums, [Recorded("loss", [])])
-    totals = shared.fused(columns, reward, rows)
+    totals = stage.fused(columns, reward, rows)
     first = sorted(range(len(rows)), key=lambda i: -totals[i])[:40]
     assert {len(rows[i].question) for i in first} == {3, 7, 15, 31}
     assert {surplus[i] for i in first} == {3.0}
     # Rows that lack a value of another signal count in no statistic, as in the reward.
     reward = ComposedReward(sums, [Recorded("loss", []), Recorded("margin", [])], length_normalised=["loss"])
     outlier, lacking = [*columns["loss"], 1e6], [*[0.0] * len(rows), None]
-    both = shared.fused({"loss": outlier, "margin": lacking}, reward, [*rows, rows[-1]])
-    assert both[:-1] == shared.fused({**columns, "margin": lacking[:-1]}, reward, rows)
+    both = stage.fused({"loss": outlier, "margin": lacking}, reward, [*rows, rows[-1]])
+    assert both[:-1] == stage.fused({**columns, "margin": lacking[:-1]}, reward, rows)
