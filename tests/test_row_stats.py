@@ -28,8 +28,17 @@ def _oracle(name: str, dtype: torch.dtype) -> acqcore.RowStats:
     return CASES[name]().to(dtype).oracle()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        (name, dtype)
+        for name in CASES
+        for dtype in DTYPES
+        # In the interpreter, which takes seconds for each, sizes are held in one dtype.
+        if not INTERPRETED or dtype == torch.float32 or name not in ("N = 8200", "V = 262144")
+    ],
+    ids=str,
+)
 def test_parity(name, dtype, implementation):
     case = CASES[name]().to(dtype)
     assert_close_to_oracle(case.run(implementation), _oracle(name, dtype))
