@@ -1,7 +1,7 @@
-"""Script of test_sharding.py: ``python sharding_cases.py FOLDER WORLD GROUP`` runs a group's cases on WORLD processes.
+"""Script of test_sharding.py: ``python sharding_cases.py FOLDER GROUP...`` runs the groups' cases, each on its ranks.
 
 A case is a function that returns pairs (result of the ranks together, result of one process alone), or raises. Every
-process writes its results to ``FOLDER/RANK``; the test module compares them. The file lists cases of heads (rows,
+process writes its results to ``FOLDER/GROUP RANK``; the test module compares them. The file lists cases of heads (rows,
 gradients, draws, padding, bytes sent, errors), then of students by kind of sharding (tensor parallel, DTensor, FSDP,
 ZeRO-3), then the groups of cases by number of ranks.
 """
@@ -627,37 +627,42 @@ CASES: dict[str, dict[str, Callable[[], Pairs]]] = {
     },
     "ZeRO-3": {"ZeRO-3": partial(data_parallel, zero3)},
 }
+RANKS = {"two ranks": 2, "four ranks": 4, "ZeRO-3": 2}
 
 
-def run(folder: Path, rank: int, world: int, cases: dict[str, Callable[[], Pairs]]) -> None:
+def run(folder: Path, rank: int, group: str) -> None:
+    world = RANKS[group]
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))  # as torchrun does
     dist.init_process_group(
-        "gloo", f"file://{folder}/meeting", rank=rank, world_size=world, timeout=timedelta(seconds=120)
+        "gloo", f"file://{folder}/meeting of {world}", rank=rank, world_size=world, timeout=timedelta(seconds=120)
     )
     results: dict[str, Pairs | str] = {}
-    for name, case in cases.items():
+    for name, case in CASES[group].items():
         try:
             results[name] = case()
         except Exception:
             results[name] = traceback.format_exc()
-    torch.save(results, folder / f"{rank}")
+    torch.save(results, folder / f"{group} {rank}")
     gc.collect()  # frees trainers' reducers before their group
     dist.destroy_process_group()
 
 
-def main(folder: Path, world: int, group: str) -> int:
-    """Forks the ranks, which so import the libraries once; returns how many failed."""
+def main(folder: Path, groups: list[str]) -> int:
+    """Forks the ranks of one group after another, which so import the libraries once; returns how many failed."""
     importlib.import_module("transformers.models.llama.modeling_llama")
-    ranks = [get_context("fork").Process(target=run, args=(folder, i, world, CASES[group])) for i in range(world)]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join(400)
-        rank.kill()
-        rank.join()
-    return sum(rank.exitcode != 0 for rank in ranks)
+    failed = 0
+    for group in groups:
+        ranks = [get_context("fork").Process(target=run, args=(folder, i, group)) for i in range(RANKS[group])]
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join(400)
+            rank.kill()
+            rank.join()
+        failed += sum(rank.exitcode != 0 for rank in ranks)
+    return failed
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]))
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2:]))

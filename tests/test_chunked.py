@@ -158,7 +158,7 @@ def test_groups_of_samples():
         "delta_hash(None, rows, torch.zeros(131072, dtype=torch.int32), torch.zeros(256, 256))",
         "mixture_stats(chunked, draws)",
         "fill_gram(None, rows, gram)",
-        "gram_norm(None, rows, gram, stats.state[0], weights, weights.new_empty(4))",
+        "gram_norm(None, rows, gram, state[0], weights, weights.new_empty(4))",
         "head_grad_norm(None, rows, bounds, weights, weights.new_empty(4))",
     ],
 )
@@ -169,8 +169,8 @@ def test_memory_is_bounded(call, extra_mib):
         "from acqcore.backends.chunked import Chunked\n"
         "h, head = torch.randn(256, 128).bfloat16(), acqcore.Head(torch.randn(131072, 128).bfloat16())\n"
         "y, weights = torch.arange(256), torch.ones(256, dtype=torch.float64)\n"
-        "stats = acqcore.row_stats(h, head, y)\n"
-        "rows = HeadRows(h, head, y, 1.0, stats.state, stats.max_index)\n"
+        "state = torch.zeros(7, 256, dtype=torch.float64)\n"  # any, because values do not matter
+        "rows = HeadRows(h, head, y, 1.0, state, y)\n"
         "class C(Chunked): row_stats = logit_stats = None\n"
         "chunked, dropout = C(), Dropout(0.1, 'element', 1, 0, y[:64] * 0, y[:64])\n"
         "draws = DrawRows(h[:64], (head,), y[:64], 4, dropout, weights.new_empty(6, 64), y.new_empty(4, 64))\n"

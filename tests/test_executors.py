@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from acqcore.cli import main
+from acqcore.files.executors import _connected
 from acqcore.files.parts import Parts
 
-ROWS, BLOCKS = 2500, 50
+ROWS, BLOCKS = 1250, 50
 LAUNCH = ["accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
 LAUNCH += ["--dynamo_backend", "no", "--main_process_port", "0", "--multi_gpu", "-m", "acqcore"]
 
@@ -23,15 +25,17 @@ def texts(n: int) -> list[dict[str, str]]:
     return [{"text": f"the fox {i} " + "no " * (i % 5)} for i in range(n)]
 
 
-def kill_a_worker(process: subprocess.Popen[str], parts: Parts) -> None:
+def kill_a_worker(parts: Parts, ended: Callable[[], bool]) -> None:
     """Kills the process that finished the first block, once five blocks are finished."""
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
-        assert process.poll() is None, "the run ended before a worker could be killed"
+        assert not ended(), "the run ended before a worker could be killed"
         reports = [report for block in range(BLOCKS) if (report := parts.report(block))]
         if len(reports) >= 5:
             assert len(reports) < BLOCKS - 5
-            os.kill(int(reports[0]["worker"].rpartition(":")[2]), signal.SIGKILL)
+            worker = int(reports[0]["worker"].rpartition(":")[2])
+            assert worker != os.getpid()
+            os.kill(worker, signal.SIGKILL)
             return
         time.sleep(0.02)
     raise AssertionError("the workers finished no blocks")
@@ -59,24 +63,24 @@ def not_behind_other_work():
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    """A Ray cluster of two cores in this process."""
+    """The cluster of a run that is given none, for all runs of this module, because a start takes seconds."""
     ray = pytest.importorskip("ray")
-    # Ray puts the current folder on its workers' paths, ahead of an installed acqcore.
-    with contextlib.chdir(tmp_path_factory.mktemp("cluster")):
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=1 << 27)
-    yield
-    ray.shutdown()
+    pytest.importorskip("ray.data")
+    with _connected(None, tmp_path_factory.mktemp("cluster")):
+        yield
+    assert not ray.is_initialized()
 
 
 @pytest.mark.skipif(os.cpu_count() == 1, reason="two actors at once need two cores")
-def test_every_row_is_there_once_when_an_actor_of_ray_is_killed(arguments, tmp_path, read):
-    pytest.importorskip("ray.data")
-    run = [sys.executable, "-m", "acqcore", *arguments("ray.jsonl", engine="ray", workers=2)]
-    process = subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    kill_a_worker(process, Parts(tmp_path / "ray.jsonl"))
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    assert f"{ROWS} of {ROWS} rows scored" in out
+@pytest.mark.usefixtures("cluster")
+def test_every_row_is_there_once_when_an_actor_of_ray_is_killed(arguments, tmp_path, read, capsys):
+    words = arguments("ray.jsonl", engine="ray", workers=2)
+    with ThreadPoolExecutor(1) as pool:
+        run = pool.submit(main, words)
+        kill_a_worker(Parts(tmp_path / "ray.jsonl"), run.done)
+    captured = capsys.readouterr()
+    assert run.result() == 0, captured.err
+    assert f"{ROWS} of {ROWS} rows scored" in captured.out
     assert not (tmp_path / "ray.jsonl.parts").exists()
     assert main(arguments("local.jsonl")) == 0
     scored = read(tmp_path / "ray.jsonl")
@@ -90,7 +94,7 @@ def test_every_row_is_there_once_when_an_actor_of_ray_is_killed(arguments, tmp_p
 @pytest.mark.usefixtures("cluster")
 def test_blocks_that_fail_in_an_actor_are_reported(command, tmp_path, capsys):
     out = tmp_path / "out.parquet"
-    arguments = command(texts(12), out=out, block_rows=5, engine="ray")
+    arguments = command(texts(12), out=out, block_rows=5, engine="ray", workers=1)
     in_the_way = tmp_path / "out.parquet.parts" / "block-000001.batches"
     in_the_way.mkdir(parents=True)
     assert main(arguments) == 1
@@ -123,7 +127,7 @@ def test_processes_of_accelerate_launch_go_on_after_one_is_killed(arguments, tmp
     run = [sys.executable, "-m", *LAUNCH, *arguments("out.jsonl", engine="accelerate", device="cpu")]
     process = subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     parts = Parts(tmp_path / "out.jsonl")
-    kill_a_worker(process, parts)
+    kill_a_worker(parts, lambda: process.poll() is not None)
     process.communicate(timeout=300)
     assert process.returncode != 0
     assert not (tmp_path / "out.jsonl").exists()

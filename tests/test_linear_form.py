@@ -18,7 +18,7 @@ from benchmarks import toy_student
 RHO = 0.05 / 0.95  # noise variance of the default dropout
 
 SMALL = {"vocab_size": 24}  # brute force takes one backward per token of the vocabulary
-PROBES = 2500  # for standard errors below 1 %
+PROBES = 1400  # for standard errors below 1 %
 
 
 def _samples(*lengths: int, context: int = 2) -> dict[str, torch.Tensor]:
@@ -95,7 +95,7 @@ def _assert_unbiased(scores: acqcore.Scores, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize(("kind", "layers"), [("Llama", "all"), ("Gemma2", "all"), ("GPT2", 1)])
 def test_unbiased_over_every_token_and_site(kind, layers, tiny_model):
     model = tiny_model(kind, **SMALL)
-    samples = _samples(6, 4)
+    samples = _samples(12, 10)
     sites = _sites(model, kind, 2 if layers == "all" else layers)
     expected = RHO / 2 * _expected_squares(model, samples, sites, 2)
     _assert_unbiased(_score(model, samples, layers=layers, probes=PROBES), expected)
@@ -104,7 +104,7 @@ def test_unbiased_over_every_token_and_site(kind, layers, tiny_model):
 @pytest.mark.parametrize(("kind", "layers"), [("Llama", "all"), ("GPT2", 1)])
 def test_unbiased_over_every_token_and_weight(kind, layers, tiny_model):
     model = tiny_model(kind, **SMALL)
-    samples = _samples(6, 4)
+    samples = _samples(12, 10)
     expected = 1e-4 / 2 * _expected_squares(model, samples, None, 2 if layers == "all" else layers)
     scores = _score(model, samples, posterior="isotropic", layers=layers, variance=1e-4, probes=PROBES)
     _assert_unbiased(scores, expected)
@@ -113,8 +113,8 @@ def test_unbiased_over_every_token_and_weight(kind, layers, tiny_model):
 def test_unbiased_over_the_positions_of_completions(tiny_model):
     """In a batch with prompts of two lengths, positions before each sample's own completion do not count."""
     model = tiny_model("Llama", **SMALL)
-    samples = _samples(7, 6)
-    samples["labels"][0, :4] = -100
+    samples = _samples(13, 12)
+    samples["labels"][0, :6] = -100
     expected = RHO / 2 * _expected_squares(model, samples, _sites(model, "Llama", 2), 2, of_completions=True)
     _assert_unbiased(_score(model, samples, positions="completion", probes=PROBES), expected)
 

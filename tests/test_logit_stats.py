@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import acqcore
+from acqcore.backends.triton import INTERPRETED
 from acqcore.testing import assert_logits_match, logit_cases
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -14,6 +15,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_parity(dtype, implementation):
     for name, logits, targets, temperature in logit_cases():
+        if INTERPRETED and dtype != torch.float32 and name in ("N = 8200", "V = 262144"):
+            continue  # the interpreter takes seconds for each: sizes are held in one dtype
         try:
             assert_logits_match(logits.to(dtype), targets, temperature, implementation)
         except AssertionError as error:

@@ -28,8 +28,17 @@ def _oracle(name: str, dtype: torch.dtype) -> acqcore.RowStats:
     return CASES[name]().to(dtype).oracle()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        (name, dtype)
+        for name in CASES
+        for dtype in DTYPES
+        # In the interpreter, which takes seconds for each, sizes are held in one dtype.
+        if not INTERPRETED or dtype == torch.float32 or name not in ("N = 8200", "V = 262144")
+    ],
+    ids=str,
+)
 def test_parity(name, dtype, implementation):
     case = CASES[name]().to(dtype)
     assert_close_to_oracle(case.run(implementation), _oracle(name, dtype))
@@ -38,7 +47,8 @@ def test_parity(name, dtype, implementation):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("std", [3.0, 30.0])
 def test_error_is_no_larger_than_eager(std, dtype, implementation):
-    assert_no_worse_than_eager(random_case(64, 576, 8209, std=std).to(dtype), implementation)
+    vocab = 2065 if INTERPRETED else 8209  # several tiles, and a part of one
+    assert_no_worse_than_eager(random_case(64, 576, vocab, std=std).to(dtype), implementation)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

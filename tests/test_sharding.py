@@ -13,7 +13,8 @@ import pytest
 import torch
 
 SCRIPT = Path(__file__).with_name("sharding_cases.py")
-CASES = runpy.run_path(str(SCRIPT))["CASES"]
+_SCRIPT = runpy.run_path(str(SCRIPT))
+CASES, RANKS = _SCRIPT["CASES"], _SCRIPT["RANKS"]
 
 #: Tolerances relative to max(1, |value|). float64 checks the algorithm. In float32, a shard's tiles may round products
 #: differently, and gradients sum the vocabulary in another order. Draws have the tolerance of the contract, because
@@ -34,23 +35,22 @@ OWN_SAMPLES = {
 }
 
 
-def run(folder: Path, world: int, group: str) -> list[dict[str, Any]]:
-    """Results of each of ``world`` processes for each case of a group."""
-    command = [sys.executable, str(SCRIPT), str(folder), str(world), group]
+def run(folder: Path, *groups: str) -> dict[str, list[dict[str, Any]]]:
+    """Results of each rank for each case of every group."""
+    command = [sys.executable, str(SCRIPT), str(folder), *groups]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr[-4000:]
-    return [torch.load(folder / str(rank), weights_only=False) for rank in range(world)]
+    return {
+        group: [torch.load(folder / f"{group} {rank}", weights_only=False) for rank in range(RANKS[group])]
+        for group in groups
+    }
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("sharding"), 2, "two ranks")
-
-
-@pytest.fixture(scope="module")
-def four(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("sharding"), 4, "four ranks")
+def found(tmp_path_factory):
+    """Results of both groups; a process of its own for each would import the libraries again."""
+    return run(tmp_path_factory.mktemp("sharding"), "two ranks", "four ranks")
 
 
 def assert_same(results: list[dict[str, Any]], name: str) -> None:
@@ -78,20 +78,20 @@ def assert_same(results: list[dict[str, Any]], name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES["two ranks"])
-def test_two_ranks(two, name):
-    assert_same(two, name)
+def test_two_ranks(found, name):
+    assert_same(found["two ranks"], name)
 
 
 @pytest.mark.parametrize("name", CASES["four ranks"])
-def test_four_ranks(four, name):
-    assert_same(four, name)
+def test_four_ranks(found, name):
+    assert_same(found["four ranks"], name)
 
 
 @pytest.mark.parametrize("name", ["rows: confident 1e-12", "rows: confident 1e-20", "gradients: confident 1e-12"])
-def test_confident_rows_keep_their_digits(two, name):
+def test_confident_rows_keep_their_digits(found, name):
     """If all but the maximum is 1e-12 or 1e-20, relative errors would reveal digits lost in subtracting 1 from 1."""
     seen = 0
-    for key, (got, expected) in two[0][name].items():
+    for key, (got, expected) in found["two ranks"][0][name].items():
         if key.rsplit(" ", 1)[-1] in ("gini", "residual_norm", "entropy", "gram", "direct", "auto"):
             seen += 1
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=0, msg=lambda text, key=key: f"{key}: {text}")
@@ -100,4 +100,4 @@ def test_confident_rows_keep_their_digits(two, name):
 
 def test_zero3(tmp_path):
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
-    assert_same(run(tmp_path, 2, "ZeRO-3"), "ZeRO-3")
+    assert_same(run(tmp_path, "ZeRO-3")["ZeRO-3"], "ZeRO-3")

@@ -15,7 +15,7 @@ from acqcore.kernels import factors
 from acqcore.kernels.config import Tiles
 from acqcore.testing import CASES, Case, random_case
 
-TILES = Tiles(16, 32, 16, 4, 1, 2, 3, descriptors=False, flatten=False)
+TILES = Tiles(32, 64, 16, 4, 1, 2, 3, descriptors=False, flatten=False)
 SMALL = (
     "random", "all logits -150", "rising logits", "-inf columns", "ties", "V = 1", "V = 2", "V = 256", "V = 257",
     "D = 1", "strided", "some rows ignored", "all rows ignored", "everything",

@@ -130,7 +130,7 @@ def test_targets_leave_the_matrix_of_their_own_sample_alone():
 
 def test_bits_of_a_sample_do_not_depend_on_its_batch(in_eighths):
     """A sample has the same bits alone, after others in its block, in another block, and in a second run."""
-    case = in_eighths(random_case(300, 24, 200))
+    case = in_eighths(random_case(300, 24, 100))
     case.targets[[3, 90, 200]] = -100
     bounds = ((0, 100), (100, 117), (117, 118), (118, 240), (240, 300))
     stats, whole = _run(case, bounds)
@@ -145,8 +145,8 @@ def test_bits_of_a_sample_do_not_depend_on_its_batch(in_eighths):
 
 
 def test_bits_do_not_depend_on_scratch_or_grouping(in_eighths, monkeypatch):
-    case = in_eighths(random_case(400, 16, 120))
-    bounds = tuple((i, i + 50) for i in range(0, 400, 50))
+    case = in_eighths(random_case(300, 16, 120))  # three blocks
+    bounds = tuple((i, i + 50) for i in range(0, 300, 50))
     _, whole = _run(case, bounds)
     assert torch.equal(_run(case, bounds, replace(TILES, group_m=1))[1].products, whole.products)
     monkeypatch.setattr(gram, "SCRATCH_BYTES", 1)
