@@ -320,9 +320,9 @@ def test_empty_and_repr():
 
 @pytest.mark.parametrize("call", ["", ", form='block', block=8"])
 def test_never_holds_the_logits_of_every_draw(call, extra_mib):
-    """At most 256 MiB where ``[N, K, V]`` would take 512; fails if the reference runs instead of the kernel."""
+    """At most 256 MiB where ``[N, K, V]`` would take 1 GiB; fails if the reference runs instead of the kernel."""
     setup = (
-        "h, head = torch.randn(512, 32), acqcore.Head(torch.randn(32768, 32))\n"
+        "h, head = torch.randn(512, 32), acqcore.Head(torch.randn(65536, 32))\n"
         "acqcore.mutual_information(h[:2], head, draws=2)"
     )
     assert extra_mib(setup, f"acqcore.mutual_information(h, head, draws=8{call}, backend='cpu')") <= 256
