@@ -13,7 +13,7 @@ import torch
 import acqcore
 from acqcore.backends import Dropout, Gram, HeadRows, get as get_backend
 from acqcore.bayes import dropout_rows, dropout_stats
-from acqcore.head_grad import loss_weights
+from acqcore.head_grad import SKETCH_ROWS, delta_visit, loss_weights
 from acqcore.head_visit import visit
 from acqcore.row_stats import RowStats, empty_state
 from acqcore.signs import rotated_places
@@ -335,6 +335,26 @@ def test_draws_share_the_pass(name, block, dtype, isa, monkeypatch):
         norms = got.grad_norm(_weights(rows)).double()
         tolerance = 1e-4 if dtype == torch.float32 else 1e-3
         torch.testing.assert_close(norms, expected_norms, rtol=tolerance, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+def test_gradients_share_the_pass(backend):
+    """Norms, dL/dh and sketches of samples that are sketched in several parts are those of their own calls."""
+    case = random_case(2 * SKETCH_ROWS + 300, 16, 60)
+    offsets = torch.tensor([0, 700, 1100, 1101, SKETCH_ROWS + 1150, len(case.hidden)])
+    bounds = tuple(itertools.pairwise(offsets.tolist()))
+    weights = loss_weights(case.targets, bounds, "mean", None)
+    rows = case.hidden, case.head, case.targets
+    visited, hidden_grads, sketches = delta_visit(
+        *rows, bounds, weights, 1.0, get_backend(backend), norms=True, with_hidden=True, sketch=(64, 5)
+    )
+    norms = acqcore.head_grad_norm(*rows, offsets, backend="eager")
+    torch.testing.assert_close(visited.grad_norm(weights), norms, rtol=1e-5, atol=0)
+    expected = acqcore.hidden_grad(*rows, backend="eager")
+    torch.testing.assert_close(hidden_grads, expected, rtol=1e-4, atol=1e-5)
+    expected = acqcore.grad_sketch(*rows, offsets, dim=64, seed=5, backend="eager")
+    torch.testing.assert_close(sketches, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(visited.stats.state, acqcore.row_stats(*rows, backend=backend).state, rtol=0, atol=0)
 
 
 def test_samples_that_are_too_long_take_the_other_form(monkeypatch):
