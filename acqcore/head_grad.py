@@ -7,8 +7,8 @@ exactly ``-R / Z``, so confident rows lose nothing to cancellation. ``delta`` gi
     dL/dh   = delta W                               (``hidden_grad``: attention with the vocabulary as keys and values)
     dL/dW   = sum_t w_t delta_t h_t^T               (its norm: ``head_grad_norm``; its sketch: ``grad_sketch``)
 
-The norm is accumulated unnormalised beside the statistics, in one pass over the weights; so are ``hidden_grad`` on a
-CPU and the sketch of a whole head on a GPU. The others, and the norm of long samples, form ``delta`` in a second pass.
+The norm is accumulated unnormalised beside the statistics, in one pass over the weights; so are the sketch of a whole
+head and, on a CPU, ``hidden_grad``. The others, and the norm of long samples, form ``delta`` in a second pass.
 
 A shard of a head forms its own columns of delta from the statistics of the whole vocabulary. All three results are sums
 over those columns, so the ranks add up D numbers for dL/dh, one for the squared norm and ``dim`` for the sketch.

@@ -64,7 +64,7 @@ def test_a_confident_token_keeps_its_part_of_a_tied_weight():
     stats = acqcore.row_stats(hidden, head, targets, backend="eager")
     stats.state[0] += 1e-6  # the logits are formed again, and float32 rounds a product in another order
     keys = torch.zeros(3, dtype=torch.int64)
-    rows = head_pass.HeadPass(hidden, head, stats, ((0, 2), (2, 3)), "sum", "eager", keys, keys)
+    rows = head_pass.HeadPass(hidden, head, ((0, 2), (2, 3)), "sum", "eager", keys, keys, stats)
     ids, values = torch.tensor([[0, 1], [2, 2]]), torch.ones(2, 2, 3)
     p = (hidden.double() @ weight.double().T).softmax(dim=1)
     residual = torch.stack([p[i].sum() - p[i, i] for i in range(3)])  # 1 - p of the target

@@ -228,17 +228,20 @@ def test_sums_of_a_shard_from_the_statistics_of_the_whole(name, implementation):
         assert (error <= 1e-4 * (p[:, begin:end] @ exact.head.weight[begin:end].abs()).amax(dim=1) + 1e-30).all()
 
 
-def test_a_row_without_finite_logits_spoils_its_sample_alone(implementation):
-    case = random_case(20, 24, 900)
-    case.hidden[6] = torch.nan
-    grad = acqcore.hidden_grad(case.hidden, case.head, case.targets, backend=implementation)
+@pytest.mark.parametrize("value", [torch.nan, 3e38])  # the latter makes one logit infinite
+def test_a_row_without_finite_logits_spoils_its_sample_alone(value, implementation):
+    case, offsets = random_case(20, 24, 900), torch.tensor([0, 5, 9, 20])
+    case.head.weight[:, 0] = torch.zeros(900).index_fill(0, torch.tensor([700]), 100)
+    case.hidden[6, 0] = value
+    given = case.hidden, case.head, case.targets
+    grad = acqcore.hidden_grad(*given, backend=implementation)
     assert grad.isnan().all(dim=1).nonzero().flatten().tolist() == [6]
     assert int(grad.isnan().any(dim=1).sum()) == 1
-    for form in ("gram", "auto"):
-        norms = acqcore.head_grad_norm(
-            case.hidden, case.head, case.targets, torch.tensor([0, 5, 9, 20]), form=form, backend=implementation
-        )
+    for form in ("gram", "direct"):
+        norms = acqcore.head_grad_norm(*given, offsets, form=form, backend=implementation)
         assert norms.isnan().tolist() == [False, True, False]
+    sketches = acqcore.grad_sketch(*given, offsets, dim=32, backend=implementation)
+    assert sketches.isnan().all(dim=1).tolist() == sketches.isnan().any(dim=1).tolist() == [False, True, False]
 
 
 def _sketched_case() -> tuple[Case, torch.Tensor]:

@@ -152,12 +152,12 @@ def passes(shape: Shape, work: Work) -> Passes:
         trunk += (deepest + sum(depths.values())) / shape.blocks
         head += 2 * (deepest > 0)
         gram = min(1.0, work.scored / (2 * shape.hidden))
-        of_head = [need for need in needs if isinstance(need.parameters, str)]
-        head += sum(1 if need.dim is not None else gram + predicted for need in of_head)
+        of_head = {(need.dim, need.dim and need.seed) for need in needs if isinstance(need.parameters, str)}
+        head += sum(1 if dim is not None else gram + predicted for dim, _ in of_head)
         kept = max(kept, deepest)
         if predicted:
             continue
-        if any(need.dim is not None for need in of_head):
+        if any(dim is not None for dim, _ in of_head):
             head -= 1 + (deepest > 0)
         elif (deepest and not probed) or (probed and not of_head):
             head -= 1

@@ -27,12 +27,12 @@ class HeadPass:
 
     hidden: torch.Tensor  # [N, D]
     head: Head
-    stats: RowStats
     bounds: Bounds
     loss: Loss
     backend: str | None
     mask_keys: torch.Tensor  # [N] int64, of each token's sample
     places: torch.Tensor  # [N] int64, index of each token in its sample
+    stats: RowStats
     visited: HeadVisit | None = None  # source of stats, if it kept the norm's inputs
     carried: tuple[Probes, FisherGrads] | None = None  # from the same visit as stats
     hidden_grads: torch.Tensor | None = None  # [N, D] of ``head_grad.hidden_grad``, from the same visit

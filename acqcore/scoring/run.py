@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from acqcore.gradients.need import GradientNeed, ProbeNeed
 from acqcore.gradients.per_sample import SampleGradients
 from acqcore.head_grad import delta_visit, loss_weights
 from acqcore.head_visit import visit
+from acqcore.literals import Loss
 from acqcore.row_stats import checked_backend, row_stats
 from acqcore.scoring.draws import Batch, Draws
 from acqcore.students.packing import OVERHEAD_TOKENS, partition
@@ -191,50 +192,43 @@ class Runner:
         head, gradients = self.head, self._gradients
         targets = batch.targets.to(hidden.device)
         keys, places = (value.to(hidden.device) for value in batch.keys_and_places)
-        loss = "mean" if gradients is None else gradients.loss
-        visited = carried = rows = hidden_grads = None
-        known = {}
+        loss: Loss = "mean" if gradients is None else gradients.loss
+        seen = partial(HeadPass, hidden, head, batch.bounds, loss, self._backend, keys, places)
+        chosen = partial(checked_backend, hidden, head, targets, 1.0, self._backend)
+        rows = None
         if self._joined_draws is not None:
             rows, results[self._joined_draws] = self._draws[self._joined_draws].rows_of_hidden(batch, hidden)
-        if gradients is not None and self._sums_with_statistics:
-            backend = checked_backend(hidden, head, targets, 1.0, self._backend, "delta_hash")
+        with_hidden, sketch = self._sums
+        if gradients is not None and (with_hidden or sketch is not None):
             weights = loss_weights(targets, batch.bounds, loss, None)
             visited, hidden_grads, sketches = delta_visit(
-                hidden, head, targets, batch.bounds, weights, 1.0, backend, norms=gradients.of_head,
-                with_hidden=gradients.of_trunk, sketch=gradients.head_sketch,
+                hidden, head, targets, batch.bounds, weights, 1.0, chosen("delta_hash"), norms=gradients.of_head,
+                with_hidden=with_hidden, sketch=sketch,
             )  # fmt: skip
-            stats = visited.stats
-            if sketches is not None:
-                known[gradients.head_sketch] = sketches
-        elif gradients is not None and gradients.of_head:
-            backend = checked_backend(hidden, head, targets, 1.0, self._backend, "head_grad_norm")
-            visited = visit(hidden, head, targets, batch.bounds, 1.0, backend, draws=rows)
-            stats = visited.stats
-        elif rows is not None:
-            backend = checked_backend(hidden, head, targets, 1.0, self._backend)
-            stats = visit(hidden, head, targets, (), 1.0, backend, draws=rows).stats
-        elif gradients is not None and gradients.probes:
-            backend = checked_backend(hidden, head, targets, 1.0, self._backend, "fisher_sums")
+            found = {} if sketches is None else {sketch: sketches}
+            return seen(visited.stats, visited=visited, hidden_grads=hidden_grads, found=found)
+        if gradients is not None and gradients.of_head:
+            visited = visit(hidden, head, targets, batch.bounds, 1.0, chosen("head_grad_norm"), draws=rows)
+            return seen(visited.stats, visited=visited)
+        if rows is not None:
+            return seen(visit(hidden, head, targets, (), 1.0, chosen(), draws=rows).stats)
+        if gradients is not None and gradients.probes:
             seed, count = next(iter(gradients.probes.items()))
             probes = Probes(count, seed, keys, places)
-            stats, cotangents = fisher_visit(hidden, head, targets, probes, 1.0, backend)
-            carried = probes, cotangents
-        else:
-            stats = row_stats(hidden, head, targets, backend=self._backend)
-        return HeadPass(
-            hidden, head, stats, batch.bounds, loss, self._backend, keys, places, visited, carried, hidden_grads, known
-        )
+            stats, cotangents = fisher_visit(hidden, head, targets, probes, 1.0, chosen("fisher_sums"))
+            return seen(stats, carried=(probes, cotangents))
+        return seen(row_stats(hidden, head, targets, backend=self._backend))
 
     @cached_property
-    def _sums_with_statistics(self) -> bool:
-        """Whether the pass over the head's weights that gives the statistics gives dL/dh or a sketch, too."""
+    def _sums(self) -> tuple[bool, tuple[int, int] | None]:
+        """What else the pass over the head's weights for the statistics gives: whether dL/dh, and which sketch."""
         gradients, head = self._gradients, self.head
-        if gradients is None or head.group is not None or not len(head.weight):
-            return False
-        if gradients.head_sketch is not None:
-            return True
-        elsewhere = gradients.probes or self._joined_draws is not None
-        return gradients.of_trunk and not elsewhere and head.weight.device.type == "cpu"  # no kernel joins them on GPUs
+        if gradients is None or head.group is not None:
+            return False, None
+        sketch = gradients.head_sketch
+        elsewhere = sketch is None and (gradients.probes or self._joined_draws is not None)
+        joins = head.weight.device.type == "cpu"  # no kernel gives dL/dh with them on GPUs
+        return joins and gradients.of_trunk and not elsewhere, sketch
 
 
 def check_reference_set(

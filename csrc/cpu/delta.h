@@ -17,7 +17,8 @@ struct DeltaRow {
 inline DeltaRow delta_row(const HeadArgs& args, const double* state /* [7, N] */, const int64_t* index /* [N] */,
                           int64_t row, double weight) {
   const int64_t n = args.hidden.rows;
-  const double max = state[row], r = state[2 * n + row], target = state[6 * n + row];
+  const double max = state[row], target = state[6 * n + row];
+  const double r = state[2 * n + row] + 0 * max;  // an infinite maximum, whose sums are finite, makes delta NaN
   const double slope = weight * args.scale / args.temperature;
   const bool top = args.targets[row] == index[row];
   return {static_cast<float>(max), static_cast<float>(slope / (1 + r) * 0x1p-40), static_cast<float>(slope),
