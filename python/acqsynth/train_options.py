@@ -97,8 +97,13 @@ def configuration(method: str, options: Mapping[str, Any], output: str | Path) -
 
 
 def _check_late(config: Any) -> None:
-    """Raises ValueError for trackers or a schedule that a trainer would reject once its model is loaded."""
-    weight = torch.optim.SGD([torch.zeros(1, requires_grad=True)], config.learning_rate)
+    """Raises ValueError for trackers, an optimizer or a schedule that a trainer would reject once its model is
+    loaded."""
+    betas = config.adam_beta1, config.adam_beta2
+    try:
+        weight = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], config.learning_rate, betas)
+    except ValueError as error:  # a beta of 1
+        raise ValueError(f"options: adam_beta1, adam_beta2: {error}") from error
     try:
         get_reporting_integration_callbacks(config.report_to)
     except (TypeError, ValueError) as error:
@@ -199,7 +204,7 @@ _RANGES: dict[str, tuple[type, float, float, bool]] = {
         (int, 0, math.inf, True): "top_k seed data_seed dataloader_num_workers dataset_num_proc",
         (float, 0, math.inf, False): "num_train_epochs temperature repetition_penalty",
         (float, 0, math.inf, True): "learning_rate weight_decay max_grad_norm beta epsilon epsilon_high delta "
-        "adam_epsilon warmup_steps",
+        "adam_epsilon warmup_steps neftune_noise_alpha",
         (float, 0, 1, True): "warmup_ratio min_p lora_dropout adam_beta1 adam_beta2 ref_model_mixup_alpha "
         "label_smoothing label_smoothing_factor top_entropy_quantile",
         (float, 0, 1, False): "top_p",
