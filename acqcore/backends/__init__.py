@@ -25,8 +25,10 @@ from acqcore.backends.base import (
     Backend as Backend,
     DrawRows as DrawRows,
     Dropout as Dropout,
+    FisherSums as FisherSums,
     Gram as Gram,
     HeadRows as HeadRows,
+    LogitRows as LogitRows,
     Probes as Probes,
 )
 from acqcore.backends.cpu import Cpu
