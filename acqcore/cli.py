@@ -255,20 +255,16 @@ def _run(
         return 0
     try:
         summary = _collect(options, job, parts, blocks, {block.index for block in pending})
-        _join(options, job, parts, blocks)
+        written = [parts.path(block.index) for block in blocks]
+        if options.top_k is not None:
+            written = keep_top(written, options.top_k, job.plan.names[0], job.output_columns)
+        join(written, job.out, job.output_columns)
     except OSError as error:
         raise _UsageError(f"{options.out}: {_first_line(error)}; the scores are kept in {parts.folder}") from error
     if not summary.failed_blocks:
         parts.remove()
     summary.print(options.out, begun, options.top_k)
     return 1 if summary.failed_blocks or not summary.valid else 0
-
-
-def _join(options: argparse.Namespace, job: Job, parts: Parts, blocks: Sequence[Block]) -> None:
-    written = [parts.path(block.index) for block in blocks]
-    if options.top_k is not None:
-        written = keep_top(written, options.top_k, job.plan.names[0], job.output_columns)
-    join(written, job.out, job.output_columns)
 
 
 def _first_line(error: Exception) -> str:

@@ -10,6 +10,7 @@ import torch
 
 from acqcore.backends import extension
 from acqcore.backends.base import Backend, DrawRows, Dropout, FisherSums, Gram, HeadRows, LogitRows, Probes
+from acqcore.backends.chunked_mixture import shard
 from acqcore.defaults import float32_products
 from acqcore.head import compute_dtype
 from acqcore.philox import keep_mask, signs
@@ -263,12 +264,9 @@ def add_fisher_sums(
 ) -> None:
     """Adds the sums of ``Backend.fisher_sums`` over some columns; the state must be filled."""
     assert rows.targets is not None
-    head = rows.head
-    bias = None if head.bias is None else head.bias[columns]
-    weight = head.weight[columns]
-    few = replace(head, weight=weight, bias=bias, vocab_start=0, vocab_size=len(weight))
+    few = shard(rows.head, columns)
     z = few.logits(rows.hidden, rows.temperature)
-    weight = weight.to(z.dtype)
+    weight = few.weight.to(z.dtype)
     root = ((z - rows.state[0, :, None].to(z.dtype)) / 2).exp()
     top = torch.arange(columns.start, columns.stop, device=z.device) == rows.index[:, None]
     root = root.masked_fill(top | (rows.targets == -100)[:, None], 0)
