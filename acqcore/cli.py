@@ -106,9 +106,6 @@ def _parser() -> argparse.ArgumentParser:
     score.set_defaults(command=_score)
     score.add_argument("--student", required=True, metavar="M", help="hub id or local path")
     score.add_argument(
-        "--data", required=True, type=Path, metavar="F", help="a .jsonl, .csv or .parquet file, or a data set: org/name"
-    )
-    score.add_argument(
         "--out",
         required=True,
         type=table_output,
@@ -116,7 +113,6 @@ def _parser() -> argparse.ArgumentParser:
         help=".parquet, .jsonl or .csv; without an extension a folder of parquet files; keeps every column of the data",
     )
     score.add_argument("--top-k", type=int, metavar="K", help="write only the top K rows by the first acquisition")
-    score.add_argument("--overwrite", action="store_true", help="replace an existing --out")
     score.add_argument(
         "--acquisitions",
         default="entropy",
@@ -163,6 +159,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_scoring_options(parser: argparse.ArgumentParser, device: str) -> None:
     """The options of the commands that score the rows of a file."""
+    parser.add_argument(
+        "--data", required=True, type=Path, metavar="F", help="a .jsonl, .csv or .parquet file, or a data set: org/name"
+    )
     parser.add_argument("--data-config", metavar="C", help="configuration of a hub data set")
     parser.add_argument("--split", default="train", metavar="S", help="split of a hub data set (default: train)")
     parser.add_argument(
@@ -179,6 +178,7 @@ def _add_scoring_options(parser: argparse.ArgumentParser, device: str) -> None:
 
 def _add_sample_options(parser: argparse.ArgumentParser, device: str) -> None:
     """The options of the commands that run a student on the rows of a file; ``device`` names the default."""
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing --out")
     parser.add_argument("--prompt-column", metavar="C", help="column with the context; needs --completion-column")
     parser.add_argument("--completion-column", metavar="C", help="column with the scored text")
     parser.add_argument("--text-column", metavar="C", help="column with text to score in full")

@@ -140,7 +140,10 @@ class TrunkDraws:
         found: dict[nn.Module, Any] = {}
 
         def keep(module: nn.Module, arguments: Any, output: Any) -> None:
-            found[module] = self._repeated(output, input_ids)
+            value = first_tensor(output)
+            if value is None or value.shape[:2] != input_ids.shape:
+                raise ValueError(f"layers: expected a block to return [B, T, ...], got {checks.describe(value)}")
+            found[module] = with_first(output, value.repeat(self._draws, *[1] * (value.dim() - 1)))
             if module is branch:
                 raise _Found
 
@@ -150,17 +153,6 @@ class TrunkDraws:
             with suppress(_Found):
                 self._student.hidden(input_ids)
         return {module: found[blocks[-1] if module is not branch else branch] for module in self._shared}
-
-    def _repeated(
-        self,
-        output: Any,
-        input_ids: torch.Tensor,  # [B, T]
-    ) -> Any:
-        """A module's output with its first tensor repeated for each draw, draw by draw."""
-        value = first_tensor(output)
-        if value is None or value.shape[:2] != input_ids.shape:
-            raise ValueError(f"layers: expected a block to return [B, T, ...], got {checks.describe(value)}")
-        return with_first(output, value.repeat(self._draws, *[1] * (value.dim() - 1)))
 
     def _after_site(
         self,
