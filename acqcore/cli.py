@@ -202,19 +202,11 @@ def _info(options: argparse.Namespace) -> int:
         rows.append((name, version))
     rows.append(("threads", str(torch.get_num_threads())))
     print_table("versions", ("", ""), rows)
-    print_table(
-        "backends, in order of preference",
-        ("name", "available", "instruction set", "description"),
-        [
-            (
-                backend.name,
-                "yes" if backend.available else f"no: {backend.reason}",
-                backend.instruction_set or "",
-                backend.description,
-            )
-            for backend in backends()
-        ],
-    )
+    found = [
+        (row.name, "yes" if row.available else f"no: {row.reason}", row.instruction_set or "", row.description)
+        for row in backends()
+    ]
+    print_table("backends, in order of preference", ("name", "available", "instruction set", "description"), found)
     return 0
 
 

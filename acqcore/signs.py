@@ -66,12 +66,7 @@ def hashed_places(
 
 
 def rotated_places(
-    rows: int,
-    places: int,
-    seed: int,
-    stream: int,
-    first_row: int = 0,
-    device: torch.device | str = "cpu",
+    rows: int, places: int, seed: int, stream: int, first_row: int = 0, device: torch.device | str = "cpu"
 ) -> torch.Tensor:
     """Like :func:`hashed_places`, with places that a kernel can fill in order.
 

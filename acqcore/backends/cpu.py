@@ -46,13 +46,7 @@ class Cpu(Backend):
 
     def row_stats(self, rows: HeadRows, gram: Gram | None = None) -> None:
         with _head_args(rows) as arguments, _gram_args(gram) as of_gram:
-            _core.row_stats(
-                self.instruction_set(),
-                arguments,
-                *of_gram,
-                rows.state.data_ptr(),
-                rows.index.data_ptr(),
-            )
+            _core.row_stats(self.instruction_set(), arguments, *of_gram, rows.state.data_ptr(), rows.index.data_ptr())
 
     def logit_stats(self, rows: LogitRows) -> None:
         targets = None if rows.targets is None else rows.targets.contiguous()

@@ -177,12 +177,9 @@ class Student:
     @property
     def device(self) -> torch.device:
         """Device of the token ids: that of the trunk's first parameter that is not offloaded, else the head's."""
-        for module in (self.trunk, self._module):
-            if isinstance(module, torch.nn.Module):
-                for parameter in module.parameters():
-                    if not parameter.is_meta:
-                        return parameter.device
-        return self.head.weight.device
+        modules = [module for module in (self.trunk, self._module) if isinstance(module, torch.nn.Module)]
+        devices = (p.device for module in modules for p in module.parameters() if not p.is_meta)
+        return next(devices, None) or self.head.weight.device
 
     @property
     def blocks(self) -> list[torch.nn.Module]:
