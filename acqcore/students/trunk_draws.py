@@ -121,7 +121,7 @@ class TrunkDraws:
         expanded = input_ids.repeat(self._draws, 1)  # [K * B, T]
         with ExitStack() as stack:
             for module, output in self._stored(input_ids).items():
-                stack.enter_context(replaced_forward(module, partial(_given, output)))
+                stack.enter_context(replaced_forward(module, lambda *_, given=output, **__: given))
             for site, module, p in self._sites:
                 drop = partial(self._after_site, site=site, p=p, samples=samples)
                 stack.callback(module.register_forward_hook(drop).remove)
@@ -187,11 +187,6 @@ class TrunkDraws:
 
 class _Found(Exception):  # noqa: N818
     """Ends a forward after the last shared module."""
-
-
-def _given(output: Any, *_: Any, **__: Any) -> Any:
-    """A forward that returns a stored output."""
-    return output
 
 
 def member_hidden(
