@@ -66,19 +66,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(options.command(options))
     except _UsageError as error:
-        print(f"acqcore: error: {_of_options(str(error), options)}", file=sys.stderr)
+        # A leading argument is spelled as an option: ``--max-length: expected ...``.
+        name, colon, rest = str(error).partition(":")
+        message = f"--{name.replace('_', '-')}{colon}{rest}" if name in vars(options) else str(error)
+        print(f"acqcore: error: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         resumable = options.command is _score
         result = "the same command resumes after the last finished batch" if resumable else "nothing was written"
         print(f"acqcore: interrupted; {result}", file=sys.stderr)
         return 130
-
-
-def _of_options(message: str, options: argparse.Namespace) -> str:
-    """The message with its leading argument spelled as an option: ``--max-length: expected ...``."""
-    name, colon, rest = message.partition(":")
-    return f"--{name.replace('_', '-')}{colon}{rest}" if name in vars(options) else message
 
 
 class _UsageError(Exception):
