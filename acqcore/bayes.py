@@ -175,7 +175,8 @@ def mutual_information(
     checks.hidden(hidden, head.weight)
     checks.targets(targets, hidden, "hidden")
     samples, positions = places(hidden, offsets)
-    return dropout_stats(hidden, head, Dropout(dropout, form, block, seed, samples, positions), draws, targets, backend)
+    masks = Dropout(dropout, form, block, seed, samples, positions)
+    return mixture_stats(hidden, (head,), masks, draws, targets, backend)
 
 
 @standard_defaults()
@@ -206,19 +207,7 @@ def ensemble_stats(
         for what in ("softcap", "scale", "vocab_start", "vocab_size"):
             checks.alike(what, getattr(members[0], what), getattr(member, what), k)
         checks.alike("group", group_ranks(members[0]), group_ranks(member), k)
-    return _mixture_stats(hidden, members, None, len(hidden), targets, backend)
-
-
-def dropout_stats(
-    hidden: torch.Tensor,  # [N, D]
-    head: Head,
-    dropout: Dropout,
-    draws: int,
-    targets: torch.Tensor | None,  # [N]
-    backend: str | None,
-) -> BayesStats:
-    """:func:`mutual_information` with masks keyed by the caller; arguments are trusted."""
-    return _mixture_stats(hidden, (head,), dropout, draws, targets, backend)
+    return mixture_stats(hidden, members, None, len(hidden), targets, backend)
 
 
 def dropout_rows(
@@ -259,7 +248,7 @@ def places(
     return sample, row - begins[sample]
 
 
-def _mixture_stats(
+def mixture_stats(
     hidden: torch.Tensor,  # [N, D] with dropout, else [K, N, D]
     heads: tuple[Head, ...],
     dropout: Dropout | None,
@@ -267,6 +256,7 @@ def _mixture_stats(
     targets: torch.Tensor | None,  # [N]
     backend: str | None,
 ) -> BayesStats:
+    """Statistics of the draws; arguments are trusted."""
     head = heads[0]
     dtype = compute_dtype(hidden.dtype, head.weight.dtype)
     n = hidden.shape[-2]

@@ -66,19 +66,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(options.command(options))
     except _UsageError as error:
-        print(f"acqcore: error: {_of_options(str(error), options)}", file=sys.stderr)
+        # A leading argument is spelled as an option: ``--max-length: expected ...``.
+        name, colon, rest = str(error).partition(":")
+        message = f"--{name.replace('_', '-')}{colon}{rest}" if name in vars(options) else str(error)
+        print(f"acqcore: error: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         resumable = options.command is _score
         result = "the same command resumes after the last finished batch" if resumable else "nothing was written"
         print(f"acqcore: interrupted; {result}", file=sys.stderr)
         return 130
-
-
-def _of_options(message: str, options: argparse.Namespace) -> str:
-    """The message with its leading argument spelled as an option: ``--max-length: expected ...``."""
-    name, colon, rest = message.partition(":")
-    return f"--{name.replace('_', '-')}{colon}{rest}" if name in vars(options) else message
 
 
 class _UsageError(Exception):
@@ -106,9 +103,6 @@ def _parser() -> argparse.ArgumentParser:
     score.set_defaults(command=_score)
     score.add_argument("--student", required=True, metavar="M", help="hub id or local path")
     score.add_argument(
-        "--data", required=True, type=Path, metavar="F", help="a .jsonl, .csv or .parquet file, or a data set: org/name"
-    )
-    score.add_argument(
         "--out",
         required=True,
         type=table_output,
@@ -116,7 +110,6 @@ def _parser() -> argparse.ArgumentParser:
         help=".parquet, .jsonl or .csv; without an extension a folder of parquet files; keeps every column of the data",
     )
     score.add_argument("--top-k", type=int, metavar="K", help="write only the top K rows by the first acquisition")
-    score.add_argument("--overwrite", action="store_true", help="replace an existing --out")
     score.add_argument(
         "--acquisitions",
         default="entropy",
@@ -163,6 +156,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_scoring_options(parser: argparse.ArgumentParser, device: str) -> None:
     """The options of the commands that score the rows of a file."""
+    parser.add_argument(
+        "--data", required=True, type=Path, metavar="F", help="a .jsonl, .csv or .parquet file, or a data set: org/name"
+    )
     parser.add_argument("--data-config", metavar="C", help="configuration of a hub data set")
     parser.add_argument("--split", default="train", metavar="S", help="split of a hub data set (default: train)")
     parser.add_argument(
@@ -179,6 +175,7 @@ def _add_scoring_options(parser: argparse.ArgumentParser, device: str) -> None:
 
 def _add_sample_options(parser: argparse.ArgumentParser, device: str) -> None:
     """The options of the commands that run a student on the rows of a file; ``device`` names the default."""
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing --out")
     parser.add_argument("--prompt-column", metavar="C", help="column with the context; needs --completion-column")
     parser.add_argument("--completion-column", metavar="C", help="column with the scored text")
     parser.add_argument("--text-column", metavar="C", help="column with text to score in full")
@@ -202,19 +199,11 @@ def _info(options: argparse.Namespace) -> int:
         rows.append((name, version))
     rows.append(("threads", str(torch.get_num_threads())))
     print_table("versions", ("", ""), rows)
-    print_table(
-        "backends, in order of preference",
-        ("name", "available", "instruction set", "description"),
-        [
-            (
-                backend.name,
-                "yes" if backend.available else f"no: {backend.reason}",
-                backend.instruction_set or "",
-                backend.description,
-            )
-            for backend in backends()
-        ],
-    )
+    found = [
+        (row.name, "yes" if row.available else f"no: {row.reason}", row.instruction_set or "", row.description)
+        for row in backends()
+    ]
+    print_table("backends, in order of preference", ("name", "available", "instruction set", "description"), found)
     return 0
 
 
@@ -255,20 +244,16 @@ def _run(
         return 0
     try:
         summary = _collect(options, job, parts, blocks, {block.index for block in pending})
-        _join(options, job, parts, blocks)
+        written = [parts.path(block.index) for block in blocks]
+        if options.top_k is not None:
+            written = keep_top(written, options.top_k, job.plan.names[0], job.output_columns)
+        join(written, job.out, job.output_columns)
     except OSError as error:
         raise _UsageError(f"{options.out}: {_first_line(error)}; the scores are kept in {parts.folder}") from error
     if not summary.failed_blocks:
         parts.remove()
     summary.print(options.out, begun, options.top_k)
     return 1 if summary.failed_blocks or not summary.valid else 0
-
-
-def _join(options: argparse.Namespace, job: Job, parts: Parts, blocks: Sequence[Block]) -> None:
-    written = [parts.path(block.index) for block in blocks]
-    if options.top_k is not None:
-        written = keep_top(written, options.top_k, job.plan.names[0], job.output_columns)
-    join(written, job.out, job.output_columns)
 
 
 def _first_line(error: Exception) -> str:

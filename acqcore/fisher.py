@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 
 from acqcore import checks
-from acqcore.backends import Backend, HeadRows, Probes
+from acqcore.backends import Backend, FisherSums, HeadRows, Probes
 from acqcore.bayes import places
 from acqcore.defaults import standard_defaults
 from acqcore.head import Head, compute_dtype
@@ -111,13 +111,15 @@ def fisher_visit(
     """
     n, columns = hidden.shape
     dtype = compute_dtype(hidden.dtype, head.weight.dtype)
-    sums = torch.empty((probes.count + 1, n, columns), dtype=dtype, device=hidden.device)
-    signed = torch.empty((probes.count, n), dtype=torch.float64, device=hidden.device)
-    squares = torch.empty(n, dtype=torch.float64, device=hidden.device)
+    found = FisherSums(
+        torch.empty((probes.count + 1, n, columns), dtype=dtype, device=hidden.device),
+        torch.empty((probes.count, n), dtype=torch.float64, device=hidden.device),
+        torch.empty(n, dtype=torch.float64, device=hidden.device),
+    )
     state, index = empty_state(hidden)
     trusted = checks.targets_in_range(targets, head.vocab_size)
     rows = HeadRows(hidden, head, trusted, temperature, state, index)
-    backend.fisher_sums(rows, probes, sums, signed, squares)
+    backend.fisher_sums(rows, probes, found)
     stats = stats_of(hidden, targets, state, index, dtype)
     expected = torch.empty(n, dtype=torch.float64, device=hidden.device)
     tops = index.clamp_min(0)  # -1 in ignored rows
@@ -126,19 +128,17 @@ def fisher_visit(
     for begin in range(0, n, at_once):
         part = slice(begin, begin + at_once)
         few = HeadRows(hidden[part], head, targets[part], temperature, state[:, part], tops[part])
-        expected[part] = _finished(few, of_tops[:, part], sums[:, part], signed[:, part], squares[part])
-    return stats, FisherGrads(sums[1:], expected)
+        expected[part] = _finished(few, of_tops[:, part], found.of_rows(part))
+    return stats, FisherGrads(found.sums[1:], expected)
 
 
 def _finished(
     rows: HeadRows,  # index is 0 in ignored rows
     of_tops: torch.Tensor,  # [P, N] signs of the rows' most likely tokens
-    sums: torch.Tensor,  # [P + 1, N, D]: the last P become the gradients
-    signed: torch.Tensor,  # [P, N] float64
-    squares: torch.Tensor,  # [N] float64
+    found: FisherSums,  # the last P of its sums become the gradients
 ) -> torch.Tensor:
     """The expected squared norms, ``[N]`` float64, by the formulas of :func:`fisher_visit`."""
-    head, dtype = rows.head, sums.dtype
+    head, dtype = rows.head, found.sums.dtype
     assert rows.targets is not None
     scored = rows.targets != checks.IGNORE_INDEX
     largest = rows.state[MAX].where(scored, 0)
@@ -149,14 +149,14 @@ def _finished(
     top = head.weight[rows.index].to(dtype)  # [N, D]
     if head.softcap is not None:
         top = top * (1 - (largest * (rows.temperature / head.softcap)).square())[:, None].to(dtype)
-    mean, gradients = sums[0], sums[1:]
+    mean, gradients = found.sums[0], found.sums[1:]
     between = _squared_norms(mean - r[:, None].to(dtype) * top)
-    within = squares - _squared_norms(mean) * inverse
+    within = found.squares - _squared_norms(mean) * inverse
     expected = (slope**2 * (within.clamp_min(0) + between * inverse / z) / z).where(scored, 0)
     of_tops = of_tops * (r.sqrt() / z.sqrt())  # [P, N]
     factor = (slope / z.sqrt()).where(largest.isfinite(), torch.nan)
     most = torch.finfo(dtype).max  # overflows where the mean is 0 in float32
-    of_mean = (-(signed + of_tops) * inverse).clamp(-most, most)
+    of_mean = (-(found.signed + of_tops) * inverse).clamp(-most, most)
     gradients.addcmul_(of_mean[:, :, None].to(dtype), mean)
     gradients.addcmul_(of_tops[:, :, None].to(dtype), top)
     gradients.mul_(factor[:, None].to(dtype)).masked_fill_(~scored[:, None], 0)

@@ -19,7 +19,7 @@ from functools import reduce
 import torch
 
 from acqcore import checks
-from acqcore.backends import Backend, Gram, HeadRows, get as get_backend, select as select_backend
+from acqcore.backends import Backend, Gram, HeadRows, LogitRows, get as get_backend, select as select_backend
 from acqcore.backends.base import matrix_starts
 from acqcore.head import Head, compute_dtype
 from acqcore.vocab_parallel import check_tiling, gathered
@@ -389,4 +389,4 @@ def _logit_stats_op(
     index: torch.Tensor,  # [N] int64, written
 ) -> None:
     targets = checks.targets_in_range(targets, logits.shape[1])
-    get_backend(backend).logit_stats(logits, targets, temperature, state, index)
+    get_backend(backend).logit_stats(LogitRows(logits, targets, temperature, state, index))

@@ -52,26 +52,19 @@ def _sign_words(rows: int, words: int, seed: int, stream: int, first_row: int, d
     return bits.view(torch.uint8)
 
 
-def hashed_places(
-    rows: int, places: int, seed: int, stream: int, first_row: int = 0, device: torch.device | str = "cpu"
-) -> torch.Tensor:
+def hashed_places(rows: int, places: int, seed: int, stream: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """A place and a sign for each row, ``[rows]`` int32: the place in ``[0, places)``, or ``~place`` for minus.
 
-    A function of (seed, stream, row + first_row): the columns of a count sketch (Charikar, Chen & Farach-Colton 2002).
+    A function of (seed, stream, row): the columns of a count sketch (Charikar, Chen & Farach-Colton 2002).
     """
-    row = torch.arange(first_row, first_row + rows, dtype=torch.int64, device=device)
+    row = torch.arange(rows, dtype=torch.int64, device=device)
     bits = _mix(_key(seed, stream) + (row + 1) * _GOLDEN)
     place = _shift_right(bits, 1) % places
     return place.where((bits & 1) == 0, ~place).to(torch.int32)
 
 
 def rotated_places(
-    rows: int,
-    places: int,
-    seed: int,
-    stream: int,
-    first_row: int = 0,
-    device: torch.device | str = "cpu",
+    rows: int, places: int, seed: int, stream: int, first_row: int = 0, device: torch.device | str = "cpu"
 ) -> torch.Tensor:
     """Like :func:`hashed_places`, with places that a kernel can fill in order.
 

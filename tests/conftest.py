@@ -29,7 +29,7 @@ import torch
 import acqcore
 from acqcore import _core
 from acqcore.acquisitions import REGISTRY, RowNeed
-from acqcore.backends import _BACKENDS
+from acqcore.backends import _BACKENDS, LogitRows
 from acqcore.backends.base import Backend
 from acqcore.backends.cuda import Cuda
 from acqcore.backends.extension import matrix, pointer
@@ -84,19 +84,12 @@ class EmulatedCuda(Cuda):
     def _product(self, hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
         torch.mm(hidden.float(), weight.float().T, out=out)
 
-    def _fold(
-        self,
-        logits: torch.Tensor,
-        targets: torch.Tensor | None,
-        temperature: float,
-        vocab_start: int,
-        accumulate: bool,
-        state: torch.Tensor,
-        index: torch.Tensor,
-    ) -> None:
+    def _fold(self, rows: LogitRows, vocab_start: int, accumulate: bool) -> None:
+        targets = None if rows.targets is None else rows.targets.contiguous()
         args = _core.CudaLogitStatsArgs(
-            matrix(logits), pointer(targets), temperature, vocab_start, accumulate, state.data_ptr(), index.data_ptr()
-        )
+            matrix(rows.logits), pointer(targets), rows.temperature, vocab_start, accumulate, rows.state.data_ptr(),
+            rows.index.data_ptr(),
+        )  # fmt: skip
         _core.cuda_logit_stats_on_host(args, self.multiprocessors)
 
 

@@ -172,7 +172,8 @@ def test_rows_do_not_depend_on_the_batch(form, implementation):
     positions = torch.tensor([3, 19, 0, 68])
     rows = torch.tensor([3, 19, 20, 89])
     dropout = Dropout(0.1, form, 64, 3, samples, positions)
-    apart = acqcore.bayes.dropout_stats(case.hidden[rows], case.head, dropout, 4, case.targets[rows], implementation)
+    hidden, targets = case.hidden[rows], case.targets[rows]
+    apart = acqcore.bayes.mixture_stats(hidden, (case.head,), dropout, 4, targets, implementation)
     tolerance = 0 if implementation == "cpu" else 1e-6
     torch.testing.assert_close(apart.state, whole.state[:, rows], rtol=tolerance, atol=tolerance)
     assert torch.equal(apart.votes, whole.votes[:, rows])

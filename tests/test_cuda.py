@@ -11,7 +11,7 @@ import torch
 
 import acqcore
 from acqcore import _core
-from acqcore.backends import PREFERENCE, HeadRows, cuda, select as select_backend
+from acqcore.backends import PREFERENCE, HeadRows, LogitRows, cuda, select as select_backend
 from acqcore.backends.cuda import Cuda
 from acqcore.backends.extension import matrix, pointer
 from acqcore.testing import assert_close_to_oracle, assert_logits_match, random_case
@@ -159,7 +159,7 @@ def test_out_of_memory_is_one_sentence(monkeypatch):
 
     monkeypatch.setattr(Cuda, "_fold", exhausted)
     with pytest.raises(torch.OutOfMemoryError, match=r"^cuda logit_stats: .* space: CUDA out of memory$"):
-        Cuda().logit_stats(torch.zeros(1, 2), None, 1.0, torch.zeros(7, 1), torch.zeros(1))
+        Cuda().logit_stats(LogitRows(torch.zeros(1, 2), None, 1.0, torch.zeros(7, 1), torch.zeros(1)))
 
 
 @needs_no_driver

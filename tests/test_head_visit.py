@@ -13,7 +13,7 @@ import torch
 import acqcore
 from acqcore import head_grad
 from acqcore.backends import Dropout, Gram, HeadRows, get as get_backend
-from acqcore.bayes import dropout_rows, dropout_stats
+from acqcore.bayes import dropout_rows, mixture_stats
 from acqcore.head_grad import delta_visit, loss_weights
 from acqcore.head_visit import visit
 from acqcore.row_stats import RowStats, empty_state
@@ -328,7 +328,7 @@ def test_draws_share_the_pass(name, block, dtype, isa, monkeypatch):
         dropout = Dropout(0.2, "block", block, 3, torch.zeros_like(key), key)
         drawn, found = dropout_rows(rows.hidden, rows.head, dropout, 5, rows.targets)
         got = visit(rows.hidden, rows.head, rows.targets, bounds, 1.0, get_backend("cpu"), "gram", draws=drawn)
-        alone = dropout_stats(rows.hidden, rows.head, dropout, 5, rows.targets, "cpu")
+        alone = mixture_stats(rows.hidden, (rows.head,), dropout, 5, rows.targets, "cpu")
         assert torch.equal(found.state.nan_to_num(7), alone.state.nan_to_num(7))
         assert torch.equal(found.votes, alone.votes)
         errors = worst_errors(got.stats, oracle)

@@ -25,8 +25,10 @@ from acqcore.backends.base import (
     Backend as Backend,
     DrawRows as DrawRows,
     Dropout as Dropout,
+    FisherSums as FisherSums,
     Gram as Gram,
     HeadRows as HeadRows,
+    LogitRows as LogitRows,
     Probes as Probes,
 )
 from acqcore.backends.cpu import Cpu
@@ -91,24 +93,14 @@ def select(
         if reason := chosen.misfit(device, dtypes):
             raise ValueError(f"{argument}: {reason}")
         return chosen
-    fitting, reasons = [], []
-    for candidate in _BACKENDS.values():
-        if candidate.automatic:
-            reason = candidate.misfit(device, dtypes) or candidate.unavailable()
-            if reason is None:
-                fitting.append(candidate)
-            else:
-                reasons.append(reason)
+    reasons = {n: b.misfit(device, dtypes) or b.unavailable() for n, b in _BACKENDS.items() if b.automatic}
+    fitting = [candidate for candidate, reason in reasons.items() if reason is None]
     if not fitting:
-        raise RuntimeError(f"{'; '.join(reasons)}. Pass backend='eager' to use plain torch.")
-    if len(fitting) == 1 or device.type != "cuda":
-        return fitting[0]
-    preferred = _order(op, _capability(device.index), str(dtypes[0]).removeprefix("torch."), *shape)
-    for preference in preferred:
-        for candidate in fitting:
-            if candidate.name == preference:
-                return candidate
-    return fitting[0]
+        raise RuntimeError(f"{'; '.join(filter(None, reasons.values()))}. Pass backend='eager' to use plain torch.")
+    if len(fitting) > 1 and device.type == "cuda":
+        order = _order(op, _capability(device.index), str(dtypes[0]).removeprefix("torch."), *shape)
+        fitting = [candidate for candidate in order if candidate in fitting] or fitting
+    return _BACKENDS[fitting[0]]
 
 
 def _order(op: str, capability: str, dtype: str, rows: int, vocab: int) -> list[str]:

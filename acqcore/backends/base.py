@@ -25,6 +25,17 @@ class HeadRows:
 
 
 @dataclass(frozen=True, eq=False)
+class LogitRows:
+    """N rows of logits, and their state as in :class:`HeadRows`."""
+
+    logits: torch.Tensor  # [N, V]
+    targets: torch.Tensor | None  # [N] int64, -100 ignored
+    temperature: float
+    state: torch.Tensor  # [7, N] float64, contiguous, written
+    index: torch.Tensor  # [N] int64, written
+
+
+@dataclass(frozen=True, eq=False)
 class Gram:
     """Gram matrices of unnormalised probabilities, one per sample, accumulated beside the row state.
 
@@ -113,6 +124,23 @@ class Probes:
     positions: torch.Tensor  # [N] int64: of each row in its sample
 
 
+@dataclass(frozen=True, eq=False)
+class FisherSums:
+    """The sums from which random cotangents of N rows are built; ``Backend.fisher_sums`` writes them."""
+
+    sums: torch.Tensor  # [P + 1, N, D] float32 (float64 on eager in float64), contiguous
+    signed: torch.Tensor  # [P, N] float64, contiguous
+    squares: torch.Tensor  # [N] float64
+
+    def of_rows(self, part: slice) -> FisherSums:
+        """Views of some of the rows."""
+        return FisherSums(self.sums[:, part], self.signed[:, part], self.squares[part])
+
+    def clear(self) -> None:
+        for written in (self.sums, self.signed, self.squares):
+            written.zero_()
+
+
 class Backend(ABC):
     """One way to fill the row state. Subclasses are adapters: the arithmetic is in kernels, csrc or plain torch."""
 
@@ -152,14 +180,7 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def logit_stats(
-        self,
-        logits: torch.Tensor,  # [N, V]
-        targets: torch.Tensor | None,  # [N]
-        temperature: float,
-        state: torch.Tensor,  # [7, N] float64, written
-        index: torch.Tensor,  # [N] int64, written
-    ) -> None:
+    def logit_stats(self, rows: LogitRows) -> None:
         """``row_stats`` from logits."""
 
     @abstractmethod
@@ -233,14 +254,7 @@ class Backend(ABC):
         """``values`` of ``delta_sums`` with ``m = state[MAX]``, in a pass of its own."""
 
     @abstractmethod
-    def fisher_sums(
-        self,
-        rows: HeadRows,
-        probes: Probes,
-        sums: torch.Tensor,  # [P + 1, N, D] float32 (float64 on eager in float64), contiguous, written
-        signed: torch.Tensor,  # [P, N] float64, contiguous, written
-        squares: torch.Tensor,  # [N] float64, written
-    ) -> None:
+    def fisher_sums(self, rows: HeadRows, probes: Probes, out: FisherSums) -> None:
         """Fill the state as ``row_stats`` does, and the sums that random cotangents are built from in the same pass.
 
         With e the unnormalised probabilities ``exp(z - state[MAX])``, zero in the column of the largest logit, cap' as

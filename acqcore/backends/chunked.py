@@ -11,11 +11,11 @@ from dataclasses import replace
 
 import torch
 
-from acqcore.backends.base import Backend, DrawRows, Dropout, Gram, HeadRows, Probes
+from acqcore.backends.base import DrawRows, Dropout, FisherSums, Gram, HeadRows, Probes
 from acqcore.backends.chunked_mixture import mixture_in_chunks, shard
 from acqcore.backends.eager import (
+    GramNorm,
     add_fisher_sums,
-    gram_norm,
     gram_products,
     logit_gradient,
     unnormalised,
@@ -38,7 +38,7 @@ SIGN_COLUMNS = 1 << 14
 MAX_ROWS = 1024
 
 
-class Chunked(Backend):
+class Chunked(GramNorm):
     """A backend whose head gradients and mixtures of draws run in chunked torch."""
 
     @float32_products()
@@ -75,17 +75,6 @@ class Chunked(Backend):
                 gram_products(_factors(part, columns), part, group, columns.start)
 
     @float32_products()
-    def gram_norm(
-        self,
-        rows: HeadRows,
-        gram: Gram,
-        local_max: torch.Tensor,  # [N] float64
-        weights: torch.Tensor,  # [N] float64
-        squared: torch.Tensor,  # [len(gram.bounds)] float64, written
-    ) -> None:
-        gram_norm(rows, gram, local_max, weights, squared)
-
-    @float32_products()
     def head_grad_norm(
         self,
         rows: HeadRows,
@@ -111,30 +100,15 @@ class Chunked(Backend):
                 factors.masked_fill_(of_row == piece.targets[:, None], 0)
                 out[part].addmm_(factors, rows.head.weight[columns].to(factors.dtype))
 
-    def fisher_sums(
-        self,
-        rows: HeadRows,
-        probes: Probes,
-        sums: torch.Tensor,  # [P + 1, N, D], written
-        signed: torch.Tensor,  # [P, N] float64, written
-        squares: torch.Tensor,  # [N] float64, written
-    ) -> None:
+    def fisher_sums(self, rows: HeadRows, probes: Probes, out: FisherSums) -> None:
         """In two passes over the weights."""
         self.row_stats(rows)
-        self.fill_fisher_sums(rows, probes, sums, signed, squares)
+        self.fill_fisher_sums(rows, probes, out)
 
     @float32_products()
-    def fill_fisher_sums(
-        self,
-        rows: HeadRows,  # their state filled
-        probes: Probes,
-        sums: torch.Tensor,  # [P + 1, N, D], written
-        signed: torch.Tensor,  # [P, N] float64, written
-        squares: torch.Tensor,  # [N] float64, written
-    ) -> None:
-        """The second pass."""
-        for written in (sums, signed, squares):
-            written.zero_()
+    def fill_fisher_sums(self, rows: HeadRows, probes: Probes, out: FisherSums) -> None:
+        """The second pass, with the state of the rows filled."""
+        out.clear()
         for part, piece in _row_chunks(rows, 0, len(rows.hidden)):
             keys = probes.samples[part], probes.positions[part]
             begin, end = 0, 0  # columns whose sign words are in ``words``
@@ -144,7 +118,7 @@ class Chunked(Backend):
                     end = max(end, columns.stop)
                     words = [sign_words(*keys, slice(begin, end), probes.seed, k) for k in range(probes.count)]
                 positive = [signs_in(of_probe, begin, columns) for of_probe in words]
-                add_fisher_sums(piece, positive, columns, sums[:, part], signed[:, part], squares[part])
+                add_fisher_sums(piece, positive, columns, out.of_rows(part))
 
     def dropout_mask(
         self,

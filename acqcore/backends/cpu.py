@@ -11,7 +11,7 @@ import torch
 
 from acqcore import checks
 from acqcore.backends import extension
-from acqcore.backends.base import Backend, DrawRows, Dropout, Gram, HeadRows, Probes
+from acqcore.backends.base import Backend, DrawRows, Dropout, FisherSums, Gram, HeadRows, LogitRows, Probes
 from acqcore.backends.extension import core as _core, matrix, pointer
 from acqcore.philox import threshold
 
@@ -45,35 +45,19 @@ class Cpu(Backend):
         return min(18 * depth // 5, 2048)
 
     def row_stats(self, rows: HeadRows, gram: Gram | None = None) -> None:
-        bounds = None if gram is None else torch.tensor(gram.bounds, dtype=torch.int64)
-        with _head_args(rows) as arguments:
-            _core.row_stats(
-                self.instruction_set(),
-                arguments,
-                pointer(bounds),
-                0 if gram is None else len(gram.bounds),
-                0 if gram is None else gram.products.data_ptr(),
-                rows.state.data_ptr(),
-                rows.index.data_ptr(),
-            )
+        with _head_args(rows) as arguments, _gram_args(gram) as of_gram:
+            _core.row_stats(self.instruction_set(), arguments, *of_gram, rows.state.data_ptr(), rows.index.data_ptr())
 
-    def logit_stats(
-        self,
-        logits: torch.Tensor,  # [N, V]
-        targets: torch.Tensor | None,  # [N]
-        temperature: float,
-        state: torch.Tensor,  # [7, N] float64, written
-        index: torch.Tensor,  # [N] int64, written
-    ) -> None:
-        targets = None if targets is None else targets.contiguous()
+    def logit_stats(self, rows: LogitRows) -> None:
+        targets = None if rows.targets is None else rows.targets.contiguous()
         _core.logit_stats(
             self.instruction_set(),
             torch.get_num_threads(),
-            matrix(logits),
+            matrix(rows.logits),
             pointer(targets),
-            temperature,
-            state.data_ptr(),
-            index.data_ptr(),
+            rows.temperature,
+            rows.state.data_ptr(),
+            rows.index.data_ptr(),
         )
 
     def delta_hash(
@@ -101,17 +85,14 @@ class Cpu(Backend):
         weights: torch.Tensor,  # [N] float64
         squared: torch.Tensor,  # [len(gram.bounds)] float64, written
     ) -> None:
-        of_samples = torch.tensor(gram.bounds, dtype=torch.int64)
         local_max, weights = local_max.contiguous(), weights.contiguous()
-        with _head_args(rows) as arguments:
+        with _head_args(rows) as arguments, _gram_args(gram) as of_gram:
             _core.gram_norm(
                 self.instruction_set(),
                 arguments,
                 rows.state.data_ptr(),
                 rows.index.data_ptr(),
-                of_samples.data_ptr(),
-                len(gram.bounds),
-                gram.products.data_ptr(),
+                *of_gram,
                 local_max.data_ptr(),
                 weights.data_ptr(),
                 squared.data_ptr(),
@@ -146,14 +127,11 @@ class Cpu(Backend):
         hashed: torch.Tensor | None = None,  # [N, n] float32, written
         gram: Gram | None = None,
     ) -> None:
-        bounds = None if gram is None else torch.tensor(gram.bounds, dtype=torch.int64)
-        with _head_args(rows) as arguments:
+        with _head_args(rows) as arguments, _gram_args(gram) as of_gram:
             _core.delta_sums(
                 self.instruction_set(),
                 arguments,
-                pointer(bounds),
-                0 if gram is None else len(gram.bounds),
-                0 if gram is None else gram.products.data_ptr(),
+                *of_gram,
                 rows.state.data_ptr(),
                 rows.index.data_ptr(),
                 pointer(values),
@@ -174,14 +152,7 @@ class Cpu(Backend):
         shift = (own.state[0] - rows.state[0]).exp().where(rows.targets != -100, 0)  # not 1 for a shard
         out *= shift[:, None].to(out.dtype)
 
-    def fisher_sums(
-        self,
-        rows: HeadRows,
-        probes: Probes,
-        sums: torch.Tensor,  # [P + 1, N, D] float32, written
-        signed: torch.Tensor,  # [P, N] float64, written
-        squares: torch.Tensor,  # [N] float64, written
-    ) -> None:
+    def fisher_sums(self, rows: HeadRows, probes: Probes, out: FisherSums) -> None:
         samples, positions = probes.samples.contiguous(), probes.positions.contiguous()
         with _head_args(rows) as arguments:
             _core.fisher_sums(
@@ -193,9 +164,9 @@ class Cpu(Backend):
                 probes.seed,
                 samples.data_ptr(),
                 positions.data_ptr(),
-                sums.data_ptr(),
-                signed.data_ptr(),
-                squares.data_ptr(),
+                out.sums.data_ptr(),
+                out.signed.data_ptr(),
+                out.squares.data_ptr(),
             )
 
     def dropout_mask(
@@ -226,8 +197,7 @@ class Cpu(Backend):
         hidden = draws.hidden if draws.dropout is not None else draws.hidden.flatten(0, 1)
         first = HeadRows(hidden, draws.heads[0], draws.targets, 1.0, draws.state, draws.votes)
         biases = [None if head.bias is None else head.bias.to(torch.float32).contiguous() for head in draws.heads]
-        bounds = None if gram is None else torch.tensor(gram.bounds, dtype=torch.int64)
-        with _head_args(first) as arguments, _dropout_args(draws.dropout) as dropout:
+        with _head_args(first) as arguments, _dropout_args(draws.dropout) as dropout, _gram_args(gram) as of_gram:
             _core.mixture_stats(
                 self.instruction_set(),
                 arguments,
@@ -238,9 +208,7 @@ class Cpu(Backend):
                 [pointer(bias) for bias in biases],
                 draws.state.data_ptr(),
                 draws.votes.data_ptr(),
-                pointer(bounds),
-                0 if gram is None else len(gram.bounds),
-                0 if gram is None else gram.products.data_ptr(),
+                *of_gram,
                 0 if rows is None else rows.state.data_ptr(),
                 0 if rows is None else rows.index.data_ptr(),
             )
@@ -283,6 +251,17 @@ def _head_args(rows: HeadRows) -> Iterator[_core.HeadArgs]:
         head.vocab_start,
     )
     del bias, targets
+
+
+@contextmanager
+def _gram_args(gram: Gram | None) -> Iterator[tuple[int, int, int]]:
+    """The samples' bounds, their number and the products; zeros for None. The bounds live as long as the context."""
+    if gram is None:
+        yield 0, 0, 0
+        return
+    bounds = torch.tensor(gram.bounds, dtype=torch.int64)
+    yield bounds.data_ptr(), len(gram.bounds), gram.products.data_ptr()
+    del bounds
 
 
 def hash_columns(

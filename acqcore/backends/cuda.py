@@ -9,11 +9,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
 from acqcore.backends import extension
-from acqcore.backends.base import Gram, HeadRows, Probes
+from acqcore.backends.base import Gram, HeadRows, LogitRows
 from acqcore.backends.chunked import Chunked
 from acqcore.backends.extension import constant_when_compiled, core, matrix, pointer
 from acqcore.backends.slots import BLOCK, slot_table
@@ -28,8 +29,17 @@ BLOCK_COLUMNS = 8192
 #: Bound in bytes on a float32 copy of a block's hidden states, and on one of a tile of weights.
 COPY_BYTES = 16 << 20
 
-#: Has kernels for operations that use the statistics.
 _TRITON = Triton()
+
+
+def _by_triton(operation: str) -> Any:
+    """A method that runs in Triton's kernels or, without Triton, in chunked torch."""
+
+    def run(self: Cuda, *arguments: Any) -> None:
+        serving = _TRITON if _TRITON.unavailable() is None else super(Cuda, self)
+        getattr(serving, operation)(*arguments)
+
+    return run
 
 
 class Cuda(Chunked):
@@ -39,6 +49,10 @@ class Cuda(Chunked):
     )
     devices = ("cuda",)
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
+
+    gram_norm = _by_triton("gram_norm")
+    fill_hidden_grad = _by_triton("fill_hidden_grad")
+    fill_fisher_sums = _by_triton("fill_fisher_sums")
 
     def unavailable(self) -> str | None:
         return extension.missing() or _no_device()
@@ -58,42 +72,6 @@ class Cuda(Chunked):
                 self._blocked(rows)
         if rest is not None:
             self.fill_gram(rows, rest)
-
-    def gram_norm(
-        self,
-        rows: HeadRows,
-        gram: Gram,
-        local_max: torch.Tensor,  # [N] float64
-        weights: torch.Tensor,  # [N] float64
-        squared: torch.Tensor,  # [len(gram.bounds)] float64, written
-    ) -> None:
-        if _TRITON.unavailable() is None:
-            _TRITON.gram_norm(rows, gram, local_max, weights, squared)
-        else:
-            super().gram_norm(rows, gram, local_max, weights, squared)
-
-    def fill_hidden_grad(
-        self,
-        rows: HeadRows,  # their state filled
-        out: torch.Tensor,  # [N, D], written
-    ) -> None:
-        if _TRITON.unavailable() is None:
-            _TRITON.fill_hidden_grad(rows, out)
-        else:
-            super().fill_hidden_grad(rows, out)
-
-    def fill_fisher_sums(
-        self,
-        rows: HeadRows,  # their state filled
-        probes: Probes,
-        sums: torch.Tensor,  # [P + 1, N, D], written
-        signed: torch.Tensor,  # [P, N] float64, written
-        squares: torch.Tensor,  # [N] float64, written
-    ) -> None:
-        if _TRITON.unavailable() is None:
-            _TRITON.fill_fisher_sums(rows, probes, sums, signed, squares)
-        else:
-            super().fill_fisher_sums(rows, probes, sums, signed, squares)
 
     def _fused(
         self,
@@ -145,7 +123,7 @@ class Cuda(Chunked):
             for begin in range(0, n if kept is None else len(kept), height):
                 part = slice(begin, begin + height) if kept is None else kept[begin : begin + height]
                 hidden = rows.hidden[part].float() if mixed else rows.hidden[part]
-                y = None if targets is None else targets[part].contiguous()
+                y = None if targets is None else targets[part]
                 state = rows.state.new_empty((7, len(hidden)))
                 index = rows.index.new_empty(len(hidden))
                 for first, last in itertools.pairwise([*range(0, v, width), v]):
@@ -154,21 +132,13 @@ class Cuda(Chunked):
                     self._product(hidden, weight.float() if mixed else weight, z)
                     _transform(z, head, first, last)
                     start = head.vocab_start + first
-                    self._fold(z, y, rows.temperature, start, first > 0, state, index)
+                    self._fold(LogitRows(z, y, rows.temperature, state, index), start, first > 0)
                 rows.state[:, part] = state
                 rows.index[part] = index
 
-    def logit_stats(
-        self,
-        logits: torch.Tensor,  # [N, V]
-        targets: torch.Tensor | None,  # [N]
-        temperature: float,
-        state: torch.Tensor,  # [7, N] float64, written
-        index: torch.Tensor,  # [N] int64, written
-    ) -> None:
-        targets = None if targets is None else targets.contiguous()
+    def logit_stats(self, rows: LogitRows) -> None:
         with _stating_memory("logit_stats"):
-            self._fold(logits, targets, temperature, 0, False, state, index)
+            self._fold(rows, 0, False)
 
     def _product(
         self,
@@ -182,28 +152,21 @@ class Cuda(Chunked):
         else:
             torch.mm(hidden, weight.T, out_dtype=torch.float32, out=out)
 
-    def _fold(
-        self,
-        logits: torch.Tensor,  # [N, V]
-        targets: torch.Tensor | None,  # [N], contiguous
-        temperature: float,
-        vocab_start: int,
-        accumulate: bool,
-        state: torch.Tensor,  # [7, N] float64, written; with accumulate, merged into
-        index: torch.Tensor,  # [N] int64, the same
-    ) -> None:
-        """Queue the kernel on the current stream; the columns of ``logits`` start at ``vocab_start``."""
-        device = logits.device.index
+    def _fold(self, rows: LogitRows, vocab_start: int, accumulate: bool) -> None:
+        """Queue the kernel on the current stream; the first column is ``vocab_start``. ``accumulate`` merges the rows
+        into their state."""
+        logits, device = rows.logits, rows.logits.device.index
+        targets = None if rows.targets is None else rows.targets.contiguous()
         size = core.cuda_logit_stats_scratch(device, *logits.shape)
         scratch = torch.empty(size, dtype=torch.uint8, device=logits.device)
         arguments = core.CudaLogitStatsArgs(
             matrix(logits),
             pointer(targets),
-            temperature,
+            rows.temperature,
             vocab_start,
             accumulate,
-            state.data_ptr(),
-            index.data_ptr(),
+            rows.state.data_ptr(),
+            rows.index.data_ptr(),
         )
         with torch.cuda.device(device):
             stream = torch.cuda.current_stream(device).cuda_stream

@@ -9,13 +9,54 @@ from dataclasses import replace
 import torch
 
 from acqcore.backends import extension
-from acqcore.backends.base import Backend, DrawRows, Dropout, Gram, HeadRows, Probes
+from acqcore.backends.base import Backend, DrawRows, Dropout, FisherSums, Gram, HeadRows, LogitRows, Probes
+from acqcore.backends.chunked_mixture import shard
 from acqcore.defaults import float32_products
 from acqcore.head import compute_dtype
 from acqcore.philox import keep_mask, signs
 
 
-class Eager(Backend):
+class GramNorm(Backend):
+    """A backend whose ``gram_norm`` runs in plain torch; it never waits for a device."""
+
+    @float32_products()
+    def gram_norm(
+        self,
+        rows: HeadRows,
+        gram: Gram,
+        local_max: torch.Tensor,  # [N] float64
+        weights: torch.Tensor,  # [N] float64
+        squared: torch.Tensor,  # [len(gram.bounds)] float64, written
+    ) -> None:
+        rows = without_ignored(rows)
+        scored, columns, here = _target_columns(rows)
+        assert rows.targets is not None
+        head, slope = rows.head, rows.head.scale / rows.temperature
+        largest = rows.state[0].where(scored, 0)
+        r = rows.state[2].where(scored, 0)
+        scale = weights.where(scored, 0) * (slope / (1 + r))
+        shift = (local_max - rows.state[0]).exp().where(scored, 0)
+        for i, ((begin, end), start) in enumerate(zip(gram.bounds, gram.starts, strict=True)):
+            part, length = slice(begin, end), end - begin
+            y, picked = rows.targets[part], columns[part]
+            same = y[:, None] == y  # [T, T]: row s has the target of row u
+            distinct = here[part] & ~same.tril(-1).any(dim=1)
+            bias = None if head.bias is None else head.bias[picked]
+            few = replace(head, weight=head.weight[picked], bias=bias, vocab_start=0, vocab_size=length, group=None)
+            z = few.logits(rows.hidden[part], rows.temperature)
+            e = (z.double() - largest[part, None]).exp()
+            top = same & (y == rows.index[part])[:, None]
+            delta = (e - same * (1 + r[part, None])).where(~top, -r[part, None]) * cap_slope(z, rows)
+            delta = delta.where(distinct, 0) * scale[part, None]
+            products = gram.products[start : start + length**2].view(length, length).double()
+            c = scale[part] * shift[part]
+            h = rows.hidden[part].to(z.dtype)
+            keys = (h @ h.T).double()
+            keys = keys if head.bias is None else keys + 1
+            squared[i] = ((c[:, None] * products * c + delta @ delta.T) * keys).sum()
+
+
+class Eager(GramNorm):
     name = "eager"
     description = "plain torch on any device: the readable reference; holds the [N, V] logits"
     automatic = extension.ABSENT
@@ -31,15 +72,9 @@ class Eager(Backend):
         if gram is not None:
             gram_products(unnormalised(logits, rows), rows, gram)
 
-    def logit_stats(
-        self,
-        logits: torch.Tensor,  # [N, V]
-        targets: torch.Tensor | None,  # [N]
-        temperature: float,
-        state: torch.Tensor,  # [7, N] float64, written
-        index: torch.Tensor,  # [N] int64, written
-    ) -> None:
-        fold(logits.to(compute_dtype(logits.dtype)) / temperature, targets, 0, state, index)
+    def logit_stats(self, rows: LogitRows) -> None:
+        logits = rows.logits.to(compute_dtype(rows.logits.dtype)) / rows.temperature
+        fold(logits, rows.targets, 0, rows.state, rows.index)
 
     @float32_products()
     def delta_hash(
@@ -51,17 +86,6 @@ class Eager(Backend):
         delta = logit_gradient(rows)
         minus = places < 0
         out.zero_().index_add_(1, torch.where(minus, ~places, places), delta.where(~minus, -delta))
-
-    @float32_products()
-    def gram_norm(
-        self,
-        rows: HeadRows,
-        gram: Gram,
-        local_max: torch.Tensor,  # [N] float64
-        weights: torch.Tensor,  # [N] float64
-        squared: torch.Tensor,  # [len(gram.bounds)] float64, written
-    ) -> None:
-        gram_norm(rows, gram, local_max, weights, squared)
 
     @float32_products()
     def head_grad_norm(
@@ -92,18 +116,12 @@ class Eager(Backend):
         torch.mm(factors, rows.head.weight.to(factors.dtype), out=out)
 
     @float32_products()
-    def fisher_sums(
-        self,
-        rows: HeadRows,
-        probes: Probes,
-        sums: torch.Tensor,  # [P + 1, N, D], written
-        signed: torch.Tensor,  # [P, N] float64, written
-        squares: torch.Tensor,  # [N] float64, written
-    ) -> None:
+    def fisher_sums(self, rows: HeadRows, probes: Probes, out: FisherSums) -> None:
         self.row_stats(rows)
         whole = slice(0, len(rows.head.weight))
         positive = [signs(probes.samples, probes.positions, whole, probes.seed, k) for k in range(probes.count)]
-        add_fisher_sums(rows, positive, whole, sums.zero_(), signed.zero_(), squares.zero_())
+        out.clear()
+        add_fisher_sums(rows, positive, whole, out)
 
     def dropout_mask(
         self,
@@ -204,42 +222,6 @@ def gram_products(
             torch.mm(own, own.T, out=products)
 
 
-def gram_norm(
-    rows: HeadRows,
-    gram: Gram,
-    local_max: torch.Tensor,  # [N] float64
-    weights: torch.Tensor,  # [N] float64
-    squared: torch.Tensor,  # [len(gram.bounds)] float64, written
-) -> None:
-    """``Backend.gram_norm`` in plain torch; it never waits for a device."""
-    rows = without_ignored(rows)
-    scored, columns, here = _target_columns(rows)
-    assert rows.targets is not None
-    head, slope = rows.head, rows.head.scale / rows.temperature
-    largest = rows.state[0].where(scored, 0)
-    r = rows.state[2].where(scored, 0)
-    scale = weights.where(scored, 0) * (slope / (1 + r))
-    shift = (local_max - rows.state[0]).exp().where(scored, 0)
-    for i, ((begin, end), start) in enumerate(zip(gram.bounds, gram.starts, strict=True)):
-        part, length = slice(begin, end), end - begin
-        y, picked = rows.targets[part], columns[part]
-        same = y[:, None] == y  # [T, T]: row s has the target of row u
-        distinct = here[part] & ~same.tril(-1).any(dim=1)
-        bias = None if head.bias is None else head.bias[picked]
-        few = replace(head, weight=head.weight[picked], bias=bias, vocab_start=0, vocab_size=length, group=None)
-        z = few.logits(rows.hidden[part], rows.temperature)
-        e = (z.double() - largest[part, None]).exp()
-        top = same & (y == rows.index[part])[:, None]
-        delta = (e - same * (1 + r[part, None])).where(~top, -r[part, None]) * cap_slope(z, rows)
-        delta = delta.where(distinct, 0) * scale[part, None]
-        products = gram.products[start : start + length**2].view(length, length).double()
-        c = scale[part] * shift[part]
-        h = rows.hidden[part].to(z.dtype)
-        keys = (h @ h.T).double()
-        keys = keys if head.bias is None else keys + 1
-        squared[i] = ((c[:, None] * products * c + delta @ delta.T) * keys).sum()
-
-
 def cap_slope(
     z: torch.Tensor,  # [..., V] logits
     rows: HeadRows,
@@ -278,28 +260,23 @@ def add_fisher_sums(
     rows: HeadRows,
     positive: Sequence[torch.Tensor],  # P of [N, columns] bool: the signs of each probe
     columns: slice,  # of the weight
-    sums: torch.Tensor,  # [P + 1, N, D], added to
-    signed: torch.Tensor,  # [P, N] float64, added to
-    squares: torch.Tensor,  # [N] float64, added to
+    out: FisherSums,  # added to
 ) -> None:
     """Adds the sums of ``Backend.fisher_sums`` over some columns; the state must be filled."""
     assert rows.targets is not None
-    head = rows.head
-    bias = None if head.bias is None else head.bias[columns]
-    weight = head.weight[columns]
-    few = replace(head, weight=weight, bias=bias, vocab_start=0, vocab_size=len(weight))
+    few = shard(rows.head, columns)
     z = few.logits(rows.hidden, rows.temperature)
-    weight = weight.to(z.dtype)
+    weight = few.weight.to(z.dtype)
     root = ((z - rows.state[0, :, None].to(z.dtype)) / 2).exp()
     top = torch.arange(columns.start, columns.stop, device=z.device) == rows.index[:, None]
     root = root.masked_fill(top | (rows.targets == -100)[:, None], 0)
     slope = cap_slope(z, rows)
-    sums[0].addmm_(root.square() * slope, weight)
-    squares += (root * slope).square().double() @ weight.double().square().sum(dim=1)
+    out.sums[0].addmm_(root.square() * slope, weight)
+    out.squares.add_((root * slope).square().double() @ weight.double().square().sum(dim=1))
     for k, sign in enumerate(positive):
         factors = root.where(sign, -root)
-        signed[k] += factors.sum(dim=1, dtype=torch.float64)
-        sums[1 + k].addmm_(factors * slope, weight)
+        out.signed[k] += factors.sum(dim=1, dtype=torch.float64)
+        out.sums[1 + k].addmm_(factors * slope, weight)
 
 
 def fold(

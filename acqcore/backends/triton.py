@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from acqcore import checks
-from acqcore.backends.base import DrawRows, Dropout, Gram, HeadRows, Probes
+from acqcore.backends.base import DrawRows, Dropout, FisherSums, Gram, HeadRows, LogitRows, Probes
 from acqcore.backends.chunked import Chunked
 from acqcore.backends.extension import constant_when_compiled
 from acqcore.head import Head
@@ -175,14 +175,7 @@ class Triton(Chunked):
         with _launching(rows.hidden):
             hidden_sums(_factors(rows), rows.hidden, rows.targets.contiguous(), reference, final.float(), out)
 
-    def fill_fisher_sums(
-        self,
-        rows: HeadRows,  # their state filled
-        probes: Probes,
-        sums: torch.Tensor,  # [P + 1, N, D], written
-        signed: torch.Tensor,  # [P, N] float64, written
-        squares: torch.Tensor,  # [N] float64, written
-    ) -> None:
+    def fill_fisher_sums(self, rows: HeadRows, probes: Probes, out: FisherSums) -> None:
         """Recomputes the logits."""
         from acqcore.kernels.cotangents import fisher_sums
 
@@ -197,22 +190,16 @@ class Triton(Chunked):
         with _launching(rows.hidden):
             fisher_sums(
                 _factors(rows), rows.hidden, rows.index.where(scored, -1), reference, probes.samples.contiguous(),
-                probes.positions.contiguous(), final, probes.seed, sums, signed, squares,
+                probes.positions.contiguous(), final, probes.seed, out.sums, out.signed, out.squares,
             )  # fmt: skip
 
-    def logit_stats(
-        self,
-        logits: torch.Tensor,  # [N, V]
-        targets: torch.Tensor | None,  # [N]
-        temperature: float,
-        state: torch.Tensor,  # [7, N] float64, written
-        index: torch.Tensor,  # [N] int64, written
-    ) -> None:
+    def logit_stats(self, rows: LogitRows) -> None:
         from acqcore.kernels.config import strips_for
         from acqcore.kernels.logit_stats import logit_stats
 
-        with _launching(logits):
-            logit_stats(logits, targets, temperature, state, index, strips_for(*_device(logits), logits.shape[1]))
+        strips = strips_for(*_device(rows.logits), rows.logits.shape[1])
+        with _launching(rows.logits):
+            logit_stats(rows.logits, rows.targets, rows.temperature, rows.state, rows.index, strips)
 
     def delta_hash(
         self,

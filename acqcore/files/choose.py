@@ -44,11 +44,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--student", metavar="M", help="hub id or local path; not needed if --signal is a column of the data"
     )
-    parser.add_argument(
-        "--data", required=True, type=Path, metavar="F", help="a .jsonl, .csv or .parquet file, or a data set: org/name"
-    )
     parser.add_argument("--out", required=True, type=table_output, metavar="F", help=".jsonl, .csv or .parquet")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing --out")
     parser.add_argument("--n", required=True, type=int, metavar="N", help="number of rows to choose")
     parser.add_argument(
         "--signal",

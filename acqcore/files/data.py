@@ -187,23 +187,16 @@ class Reader:
     def _read_parquet(self, block: Block) -> list[Record]:
         if self._batches is None or block.start < self._first:
             self._batches = _parquet_batches(self.path, self.columns)
-            self._first, self._batch = 0, self._next_batch()
+            self._first, self._batch = 0, next(self._batches)
         records: list[Record] = []
         while len(records) < block.rows:
             place = block.start + len(records) - self._first
             if place >= self._batch.num_rows:
                 self._first += self._batch.num_rows
-                self._batch = self._next_batch()
+                self._batch = next(self._batches)
                 continue
             records += _parquet_records(self._batch.slice(place, block.rows - len(records)), block.line + len(records))
         return records
-
-    def _next_batch(self) -> Any:
-        assert self._batches is not None
-        batch = next(self._batches, None)
-        if batch is None:
-            raise ValueError(f"{self.path}: not readable: it has fewer rows than its metadata says")
-        return batch
 
 
 @contextmanager
@@ -237,9 +230,10 @@ def _parquet_batches(path: Path, columns: list[str]) -> Iterator[Any]:
         names = distinct(file.schema_arrow.names)
         if names == file.schema_arrow.names:
             yield from file.iter_batches(_READ_ROWS, columns=columns)
-            return
-        for batch in file.iter_batches(_READ_ROWS):  # duplicate names, which cannot be selected before renaming
-            yield batch.rename_columns(names).select(columns)
+        else:  # duplicate names cannot be selected before renaming
+            for batch in file.iter_batches(_READ_ROWS):
+                yield batch.rename_columns(names).select(columns)
+    raise ValueError(f"{path}: not readable: it has fewer rows than its metadata says")
 
 
 def _check_utf8(path: Path) -> None:
@@ -292,18 +286,6 @@ def parse_json(text: str | bytes) -> Any:
     return value
 
 
-def _json_object(line: bytes) -> dict[str, Any]:
-    """Parse a line as a JSON object.
-
-    Raises:
-        ValueError: as :func:`parse_json`; another type than an object.
-    """
-    values = parse_json(line)
-    if not isinstance(values, dict):
-        raise ValueError(f"expected a JSON object, got {type(values).__name__}")
-    return values
-
-
 def _depth(value: Any) -> int:
     depth, level = 0, [value]
     while level:
@@ -315,11 +297,13 @@ def _depth(value: Any) -> int:
 
 def _jsonl_records(lines: Iterator[bytes], first: int) -> Iterator[Record]:
     for number, line in enumerate(lines, start=first):
-        content = line.strip()
-        if not content:
+        if not (content := line.strip()):
             continue
         try:
-            yield Record(number, _json_object(content))
+            values = parse_json(content)
+            if not isinstance(values, dict):
+                raise ValueError(f"expected a JSON object, got {type(values).__name__}")
+            yield Record(number, values)
         except ValueError as error:
             yield Record(number, {}, str(error))
 

@@ -13,7 +13,7 @@ import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import torch
 
@@ -25,13 +25,11 @@ from acqcore.files.worker import BlockScorer, Job
 _RAY_OBJECT_STORE_BYTES = 1 << 27  # a cluster started here stores only block descriptions
 
 
-class Executor(Protocol):
-    """Strategy for completing blocks."""
+class Local:
+    """Completes the blocks in this process."""
 
-    @property
-    def reports(self) -> bool:
-        """Whether this process prepares the run, joins the parts and prints the report."""
-        ...
+    #: Whether this process prepares the run, joins the parts and prints the report.
+    reports = True
 
     def run(self, job: Job, blocks: Sequence[Block], on_rows: Callable[[int], None]) -> None:
         """Complete the blocks; ``on_rows`` is called with the number of newly completed rows.
@@ -40,15 +38,6 @@ class Executor(Protocol):
             ValueError, TypeError, RuntimeError, OSError, ModuleNotFoundError: the student cannot be loaded or does not
                 fit the job.
         """
-        ...
-
-
-class Local:
-    """Completes the blocks in this process."""
-
-    reports = True
-
-    def run(self, job: Job, blocks: Sequence[Block], on_rows: Callable[[int], None]) -> None:
         if blocks:
             scorer = BlockScorer(job)
             for block in blocks:
@@ -196,6 +185,9 @@ def _check_answers(address: str) -> None:
             socket.create_connection((host, int(port)), timeout=10).close()
         except OSError as error:
             raise OSError(f"ray-address: nothing answers at {address} ({error})") from error
+
+
+Executor: TypeAlias = Local | Accelerate | Ray
 
 
 def executor_of(name: str, workers: int | None, address: str | None, device: str | None) -> Executor:

@@ -59,7 +59,11 @@ class Parts:
         """
         path = self.folder / _MANIFEST
         text = json.dumps(manifest, indent=1)
-        if not self.begun and self.folder.exists() and (not self.folder.is_dir() or any(map(_foreign, self._files()))):
+        if (
+            not self.begun
+            and self.folder.exists()
+            and (not self.folder.is_dir() or any(map(_foreign, self.folder.iterdir())))
+        ):
             raise ValueError(f"out: {self.folder} exists and was not left by a run; rename it or choose another output")
         self.folder.mkdir(exist_ok=True)
         self._lock()
@@ -186,12 +190,9 @@ class Parts:
     def _file(self, block: int, suffix: str) -> Path:
         return self.folder / f"block-{block:06d}{suffix}"
 
-    def _files(self) -> list[Path]:
-        return list(self.folder.iterdir())
-
     def _clear(self, *beginnings: str) -> None:
         """Remove the files whose names have one of these beginnings."""
-        for path in self._files():
+        for path in list(self.folder.iterdir()):
             if path.is_file() and path.name.startswith(beginnings):
                 path.unlink(missing_ok=True)
 

@@ -12,7 +12,7 @@ from acqcore import checks
 from acqcore.files import data as data_files
 from acqcore.files.parts import check_replaceable, output
 from acqcore.files.table import atomically
-from acqcore.files.worker import encode_records, load_student, record_error, sample_of
+from acqcore.files.worker import encode_records, load_student, record_error
 from acqcore.literals import Loss
 from acqcore.scoring.gradients import influence_reference
 from acqcore.scoring.plan import Plan
@@ -25,7 +25,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--student", required=True, metavar="M", help="hub id or local path")
     parser.add_argument("--data", required=True, type=Path, metavar="F", help=".jsonl, .csv or .parquet")
     parser.add_argument("--out", required=True, type=output, metavar="F", help="file to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing --out")
     parser.add_argument(
         "--parameters",
         type=lambda text: int(text) if text.isdecimal() else text,
@@ -62,11 +61,11 @@ def run(options: argparse.Namespace) -> int:
             raise ValueError(data_files.located(options.data, record.line, message))
     student = load_student(options.student, options.dtype, options.device)
     errors: dict[int, str] = {}
-    encode_records(records, columns, Plan.of("loss").runner(student), options.max_length, errors)
+    rows = encode_records(records, columns, Plan.of("loss").runner(student), options.max_length, errors)
     for i, message in errors.items():
         raise ValueError(data_files.located(options.data, records[i].line, message))
     reference = influence_reference(
-        student, [sample_of(record, columns) for record in records],
+        student, rows,
         parameters=options.parameters, dim=options.dim, seed=options.seed, loss=options.loss,
         batch_tokens=options.batch_tokens, max_length=options.max_length, backend=options.backend,
     )  # fmt: skip

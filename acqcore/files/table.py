@@ -67,7 +67,10 @@ def write_block(path: Path, table: Mapping[str, Sequence[Any]], types: Mapping[s
     with atomically(path) as temporary:
         if path.suffix == ".parquet":
             kinds = types or {}
-            _write_parquet(temporary, {name: _arrow(values, kinds.get(name)) for name, values in table.items()})
+            import pyarrow.parquet
+
+            columns = {_text(name): _arrow(values, kinds.get(name)) for name, values in table.items()}
+            pyarrow.parquet.write_table(pyarrow.table(columns), temporary)
             return
         with temporary.open("w", newline="", encoding="utf-8") as file:
             for cells in zip(*table.values(), strict=True):
@@ -80,24 +83,15 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[
     jsonl omits a row's missing columns; the other formats leave their cells empty. Parquet output keeps the column
     types of a parquet ``source``, the file that the rows come from.
     """
-    with atomically(path) as temporary:
-        if path.suffix == ".parquet":
-            types = column_types(source)
-            cells = {name: [row.get(name) for row in rows] for name in columns}
-            _write_parquet(temporary, {name: _arrow(values, types.get(name)) for name, values in cells.items()})
-            return
-        with temporary.open("w", newline="", encoding="utf-8") as file:
-            if path.suffix == ".csv":
-                csv.writer(file).writerow(_text(column) for column in columns)
-            for row in rows:
-                present = columns if path.suffix == ".csv" else [name for name in columns if name in row]
-                _write_line(file, path.suffix, {name: row.get(name) for name in present})
-
-
-def _write_parquet(path: Path, columns: Mapping[str, Any]) -> None:
-    import pyarrow.parquet
-
-    pyarrow.parquet.write_table(pyarrow.table({_text(name): column for name, column in columns.items()}), path)
+    if path.suffix == ".parquet":
+        write_block(path, {name: [row.get(name) for row in rows] for name in columns}, column_types(source))
+        return
+    with atomically(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        if path.suffix == ".csv":
+            csv.writer(file).writerow(_text(column) for column in columns)
+        for row in rows:
+            present = columns if path.suffix == ".csv" else [name for name in columns if name in row]
+            _write_line(file, path.suffix, {name: row.get(name) for name in present})
 
 
 def column_types(source: Path) -> dict[str, Any]:

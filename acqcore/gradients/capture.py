@@ -212,13 +212,9 @@ class Capture:
             with streamed(whole, receive):
                 self._recomputing = True
                 try:
-                    torch.autograd.grad(
-                        hidden,
-                        [self._leaf, *whole],
-                        gradient.to(hidden.dtype),
-                        retain_graph=not last,
-                        allow_unused=True,
-                    )
+                    gradient = gradient.to(hidden.dtype)
+                    leaves = [self._leaf, *whole]
+                    torch.autograd.grad(hidden, leaves, gradient, retain_graph=not last, allow_unused=True)
                 except (torch.OutOfMemoryError, ValueError, OneByOne):
                     raise
                 except Exception as error:  # raised by the student's backward

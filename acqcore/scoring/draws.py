@@ -13,7 +13,7 @@ import torch
 from acqcore.acquisitions import DrawOptions
 from acqcore.backends import Dropout
 from acqcore.backends.base import DrawRows
-from acqcore.bayes import BayesStats, dropout_rows, dropout_stats, ensemble_stats
+from acqcore.bayes import BayesStats, dropout_rows, ensemble_stats, mixture_stats
 from acqcore.head import Head
 from acqcore.head_grad import Bounds
 from acqcore.students.packing import collate
@@ -92,7 +92,7 @@ class Draws:
     ) -> BayesStats:
         """Statistics under dropout on the last hidden state (``options.on_hidden``)."""
         dropout, targets = self._dropout(batch, hidden.device), batch.targets.to(hidden.device)
-        return dropout_stats(hidden, self._head, dropout, self._options.draws, targets, self._backend)
+        return mixture_stats(hidden, (self._head,), dropout, self._options.draws, targets, self._backend)
 
     def rows_of_hidden(
         self,

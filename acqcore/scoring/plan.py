@@ -63,8 +63,7 @@ class Plan:
         checks.literal("reduction", reduction, Reduction)
         checks.positive_int("topk", topk)
         checks.positive_int("batch_tokens", batch_tokens)
-        if arguments is None:
-            arguments = {}
+        arguments = {} if arguments is None else arguments
         if not isinstance(arguments, Mapping):
             raise TypeError(f"acquisition_args: expected a mapping name -> arguments, got {checks.describe(arguments)}")
         for name in arguments:
@@ -133,8 +132,7 @@ class Plan:
 
     def batches(self, runner: Runner, rows: Sequence[Row], done: Collection[int] = ()) -> Iterator[Scored]:
         """Values of each batch of :meth:`Runner.batches`."""
-        for found in runner.batches(rows, done):
-            yield self._scored(found)
+        return map(self._scored, runner.batches(rows, done))
 
     def _scored(self, found: Found) -> Scored:
         counts = found.counts

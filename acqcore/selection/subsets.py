@@ -102,7 +102,9 @@ def select(
     if method == "facility_location":
         return _facility_location(vectors, k)
     if vectors.numel():
-        vectors = _scaled(vectors)
+        # Times a power of two, which is exact, so that squares neither overflow nor vanish.
+        exponent = torch.frexp(vectors.abs().max()).exponent.clamp(-100, 100)
+        vectors = vectors * vectors.new_tensor(2.0).pow(-exponent)
     if method == "k_center":
         return _k_center(vectors, k)
     if method == "badge":
@@ -196,14 +198,6 @@ def directions(
     """Unit rows ``[n, d]`` float64; a zero row stays zero."""
     x = vectors.double()
     return torch.nn.functional.normalize(x, dim=1, eps=torch.finfo(torch.float64).tiny)
-
-
-def _scaled(
-    vectors: torch.Tensor,  # [n, d]
-) -> torch.Tensor:
-    """The vectors times a power of two, which is exact, so that their squares neither overflow nor vanish."""
-    exponent = torch.frexp(vectors.abs().max()).exponent.clamp(-100, 100)
-    return vectors * vectors.new_tensor(2.0).pow(-exponent)
 
 
 def distances(

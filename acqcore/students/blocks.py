@@ -41,59 +41,45 @@ class _Known:
 _KNOWN: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
 
 
-class Blocks:
-    """The blocks of a student.
+def blocks_of(model: nn.Module, forward: Callable[[], Any]) -> list[nn.Module]:
+    """The blocks in execution order; ``forward`` runs a few tokens."""
+    return [unwrapped(model.get_submodule(name)) for name in _known(model, forward).blocks]
 
-    Args:
-        module: the student's module; None if it has none, and so no blocks.
+
+def branches_of(model: nn.Module, forward: Callable[[], Any]) -> list[list[nn.Module]]:
+    """The branches of each block, in execution order.
+
+    Raises:
+        ValueError: a block adds something to the stream that is not a module's output.
     """
+    known, blocks = _known(model, forward), blocks_of(model, forward)
+    scales = _scales(blocks)
+    if known.branches is None or known.scales != scales:
+        names = {module: name for name, module in model.named_modules()}
+        found = _Analysis(model, blocks, forward).branches()
+        known.scales = scales
+        known.branches = [[names[branch] for branch in of_block] for of_block in found]
+    return [[model.get_submodule(name) for name in of_block] for of_block in known.branches]
 
-    def __init__(self, module: nn.Module | None) -> None:
-        self._module = module
 
-    def found(self, forward: Callable[[], Any]) -> list[nn.Module]:
-        """The blocks in execution order; ``forward`` runs a few tokens."""
-        if self._module is None:
-            return []
-        known = self._known(forward)
-        return [unwrapped(self._module.get_submodule(name)) for name in known.blocks]
+def skippable(model: nn.Module, count: int, forward: Callable[[], Any], check: Callable[[], bool]) -> bool:
+    """Whether the first ``count`` modules that draws share may return stored outputs; ``check`` decides, again only
+    once the model is altered or a gate opens."""
+    known = _known(model, forward)
+    state = (*altered(model), *_scales(blocks_of(model, forward)))
+    if count not in known.skips or known.skips[count][0] != state:
+        known.skips[count] = state, check()
+    return known.skips[count][1]
 
-    def branches(self, forward: Callable[[], Any]) -> list[list[nn.Module]]:
-        """The branches of each block, in execution order.
 
-        Raises:
-            ValueError: a block adds something to the stream that is not a module's output.
-        """
-        if self._module is None:
-            return []
-        known, blocks = self._known(forward), self.found(forward)
-        scales = _scales(blocks)
-        if known.branches is None or known.scales != scales:
-            names = {module: name for name, module in self._module.named_modules()}
-            found = _Analysis(self._module, blocks, forward).branches()
-            known.scales = scales
-            known.branches = [[names[branch] for branch in of_block] for of_block in found]
-        return [[self._module.get_submodule(name) for name in of_block] for of_block in known.branches]
-
-    def skippable(self, count: int, forward: Callable[[], Any], check: Callable[[], bool]) -> bool:
-        """Whether the first ``count`` modules that draws share may return stored outputs; ``check`` decides, again only
-        once the model is altered or a gate opens."""
-        assert self._module is not None
-        known = self._known(forward)
-        state = (*altered(self._module), *_scales(self.found(forward)))
-        if count not in known.skips or known.skips[count][0] != state:
-            known.skips[count] = state, check()
-        return known.skips[count][1]
-
-    def _known(self, forward: Callable[[], Any]) -> _Known:
-        assert self._module is not None
-        signature = tuple(map(id, self._module.modules()))
-        known = _KNOWN.get(self._module)
-        if known is None or known.signature != signature:
-            names = {module: name for name, module in self._module.named_modules()}
-            known = _Known(signature, [names[block] for block in _streaming(self._module, forward)])
-            _KNOWN[self._module] = known
-        return known
+def _known(model: nn.Module, forward: Callable[[], Any]) -> _Known:
+    signature = tuple(map(id, model.modules()))
+    known = _KNOWN.get(model)
+    if known is None or known.signature != signature:
+        names = {module: name for name, module in model.named_modules()}
+        known = _Known(signature, [names[block] for block in _streaming(model, forward)])
+        _KNOWN[model] = known
+    return known
 
 
 def _scales(blocks: Iterable[nn.Module]) -> tuple[int, ...]:

@@ -183,7 +183,7 @@ class CausalLM:
             if isinstance(cause, ValueError) and str(cause).startswith("model: "):
                 raise
             raise ValueError(f"model: {self.name} does not run on token ids alone: {cause}") from cause
-        logits = self._whole(self._logits_of(output), head)  # [1, 4, V]
+        logits = _whole(self._logits_of(output), head)  # [1, 4, V]
         refused = ValueError(
             f"model: {self.name} changes the logits of its output embedding by more than a scale and a softcap; "
             f"{ADVICE}"
@@ -212,7 +212,7 @@ class CausalLM:
         ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]]) * max(1, self.token_ids // 7) % self.token_ids
         ids = ids.to(self._device)
         with torch.no_grad():
-            own = self._whole(self.logits(ids), head)
+            own = _whole(self.logits(ids), head)
             hidden = gathered(self.hidden(ids))
             ours = _logits(hidden, head)
             product = ours if head.bias is None else _logits(hidden, replace(head, bias=None))
@@ -321,16 +321,6 @@ class CausalLM:
             )
         return seen[0], output
 
-    def _whole(
-        self,
-        logits: torch.Tensor,  # [B, T, v]
-        head: Head,
-    ) -> torch.Tensor:
-        """The logits of all ranks, ``[B, T, V]``."""
-        if head.group is not None and logits.shape[-1] != self.vocab_size:
-            return _in_vocabulary(logits, head)
-        return logits
-
 
 @contextmanager
 def _unhooked(layer: torch.nn.Module) -> Iterator[None]:
@@ -370,7 +360,7 @@ def _logits(
 ) -> torch.Tensor:
     """Logits of all ranks, ``[B, T, V]``; for few tokens."""
     logits = head.logits(hidden.to(head.weight.device).flatten(0, 1)).view(*hidden.shape[:2], -1)
-    return logits if head.group is None else _in_vocabulary(logits, head)  # all ranks must agree on a verdict
+    return _whole(logits, head)  # all ranks must agree on a verdict
 
 
 def _excess(a: torch.Tensor, b: torch.Tensor, tolerance: float, largest: float) -> float | None:
@@ -381,11 +371,13 @@ def _excess(a: torch.Tensor, b: torch.Tensor, tolerance: float, largest: float) 
     return None if bool((error <= allowed).all()) else float(error.where(~(error <= allowed), 0).max())
 
 
-def _in_vocabulary(
-    logits: torch.Tensor,  # [B, T, v] for the head's own rows
+def _whole(
+    logits: torch.Tensor,  # [B, T, V], or [B, T, v] for the head's own rows
     head: Head,
 ) -> torch.Tensor:
     """The logits of all ranks, ``[B, T, V]``."""
+    if head.group is None or logits.shape[-1] == head.vocab_size:
+        return logits
     whole = logits.new_zeros((*logits.shape[:-1], head.vocab_size))
     whole[..., head.vocab_start : head.vocab_start + len(head.weight)] = logits
     return summed(whole, head.group)

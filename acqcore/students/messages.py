@@ -99,7 +99,14 @@ def joined(index: int, tokenizer: Any, messages: Sequence[Mapping[str, Any]]) ->
         ValueError: images, video or audio; parts without text for such a template.
     """
     for message in messages:
-        _text_alone(index, message.get("content"))
+        parts = message["content"] if isinstance(message.get("content"), list) else []
+        for part in parts:
+            kind = str(part.get("type") or next(iter(part), "")) if isinstance(part, Mapping) else ""
+            # A template may write a placeholder that the student cannot interpret.
+            if any(word in kind for word in _UNSEEN):
+                raise ValueError(
+                    f"samples[{index}]: content: expected text, as only text is scored, got parts {_kinds(parts)}"
+                )
     if any(isinstance(message.get("content"), list) for message in messages) and not _takes_lists(tokenizer):
         return [_joined(index, message) for message in messages]
     return list(messages)
@@ -113,12 +120,8 @@ def rendered(
     Raises:
         ValueError: the template rejects the conversation or writes content as a Python repr.
     """
-    try:
-        text = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **options
-        )
-    except Exception as error:  # anything: Jinja's errors and those of operations on messages
-        raise ValueError(f"samples[{index}]: the chat template rejects it: {error}") from error
+    options |= {"tokenize": False, "add_generation_prompt": add_generation_prompt}
+    text = _applied(index, tokenizer, messages, options)
     for message in messages:
         content = message.get("content")
         if not isinstance(content, str) and content and str(content) in text:
@@ -129,15 +132,11 @@ def rendered(
     return str(text)
 
 
-def _text_alone(index: int, content: object) -> None:
-    """Reject images and the like, for which a template may write a placeholder that the student cannot interpret."""
-    parts = content if isinstance(content, list) else []
-    for part in parts:
-        kind = str(part.get("type") or next(iter(part), "")) if isinstance(part, Mapping) else ""
-        if any(word in kind for word in _UNSEEN):
-            raise ValueError(
-                f"samples[{index}]: content: expected text, as only text is scored, got parts {_kinds(parts)}"
-            )
+def _applied(index: int, tokenizer: Any, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> Any:
+    try:
+        return tokenizer.apply_chat_template(list(messages), **options)
+    except Exception as error:  # anything: Jinja's errors and those of operations on messages
+        raise ValueError(f"samples[{index}]: the chat template rejects it: {error}") from error
 
 
 def _kinds(parts: Sequence[Any]) -> list[Any]:
@@ -250,13 +249,8 @@ def generated(
     template = tokenizer.get_chat_template(tools=options.get("tools")) if getattr(tokenizer, "is_fast", False) else ""
     if not _MARK.search(template):
         return None
-    try:
-        found = tokenizer.apply_chat_template(
-            list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **options
-        )
-    except Exception as error:
-        raise ValueError(f"samples[{index}]: the chat template rejects it: {error}") from error
-    return list(found["assistant_masks"])
+    marked = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    return list(_applied(index, tokenizer, messages, {**options, **marked})["assistant_masks"])
 
 
 def common_length(a: Sequence[Any], b: Sequence[Any]) -> int:

@@ -8,6 +8,7 @@ way, as experts of a limited capacity and per-tensor scales of quantised activat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -136,12 +137,10 @@ class Lengths:
 
     def groups(self, lengths: Sequence[int]) -> list[int]:
         """Group of each sample, by length; samples may share a batch if their groups are equal."""
-        return list(range(len(lengths))) if self._alone else [self._group(length) for length in lengths]
-
-    def _group(self, length: int) -> int:
-        if any(dynamic and length > limit for limit, dynamic in self._breaks):
-            return length
-        return -sum(length > limit for limit, _ in self._breaks)
+        if self._alone:
+            return list(range(len(lengths)))
+        dynamic = min((limit for limit, dynamic in self._breaks if dynamic), default=math.inf)
+        return [n if n > dynamic else -sum(n > limit for limit, _ in self._breaks) for n in lengths]
 
     def check(self, longest: int, vocab_size: int, hidden: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Run a short row alone, then padded to ``longest`` tokens in a batch with another row, some of whose tokens

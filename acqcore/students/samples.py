@@ -160,8 +160,10 @@ def encode(
             raise ValueError(
                 f"samples[{index}]: nothing to score, expected at least one scored token with a token before it"
             )
-        if max_length is not None:
-            return _truncate(row, max_length)
+        if max_length is not None and len(row.ids) > max_length:
+            drop = min(len(row.ids) - max_length, row.first)
+            kept = slice(drop, drop + max_length)
+            return replace(row, ids=row.ids[kept], targets=row.targets[kept])
         if limit is not None and len(row.ids) > limit:
             raise ValueError(
                 f"samples[{index}]: {len(row.ids)} tokens, the student takes at most {limit}; max_length= truncates"
@@ -384,15 +386,6 @@ def _marked(index: int, row: Row, text: _Text) -> Row:
         )
     marks = torch.tensor(text.generated, dtype=torch.bool)
     return replace(row, targets=row.targets.masked_fill(~marks, checks.IGNORE_INDEX))
-
-
-def _truncate(row: Row, max_length: int) -> Row:
-    excess = len(row.ids) - max_length
-    if excess <= 0:
-        return row
-    drop = min(excess, row.first)
-    kept = slice(drop, drop + max_length)
-    return replace(row, ids=row.ids[kept], targets=row.targets[kept])
 
 
 def _tensor_rows(samples: Mapping[str, Any]) -> list[Row]:

@@ -14,7 +14,7 @@ import torch
 from acqcore import checks
 from acqcore.defaults import standard_defaults
 from acqcore.head import Head
-from acqcore.students.blocks import Blocks
+from acqcore.students.blocks import blocks_of, branches_of, skippable
 from acqcore.students.causal_lm import CausalLM, innermost
 from acqcore.students.loading import check_request, load_model, load_tokenizer
 from acqcore.students.packing import Lengths
@@ -70,7 +70,6 @@ class Student:
         self._continued: Callable[[torch.Tensor, Any], tuple[torch.Tensor, Any]] | None = None
         self._module = trunk if isinstance(trunk, torch.nn.Module) else None
         self._data_parallel: DataParallel | None = None
-        self._blocks = Blocks(self._module)
         self._lengths = Lengths(self._module)
 
     @classmethod
@@ -114,7 +113,6 @@ class Student:
         student._find_head = causal.head
         student._find_vocab_size = lambda: causal.token_ids
         student._verify = causal.verify if verify else None
-        student._blocks = Blocks(model)
         student._lengths = Lengths(model)
         with student.in_step():
             student.head  # noqa: B018
@@ -179,19 +177,16 @@ class Student:
     @property
     def device(self) -> torch.device:
         """Device of the token ids: that of the trunk's first parameter that is not offloaded, else the head's."""
-        for module in (self.trunk, self._module):
-            if isinstance(module, torch.nn.Module):
-                for parameter in module.parameters():
-                    if not parameter.is_meta:
-                        return parameter.device
-        return self.head.weight.device
+        modules = [module for module in (self.trunk, self._module) if isinstance(module, torch.nn.Module)]
+        devices = (p.device for module in modules for p in module.parameters() if not p.is_meta)
+        return next(devices, None) or self.head.weight.device
 
     @property
     def blocks(self) -> list[torch.nn.Module]:
         """The transformer blocks in execution order; may be empty. They are the list members that take and return the
         residual stream, found by a forward of a few tokens, once per model."""
         with self.alone():
-            return self._blocks.found(self._few_tokens)
+            return [] if self._module is None else blocks_of(self._module, self._few_tokens)
 
     @property
     def branches(self) -> list[list[torch.nn.Module]]:
@@ -201,13 +196,14 @@ class Student:
             ValueError: a block adds something to the stream that is not a module's output.
         """
         with self.alone():
-            return self._blocks.branches(self._few_tokens)
+            return [] if self._module is None else branches_of(self._module, self._few_tokens)
 
     def may_skip(self, count: int, check: Callable[[], bool]) -> bool:
         """Whether the first ``count`` modules that draws share may return stored outputs; ``check`` decides, once
         until the model is altered."""
+        assert self._module is not None
         with self.alone():
-            return self._blocks.skippable(count, self._few_tokens, check)
+            return skippable(self._module, count, self._few_tokens, check)
 
     def _few_tokens(self) -> None:
         """A forward without gradients that visits every block."""

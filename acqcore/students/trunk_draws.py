@@ -121,7 +121,7 @@ class TrunkDraws:
         expanded = input_ids.repeat(self._draws, 1)  # [K * B, T]
         with ExitStack() as stack:
             for module, output in self._stored(input_ids).items():
-                stack.enter_context(replaced_forward(module, partial(_given, output)))
+                stack.enter_context(replaced_forward(module, lambda *_, given=output, **__: given))
             for site, module, p in self._sites:
                 drop = partial(self._after_site, site=site, p=p, samples=samples)
                 stack.callback(module.register_forward_hook(drop).remove)
@@ -140,7 +140,10 @@ class TrunkDraws:
         found: dict[nn.Module, Any] = {}
 
         def keep(module: nn.Module, arguments: Any, output: Any) -> None:
-            found[module] = self._repeated(output, input_ids)
+            value = first_tensor(output)
+            if value is None or value.shape[:2] != input_ids.shape:
+                raise ValueError(f"layers: expected a block to return [B, T, ...], got {checks.describe(value)}")
+            found[module] = with_first(output, value.repeat(self._draws, *[1] * (value.dim() - 1)))
             if module is branch:
                 raise _Found
 
@@ -150,17 +153,6 @@ class TrunkDraws:
             with suppress(_Found):
                 self._student.hidden(input_ids)
         return {module: found[blocks[-1] if module is not branch else branch] for module in self._shared}
-
-    def _repeated(
-        self,
-        output: Any,
-        input_ids: torch.Tensor,  # [B, T]
-    ) -> Any:
-        """A module's output with its first tensor repeated for each draw, draw by draw."""
-        value = first_tensor(output)
-        if value is None or value.shape[:2] != input_ids.shape:
-            raise ValueError(f"layers: expected a block to return [B, T, ...], got {checks.describe(value)}")
-        return with_first(output, value.repeat(self._draws, *[1] * (value.dim() - 1)))
 
     def _after_site(
         self,
@@ -195,11 +187,6 @@ class TrunkDraws:
 
 class _Found(Exception):  # noqa: N818
     """Ends a forward after the last shared module."""
-
-
-def _given(output: Any, *_: Any, **__: Any) -> Any:
-    """A forward that returns a stored output."""
-    return output
 
 
 def member_hidden(

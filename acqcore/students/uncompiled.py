@@ -3,36 +3,23 @@
 from __future__ import annotations
 
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-_lock = threading.Lock()
-_open = 0  # contexts
-_stance: Any = None  # of the first
+from acqcore.defaults import ProcessSetting
 
 
-@contextmanager
-def uncompiled() -> Iterator[None]:
-    """Re-entrant context in which compiled code runs eagerly: once compiled, a module ignores hooks added to it.
+def _force_eager() -> Callable[[], None]:
+    stance = torch.compiler.set_stance("force_eager")
+    return lambda: stance.__exit__(None, None, None)
 
-    The setting belongs to the process, so of threads whose contexts overlap the last restores it.
-    """
-    global _open, _stance
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it takes a second
-        yield
-        return
-    with _lock:
-        if not _open:
-            _stance = torch.compiler.set_stance("force_eager")
-        _open += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            _open -= 1
-            if not _open:
-                _stance.__exit__(None, None, None)
+
+_eager = ProcessSetting(_force_eager)
+
+
+def uncompiled() -> AbstractContextManager[None]:
+    """Re-entrant context in which compiled code runs eagerly: once compiled, a module ignores hooks added to it."""
+    # Without torch._dynamo nothing is compiled, and importing it takes a second.
+    return _eager() if "torch._dynamo" in sys.modules else nullcontext()

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from acqcore.backends import HeadRows, Probes, eager
+from acqcore.backends import FisherSums, HeadRows, Probes, eager
 from acqcore.kernels import cotangents
 from acqcore.kernels.config import Tiles
 from acqcore.kernels.factors import Factors
@@ -47,7 +47,7 @@ def _expected(case: Case, probes: Probes) -> tuple[torch.Tensor, torch.Tensor, t
         for shape in ((probes.count + 1, *exact.hidden.shape), (probes.count, len(exact.hidden)), (len(exact.hidden),))
     ]
     rows = HeadRows(exact.hidden, exact.head, exact.targets, exact.temperature, stats.state, stats.max_index)
-    eager.Eager().fisher_sums(rows, probes, *found)
+    eager.Eager().fisher_sums(rows, probes, FisherSums(*found))
     return found[0], found[1], found[2]
 
 

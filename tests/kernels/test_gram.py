@@ -235,7 +235,8 @@ def _norms(case: Case, bounds: Bounds) -> tuple[torch.Tensor, torch.Tensor]:
     expected, got = torch.empty((2, len(bounds)), dtype=torch.float64)
     local_max = stats.state[0] - 0.25  # a shard's may be lower than the vocabulary's
     factor = torch.full_like(products, 0.5).exp()
-    eager.gram_norm(_rows(exact, stats), Gram(tuple(bounds), starts, products * factor), local_max, weights, expected)
+    scaled = Gram(tuple(bounds), starts, products * factor)
+    eager.Eager().gram_norm(_rows(exact, stats), scaled, local_max, weights, expected)
     head = case.head
     gram_norm.gram_norm(
         case.hidden, head.weight, head.bias, case.targets, bounds, starts, softcap=head.softcap, scale=head.scale,
