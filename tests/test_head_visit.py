@@ -13,6 +13,7 @@ import torch
 import acqcore
 from acqcore import head_grad
 from acqcore.backends import Dropout, Gram, HeadRows, get as get_backend
+from acqcore.backends.cpu import Cpu
 from acqcore.bayes import dropout_rows, mixture_stats
 from acqcore.head_grad import delta_visit, loss_weights
 from acqcore.head_visit import visit
@@ -362,6 +363,27 @@ def test_gradients_share_the_pass(backend, monkeypatch):
     torch.testing.assert_close(sketches, expected, rtol=1e-4, atol=1e-5)
     expected = acqcore.row_stats(*rows, backend=backend).state
     torch.testing.assert_close(visited.stats.state, expected, rtol=0 if backend == "cpu" else 1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(("longest", "own_passes"), [(60, 0), (61, 1)])
+def test_a_long_sample_does_not_keep_the_other_threads_waiting(longest, own_passes, set_threads, monkeypatch):
+    """Of two threads' 120 rows, one sample may take half."""
+    set_threads(2)
+    asked, original = [], Cpu.row_stats
+    monkeypatch.setattr(Cpu, "row_stats", lambda *given: (asked.append(given), original(*given)))
+    case = random_case(120, 32, 400)
+    offsets = torch.tensor([0, longest, 120])
+    bounds = tuple(itertools.pairwise(offsets.tolist()))
+    weights = loss_weights(case.targets, bounds, "mean", None)
+    rows = case.hidden, case.head, case.targets
+    visited, hidden_grads, _ = delta_visit(
+        *rows, bounds, weights, 1.0, get_backend("cpu"), norms=True, with_hidden=True
+    )
+    assert len(asked) == own_passes
+    norms = acqcore.head_grad_norm(*rows, offsets, backend="eager")
+    torch.testing.assert_close(visited.grad_norm(weights), norms, rtol=1e-5, atol=0)
+    expected = acqcore.hidden_grad(*rows, backend="eager")
+    torch.testing.assert_close(hidden_grads, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_samples_that_are_too_long_take_the_other_form(monkeypatch):

@@ -14,6 +14,7 @@ from acqcore.backends import get
 from acqcore.backends.base import Backend
 from acqcore.costs.shape import shape_of
 from acqcore.costs.work import Work, passes
+from acqcore.scoring.run import JOINED_THREADS
 
 SAMPLES = [{"prompt": "What is 2 + 3?", "completion": f" The answer is {i}."} for i in range(6)]
 ALL = {"parameters": "all"}
@@ -194,6 +195,17 @@ def test_nothing_runs_twice(request_of, dtype, tiny_model, tokenizer, count):
         acqcore.score(student, SAMPLES, acquisitions, acquisition_args=arguments, backend="cpu")
     assert tuple(count[name] for name in COUNTED) == expected
     assert count["heads"] == 1
+
+
+def test_many_threads_compute_the_gradient_of_hidden_states_apart(tiny_model, tokenizer, count, set_threads):
+    """With a sketch it would be cut into parts too short for their blocks."""
+    student = acqcore.Student.from_model(tiny_model("Llama"), tokenizer=tokenizer)
+    for threads, products in ((JOINED_THREADS, 1), (JOINED_THREADS + 1, 2)):
+        set_threads(threads)
+        acqcore.grad_sketch(student, SAMPLES, "all", backend="cpu")
+        count.clear()
+        acqcore.grad_sketch(student, SAMPLES, "all", backend="cpu")
+        assert count["products"] == products
 
 
 SAME = {"backend": "cpu"}

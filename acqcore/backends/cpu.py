@@ -127,6 +127,12 @@ class Cpu(Backend):
         hashed: torch.Tensor | None = None,  # [N, n] float32, written
         gram: Gram | None = None,
     ) -> None:
+        """Takes a pass of its own for Gram matrices if a sample has more rows than a thread's share: a task holds whole
+        samples, so the other threads would wait."""
+        longest = 0 if gram is None else max(end - begin for begin, end in gram.bounds)
+        if longest * torch.get_num_threads() > len(rows.hidden):
+            self.row_stats(rows, gram)
+            gram = None
         with _head_args(rows) as arguments, _gram_args(gram) as of_gram:
             _core.delta_sums(
                 self.instruction_set(),

@@ -31,6 +31,9 @@ from acqcore.students.student import StudentLike, as_student
 #: Maximum rows for probing a student's gradients.
 PROBED_ROWS = 4
 
+#: Most threads that compute dL/dh with a sketch: each then has blocks of 64 rows of ``head_grad.SKETCH_ROWS``.
+JOINED_THREADS = 8
+
 
 @dataclass(frozen=True, eq=False)
 class Found:
@@ -227,7 +230,8 @@ class Runner:
             return False, None
         sketch = gradients.head_sketch
         elsewhere = sketch is None and (gradients.probes or self._joined_draws is not None)
-        joins = head.weight.device.type == "cpu"  # no kernel gives dL/dh with them on GPUs
+        # No kernel gives dL/dh with them on GPUs. Sketches go in parts, too short for blocks of many threads.
+        joins = head.weight.device.type == "cpu" and (sketch is None or torch.get_num_threads() <= JOINED_THREADS)
         return joins and gradients.of_trunk and not elsewhere, sketch
 
 
