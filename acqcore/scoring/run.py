@@ -224,7 +224,7 @@ class Runner:
 
     @cached_property
     def _sums(self) -> tuple[bool, tuple[int, int] | None]:
-        """What else the pass over the head's weights for the statistics gives: whether dL/dh, and which sketch."""
+        """What the pass that gives the statistics gives as well: whether dL/dh, and which sketch."""
         gradients, head = self._gradients, self.head
         if gradients is None or head.group is not None:
             return False, None
