@@ -368,7 +368,7 @@ PLAIN = b"text,n\na,1\nb,2\n"
     ("content", "found"),
     [
         *((PLAIN.decode().encode(name), name[:6].upper()) for name in ("utf-16", "utf-16-le", "utf-16-be", "utf-32")),
-        (gzip.compress(PLAIN), "a gzip file"),
+        (gzip.compress(PLAIN, mtime=0), "a gzip file"),
         (bz2.compress(PLAIN), "a bzip2 file"),
         (b"PAR1\x15\x04", "a parquet file"),
         (bytes(100), "UTF-16 or binary data"),
