@@ -73,7 +73,8 @@ def main() -> None:
     measured["loop"] = run_loop()
     measured["seconds"] = time.perf_counter() - begin
     (OUTPUT / "demo.json").write_text(json.dumps(measured, indent=2) + "\n")
-    console.print(f"\n{measured['seconds']:.0f} s in total; results in {OUTPUT}, the report of the loop in {report()}")
+    console.print(f"\n{measured['seconds']:.0f} s in total; results in {OUTPUT}", soft_wrap=True)
+    console.print(f"Report of the loop: {report()}", soft_wrap=True)
 
 
 def quiet() -> None:

@@ -177,7 +177,7 @@ def verdict(found: Mapping[str, Any]) -> list[dict[str, str]]:
         if name != IN_DISTRIBUTION:
             judged.append((result["sets"][name]["change"], f"{main} over the base student on {name}", _ELSEWHERE))
     sure = holm([difference["p"] for difference, _, _ in judged], 1 - found["level"])
-    said = [_judged(*each, called) for each, called in zip(judged, sure, strict=True)]
+    said = [_judged(*each, called, len(judged)) for each, called in zip(judged, sure, strict=True)]
     for arm, entry in found["arms"].items():
         for short in entry["results"]:
             if short["student"] == STUDENT and short["rows"] < short["rows_wanted"]:
@@ -363,11 +363,18 @@ _HERE = {"gain": "Gain", "loss": "Loss", "none": "No gain shown"}
 _ELSEWHERE = {"gain": "Gain", "loss": "Forgetting", "none": "No change shown"}
 
 
-def _judged(difference: Mapping[str, float], what: str, words: Mapping[str, str], sure: bool) -> dict[str, str]:
+def _judged(
+    difference: Mapping[str, float], what: str, words: Mapping[str, str], sure: bool, comparisons: int
+) -> dict[str, str]:
     """Words a comparison; a gain or loss must pass the joint test and have enough fits."""
     few = difference["fits"] < FEWEST
     kind = "none" if few or not sure else "gain" if difference["mean"] > 0 else "loss"
-    interval = span(difference) if difference["low"] == difference["high"] else f"interval {span(difference)}"
-    why = f"; a gain or a loss needs {FEWEST} fits, but this run has {difference['fits']:.0f}" if few else ""
+    low, high = difference["low"], difference["high"]
+    interval = span(difference) if low == high else f"interval {span(difference)}"
+    why = ""
+    if few:
+        why = f"; a gain or a loss needs {FEWEST} fits, but this run has {difference['fits']:.0f}"
+    elif not sure and (0 < low < high or low < high < 0):
+        why = f"; not significant after Holm's correction for {comparisons} comparisons"
     text = f"{words[kind]}: {what}, {points(difference['mean'])} points, {interval}{why}."
     return {"kind": kind, "text": text}

@@ -250,6 +250,10 @@ def test_gain_loss_and_neither_are_said_plainly():
     assert said[3]["text"] == "no_rl had 90 of 100 rows, so its fits are not at equal rows."
     assert collected(grpo=(2, 3, 2))["verdict"][0]["text"].startswith("Loss: grpo over the base student")
     assert collected(grpo=(20,) * 3)["verdict"][0]["text"].startswith("No gain shown: grpo over the base student")
+    assert collected(grpo=(24, 25, 24), no_rl=(20, 20, 20))["verdict"][1]["text"] == (
+        "No gain shown: grpo over no_rl at equal rows, +10.8 points, interval +0.9 to +20.7; not significant after "
+        "Holm's correction for 3 comparisons."
+    )
 
 
 @pytest.mark.parametrize("fits", [1, 2])
