@@ -373,4 +373,5 @@ def _refused(error: ValidationError) -> ServiceError:
     place = ".".join(str(part) for part in fault["loc"] if not isinstance(part, str) or part.isidentifier())
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     kind = "too_large" if fault["type"] in ("too_long", "string_too_long") else "invalid_request"
-    return ServiceError(kind, f"{place[:200] or 'body'}: {fault['msg'][:1000]}{more}")
+    message = fault["msg"].removeprefix("Value error, ")  # pydantic's mark of our own messages
+    return ServiceError(kind, f"{place[:200] or 'body'}: {message[:1000]}{more}")
