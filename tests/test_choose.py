@@ -90,7 +90,7 @@ def test_labels_that_others_predict_take_turns(choose, student, tmp_path, capsys
     turns = [row["intent"] for row in found]
     assert turns in (["animal", 7] * 2, [7, "animal"] * 2)
     err = capsys.readouterr().err
-    assert f"{int((trust > 0).sum())} of 8 labels agree" in err
+    assert f"{int((trust > 0).sum())} of 8 labels agree with those of similar prompts\n" in err
     for got in ("None", "''", "0.5"):
         assert f"intent: expected a string or an int, got {got}" in err
 
@@ -98,7 +98,8 @@ def test_labels_that_others_predict_take_turns(choose, student, tmp_path, capsys
 def test_labels_of_equal_prompts(choose, tmp_path, capsys, read):
     rows = [{"prompt": "classify:", "completion": f" a{i}", "intent": "xy"[i % 2]} for i in range(6)]
     assert main(choose(rows, n=2, label_column="intent")) == 0
-    assert "0 of 6 labels agree" in capsys.readouterr().err
+    expected = "0 of 6 labels agree with those of similar prompts; 2 of the chosen rows are not trusted\n"
+    assert expected in capsys.readouterr().err
     assert len(read(tmp_path / "out.jsonl")) == 2
 
 
@@ -250,13 +251,13 @@ def test_a_row_too_long_for_a_member_is_not_chosen(choose, tiny_model, tokenizer
         ({"n": 9}, "n: expected at most 8 (the number of rows of "),
         ({"n": 5, "limit": 4}, "n: expected at most 4"),
         ({"n": 0}, "n: expected an int >= 1, got 0"),
-        ({"signal": "entropie"}, "acquisitions: unknown 'entropie'"),
+        ({"signal": "entropie"}, "--signal: unknown 'entropie', expected one of loss"),
         ({"method": "topk"}, "method: unknown 'topk', expected one of top_k, k_center"),
         ({"text_column": "body"}, "data: no column 'body', expected one of text"),
         ({"signal": "score", "student": None}, "signal: no column 'score' in the data (columns: text); pass"),
         ({"signal": None}, "--signal: required with --method top_k"),
         ({"student": None, "method": "badge"}, "--student: expected a model"),
-        ({"label_column": "intent"}, "label-column: no column 'intent' in the data, only text"),
+        ({"label_column": "intent"}, "--label-column: no column 'intent' in the data, only text"),
         ({"label_column": "text", "method": "badge"}, "--label-column: requires --student and --method top_k"),
         ({"label_column": "text", "student": None}, "--label-column: requires --student and --method top_k"),
         ({"seed": -1, "method": "badge"}, "seed: expected "),
@@ -277,6 +278,10 @@ def test_wrong_usage_is_one_sentence_before_a_forward(options, message, choose, 
     monkeypatch.setattr("acqcore.files.choose.score", None)  # a forward would raise TypeError
     assert message in refused(choose(ROWS, **options))
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_data_without_rows(choose, refused):
+    assert "data.jsonl has no rows" in refused(choose([]))
 
 
 @pytest.mark.parametrize("column", ["entropy", "rank"])

@@ -16,6 +16,7 @@ from typing import Any, get_args
 import torch
 
 from acqcore import checks
+from acqcore.acquisitions import REGISTRY
 from acqcore.files import data as data_files
 from acqcore.files.data import Record, located
 from acqcore.files.parts import check_output, table_output
@@ -68,8 +69,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--label-column",
         metavar="C",
-        help="with --method top_k: column of possibly wrong labels; chooses only rows whose label agrees with those of "
-        "rows with similar prompts, one of each label in turn",
+        help="with --method top_k: column of possibly wrong labels; chooses rows whose label agrees with those of rows "
+        "with similar prompts, one of each label in turn, and others only if these are fewer than --n",
     )
 
 
@@ -141,6 +142,8 @@ def _check(options: argparse.Namespace) -> tuple[str, ...]:
         checks.positive_int("limit", options.limit)
     names: tuple[str, ...] = ()
     if options.student is not None:
+        if options.signal is not None:
+            checks.one_of("signal", options.signal, REGISTRY)
         plan = Plan.of(
             ["entropy" if options.signal is None else options.signal], options.acquisition_args or {},
             reduction=options.reduction, topk=options.topk, batch_tokens=options.batch_tokens,
@@ -156,6 +159,8 @@ def _check(options: argparse.Namespace) -> tuple[str, ...]:
 def _read(options: argparse.Namespace, data: Path) -> _Pool:
     """Read and tokenize the rows; raises before any forward if there are too few."""
     blocks, present = data_files.scan(data, _BLOCK_ROWS, options.limit)
+    if not blocks:
+        raise ValueError(f"data: {options.data} has no rows")
     count = sum(block.rows for block in blocks)
     checks.at_most("n", options.n, count, f"the number of rows of {options.data}")
     for column in (_RANK, *([options.signal] if options.student is not None else [])):
@@ -207,7 +212,7 @@ def _number(value: Any) -> Any:
 def _tokenize(options: argparse.Namespace, pool: _Pool) -> None:
     of_label = options.label_column
     if of_label is not None and of_label not in pool.columns:
-        raise ValueError(f"label-column: no column {of_label!r} in the data, only {', '.join(pool.columns)}")
+        raise ValueError(f"label_column: no column {of_label!r} in the data, only {', '.join(pool.columns)}")
     columns = data_files.choose_columns(
         pool.columns, options.prompt_column, options.completion_column, options.text_column
     )
@@ -283,7 +288,9 @@ def _pick(options: argparse.Namespace, pool: _Pool) -> list[int]:
         pool.student, pool.rows, batch_tokens=options.batch_tokens, max_length=options.max_length
     )
     trust = label_trust(vectors, labels)
-    print(f"{int((trust > 0).sum())} of {len(trust)} labels agree with those of similar prompts", file=sys.stderr)
+    agree = int((trust > 0).sum())
+    rest = f"; {options.n - agree} of the chosen rows are not trusted" if agree < options.n else ""
+    print(f"{agree} of {len(trust)} labels agree with those of similar prompts{rest}", file=sys.stderr)
     return select(signal, options.n, labels=labels, trust=trust).tolist()
 
 

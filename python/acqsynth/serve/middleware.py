@@ -367,10 +367,16 @@ def check_structure(body: bytes, most: int) -> None:
 
 def _refused(error: ValidationError) -> ServiceError:
     """The first error: its place and what was expected, but not the arbitrary value found."""
-    fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    if fault["type"] == "json_invalid":
-        return ServiceError("bad_request", fault["msg"])
-    place = ".".join(str(part) for part in fault["loc"] if not isinstance(part, str) or part.isidentifier())
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    kind = "too_large" if fault["type"] in ("too_long", "string_too_long") else "invalid_request"
-    return ServiceError(kind, f"{place[:200] or 'body'}: {fault['msg'][:1000]}{more}")
+    faults = error.errors(include_url=False, include_context=False, include_input=False)
+    if faults[0]["type"] == "json_invalid":
+        return ServiceError("bad_request", faults[0]["msg"])
+
+    def place(fault: Any) -> str:
+        return ".".join(str(part) for part in fault["loc"] if not isinstance(part, str) or part.isidentifier())
+
+    # The alternatives of a value fail at one place. pydantic marks messages of our own checks.
+    first = place(faults[0])
+    told = [fault["msg"].removeprefix("Value error, ") for fault in faults if place(fault) == first]
+    more = f" (and {len(faults) - len(told)} more)" if len(faults) > len(told) else ""
+    kind = "too_large" if faults[0]["type"] in ("too_long", "string_too_long") else "invalid_request"
+    return ServiceError(kind, f"{first[:200] or 'body'}: {', or '.join(dict.fromkeys(told))[:1000]}{more}")

@@ -188,7 +188,11 @@ def test_no_samples(post):
         ([], "body: "),
         ({"samples": "a"}, "samples: Input should be a valid array"),
         ({"samples": ["a"], "more": 1}, "more: Extra inputs are not permitted"),
-        ({"samples": ["a"], "acquisitions": ["influence"]}, "unknown 'influence', expected one of"),
+        ({"samples": ["a"], "acquisitions": ["influence"]}, "acquisitions.0: unknown 'influence', expected one of"),
+        (
+            {"samples": ["ab"], "acquisitions": ["grad_norm"], "acquisition_args": {"grad_norm": {"parameters": 0}}},
+            "grad_norm.parameters: Input should be 'head', 'trainable' or 'all', or Input should be greater than",
+        ),
         ({"samples": ["a"], "acquisitions": []}, "acquisitions: List should have at least 1 item"),
         ({"samples": ["a b"], "reduction": "median"}, "reduction: Input should be 'mean'"),
         ({"samples": ["a b"], "max_length": 1}, "max_length: "),
