@@ -77,8 +77,11 @@ class TrlReward:
             columns: other columns that TRL passes; ignored.
 
         Raises:
-            RuntimeError, ValueError, TypeError: as documented by the class.
+            TypeError: a string in place of a list. RuntimeError, ValueError, TypeError: as documented by the class.
         """
+        for name, values in (("prompts", prompts), ("completions", completions)):
+            if isinstance(values, str):
+                raise TypeError(f"{name}: expected a list with one entry for each completion, got a string")
         return self._reward(prompts, completions, Log(log_extra, log_metric))
 
     def _reward(self, prompts: Sequence[Any], completions: Sequence[Completion], log: Log) -> list[float | None]:

@@ -78,6 +78,12 @@ def test_a_completion_without_text_is_no_sample(model, tokenizer):
     assert Log().call(reward, []) == []
 
 
+@pytest.mark.parametrize(("prompts", "completions", "name"), [("a", [GOOD], "prompts"), (["a"], GOOD, "completions")])
+def test_a_string_is_no_list(prompts, completions, name, model, tokenizer):
+    with pytest.raises(TypeError, match=f"{name}: expected a list with one entry for each completion, got a string"):
+        AcquisitionReward(model, tokenizer=tokenizer)(prompts, completions)
+
+
 def test_log_functions_get_values_and_metrics(model, tokenizer):
     reward, log = AcquisitionReward(model, tokenizer=tokenizer), Log()
     values = log.call(reward, COMPLETIONS)
