@@ -48,7 +48,7 @@ def _check_generator(config: Config) -> None:
             "reward.refresh_steps: expected 0, as only generator.method grpo scores while it trains, "
             f"got {config.reward.refresh_steps} with {generator.method}"
         )
-    trainer = _trainers(config).get("generator")
+    trainer, _ = _trainers(config).get("generator", (None, None))
     if generator.method == "grpo":
         _checked("generator", train_options.check_prompts, trainer, generator.prompts)
         _check_refreshes(config.reward, trainer, train_options.grpo_steps(trainer, generator.prompts))
@@ -80,8 +80,8 @@ def _check_refreshes(reward: RewardConfig, trainer: Any, steps: int) -> None:
         )
 
 
-def _trainers(config: Config) -> dict[str, Any]:
-    """The configuration of each trainer, by key."""
+def _trainers(config: Config) -> dict[str, tuple[Any, Any]]:
+    """The configurations of each trainer and of LoRA, by key."""
     from acqsynth.train_options import configuration
 
     generator, options = config.generator, config.student.options
@@ -92,7 +92,7 @@ def _trainers(config: Config) -> dict[str, Any]:
     }
     if generator.method not in ("grpo", "dpo"):
         del given["generator"]
-    return {key: _checked(key, configuration, *each, "unused")[0] for key, each in given.items()}
+    return {key: _checked(key, configuration, *each, "unused") for key, each in given.items()}
 
 
 def _check_labelling(config: Config, domain: Domain) -> None:
@@ -138,14 +138,15 @@ def on_this_machine(config: Config) -> None:
         ConfigError: a required device, package, model or file is missing, or the output cannot be written; names the
             key.
     """
-    from acqsynth.train_options import require
+    from acqsynth.train_options import check_model, require
 
     engine = config.engine
     trains = config.generator.options.get("use_vllm")
     for key, uses in (("engine.name", engine.name == "vllm"), ("generator.options.use_vllm", trains)):
         if uses and importlib.util.find_spec("vllm") is None:
             raise ConfigError(f'{key}: vllm is not installed: run pip install "acqcore[vllm]"')
-    for key, trainer in _trainers(config).items():
+    trainers = _trainers(config)
+    for key, (trainer, _) in trainers.items():
         _checked(f"{key}.options", require, trainer)
     device = engine.options.get("device")
     _checked("engine.options", acqcore.check_request, "entropy", device=None if device is None else str(device))
@@ -154,6 +155,12 @@ def on_this_machine(config: Config) -> None:
         _checked(f"evaluation.others.{name}.domain", _domain_of(config, other).require)
     for key, name in _models(config):
         _checked(key, models.find, name)
+    student = config.student
+    learners = {"generator": [config.generator.model], "student": [student.model, *student.others.values()]}
+    for key, (trainer, lora) in trainers.items():
+        for name in learners.get(key, [student.model]):
+            if not name.startswith("world:"):  # these are made in the run
+                _checked(f"{key}.options", check_model, trainer, lora, name)
     for key, source in _sources(config):
         _checked(key, _first_row, _domain_of(config, source), source)
     folder = Path(config.output).absolute()

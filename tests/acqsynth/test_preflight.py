@@ -73,6 +73,12 @@ REFUSED = {
     "student.options.dataset_num_proc=-1": "dataset_num_proc: expected an integer at least 0, got -1",
     "student.options.loss_type=null": "student.options: loss_type: unknown None, expected one of nll, dft",
     "student.options.loss_type=[nll]": "student.options: loss_type: unknown ['nll'], expected one of nll, dft",
+    "student.options.gradient_checkpointing_kwargs={use_rentrant: true}": "unexpected keyword argument 'use_rentrant'",
+    "student.options.gradient_checkpointing_kwargs=5": "gradient_checkpointing_kwargs: 'int' object is not a mapping",
+    "generator.options.dataloader_persistent_workers=true": "persistent_workers option needs num_workers > 0",
+    "student.options.pad_to_multiple_of=0": "pad_to_multiple_of: expected an integer at least 1, got 0",
+    "student.options.padding_free=true": "student.options: padding_free: expected packing with it, as rows would",
+    "student.options={lr_scheduler_type: polynomial, lr_scheduler_kwargs: {lr_end: 1}}": "lr_scheduler_kwargs: lr_end",
     "student.options.optim=foo": "student.options: foo is not a valid OptimizerNames, please select one of",
     "student.options.lr_scheduler_type=cosine_with_min_lr": "student.options: lr_scheduler_kwargs: ",
     "evaluation.validity.options.report_to=foo": "evaluation.validity.options: report_to: foo is not supported",
@@ -286,6 +292,32 @@ def test_an_optimizer_that_cannot_be_made_is_said_before_a_run(options, monkeypa
     monkeypatch.setattr(trainer_optimizer, "is_bitsandbytes_available", lambda: False)
     with pytest.raises(ConfigError, match=r"^student\.options: "):
         preflight.on_this_machine(load("arithmetic", [f"student.options={options}"]))
+
+
+@pytest.mark.parametrize(
+    ("key", "options", "message"),
+    [
+        ("student", "{eos_token: <|im_end|>}", "eos_token: expected a token of {path}, got '<|im_end|>'"),
+        ("evaluation.validity", "{pad_token: '[PAD]'}", "pad_token: expected a token of {path}, got '[PAD]'"),
+        ("student", "{lora: {target_modules: [c_attn]}}", "lora: Target modules {'c_attn'} not found in the"),
+        ("generator", "{lora: {target_modules: [q_proj, v_prj]}}", "lora: target_modules: {path} has no 'v_prj'"),
+        ("student", "{lora: {layers_to_transform: [2], target_modules: [q_proj]}}", "Target modules {'q_proj'} not"),
+        ("student", "{lora: {target_modules: '(q_proj'}}", "lora: missing ), unterminated subpattern"),
+        ("student", "{eos_token: </s>, lora: {target_modules: [q_proj, layers.0.mlp.up_proj]}}", None),
+        ("student", "{lora: {target_modules: all-linear, init_lora_weights: pissa}}", None),
+        ("student", "{lora: {target_modules: '.*_proj'}}", None),
+    ],
+)
+def test_options_that_do_not_fit_the_model_are_refused_before_a_run(key, options, message, student_path):
+    models_of = [f"{part}.model={student_path}" for part in ("generator", "student")]
+    config = load("arithmetic", [*models_of, f"{key}.options={options}"])
+    if message is None:
+        preflight.on_this_machine(config)
+    else:
+        with pytest.raises(ConfigError) as caught:
+            preflight.on_this_machine(config)
+        assert str(caught.value).startswith(f"{key}.options")
+        assert message.replace("{path}", str(student_path)) in str(caught.value)
 
 
 def test_a_domain_that_computes_may_label():
