@@ -18,7 +18,7 @@ import acqcore
 from acqsynth import engines, label, models
 from acqsynth.config import Config, ConfigError, OtherSource, RewardConfig, Source, ValidityConfig
 from acqsynth.domains import Domain, domain as find_domain
-from acqsynth.domains.base import is_local
+from acqsynth.domains.base import SUFFIXES, is_local
 from acqsynth.report.metrics import IN_DISTRIBUTION, STUDENT
 from acqsynth.seeds import BUNDLED, load_source
 
@@ -164,7 +164,8 @@ def on_this_machine(config: Config) -> None:
     for key, source in _sources(config):
         _checked(key, _first_row, _domain_of(config, source), source)
     folder = Path(config.output).absolute()
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    # Unlike Path.exists, os.path.exists raises nothing for a name too long or a folder that may not be searched.
+    existing = next(parent for parent in (folder, *folder.parents) if os.path.exists(parent))
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ConfigError(f"output: cannot write to {config.output}")
 
@@ -238,6 +239,6 @@ def _checked(key: str, make: Callable[..., Any], *arguments: Any, **options: Any
         if not isinstance(error, (ValueError, TypeError, OSError, ImportError, RuntimeError)):
             told = f"{type(error).__name__}: {told}"
         # The message of a value's error may itself begin with a key.
-        of_key = isinstance(error, (ValueError, TypeError)) and re.match(r"[a-z_]+(\.[a-z_]+)*: ", told)
-        separator = "." if of_key else ": "
+        first = isinstance(error, (ValueError, TypeError)) and re.match(r"([a-z_]+(?:\.[a-z_]+)*): ", told)
+        separator = "." if first and Path(first[1]).suffix not in SUFFIXES else ": "
         raise ConfigError(told if told.startswith(f"{key}:") else f"{key}{separator}{told}") from error

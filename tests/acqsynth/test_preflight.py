@@ -250,6 +250,13 @@ def test_a_missing_sandbox_is_said_before_a_run(override, monkeypatch):
         preflight.on_this_machine(load("code" if key == "domain" else "arithmetic", [override, *WITHOUT_VLLM]))
 
 
+def test_a_file_of_rows_is_no_key(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").touch()
+    with pytest.raises(ConfigError, match=r"^data\.seeds: rows\.jsonl: no rows$"):
+        preflight.on_this_machine(load("arithmetic", ["data.seeds.source=rows.jsonl"]))
+
+
 def test_a_missing_checker_is_said_before_a_run(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"^domain: math-verify is not installed: run pip install"):
