@@ -130,11 +130,14 @@ def _check_late(config: Any) -> None:
 
 def require(config: Any) -> None:
     """Raises ImportError, RuntimeError or ValueError if a tracker, kernel or optimizer is not installed or lacks
-    options."""
+    options; FileNotFoundError if there is no such chat template."""
     for tracker in get_reporting_integration_callbacks(config.report_to):
         tracker()
     if config.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
         raise ImportError('use_liger_kernel: liger-kernel is not installed: run pip install "liger-kernel"')
+    template = getattr(config, "chat_template_path", None) or ""  # a file, or a model
+    if template.endswith((".jinja", ".j2")) and not os.path.isfile(template):
+        raise FileNotFoundError(f"chat_template_path: {template}: no such file")
     if config.optim_target_modules is None:  # otherwise it looks for modules of the model
         Trainer.get_optimizer_cls_and_kwargs(config, torch.nn.Linear(1, 1))
 
@@ -145,9 +148,15 @@ def check_model(config: Any, lora: Any, model: str) -> None:
     Raises:
         OSError, ValueError: these cannot be loaded, the model has no such module or its tokenizer no such token.
     """
-    given = {name: token for name in ("eos_token", "pad_token") if (token := getattr(config, name, None)) is not None}
-    vocabulary = load_tokenizer(resolve(model)).get_vocab() if given else {}
-    for name, token in given.items():
+    tokens = {name: token for name in ("eos_token", "pad_token") if (token := getattr(config, name, None)) is not None}
+    if lora is None and not tokens:
+        return
+    try:
+        described = AutoConfig.from_pretrained(resolve(model))
+    except OSError as error:
+        raise OSError(f"{model} does not load: {error}") from error
+    vocabulary = load_tokenizer(resolve(model)).get_vocab() if tokens else {}
+    for name, token in tokens.items():
         if token not in vocabulary:
             raise ValueError(f"{name}: expected a token of {model}, got {token!r}")
     if lora is None:
@@ -155,7 +164,7 @@ def check_model(config: Any, lora: Any, model: str) -> None:
     from peft import get_peft_model
 
     with torch.device("meta"):
-        bare = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(resolve(model)))
+        bare = AutoModelForCausalLM.from_config(described)
     lora.init_lora_weights = True  # other ways need the weights
     named = lora.target_modules if isinstance(lora.target_modules, set) else ()
     try:

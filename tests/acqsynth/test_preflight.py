@@ -294,6 +294,11 @@ def test_a_missing_kernel_is_said_before_a_run(monkeypatch):
         preflight.on_this_machine(load("arithmetic", ["student.options.use_liger_kernel=true"]))
 
 
+def test_a_missing_chat_template_is_said_before_a_run():
+    with pytest.raises(ConfigError, match=r"^student\.options: chat_template_path: chat\.jinja: no such file$"):
+        preflight.on_this_machine(load("arithmetic", ["student.options.chat_template_path=chat.jinja"]))
+
+
 @pytest.mark.parametrize("options", ["{optim: adamw_bnb_8bit}", "{optim_args: foo}"])
 def test_an_optimizer_that_cannot_be_made_is_said_before_a_run(options, monkeypatch):
     monkeypatch.setattr(trainer_optimizer, "is_bitsandbytes_available", lambda: False)
@@ -325,6 +330,13 @@ def test_options_that_do_not_fit_the_model_are_refused_before_a_run(key, options
             preflight.on_this_machine(config)
         assert str(caught.value).startswith(f"{key}.options")
         assert message.replace("{path}", str(student_path)) in str(caught.value)
+
+
+def test_a_model_that_does_not_load_is_named(student_path):
+    (student_path / "config.json").write_text("{")
+    config = load("arithmetic", [f"student.model={student_path}", "student.options.lora={r: 2}"])
+    with pytest.raises(ConfigError, match=rf"^student\.options: {student_path} does not load: "):
+        preflight.on_this_machine(config)
 
 
 def test_a_domain_that_computes_may_label():
