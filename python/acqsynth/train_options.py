@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import importlib.util
@@ -124,6 +125,9 @@ def _check_late(config: Any) -> None:
             make()
         except (TypeError, ValueError) as error:
             raise ValueError(f"options: {names}: {error}") from error
+    dtype, known = (config.model_init_kwargs or {}).get("dtype"), ("auto", "float32", "float16", "bfloat16")
+    if not (dtype is None or isinstance(dtype, torch.dtype) or dtype in known):
+        raise ValueError(f"options: model_init_kwargs.dtype: expected one of {', '.join(known)}, got {dtype!r}")
     if getattr(config, "padding_free", False) and not getattr(config, "packing", True):
         raise ValueError("options: padding_free: expected packing with it, as rows would not be cut to max_length")
 
@@ -147,9 +151,11 @@ def check_model(config: Any, lora: Any, model: str) -> None:
 
     Raises:
         OSError, ValueError: these cannot be loaded, the model has no such module or its tokenizer no such token.
+        ImportError: the kernels of its attention are not installed.
     """
     tokens = {name: token for name in ("eos_token", "pad_token") if (token := getattr(config, name, None)) is not None}
-    if lora is None and not tokens:
+    attention = (config.model_init_kwargs or {}).get("attn_implementation")
+    if lora is None and attention is None and not tokens:
         return
     try:
         described = AutoConfig.from_pretrained(resolve(model))
@@ -159,18 +165,19 @@ def check_model(config: Any, lora: Any, model: str) -> None:
     for name, token in tokens.items():
         if token not in vocabulary:
             raise ValueError(f"{name}: expected a token of {model}, got {token!r}")
+    with torch.device("meta"):
+        bare = AutoModelForCausalLM.from_config(described, attn_implementation=attention)
     if lora is None:
         return
     from peft import get_peft_model
 
-    with torch.device("meta"):
-        bare = AutoModelForCausalLM.from_config(described)
-    lora.init_lora_weights = True  # other ways need the weights
-    named = lora.target_modules if isinstance(lora.target_modules, set) else ()
+    own = copy.deepcopy(lora)  # peft writes the model's modules into it
+    own.init_lora_weights = True  # other ways need the weights
     try:
-        found = [f".{name}" for name in get_peft_model(bare, lora).base_model.targeted_module_names]
+        found = [f".{name}" for name in get_peft_model(bare, own).base_model.targeted_module_names]
     except (ValueError, re.error) as error:
         raise ValueError(f"lora: {error}") from error
+    named = own.target_modules if isinstance(own.target_modules, set) else ()  # without those of fused experts
     if missing := [name for name in sorted(named) if not any(one.endswith(f".{name}") for one in found)]:
         raise ValueError(f"lora: target_modules: {model} has no {missing[0]!r}")
 

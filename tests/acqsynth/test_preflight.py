@@ -7,7 +7,7 @@ import json
 import re
 
 import pytest
-from transformers import trainer_optimizer
+from transformers import GPT2Config, Qwen3MoeConfig, trainer_optimizer
 from transformers.integrations import integration_utils
 
 from acqsynth import models, preflight
@@ -77,6 +77,7 @@ REFUSED = {
     "student.options.gradient_checkpointing_kwargs=5": "gradient_checkpointing_kwargs: 'int' object is not a mapping",
     "generator.options.dataloader_persistent_workers=true": "persistent_workers option needs num_workers > 0",
     "student.options.pad_to_multiple_of=0": "pad_to_multiple_of: expected an integer at least 1, got 0",
+    "student.options.model_init_kwargs={dtype: fp16}": "model_init_kwargs.dtype: expected one of auto, float32",
     "student.options.padding_free=true": "student.options: padding_free: expected packing with it, as rows would",
     "student.options={lr_scheduler_type: polynomial, lr_scheduler_kwargs: {lr_end: 1}}": "lr_scheduler_kwargs: lr_end",
     "student.options.optim=foo": "student.options: foo is not a valid OptimizerNames, please select one of",
@@ -315,6 +316,8 @@ def test_an_optimizer_that_cannot_be_made_is_said_before_a_run(options, monkeypa
         ("generator", "{lora: {target_modules: [q_proj, v_prj]}}", "lora: target_modules: {path} has no 'v_prj'"),
         ("student", "{lora: {layers_to_transform: [2], target_modules: [q_proj]}}", "Target modules {'q_proj'} not"),
         ("student", "{lora: {target_modules: '(q_proj'}}", "lora: missing ), unterminated subpattern"),
+        ("student", "{model_init_kwargs: {attn_implementation: flash_attention_9}}", "attn_implementation"),
+        ("student", "{model_init_kwargs: {attn_implementation: sdpa}}", None),
         ("student", "{eos_token: </s>, lora: {target_modules: [q_proj, layers.0.mlp.up_proj]}}", None),
         ("student", "{lora: {target_modules: all-linear, init_lora_weights: pissa}}", None),
         ("student", "{lora: {target_modules: '.*_proj'}}", None),
@@ -330,6 +333,22 @@ def test_options_that_do_not_fit_the_model_are_refused_before_a_run(key, options
             preflight.on_this_machine(config)
         assert str(caught.value).startswith(f"{key}.options")
         assert message.replace("{path}", str(student_path)) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("other", "modules"),
+    [
+        (GPT2Config(n_layer=1), "all-linear"),
+        (GPT2Config(n_layer=1), "null"),  # peft's own choice
+        (Qwen3MoeConfig(num_hidden_layers=1), "[gate_proj, up_proj, down_proj]"),  # fused in the experts
+    ],
+)
+def test_options_fit_each_student(other, modules, student_path, tmp_path):
+    other.save_pretrained(tmp_path / "other")
+    students = [f"student.model={student_path}", f"student.others={{other: {tmp_path}/other}}"]
+    preflight.on_this_machine(load("arithmetic", [*students, f"student.options.lora={{target_modules: {modules}}}"]))
+    with pytest.raises(ConfigError, match=r"^student\.options\.lora: "):
+        preflight.on_this_machine(load("arithmetic", [*students, "student.options.lora={target_modules: [k_prj]}"]))
 
 
 def test_a_model_that_does_not_load_is_named(student_path):

@@ -13,7 +13,7 @@ from acqsynth.domains.math_check import LONGEST
 
 _INTEGER = re.compile(r"-?\d+")
 _DECIMAL = re.compile(r"([-+]?)(?=\.?\d)(\d{1,3}(?:(?:,\d{3})+|(?: \d{3})+)|\d*)(\.\d*)?")
-_FRACTION = re.compile(r"([-+]?)(?:(\d+)\s+)?(\d+)\s*/\s*(\d+)")
+_FRACTION = re.compile(r"([-+]?)(?:(\d+)\s+(?!0\d))?(\d+)\s*/\s*(\d+)")
 _FRAC = re.compile(r"\\[dt]frac(?![A-Za-z])")
 _LATEX_FRACTION = re.compile(r"([-+]?)\s*(\d*)\s*\\frac\{(\d+)\}\{(\d+)\}")
 _LITERAL = re.compile(r"0(?:[xX][0-9A-Fa-f]+|[oO][0-7]+|[bB][01]+)")
