@@ -373,7 +373,8 @@ class _Loader(yaml.SafeLoader):
             if key.tag == "tag:yaml.org,2002:merge":
                 continue
             if key.tag != "tag:yaml.org,2002:str":
-                raise yaml.constructor.ConstructorError(None, None, f"key {key.value}: expected text", key.start_mark)
+                problem = f"key {key.value}: expected text, such as '{key.value}' in quotes"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is repeated", key.start_mark)
             seen.add(key.value)
@@ -404,7 +405,8 @@ def _parsed(text: str, name: str) -> Any:
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{name}: not YAML: {_one_line(error)}") from error
+        told = _one_line(error).replace('in "<unicode string>", ', "in ")
+        raise ConfigError(f"{name}: not YAML: {told}") from error
     except RecursionError as error:
         raise ConfigError(f"{name}: nested too deeply") from error
 

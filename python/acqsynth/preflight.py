@@ -18,7 +18,7 @@ import acqcore
 from acqsynth import engines, label, models
 from acqsynth.config import Config, ConfigError, OtherSource, RewardConfig, Source, ValidityConfig
 from acqsynth.domains import Domain, domain as find_domain
-from acqsynth.domains.base import is_local
+from acqsynth.domains.base import SUFFIXES, is_local
 from acqsynth.report.metrics import IN_DISTRIBUTION, STUDENT
 from acqsynth.seeds import BUNDLED, load_source
 
@@ -48,7 +48,7 @@ def _check_generator(config: Config) -> None:
             "reward.refresh_steps: expected 0, as only generator.method grpo scores while it trains, "
             f"got {config.reward.refresh_steps} with {generator.method}"
         )
-    trainer = _trainers(config).get("generator")
+    trainer, _ = _trainers(config).get("generator", (None, None))
     if generator.method == "grpo":
         _checked("generator", train_options.check_prompts, trainer, generator.prompts)
         _check_refreshes(config.reward, trainer, train_options.grpo_steps(trainer, generator.prompts))
@@ -80,8 +80,8 @@ def _check_refreshes(reward: RewardConfig, trainer: Any, steps: int) -> None:
         )
 
 
-def _trainers(config: Config) -> dict[str, Any]:
-    """The configuration of each trainer, by key."""
+def _trainers(config: Config) -> dict[str, tuple[Any, Any]]:
+    """The configurations of each trainer and of LoRA, by key."""
     from acqsynth.train_options import configuration
 
     generator, options = config.generator, config.student.options
@@ -92,7 +92,7 @@ def _trainers(config: Config) -> dict[str, Any]:
     }
     if generator.method not in ("grpo", "dpo"):
         del given["generator"]
-    return {key: _checked(key, configuration, *each, "unused")[0] for key, each in given.items()}
+    return {key: _checked(key, configuration, *each, "unused") for key, each in given.items()}
 
 
 def _check_labelling(config: Config, domain: Domain) -> None:
@@ -138,14 +138,15 @@ def on_this_machine(config: Config) -> None:
         ConfigError: a required device, package, model or file is missing, or the output cannot be written; names the
             key.
     """
-    from acqsynth.train_options import require
+    from acqsynth.train_options import check_model, require
 
     engine = config.engine
     trains = config.generator.options.get("use_vllm")
     for key, uses in (("engine.name", engine.name == "vllm"), ("generator.options.use_vllm", trains)):
         if uses and importlib.util.find_spec("vllm") is None:
             raise ConfigError(f'{key}: vllm is not installed: run pip install "acqcore[vllm]"')
-    for key, trainer in _trainers(config).items():
+    trainers = _trainers(config)
+    for key, (trainer, _) in trainers.items():
         _checked(f"{key}.options", require, trainer)
     device = engine.options.get("device")
     _checked("engine.options", acqcore.check_request, "entropy", device=None if device is None else str(device))
@@ -154,10 +155,17 @@ def on_this_machine(config: Config) -> None:
         _checked(f"evaluation.others.{name}.domain", _domain_of(config, other).require)
     for key, name in _models(config):
         _checked(key, models.find, name)
+    student = config.student
+    learners = {"generator": [config.generator.model], "student": [student.model, *student.others.values()]}
+    for key, (trainer, lora) in trainers.items():
+        for name in learners.get(key, [student.model]):
+            if not name.startswith("world:"):  # these are made in the run
+                _checked(f"{key}.options", check_model, trainer, lora, name)
     for key, source in _sources(config):
         _checked(key, _first_row, _domain_of(config, source), source)
     folder = Path(config.output).absolute()
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    # Unlike Path.exists, os.path.exists raises nothing for a name too long or a folder that may not be searched.
+    existing = next(parent for parent in (folder, *folder.parents) if os.path.exists(parent))
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ConfigError(f"output: cannot write to {config.output}")
 
@@ -231,6 +239,6 @@ def _checked(key: str, make: Callable[..., Any], *arguments: Any, **options: Any
         if not isinstance(error, (ValueError, TypeError, OSError, ImportError, RuntimeError)):
             told = f"{type(error).__name__}: {told}"
         # The message of a value's error may itself begin with a key.
-        of_key = isinstance(error, (ValueError, TypeError)) and re.match(r"[a-z_]+(\.[a-z_]+)*: ", told)
-        separator = "." if of_key else ": "
+        first = isinstance(error, (ValueError, TypeError)) and re.match(r"([a-z_]+(?:\.[a-z_]+)*): ", told)
+        separator = "." if first and Path(first[1]).suffix not in SUFFIXES else ": "
         raise ConfigError(told if told.startswith(f"{key}:") else f"{key}{separator}{told}") from error

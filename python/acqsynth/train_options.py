@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import importlib.util
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
-from transformers import Trainer, get_scheduler
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, TensorDataset
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 from trl import DPOConfig, GRPOConfig, SFTConfig
+
+from acqsynth.models import load_tokenizer, resolve
 
 T = TypeVar("T")
 
@@ -97,32 +102,84 @@ def configuration(method: str, options: Mapping[str, Any], output: str | Path) -
 
 
 def _check_late(config: Any) -> None:
-    """Raises ValueError for trackers, an optimizer or a schedule that a trainer would reject once its model is
-    loaded."""
-    betas = config.adam_beta1, config.adam_beta2
-    try:
-        weight = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], config.learning_rate, betas)
-    except ValueError as error:  # a beta of 1
-        raise ValueError(f"options: adam_beta1, adam_beta2: {error}") from error
-    try:
-        get_reporting_integration_callbacks(config.report_to)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"options: report_to: {error}") from error
-    try:
-        get_scheduler(config.lr_scheduler_type, weight, 1, 2, config.lr_scheduler_kwargs)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"options: lr_scheduler_kwargs: {error}") from error
+    """Raises ValueError for options that a trainer would reject only once its model is loaded, or in its first step."""
+    zero = torch.zeros(1, requires_grad=True)
+    optimizer = torch.optim.SGD([zero], config.learning_rate)
+    checks: dict[str, Callable[[], Any]] = {
+        "adam_beta1, adam_beta2": lambda: torch.optim.AdamW([zero], betas=(config.adam_beta1, config.adam_beta2)),
+        "report_to": lambda: get_reporting_integration_callbacks(config.report_to),
+        "lr_scheduler_kwargs": lambda: get_scheduler(
+            config.lr_scheduler_type, optimizer, 1, 2, config.lr_scheduler_kwargs
+        ),
+        "gradient_checkpointing_kwargs": lambda: checkpoint(
+            torch.nn.Identity(), zero, **{"use_reentrant": False, **(config.gradient_checkpointing_kwargs or {})}
+        ),
+        "dataloader_persistent_workers": lambda: DataLoader(
+            TensorDataset(zero),
+            num_workers=config.dataloader_num_workers,
+            persistent_workers=config.dataloader_persistent_workers,
+        ),
+    }
+    for names, make in checks.items():
+        try:
+            make()
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"options: {names}: {error}") from error
+    dtype, known = (config.model_init_kwargs or {}).get("dtype"), ("auto", "float32", "float16", "bfloat16")
+    if not (dtype is None or isinstance(dtype, torch.dtype) or dtype in known):
+        raise ValueError(f"options: model_init_kwargs.dtype: expected one of {', '.join(known)}, got {dtype!r}")
+    if getattr(config, "padding_free", False) and not getattr(config, "packing", True):
+        raise ValueError("options: padding_free: expected packing with it, as rows would not be cut to max_length")
 
 
 def require(config: Any) -> None:
     """Raises ImportError, RuntimeError or ValueError if a tracker, kernel or optimizer is not installed or lacks
-    options."""
+    options; FileNotFoundError if there is no such chat template."""
     for tracker in get_reporting_integration_callbacks(config.report_to):
         tracker()
     if config.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
         raise ImportError('use_liger_kernel: liger-kernel is not installed: run pip install "liger-kernel"')
+    template = getattr(config, "chat_template_path", None) or ""  # a file, or a model
+    if template.endswith((".jinja", ".j2")) and not os.path.isfile(template):
+        raise FileNotFoundError(f"chat_template_path: {template}: no such file")
     if config.optim_target_modules is None:  # otherwise it looks for modules of the model
         Trainer.get_optimizer_cls_and_kwargs(config, torch.nn.Linear(1, 1))
+
+
+def check_model(config: Any, lora: Any, model: str) -> None:
+    """Checks the options that depend on the model, of which only the configuration and tokenizer are read.
+
+    Raises:
+        OSError, ValueError: these cannot be loaded, the model has no such module or its tokenizer no such token.
+        ImportError: the kernels of its attention are not installed.
+    """
+    tokens = {name: token for name in ("eos_token", "pad_token") if (token := getattr(config, name, None)) is not None}
+    attention = (config.model_init_kwargs or {}).get("attn_implementation")
+    if lora is None and attention is None and not tokens:
+        return
+    try:
+        described = AutoConfig.from_pretrained(resolve(model))
+    except OSError as error:
+        raise OSError(f"{model} does not load: {error}") from error
+    vocabulary = load_tokenizer(resolve(model)).get_vocab() if tokens else {}
+    for name, token in tokens.items():
+        if token not in vocabulary:
+            raise ValueError(f"{name}: expected a token of {model}, got {token!r}")
+    with torch.device("meta"):
+        bare = AutoModelForCausalLM.from_config(described, attn_implementation=attention)
+    if lora is None:
+        return
+    from peft import get_peft_model
+
+    own = copy.deepcopy(lora)  # peft writes the model's modules into it
+    own.init_lora_weights = True  # other ways need the weights
+    try:
+        found = [f".{name}" for name in get_peft_model(bare, own).base_model.targeted_module_names]
+    except (ValueError, re.error) as error:
+        raise ValueError(f"lora: {error}") from error
+    named = own.target_modules if isinstance(own.target_modules, set) else ()  # without those of fused experts
+    if missing := [name for name in sorted(named) if not any(one.endswith(f".{name}") for one in found)]:
+        raise ValueError(f"lora: target_modules: {model} has no {missing[0]!r}")
 
 
 def check_prompts(config: GRPOConfig, prompts: int) -> None:
@@ -200,7 +257,7 @@ _RANGES: dict[str, tuple[type, float, float, bool]] = {
     for limits, names in {
         (int, 1, math.inf, True): "per_device_train_batch_size gradient_accumulation_steps num_generations "
         "num_iterations max_length max_completion_length max_prompt_length r lora_alpha steps_per_generation "
-        "precompute_ref_batch_size ref_model_sync_steps",
+        "precompute_ref_batch_size ref_model_sync_steps pad_to_multiple_of",
         (int, 0, math.inf, True): "top_k seed data_seed dataloader_num_workers dataset_num_proc",
         (float, 0, math.inf, False): "num_train_epochs temperature repetition_penalty",
         (float, 0, math.inf, True): "learning_rate weight_decay max_grad_norm beta epsilon epsilon_high delta "

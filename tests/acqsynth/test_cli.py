@@ -150,6 +150,16 @@ def test_a_folder_in_use_exits_with_1(fakes, recipe, capsys):
     assert "another run is using" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_an_output_whose_name_is_too_long_is_one_sentence(more, fakes, recipe, capsys, monkeypatch):
+    monkeypatch.chdir(recipe.parent)
+    assert main(["run", str(recipe), f"output={'a' * 300}", *more]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("acqsynth: error: output: ")
+    assert told.strip().count("\n") == 0
+    assert "File name too long" in told
+
+
 def test_an_interrupt_says_how_to_go_on(fakes, recipe, monkeypatch, capsys):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt

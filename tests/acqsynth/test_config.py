@@ -190,13 +190,13 @@ def test_a_missing_key_is_named_with_its_meaning(recipe, key):
     ("text", "sentence"),
     [
         ("domain: math\ndomain: code\n", "key 'domain' is repeated"),
-        ("a: [1", "not YAML"),
+        ("a: [1", "not YAML: while parsing a flow sequence in line 1, column 4: "),
         ("a: " + "[" * 3000 + "]" * 3000 + "\n", "nested too deeply"),
         ("{a: " * 3000 + "1" + "}" * 3000 + "\n", "nested too deeply"),
         ("- a\n", "expected sections such as 'domain:' and 'data:', got a list"),
         ("", "got nothing"),
         ("domain: !!python/object/apply:os.getcwd []\n", "not YAML"),
-        ("1: x\n", "key 1: expected text"),
+        ("1: x\n", "key 1: expected text, such as '1' in quotes in line 1, column 1: "),
     ],
 )
 def test_text_that_is_no_recipe(recipe, text, sentence):

@@ -7,7 +7,7 @@ import json
 import re
 
 import pytest
-from transformers import trainer_optimizer
+from transformers import GPT2Config, Qwen3MoeConfig, trainer_optimizer
 from transformers.integrations import integration_utils
 
 from acqsynth import models, preflight
@@ -73,6 +73,13 @@ REFUSED = {
     "student.options.dataset_num_proc=-1": "dataset_num_proc: expected an integer at least 0, got -1",
     "student.options.loss_type=null": "student.options: loss_type: unknown None, expected one of nll, dft",
     "student.options.loss_type=[nll]": "student.options: loss_type: unknown ['nll'], expected one of nll, dft",
+    "student.options.gradient_checkpointing_kwargs={use_rentrant: true}": "unexpected keyword argument 'use_rentrant'",
+    "student.options.gradient_checkpointing_kwargs=5": "gradient_checkpointing_kwargs: 'int' object is not a mapping",
+    "generator.options.dataloader_persistent_workers=true": "persistent_workers option needs num_workers > 0",
+    "student.options.pad_to_multiple_of=0": "pad_to_multiple_of: expected an integer at least 1, got 0",
+    "student.options.model_init_kwargs={dtype: fp16}": "model_init_kwargs.dtype: expected one of auto, float32",
+    "student.options.padding_free=true": "student.options: padding_free: expected packing with it, as rows would",
+    "student.options={lr_scheduler_type: polynomial, lr_scheduler_kwargs: {lr_end: 1}}": "lr_scheduler_kwargs: lr_end",
     "student.options.optim=foo": "student.options: foo is not a valid OptimizerNames, please select one of",
     "student.options.lr_scheduler_type=cosine_with_min_lr": "student.options: lr_scheduler_kwargs: ",
     "evaluation.validity.options.report_to=foo": "evaluation.validity.options: report_to: foo is not supported",
@@ -244,6 +251,13 @@ def test_a_missing_sandbox_is_said_before_a_run(override, monkeypatch):
         preflight.on_this_machine(load("code" if key == "domain" else "arithmetic", [override, *WITHOUT_VLLM]))
 
 
+def test_a_file_of_rows_is_no_key(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").touch()
+    with pytest.raises(ConfigError, match=r"^data\.seeds: rows\.jsonl: no rows$"):
+        preflight.on_this_machine(load("arithmetic", ["data.seeds.source=rows.jsonl"]))
+
+
 def test_a_missing_checker_is_said_before_a_run(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"^domain: math-verify is not installed: run pip install"):
@@ -281,11 +295,67 @@ def test_a_missing_kernel_is_said_before_a_run(monkeypatch):
         preflight.on_this_machine(load("arithmetic", ["student.options.use_liger_kernel=true"]))
 
 
+def test_a_missing_chat_template_is_said_before_a_run():
+    with pytest.raises(ConfigError, match=r"^student\.options: chat_template_path: chat\.jinja: no such file$"):
+        preflight.on_this_machine(load("arithmetic", ["student.options.chat_template_path=chat.jinja"]))
+
+
 @pytest.mark.parametrize("options", ["{optim: adamw_bnb_8bit}", "{optim_args: foo}"])
 def test_an_optimizer_that_cannot_be_made_is_said_before_a_run(options, monkeypatch):
     monkeypatch.setattr(trainer_optimizer, "is_bitsandbytes_available", lambda: False)
     with pytest.raises(ConfigError, match=r"^student\.options: "):
         preflight.on_this_machine(load("arithmetic", [f"student.options={options}"]))
+
+
+@pytest.mark.parametrize(
+    ("key", "options", "message"),
+    [
+        ("student", "{eos_token: <|im_end|>}", "eos_token: expected a token of {path}, got '<|im_end|>'"),
+        ("evaluation.validity", "{pad_token: '[PAD]'}", "pad_token: expected a token of {path}, got '[PAD]'"),
+        ("student", "{lora: {target_modules: [c_attn]}}", "lora: Target modules {'c_attn'} not found in the"),
+        ("generator", "{lora: {target_modules: [q_proj, v_prj]}}", "lora: target_modules: {path} has no 'v_prj'"),
+        ("student", "{lora: {layers_to_transform: [2], target_modules: [q_proj]}}", "Target modules {'q_proj'} not"),
+        ("student", "{lora: {target_modules: '(q_proj'}}", "lora: missing ), unterminated subpattern"),
+        ("student", "{model_init_kwargs: {attn_implementation: flash_attention_9}}", "attn_implementation"),
+        ("student", "{model_init_kwargs: {attn_implementation: sdpa}}", None),
+        ("student", "{eos_token: </s>, lora: {target_modules: [q_proj, layers.0.mlp.up_proj]}}", None),
+        ("student", "{lora: {target_modules: all-linear, init_lora_weights: pissa}}", None),
+        ("student", "{lora: {target_modules: '.*_proj'}}", None),
+    ],
+)
+def test_options_that_do_not_fit_the_model_are_refused_before_a_run(key, options, message, student_path):
+    models_of = [f"{part}.model={student_path}" for part in ("generator", "student")]
+    config = load("arithmetic", [*models_of, f"{key}.options={options}"])
+    if message is None:
+        preflight.on_this_machine(config)
+    else:
+        with pytest.raises(ConfigError) as caught:
+            preflight.on_this_machine(config)
+        assert str(caught.value).startswith(f"{key}.options")
+        assert message.replace("{path}", str(student_path)) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("other", "modules"),
+    [
+        (GPT2Config(n_layer=1), "all-linear"),
+        (GPT2Config(n_layer=1), "null"),  # peft's own choice
+        (Qwen3MoeConfig(num_hidden_layers=1), "[gate_proj, up_proj, down_proj]"),  # fused in the experts
+    ],
+)
+def test_options_fit_each_student(other, modules, student_path, tmp_path):
+    other.save_pretrained(tmp_path / "other")
+    students = [f"student.model={student_path}", f"student.others={{other: {tmp_path}/other}}"]
+    preflight.on_this_machine(load("arithmetic", [*students, f"student.options.lora={{target_modules: {modules}}}"]))
+    with pytest.raises(ConfigError, match=r"^student\.options\.lora: "):
+        preflight.on_this_machine(load("arithmetic", [*students, "student.options.lora={target_modules: [k_prj]}"]))
+
+
+def test_a_model_that_does_not_load_is_named(student_path):
+    (student_path / "config.json").write_text("{")
+    config = load("arithmetic", [f"student.model={student_path}", "student.options.lora={r: 2}"])
+    with pytest.raises(ConfigError, match=rf"^student\.options: {student_path} does not load: "):
+        preflight.on_this_machine(config)
 
 
 def test_a_domain_that_computes_may_label():

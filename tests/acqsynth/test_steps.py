@@ -11,9 +11,11 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
+from acqsynth import steps
 from acqsynth.artefacts import read_json, read_rows, read_table, write_json, write_rows
 from acqsynth.config import Section, Source
 from acqsynth.domains import Sample
@@ -130,6 +132,22 @@ def test_an_edited_artefact_is_made_again(tmp_path):
     assert Store(tmp_path).reason(step) == "text.txt was edited"
     Store(tmp_path).run(step)
     assert path.read_text() == "long text"
+
+
+def test_a_copy_without_times_is_hashed_once(tmp_path, monkeypatch):
+    step, _ = pair("long text")
+    Store(tmp_path).run(step)
+    path = tmp_path / "00-seeds/a/text.txt"
+    os.utime(path.with_name("stage.json"), (time.time() - 9,) * 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "utime", Mock(side_effect=PermissionError))
+        assert Store(tmp_path).reason(step) is None
+    digest = Mock(side_effect=steps._sha256)
+    monkeypatch.setattr(steps, "_sha256", digest)
+    assert [Store(tmp_path).reason(step) for _ in range(3)] == [None] * 3
+    digest.assert_called_once_with(path)
+    path.write_text("lone text")
+    assert Store(tmp_path).reason(step) == "text.txt was edited"
 
 
 def test_outside_files_count_by_content_and_folders_by_their_files(tmp_path):

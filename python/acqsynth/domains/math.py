@@ -47,6 +47,7 @@ _NUMBER = re.compile(
 _SIZE = re.compile(  # of what is counted: "2 cartons of 1L milk"
     r"(\d (?!(?:out|instead|total|because|ahead|short)\b)\w+ of) \d[\d.,]*[A-Za-z]+(?= [a-z])"
 )
+_RATIO = re.compile(r"\bratios?\b", re.IGNORECASE)
 _CALCULATION = re.compile(r"<<[^<>\n]*>>")  # GSM8K's calculator annotations
 
 _TASKS = re.compile(
@@ -142,15 +143,19 @@ class Math(Domain):
         Of a true equation without variables, such as ``3 + 4 = 7``, the last side counts, which may be rounded to its
         decimals; a false one equals nothing. Of ``200/3 \approx 67``, the first side counts as well.
         A missing unit agrees with any; different units do not agree. A percentage also equals its value: ``50%`` is
-        ``0.5``. Answers in words must be the same words: math-verify would read them as products of letters, equal in
+        ``0.5``. Ratios are equal if their lowest terms are; where the question asks for no ratio, ``2:40`` may be a
+        time. Answers in words must be the same words: math-verify would read them as products of letters, equal in
         any order.
 
         Raises:
             RuntimeError: see ``MathChecker.equal``.
         """
-        golds = [_final(sample.answer) for sample in gold]
+        pairs = [(_final(sample.answer), str(answer)) for sample, answer in zip(gold, answers, strict=True)]
+        for i, sample in enumerate(gold):
+            if _RATIO.search(sample.question):  # with spaces, a ratio is no time
+                pairs[i] = (pairs[i][0].replace(":", " : "), pairs[i][1].replace(":", " : "))
         given = [i for i, answer in enumerate(answers) if answer is not None]
-        readings = self._without_workings([(golds[i], str(answers[i])) for i in given])
+        readings = self._without_workings([pairs[i] for i in given])
         unread = [(i, pair) for i, read in zip(given, readings, strict=True) for pair in read]
         equal = self._equal([pair for _, pair in unread])
         right = {i for (i, _), true in zip(unread, equal, strict=True) if true}

@@ -12,8 +12,8 @@ from typing import NamedTuple
 from acqsynth.domains.math_check import LONGEST
 
 _INTEGER = re.compile(r"-?\d+")
-_DECIMAL = re.compile(r"([-+]?)(?=\.?\d)(\d{1,3}(?:,\d{3})+|\d*)(\.\d*)?")
-_FRACTION = re.compile(r"([-+]?)(?:(\d+)\s+)?(\d+)\s*/\s*(\d+)")
+_DECIMAL = re.compile(r"([-+]?)(?=\.?\d)(\d{1,3}(?:(?:,\d{3})+|(?: \d{3})+)|\d*)(\.\d*)?")
+_FRACTION = re.compile(r"([-+]?)(?:(\d+)\s+(?!0\d))?(\d+)\s*/\s*(\d+)")
 _FRAC = re.compile(r"\\[dt]frac(?![A-Za-z])")
 _LATEX_FRACTION = re.compile(r"([-+]?)\s*(\d*)\s*\\frac\{(\d+)\}\{(\d+)\}")
 _LITERAL = re.compile(r"0(?:[xX][0-9A-Fa-f]+|[oO][0-7]+|[bB][01]+)")
@@ -41,6 +41,7 @@ _REALS = re.compile(r"(?:[A-Za-z]\s*\\in\s*)?\\mathbb(?:\s*R|\{R\})")
 _DATE = re.compile(r"\d+([-/])\d+\1\d+")
 _RANGE = re.compile(r"(\d+(?:\.\d+)?)-(\d+(?:\.\d+)?)")
 _TIME = re.compile(r"(\d?\d):([0-5]\d)")
+_RATIO = re.compile(r"[1-9]\d*(?:\s*:\s*[1-9]\d*){2,}")  # 1:03:00 is a time
 _RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+")
 _AFTER_DIGIT = re.compile("(?<=\\d)(?=[¼-¾⅐-⅞↉])")  # in a mixed number
 # Possessive quantifiers, so that no answer causes backtracking.
@@ -152,6 +153,9 @@ def quantity(answer: str) -> Quantity:
             number, unit = number * SCALES[unit[0]], unit[1:]
         scaled = str(number) != str(_rational(plain))
         return Quantity(str(number), str(number) if scaled else plain, unit)
+    if _RATIO.fullmatch(plain):
+        terms = [int(term) for term in plain.split(":")]
+        return Quantity(":".join(str(term // gcd(*terms)) for term in terms), plain, unit)
     if not any(word in SCALES for word in unit):
         form = plain.casefold() if _WORDS.fullmatch(plain) else _without_spaces(plain)
         return Quantity(form, plain, unit)
@@ -307,7 +311,7 @@ def compare(truth: Quantity, given: Quantity) -> bool | list[tuple[str, str]]:
     if {truth.unit, given.unit} & {("am",), ("pm",)}:
         return False  # 10:30 is not a ratio
     pairs = [(truth, given)]
-    if (truth.unit == ("%",)) != (given.unit == ("%",)):
+    if (truth.unit == ("%",)) != (given.unit == ("%",)) and not _differ_in_reading(truth.plain, given.plain):
         pairs.append((_hundredth(truth), _hundredth(given)))
         if pairs[-1][0].form == pairs[-1][1].form:
             return True
@@ -463,7 +467,7 @@ def _rational(plain: str) -> Fraction | None:
         return None
     if match := _DECIMAL.fullmatch(plain):
         sign, whole, rest = match.groups()
-        return Fraction(f"{sign}{whole.replace(',', '') or 0}{(rest or '').rstrip('.')}")
+        return Fraction(f"{sign}{re.sub('[, ]', '', whole) or 0}{(rest or '').rstrip('.')}")
     if _LITERAL.fullmatch(plain):
         return Fraction(int(plain, 0))
     if match := _SCIENTIFIC.fullmatch(plain):
@@ -487,9 +491,9 @@ def _worth_checking(truth: str, given: str) -> bool:
         return False
     if _DATE.fullmatch(truth) or _DATE.fullmatch(given):
         return False
-    # math-verify adds up "5 5", reads only the box of an answer with a box, and reads 0x1 as 0 times x times 1.
+    # math-verify adds up "5 5", reads only the box of an answer with a box, 0x1 as 0 times x times 1, and 2:3:1 as 2/3.
     glued = (re.search(r"[A-Za-z]\d", re.sub(r"\\[A-Za-z]+", " ", form)) for form in (truth, given))
-    return not any(glued) and not re.search(r"\d \d|\\boxed", f"{truth};{given}")
+    return not any(glued) and not re.search(r"\d \d|\\boxed|:[^;]*:", f"{truth};{given}")
 
 
 def _without_spaces(plain: str) -> str:

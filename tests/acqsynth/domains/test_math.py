@@ -208,7 +208,12 @@ def test_equivalent(math, gold, answer, right):
         ("1/3", ["10:30", "2:06", "x = 10:30"]),
         ("10:30", ["1/3", "2:06"]),
         ("1:20", ["2:40"]),
+        ("1", ["1 000/3"]),
+        ("2:3", ["2:3:1"]),
+        ("1:2:3", ["1:6:1", "1/6"]),
+        ("10:30:00", ["1:03:00"]),
         ("-1", ["5-6", "5–6", "x = 5-6", "5-6 cm"]),
+        ("-0.01", ["5-6%", "x = 5-6%"]),
         ("5-6", ["-1", "11", "4-5", "5"]),
         ("$5", ["5 euros", "€5", "5 cents", "5%"]),
         ("20°C", ["20°F", "21°C"]),
@@ -281,6 +286,12 @@ def test_answers_that_differ_in_any_part(math, gold, answers):
     assert [answer for answer, equal in zip(answers, right, strict=True) if equal] == []
 
 
+def test_a_question_for_a_ratio_has_no_times(math):
+    answers = ["6:20", "3:10", "6:21", None]
+    for question, equal in (("Find the ratio a:b.", True), ("When does it leave?", False)):
+        assert math.equivalent([Sample(question, "3:10")] * 4, answers) == [equal, True, False, False]
+
+
 @pytest.mark.parametrize(
     ("gold", "answers"),
     [
@@ -302,6 +313,8 @@ def test_answers_that_differ_in_any_part(math, gold, answers):
         ("9:30 am", ["09:30 am", "09:30"]),
         ("3:10", ["3/10", "3 : 10"]),
         ("2:3", ["10:15", "2/3"]),
+        ("2:3:4", ["4:6:8", "2 : 3 : 4"]),
+        ("1000000", ["1 000 000", "1\u202f000\u202f000", "1 000 000.0"]),
         ("5-6 hours", ["5-6", "5–6 hours"]),
         ("1", ["6-5", "6 - 5"]),
         ("60°", ["60", "60 degrees", "60^\\circ"]),
