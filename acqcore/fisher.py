@@ -70,8 +70,7 @@ def fisher_grad(
         TypeError, ValueError: as :func:`acqcore.row_stats`; probes below 1, a shard of a head, offsets that do not
             increase from 0 to N.
     """
-    checks.probes(probes)
-    checks.seed(seed)
+    probes, seed = checks.probes(probes), checks.seed(seed)
     checks.instance("head", head, Head, "acqcore.Head")
     checks.whole_head(head.group)
     if targets is None:

@@ -235,8 +235,7 @@ def grad_sketch(
     """
     checks.given("targets", targets)
     checks.literal("loss", loss, Loss)
-    checks.positive_int("dim", dim)
-    checks.seed(seed)
+    dim, seed = checks.positive_int("dim", dim), checks.seed(seed)
     chosen = checked_backend(hidden, head, targets, temperature, backend, "delta_hash")
     bounds = checks.offsets(offsets, targets)
     weights, check_scored = _loss_weights(targets, bounds, loss, token_weights)
