@@ -322,8 +322,8 @@ def targets_in_range(value: torch.Tensor | None, vocab_size: int) -> torch.Tenso
     """Targets ``[N]`` that a backend can trust.
 
     On the CPU, a target outside the vocabulary raises. On other devices, reading values would make the host wait for
-    all queued work in every batch, and cannot be captured in a CUDA graph. Such a target is then ignored like -100: its
-    row is NaN and not valid.
+    all queued work in every batch, and cannot be captured in a CUDA graph. A backend then ignores such a target like
+    -100, so that its row is NaN and not valid; the caller makes the gradients and sketches of its sample NaN.
     """
     if value is None:
         return None
@@ -344,9 +344,9 @@ def ignored_outside(value: torch.Tensor, vocab_size: int) -> torch.Tensor:
     return value.where((value >= 0) & (value < vocab_size), IGNORE_INDEX)
 
 
-def whole_head(group: object) -> None:
-    if group is not None:
-        raise ValueError("head: expected the whole vocabulary, got a shard of a group")
+def whole_head(rows: int, size: int, group: object) -> None:
+    if group is not None or rows != size:
+        raise ValueError(f"head: expected the whole vocabulary, got a shard of {rows} of {size} rows")
 
 
 def drawn_hidden(value: Any, count: int, weights: Sequence[torch.Tensor]) -> None:

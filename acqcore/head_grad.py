@@ -362,6 +362,7 @@ def delta_visit(
     :func:`grad_sketch` ``[B, dim]``, as asked, in one pass over the weights on a CPU; arguments are trusted."""
     state, index = empty_state(hidden)
     trusted = checks.targets_in_range(targets, head.vocab_size)
+    weights = weights.where(trusted == targets, torch.nan)
     dtype = compute_dtype(hidden.dtype, head.weight.dtype)
     short, gram = empty_gram(hidden, head, bounds, backend) if norms else ((), None)
     values = torch.empty(hidden.shape, dtype=dtype, device=hidden.device) if with_hidden else None

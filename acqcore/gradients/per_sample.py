@@ -57,7 +57,7 @@ class SampleGradients:
             p: select_parameters(student, head, p) for p in dict.fromkeys(need.parameters for need in self._needs)
         }
         if self._probed:
-            checks.whole_head(head.group)
+            checks.whole_head(len(head.weight), head.vocab_size, head.group)
         self._linear = {
             layers: select_linear(student, layers)
             for layers in dict.fromkeys(need.layers for need in self._probed if need.of != "sites")
