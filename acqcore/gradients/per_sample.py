@@ -121,7 +121,7 @@ class SampleGradients:
             return
         self._probe.prepare(input_ids)
         for parameters, selection in self._selections.items():
-            if selection.names and selection.head is None and self._capture.used.isdisjoint(selection.names.values()):
+            if selection.names and selection.head is None and self._probe.touched.isdisjoint(selection.names.values()):
                 name = next(iter(selection.names.values()))
                 raise ValueError(
                     f"parameters: {parameters!r}: {name} and the others have no gradient: the forward of the first "
