@@ -362,6 +362,7 @@ def delta_visit(
     :func:`grad_sketch` ``[B, dim]``, as asked, in one pass over the weights on a CPU; arguments are trusted."""
     state, index = empty_state(hidden)
     trusted = checks.targets_in_range(targets, head.vocab_size)
+    assert trusted is not None
     weights = weights.where(trusted == targets, torch.nan)
     dtype = compute_dtype(hidden.dtype, head.weight.dtype)
     short, gram = empty_gram(hidden, head, bounds, backend) if norms else ((), None)
