@@ -167,10 +167,8 @@ def mutual_information(
             block below 1, offsets that do not increase from 0 to N.
     """
     checks.dropout(dropout)
-    checks.draws(draws)
+    draws, seed, block = checks.draws(draws), checks.seed(seed), checks.positive_int("block", block)
     checks.literal("form", form, Form)
-    checks.positive_int("block", block)
-    checks.seed(seed)
     checks.instance("head", head, Head, "acqcore.Head")
     checks.hidden(hidden, head.weight)
     checks.targets(targets, hidden, "hidden")

@@ -10,6 +10,7 @@ import difflib
 import importlib.util
 import itertools
 import math
+import numbers
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, get_args
 
@@ -55,9 +56,11 @@ def positive(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected a number > 0, got {value}")
 
 
-def integer(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an int, got {describe(value)}")
+def integer(name: str, value: Any, expected: str = "an int") -> int:
+    """``value`` as an int, which may be one of NumPy: its arithmetic would overflow."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name}: expected {expected}, got {describe(value)}")
+    return int(value)
 
 
 def flag(name: str, value: Any) -> None:
@@ -65,23 +68,25 @@ def flag(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected True or False, got {value!r}")
 
 
-def positive_int(name: str, value: Any) -> None:
-    integer(name, value)
+def positive_int(name: str, value: Any) -> int:
+    value = integer(name, value)
     if value < 1:
         raise ValueError(f"{name}: expected an int >= 1, got {value}")
     if value >= 2**63:  # beyond the kernels' integers
         raise ValueError(f"{name}: expected an int below 2**63, got {value}")
+    return value
 
 
-def within(name: str, value: Any, least: int, most: int) -> None:
+def within(name: str, value: Any, least: int, most: int) -> int:
     """``value`` is an int from ``least`` to ``most``."""
-    integer(name, value)
+    value = integer(name, value)
     if not least <= value <= most:
         raise ValueError(f"{name}: expected {least} to {most}, got {value}")
+    return value
 
 
-def draws(value: Any) -> None:
-    within("draws", value, 2, MOST_DRAWS)
+def draws(value: Any) -> int:
+    return within("draws", value, 2, MOST_DRAWS)
 
 
 def dropout(value: Any) -> None:
@@ -90,8 +95,8 @@ def dropout(value: Any) -> None:
         raise ValueError(f"dropout: expected a probability in [0, 1), got {value}")
 
 
-def seed(value: Any) -> None:
-    within("seed", value, 0, 2**63 - 1)
+def seed(value: Any) -> int:
+    return within("seed", value, 0, 2**63 - 1)
 
 
 def some_blocks(count: int) -> None:
@@ -99,14 +104,15 @@ def some_blocks(count: int) -> None:
         raise ValueError("layers: no list of transformer blocks found in the student's trunk; layers=0 needs none")
 
 
-def layers(value: Any) -> None:
+def layers(value: Any) -> Any:
     if isinstance(value, str):
         if value not in ("all", "own"):
             raise ValueError(f"layers: expected a number of blocks, 'all' or 'own', got {value!r}")
-    elif isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"layers: expected a number of blocks, 'all' or 'own', got {describe(value)}")
-    elif value < 0:
+        return value
+    value = integer("layers", value, "a number of blocks, 'all' or 'own'")
+    if value < 0:
         raise ValueError(f"layers: expected at least 0 blocks, got {value}")
+    return value
 
 
 def enough_blocks(name: str, asked: int, present: int) -> None:
@@ -114,8 +120,8 @@ def enough_blocks(name: str, asked: int, present: int) -> None:
         raise ValueError(f"{name}: expected at most {present} transformer blocks, got {asked}")
 
 
-def probes(value: Any) -> None:
-    within("probes", value, 1, MOST_DRAWS)
+def probes(value: Any) -> int:
+    return within("probes", value, 1, MOST_DRAWS)
 
 
 def one_of(name: str, value: Any, known: Collection[str]) -> None:
@@ -195,15 +201,16 @@ def device(name: str, value: Any) -> None:
         raise ValueError(f"{name}: {value!r} is not available, this machine has {count}")
 
 
-def max_length(value: Any, limit: int | None) -> None:
+def max_length(value: Any, limit: int | None) -> int | None:
     """At least 2 (a scored token and its predecessor) and at most ``limit``, the student's maximum."""
     if value is None:
-        return
-    positive_int("max_length", value)
+        return None
+    value = positive_int("max_length", value)
     if value < 2:
         raise ValueError(f"max_length: expected at least 2 (a scored token and its predecessor), got {value}")
     if limit is not None and value > limit:
         raise ValueError(f"max_length: the student takes at most {limit} tokens, got {value}")
+    return value
 
 
 def acquisition_values(name: str, values: Any, n: int) -> None:
@@ -233,11 +240,11 @@ def head(weight: Any, bias: Any, softcap: Any, scale: Any) -> None:
     finite("scale", scale)
 
 
-def vocabulary(start: int, rows: int, size: int | None, group: object) -> None:
-    """``rows`` rows of a vocabulary of ``size``, beginning at ``start``; a shard of a group may have no rows."""
-    integer("vocab_start", start)
+def vocabulary(start: Any, rows: int, size: Any, group: object) -> tuple[int, int]:
+    """First row and size of a vocabulary with ``rows`` rows here; a shard of a group may have no rows."""
+    start = integer("vocab_start", start)
     if size is not None:
-        integer("vocab_size", size)
+        size = integer("vocab_size", size)
     if start < 0:
         raise ValueError(f"vocab_start: expected an index >= 0, got {start}")
     if group is None:
@@ -245,13 +252,13 @@ def vocabulary(start: int, rows: int, size: int | None, group: object) -> None:
             raise ValueError(f"weight: expected [V, D] with V >= 1, got V = {rows}")
         if size is not None and size <= start:
             raise ValueError(f"vocab_size: expected more than vocab_start = {start}, got {size}")
-        return
+        return start, start + rows if size is None else size
     distributed = torch.distributed
     if not distributed.is_available() or not isinstance(group, distributed.ProcessGroup):
         raise TypeError(f"group: expected a torch.distributed.ProcessGroup or None, got {describe(group)}")
     if size is None:
         raise ValueError("vocab_size: expected the size of the whole vocabulary if a group shares it, got None")
-    positive_int("vocab_size", size)
+    return start, positive_int("vocab_size", size)
 
 
 def tiling(shards: list[list[int]]) -> None:
@@ -315,8 +322,8 @@ def targets_in_range(value: torch.Tensor | None, vocab_size: int) -> torch.Tenso
     """Targets ``[N]`` that a backend can trust.
 
     On the CPU, a target outside the vocabulary raises. On other devices, reading values would make the host wait for
-    all queued work in every batch, and cannot be captured in a CUDA graph. Such a target is then ignored like -100: its
-    row is NaN and not valid.
+    all queued work in every batch, and cannot be captured in a CUDA graph. A backend then ignores such a target like
+    -100, so that its row is NaN and not valid; the caller makes the gradients and sketches of its sample NaN.
     """
     if value is None:
         return None
@@ -337,9 +344,9 @@ def ignored_outside(value: torch.Tensor, vocab_size: int) -> torch.Tensor:
     return value.where((value >= 0) & (value < vocab_size), IGNORE_INDEX)
 
 
-def whole_head(group: object) -> None:
-    if group is not None:
-        raise ValueError("head: expected the whole vocabulary, got a shard of a group")
+def whole_head(rows: int, size: int, group: object) -> None:
+    if group is not None or rows != size:
+        raise ValueError(f"head: expected the whole vocabulary, got a shard of {rows} of {size} rows")
 
 
 def drawn_hidden(value: Any, count: int, weights: Sequence[torch.Tensor]) -> None:

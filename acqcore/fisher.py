@@ -51,7 +51,7 @@ def fisher_grad(
 
     Args:
         hidden: ``[N, D]`` float32, bfloat16, float16 (float64 on ``eager``).
-        head: the whole last layer, not a shard of a group.
+        head: the whole last layer, not a shard.
         targets: ``[N]`` int64; only -100 matters, which marks rows to ignore.
         probes: P, the number of independent cotangents per row.
         seed: seed of the signs, which depend only on (seed, probe, sample, position in the sample, token) and so are
@@ -70,10 +70,9 @@ def fisher_grad(
         TypeError, ValueError: as :func:`acqcore.row_stats`; probes below 1, a shard of a head, offsets that do not
             increase from 0 to N.
     """
-    checks.probes(probes)
-    checks.seed(seed)
+    probes, seed = checks.probes(probes), checks.seed(seed)
     checks.instance("head", head, Head, "acqcore.Head")
-    checks.whole_head(head.group)
+    checks.whole_head(len(head.weight), head.vocab_size, head.group)
     if targets is None:
         targets = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
     chosen = checked_backend(hidden, head, targets, temperature, backend, "fisher_sums")

@@ -49,11 +49,11 @@ class Head:
     def __post_init__(self) -> None:
         checks.head(self.weight, self.bias, self.softcap, self.scale)
         rows = self.weight.shape[0]
-        checks.vocabulary(self.vocab_start, rows, self.vocab_size, self.group)
-        if self.vocab_size is None:
-            object.__setattr__(self, "vocab_size", self.vocab_start + rows)
-        elif self.vocab_start + rows > self.vocab_size:
-            true = max(self.vocab_size - self.vocab_start, 0)
+        start, size = checks.vocabulary(self.vocab_start, rows, self.vocab_size, self.group)
+        object.__setattr__(self, "vocab_start", start)
+        object.__setattr__(self, "vocab_size", size)
+        if start + rows > size:
+            true = max(size - start, 0)
             object.__setattr__(self, "weight", self.weight[:true])
             object.__setattr__(self, "bias", None if self.bias is None else self.bias[:true])
 

@@ -235,8 +235,7 @@ def grad_sketch(
     """
     checks.given("targets", targets)
     checks.literal("loss", loss, Loss)
-    checks.positive_int("dim", dim)
-    checks.seed(seed)
+    dim, seed = checks.positive_int("dim", dim), checks.seed(seed)
     chosen = checked_backend(hidden, head, targets, temperature, backend, "delta_hash")
     bounds = checks.offsets(offsets, targets)
     weights, check_scored = _loss_weights(targets, bounds, loss, token_weights)
@@ -363,6 +362,8 @@ def delta_visit(
     :func:`grad_sketch` ``[B, dim]``, as asked, in one pass over the weights on a CPU; arguments are trusted."""
     state, index = empty_state(hidden)
     trusted = checks.targets_in_range(targets, head.vocab_size)
+    assert trusted is not None
+    weights = weights.where(trusted == targets, torch.nan)
     dtype = compute_dtype(hidden.dtype, head.weight.dtype)
     short, gram = empty_gram(hidden, head, bounds, backend) if norms else ((), None)
     values = torch.empty(hidden.shape, dtype=dtype, device=hidden.device) if with_hidden else None

@@ -206,8 +206,9 @@ def row_stats(
 
     Raises:
         TypeError: hidden or targets have the wrong dtype.
-        ValueError: mismatched shapes or devices, a target outside the vocabulary (on the CPU; on a GPU the row is NaN,
-            because checking would stall the GPU), an unknown backend, shards that do not tile the vocabulary.
+        ValueError: mismatched shapes or devices, a target outside the vocabulary (on the CPU; on a GPU, where checking
+            would stall it, the row is NaN, as are its gradient and the norm and sketch of its sample), an unknown
+            backend, shards that do not tile the vocabulary.
         RuntimeError: the backend is not available here (the message says why).
 
     Source: Milakov & Gimelshein 2018 (online softmax), extended to the sums above.
@@ -273,9 +274,7 @@ def stats_of(
     dtype: torch.dtype,
 ) -> RowStats:
     """RowStats of a filled state."""
-    norm = torch.linalg.vector_norm(hidden, dim=1, dtype=dtype)
-    if targets is not None:
-        norm = norm.where(targets != checks.IGNORE_INDEX, torch.nan)
+    norm = torch.linalg.vector_norm(hidden, dim=1, dtype=dtype).where(~state[R].isnan(), torch.nan)
     return RowStats(state, index, targets, norm, dtype)
 
 

@@ -325,6 +325,18 @@ class TestAdapters:
             assert float(acqcore.score(model, samples, "loss")["loss"][i]) == pytest.approx(float(expected), abs=1e-4)
         assert_norms(model, model, samples, "trainable", trainable(model), exact)
 
+    def test_of_tokens_that_the_first_samples_lack(self, tiny_model, exact):
+        """The gradient of new tokens' rows is 0 in samples without these."""
+        model = lora(tiny_model("Llama"), target_modules=["q_proj"], trainable_token_indices=[319])
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("trainable_tokens" in name)
+        samples = rows(9, 6, 7, 8, 9, 9, vocabulary=319)
+        samples["input_ids"][5, 4] = samples["labels"][5, 4] = 319
+        norms = grad_norm(model, samples, "trainable", backend="eager")
+        expected = exact(model, samples, trainable(model)).norm(dim=1)
+        assert expected[5] > 0
+        torch.testing.assert_close(norms.double(), expected, rtol=1e-4, atol=0)
+
     @pytest.mark.parametrize("state", ["merged", "disabled"])
     def test_that_the_forward_does_not_use_are_refused(self, state, tiny_model):
         model = lora(tiny_model("Llama"), target_modules=["q_proj"])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 import acqcore
+from acqcore.acquisitions import DrawOptions, LinearOptions
+from acqcore.fisher import fisher_grad
 
 H = torch.zeros(3, 4)
 HEAD = acqcore.Head(torch.zeros(10, 4))
@@ -125,3 +128,56 @@ def test_a_head_whose_memory_was_freed():
     for call in (acqcore.row_stats, acqcore.hidden_grad, acqcore.hidden_grad_norm):
         with pytest.raises(ValueError, match=r"head\.weight: its storage was freed"):
             call(hidden, head, targets)
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8])
+def test_integers_of_numpy_are_ints(kind, tiny_model):
+    """In their own arithmetic, -5 is 251 in eight bits, and 2^63 does not fit into 64."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(6, 8, generator=generator), torch.randn(40, 8, generator=generator)
+    targets, offsets = torch.arange(6), torch.tensor([0, 2, 6])
+    student = acqcore.Student.from_model(tiny_model("Llama"))
+    samples = {"input_ids": torch.arange(24).view(2, 12), "labels": torch.tensor([[-100] * 8 + [9, 3, 2, 1]] * 2)}
+    arguments = {
+        "entropy": {},
+        "grad_norm": {"parameters": 1},
+        "gradient_diversity": {"dim": 64, "seed": 7},
+        "mutual_information": {"probes": 3, "layers": 1, "seed": 200},
+        "expected_entropy": {"draws": 3, "block": 8, "seed": 5},
+    }
+
+    def results(integer):
+        head = acqcore.Head(weight, vocab_start=integer(3), vocab_size=integer(40))
+        options = {name: {k: integer(v) for k, v in given.items()} for name, given in arguments.items()}
+        yield head.vocab_size, head.weight
+        yield acqcore.select(weight, integer(5), "badge", seed=integer(3))
+        yield acqcore.Archive(integer(9)).state_dict()["capacity"]
+        yield acqcore.mutual_information(
+            hidden, acqcore.Head(weight), draws=integer(3), form="block", block=integer(4), seed=integer(2)
+        ).mutual_information
+        yield acqcore.grad_sketch(hidden, acqcore.Head(weight), targets, offsets, dim=integer(32), seed=integer(9))
+        yield fisher_grad(hidden, acqcore.Head(weight), probes=integer(2), seed=integer(9))
+        yield acqcore.prompt_embedding(student, samples, max_length=integer(5), batch_tokens=integer(100))
+        scores = acqcore.score(
+            student, samples, list(arguments), acquisition_args={k: v for k, v in options.items() if v},
+            topk=integer(2), batch_tokens=integer(200), max_length=integer(10),
+        )  # fmt: skip
+        yield from scores.values()
+        made = acqcore.epig_reference(student, samples, layers=integer(1), probes=integer(2), dim=integer(16))
+        yield made.sketches
+        yield acqcore.epig(student, samples, made, probes=integer(2))
+
+    for found, expected in zip(results(kind), results(int), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("value", [True, np.True_, 8.0, np.float64(8), "8", torch.tensor(8)])
+def test_what_is_not_an_integer(value):
+    for check in (
+        lambda: acqcore.select(torch.zeros(9), value),
+        lambda: DrawOptions(draws=value),
+        lambda: LinearOptions(layers=1, probes=value),
+        lambda: LinearOptions(layers=1, seed=value),
+    ):
+        with pytest.raises(TypeError, match=r"(k|draws|probes|seed): expected an int, got"):
+            check()

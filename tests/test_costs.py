@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+import acqcore
 from acqcore.cli import main
 from acqcore.costs import command, measure as measuring
 from acqcore.costs.estimate import COMPUTED, EXTENDED, GIVEN, MEASURED, Estimate, from_rates, from_runs
@@ -105,6 +107,7 @@ def test_seventy_billion_parameters_are_counted_without_weights():
         ("badge", None, Passes(1, 1 + 1 + 0.25, 0)),
         ("gradient_diversity,archive_novelty", None, Passes(1, 1, 0)),
         ("mutual_information", {"mutual_information": {"layers": 0, "draws": 4}}, Passes(1, 4, 0)),
+        ("mutual_information", {"mutual_information": {"form": "block", "draws": 8}}, Passes(1, 2, 0)),
         (
             "mutual_information,expected_entropy",
             {"mutual_information": {"draws": 8}},
@@ -119,6 +122,24 @@ def test_passes(acquisitions, arguments, expected):
     found = passes(SHAPE, work_of(acquisitions, arguments=arguments))
     assert found.trunk == pytest.approx(expected.trunk)
     assert (found.head, found.kept_blocks) == (expected.head, expected.kept_blocks)
+
+
+@pytest.mark.parametrize(
+    ("acquisitions", "arguments", "products"),
+    [
+        ("entropy", None, 1),
+        ("gradient_diversity", None, 1),
+        ("entropy,grad_norm", {"grad_norm": {"parameters": 3}}, 1 + 2),
+        ("influence", None, 1 + 2),
+        ("mutual_information", {"mutual_information": {"layers": 0, "draws": 4}}, 2 * 4),
+        ("mutual_information", {"mutual_information": {"form": "block", "draws": 8}}, 2),
+        ("mutual_information", None, 4 + 3),
+        ("mutual_information,grad_norm", None, 1 + 0.25 + 4 + 3),
+    ],
+)
+def test_a_gpu_takes_more_products(acquisitions, arguments, products):
+    """It multiplies again for dL/dh, for random cotangents and for the mean of draws."""
+    assert passes(SHAPE, work_of(acquisitions, arguments=arguments), on_cpu=False).head == products
 
 
 def runs(
@@ -256,12 +277,42 @@ def test_activations_by_formula():
     eager = replace(SHAPE, attention="eager")
     assert activation_bytes(eager, work_of()) == block + tokens * 64 * 4 * 8 + rows + HEAD_SCRATCH
     kept = work_of("grad_norm", arguments={"grad_norm": {"parameters": 3}})
-    assert activation_bytes(SHAPE, kept) == block + 3 * tokens * (8 * 64 + 4 * 160) * 4 + rows + HEAD_SCRATCH
+    three, spread = 3 * tokens * (8 * 64 + 4 * 160) * 4, tokens * 64 * 4
+    assert activation_bytes(SHAPE, kept) == block + three + rows + rows // 2 + spread + HEAD_SCRATCH
+    probed = work_of("mutual_information", arguments={"mutual_information": {"layers": 3, "probes": 5}})
+    assert activation_bytes(SHAPE, probed) == block + three + rows + 6 * rows // 2 + spread + HEAD_SCRATCH
     given = {"mutual_information": {"draws": 8}}
     drawn = work_of(
         "mutual_information", arguments=given, batch_tokens=128, tokens=64
     )  # two rows per batch, but one row if drawn eight times
     assert activation_bytes(SHAPE, drawn) == 4 * block // 4 + rows // 4 + DRAWS_SCRATCH
+
+
+@pytest.mark.parametrize(
+    ("acquisition", "options"),
+    [("gradient_diversity", {}), ("gradient_diversity", {"dim": 16384}), ("grad_norm", {"parameters": 1})],
+)
+def test_activations_by_formula_are_those_of_torch(acquisition, options, tiny_model):
+    """Tensors that torch allocates in a batch; the formula adds up a forward's and a head's, which do not coincide."""
+    model = tiny_model("Llama", hidden_size=128, intermediate_size=256, head_dim=64)
+    student = acqcore.Student.from_model(model)
+    ids = torch.arange(1024).view(16, 64) % 320
+
+    def score():
+        acqcore.score(student, {"input_ids": ids}, acquisition, acquisition_args={acquisition: options})
+
+    score()
+    with torch.profiler.profile(profile_memory=True) as profile:
+        score()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    peak = max(itertools.accumulate(changes))
+    shape = shape_of(model.config, torch.float32)
+    arguments = {acquisition: options}
+    formula = activation_bytes(
+        shape, work_of(acquisition, shape, batch_tokens=8192, rows=16, scored=63, arguments=arguments)
+    )
+    assert 0 <= formula - HEAD_SCRATCH - peak < 8 * MIB
 
 
 def test_seconds_from_rates():

@@ -292,12 +292,13 @@ def test_bad_arguments(options, error, message):
         fisher_grad(case.hidden, case.head, **options)
 
 
-def test_a_head_that_ranks_share_is_refused():
+@pytest.mark.parametrize("group", [None, object()])
+def test_a_shard_of_a_head_is_refused(group):
     case = random_case(4, 16, 30)
-    shared = acqcore.Head(case.head.weight, vocab_size=60)
-    object.__setattr__(shared, "group", object())
-    with pytest.raises(ValueError, match="head: expected the whole vocabulary, got a shard of a group"):
-        fisher_grad(case.hidden, shared)
+    shard = acqcore.Head(case.head.weight, vocab_start=20, vocab_size=60)
+    object.__setattr__(shard, "group", group)
+    with pytest.raises(ValueError, match="head: expected the whole vocabulary, got a shard of 30 of 60 rows"):
+        fisher_grad(case.hidden, shard)
 
 
 def test_the_cpu_backend_runs_its_own_kernel_once(monkeypatch):

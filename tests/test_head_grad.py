@@ -228,6 +228,29 @@ def test_sums_of_a_shard_from_the_statistics_of_the_whole(name, implementation):
         assert (error <= 1e-4 * (p[:, begin:end] @ exact.head.weight[begin:end].abs()).amax(dim=1) + 1e-30).all()
 
 
+def test_a_target_outside_the_vocabulary_spoils_its_sample_alone(implementation, monkeypatch):
+    """On the CPU it raises; on a GPU, whose targets are not read, its row is NaN and so is what is summed over it."""
+    case = random_case(6, 16, 600)
+    targets, offsets = torch.tensor([1, 2, 600, -100, -7, 4]), torch.tensor([0, 2, 4, 6])
+    options = {"backend": implementation}
+
+    def results():
+        stats = acqcore.row_stats(case.hidden, case.head, targets, **options)
+        yield stats.hidden_norm, stats.logprob, acqcore.hidden_grad_norm(case.hidden, case.head, targets, **options)
+        of_samples = case.hidden, case.head, targets, offsets
+        norms = [acqcore.head_grad_norm(*of_samples, form=form, **options) for form in ("gram", "direct")]
+        yield (*norms, acqcore.grad_sketch(*of_samples, dim=64, **options)[:, 0])
+
+    with pytest.raises(ValueError, match=r"expected values in \[0, 600\) or -100 \(ignored\), got 600 at row 2"):
+        acqcore.grad_sketch(case.hidden, case.head, targets, offsets, dim=64, **options)
+    monkeypatch.setattr(checks, "targets_in_range", checks.ignored_outside)
+    of_rows, of_samples = results()
+    for values in of_rows:
+        assert values.isnan().tolist() == [False, False, True, True, True, False]
+    for values in of_samples:
+        assert values.isnan().tolist() == [False, True, True]
+
+
 @pytest.mark.parametrize("value", [torch.nan, 3e38])  # the latter makes one logit infinite
 def test_a_row_without_finite_logits_spoils_its_sample_alone(value, implementation):
     case, offsets = random_case(20, 24, 900), torch.tensor([0, 5, 9, 20])

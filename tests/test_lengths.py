@@ -86,6 +86,10 @@ class Relative(nn.Module):
         return self.embedding(input_ids) + positions
 
 
+def relative(hidden: torch.Tensor) -> torch.Tensor:
+    return hidden + torch.arange(hidden.shape[1])[:, None] / hidden.shape[1]
+
+
 class Capacity(nn.Module):
     """Each of four experts takes only the first ``limit`` tokens of a batch."""
 
@@ -133,16 +137,21 @@ def test_any_forward_that_depends_on_its_batch(trunk, lengths):
     assert_as_alone(lambda: acqcore.Student(trunk(), head), lengths)
 
 
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_rope_hides_no_other_dependence(kind, small_model):
+    """A model whose rope changes with the length may have positions relative to it, too."""
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    model = small_model("llama", original_max_position_embeddings=16, rope_parameters=rope)
+    model.model.norm.register_forward_hook(lambda module, args, hidden: relative(hidden))
+    assert_as_alone(lambda: acqcore.Student.from_model(copy.deepcopy(model)), (12, 24, 5, 14))
+
+
 @pytest.mark.parametrize("alter", ["hook", "forward"])
 def test_a_model_altered_after_its_first_score(alter, tiny_model):
     model = tiny_model("Llama")
     acqcore.score(acqcore.Student.from_model(model), samples(12, 24), "loss")
     norm = model.model.norm
     whole = norm.forward
-
-    def relative(hidden: torch.Tensor) -> torch.Tensor:
-        return hidden + torch.arange(hidden.shape[1])[:, None] / hidden.shape[1]
-
     if alter == "hook":
         norm.register_forward_hook(lambda module, args, hidden: relative(hidden))
     else:

@@ -263,14 +263,22 @@ def test_a_sample_does_not_depend_on_its_batch(options, tiny_model):
     torch.testing.assert_close(shared["mutual_information"], whole["mutual_information"], rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("options", [{"probes": 2}, {"probes": 4}, {"probes": 4, "posterior": "isotropic"}], ids=str)
-def test_standard_errors_are_those_of_other_seeds(options, tiny_model):
+@pytest.mark.parametrize(
+    ("options", "coverage"),
+    [({"probes": 2}, 0.705), ({"probes": 4}, 0.861), ({"probes": 4, "posterior": "isotropic"}, 0.861)],
+    ids=str,
+)
+def test_standard_errors_are_those_of_other_seeds(options, coverage, tiny_model):
+    """Twice an error covers the expectation as often as Student's t says."""
     model = tiny_model("Llama")
     samples = _samples(9, 7, 17)
     runs = [_score(model, samples, seed=seed, **options) for seed in range(60)]
-    spread = torch.stack([run["mutual_information"] for run in runs]).std(dim=0)
-    claimed = torch.stack([run.stderr["mutual_information"] for run in runs]).square().mean(dim=0).sqrt()
-    torch.testing.assert_close(claimed, spread, rtol=0.4, atol=0)
+    values = torch.stack([run["mutual_information"] for run in runs])
+    errors = torch.stack([run.stderr["mutual_information"] for run in runs])
+    torch.testing.assert_close(errors.square().mean(dim=0).sqrt(), values.std(dim=0), rtol=0.4, atol=0)
+    expected = _score(model, samples, seed=100, **(options | {"probes": 256}))["mutual_information"]
+    covered = ((values - expected).abs() <= 2 * errors).double().mean()
+    assert float(covered) == pytest.approx(coverage, abs=0.1)
 
 
 def test_the_control_is_unbiased_and_takes_noise_away():

@@ -50,7 +50,7 @@ class EpigOptions(Options):
     def __post_init__(self) -> None:
         object.__setattr__(self, "reference", EpigReference.given(self.reference))
         checks.positive("variance", self.variance)
-        checks.probes(self.probes)
+        object.__setattr__(self, "probes", checks.probes(self.probes))
 
     def check(self, student: Student, head: Head) -> None:
         """Raise ValueError if the reference was made with another student (names the difference)."""

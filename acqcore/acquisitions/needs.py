@@ -129,20 +129,17 @@ class DrawOptions(Options):
     members: tuple[StudentLike, ...] = ()
 
     def __post_init__(self) -> None:
-        checks.draws(self.draws)
-        checks.seed(self.seed)
+        _resolve(self, draws=checks.draws(self.draws), seed=checks.seed(self.seed))
         if self.members != ():
             self._check_members()
             _resolve(self, members=tuple(self.members))
             return
         on_hidden = self.form is not None or self.block is not None
-        layers = self.layers if self.layers is not None else 0 if on_hidden else "all"
-        checks.layers(layers)
+        layers = checks.layers(self.layers if self.layers is not None else 0 if on_hidden else "all")
         if layers == 0:
             form, block = self.form or "element", 64 if self.block is None else self.block
             checks.literal("form", form, Form)
-            checks.positive_int("block", block)
-            _resolve(self, form=form, block=block)
+            _resolve(self, form=form, block=checks.positive_int("block", block))
         elif on_hidden:
             name = "block" if self.form is None else "form"
             raise ValueError(f"{name}: applies to dropout on the last hidden state, layers=0, got layers={layers!r}")
@@ -211,9 +208,9 @@ class LinearOptions(Options):
 
     def __post_init__(self) -> None:
         checks.literal("posterior", self.posterior, Posterior)
-        checks.layers(self.layers)
-        checks.probes(self.probes)
-        checks.seed(self.seed)
+        _resolve(
+            self, layers=checks.layers(self.layers), probes=checks.probes(self.probes), seed=checks.seed(self.seed)
+        )
         owners = {"dropout": "dropout", "positions": "dropout", "variance": "isotropic", "reference": "laplace"}
         for argument, owner in owners.items():
             if getattr(self, argument) is not None and self.posterior != owner:

@@ -98,7 +98,7 @@ def from_rates(shape: Shape, work: Work, flops: float, bandwidth: float, devices
         _by_formula(shape, work, on_cpu),
         Figure("peak while scoring", peak, "bytes", COMPUTED, "their sum, without libraries and the device's context"),
     ]
-    trunk, head = batch_seconds(shape, work, flops, bandwidth)
+    trunk, head = batch_seconds(shape, work, flops, bandwidth, on_cpu)
     rates = f"{flops:.3g} FLOP/s and {bandwidth:.3g} B/s given"
     time = [
         Figure("a batch, in the blocks", trunk, "s", GIVEN, rates),

@@ -13,6 +13,7 @@ from acqcore import checks
 from acqcore.acquisitions import DrawOptions, GradientNeed, ProbeNeed
 from acqcore.costs.shape import Shape
 from acqcore.gradients.reference import EpigReference, Reference
+from acqcore.head_grad import SKETCH_ROWS
 from acqcore.scoring.plan import Plan
 from acqcore.selection.diversity import Archive
 
@@ -120,26 +121,27 @@ class Passes:
     kept_blocks: int
 
 
-def passes(shape: Shape, work: Work) -> Passes:
+def passes(shape: Shape, work: Work, on_cpu: bool = True) -> Passes:
     """The passes of a batch, read off the plan.
 
     - One forward pass without dropout and one product for the statistics, if any need reads them.
-    - K draws: K products; with dropout in the last n of L blocks, also one forward pass of the others and K of these.
+    - K draws: K products on a CPU, 2 K on a GPU, two in the block form; with dropout in the last n of L blocks, also one
+      forward pass of the others and K of these.
     - Gradients for one kind of target: a backward pass through the blocks of the deepest need (of activations only,
       which costs a forward pass) and two products; each norm or sketch costs the same again through its own blocks. In
       the head, a sketch takes one product; a norm T / 2D of one beside the statistics, plus one for predicted targets.
-      The statistics come with the first sketch or, without probes, with the gradient of the hidden states; these two
-      share a product as well.
-    - P probes of one seed: P + 2 products, and for each probe a backward pass through the blocks of the deepest need; a
-      norm or sketch of weights costs the same again through its own blocks. The first seed also gives the statistics,
-      unless a norm or sketch of the head already does.
+      The statistics come with the first sketch or, on a CPU and without probes, with the gradient of the hidden states;
+      there, these two share a product as well, on up to eight threads.
+    - P probes of one seed: P + 2 products, on a GPU P + 3, and for each probe a backward pass through the blocks of the
+      deepest need; a norm or sketch of weights costs the same again through its own blocks. The first seed also gives
+      the statistics, unless a norm or sketch of the head already does.
     """
     plan = work.plan
     on_hidden = any(need.on_hidden for need in plan.draws)
     undropped = len(plan.needs) > len(plan.draws)
     trunk, head = float(undropped or on_hidden), float(undropped)
     for draw in plan.draws:
-        head += draw.draws
+        head += 2 if draw.form == "block" else draw.draws * (1 if on_cpu else 2)
         if not draw.on_hidden:
             last = _blocks(draw.layers, shape)
             trunk += 1 - last / shape.blocks + draw.draws * last / shape.blocks
@@ -158,13 +160,13 @@ def passes(shape: Shape, work: Work) -> Passes:
         if predicted:
             continue
         if any(dim is not None for dim, _ in of_head):
-            head -= 1 + (deepest > 0)
-        elif (deepest and not probed) or (probed and not of_head):
+            head -= 1 + (on_cpu and deepest > 0)
+        elif (on_cpu and deepest and not probed) or (probed and not of_head):
             head -= 1
     for seed in {need.seed for need in probed}:
         of_seed = [need for need in probed if need.seed == seed]
         most = max(need.probes for need in of_seed)
-        head += most + 2
+        head += most + 2 + (not on_cpu)
         for k in range(most):
             asked = [need for need in of_seed if k < need.probes]
             deepest = max(_blocks(need.layers, shape) for need in asked)
@@ -186,7 +188,9 @@ def activation_bytes(shape: Shape, work: Work, on_cpu: bool = True) -> int:
     up, their product): ``P (2 D + 3 F)`` numbers. Eager attention adds scores ``[B, heads, T, T]``, once in the model's
     dtype and once in float32. To these add two copies of the N scored rows ``[N, D]`` and the head's scratch. For a
     backward pass, each of its blocks keeps ``P (8 D + 4 F)`` numbers: inputs of norms and products, queries, keys and
-    values, and the MLP's inner activations.
+    values, and the MLP's inner activations. It also holds dL/dh in float32, ``[N, D]``, or one more of these than there
+    are probes, and spreads one over the batch. A sketch of the head holds hashes and spectra of up to 1024 rows, 12
+    bytes per row and entry of the sketch.
     """
     size = getattr(torch, shape.dtype).itemsize
     batch = work.batch_rows * work.tokens
@@ -194,13 +198,21 @@ def activation_bytes(shape: Shape, work: Work, on_cpu: bool = True) -> int:
     block = at_once * (2 * shape.hidden + 3 * shape.widest) * size
     if shape.attention == "eager":
         block += at_once * work.tokens * shape.heads * (size + 4)
-    kept = passes(shape, work).kept_blocks * batch * (8 * shape.hidden + 4 * shape.widest) * size
-    rows = 2 * work.batch_rows * work.scored * shape.hidden * size
+    deep = passes(shape, work).kept_blocks
+    kept = deep * batch * (8 * shape.hidden + 4 * shape.widest) * size
+    scored = work.batch_rows * work.scored
+    rows = 2 * scored * shape.hidden * size
+    of_targets = [need for need in work.plan.needs if isinstance(need, GradientNeed)]
+    probes = max((need.probes + 1 for need in work.plan.needs if isinstance(need, ProbeNeed)), default=0)
+    cotangents = probes + any(need.parameters != "head" for need in of_targets)
+    gradients = 4 * shape.hidden * (scored * cotangents + (batch if deep else 0))
+    dims = [need.dim for need in of_targets if need.dim is not None and isinstance(need.parameters, str)]
+    hashed = 12 * min(scored, SKETCH_ROWS) * max(dims, default=0)
     scratch = (DRAWS_SCRATCH if work.plan.draws else HEAD_SCRATCH) if on_cpu else CHUNKED_SCRATCH
-    return block + kept + rows + scratch
+    return block + kept + rows + gradients + hashed + scratch
 
 
-def batch_seconds(shape: Shape, work: Work, flops: float, bandwidth: float) -> tuple[float, float]:
+def batch_seconds(shape: Shape, work: Work, flops: float, bandwidth: float, on_cpu: bool = True) -> tuple[float, float]:
     """Seconds of a full batch in the trunk and in the head, on a device that achieves ``flops`` multiplications and
     additions and moves ``bandwidth`` bytes per second; each part takes the longer of its two times.
 
@@ -208,7 +220,7 @@ def batch_seconds(shape: Shape, work: Work, flops: float, bandwidth: float) -> t
     block; the head takes ``2 N D V``. The bytes are those of the weights, read once per forward pass.
     """
     size = getattr(torch, shape.dtype).itemsize
-    count = passes(shape, work)
+    count = passes(shape, work, on_cpu)
     batch = work.batch_rows * work.tokens
     scored = work.batch_rows * work.scored
     trunk = 2 * batch * (shape.block_parameters + work.tokens * shape.hidden * shape.blocks)

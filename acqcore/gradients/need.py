@@ -34,18 +34,16 @@ class GradientNeed:
     def __post_init__(self) -> None:
         if isinstance(self.parameters, str):
             checks.one_of("parameters", self.parameters, ("head", "trainable", "all"))
-        elif isinstance(self.parameters, bool) or not isinstance(self.parameters, int):
-            raise TypeError(
-                "parameters: expected head, trainable, all or a number of transformer blocks, "
-                f"got {checks.describe(self.parameters)}"
-            )
-        elif self.parameters < 1:
-            raise ValueError(f"parameters: expected at least 1 transformer block, got {self.parameters}")
+        else:
+            blocks = "head, trainable, all or a number of transformer blocks"
+            object.__setattr__(self, "parameters", checks.integer("parameters", self.parameters, blocks))
+            if self.parameters < 1:
+                raise ValueError(f"parameters: expected at least 1 transformer block, got {self.parameters}")
         checks.literal("loss", self.loss, Loss)
         checks.flag("predicted", self.predicted)
         if self.dim is not None:
-            checks.positive_int("dim", self.dim)
-        checks.seed(self.seed)
+            object.__setattr__(self, "dim", checks.positive_int("dim", self.dim))
+        object.__setattr__(self, "seed", checks.seed(self.seed))
 
     @property
     def shape(self) -> tuple[int, ...]:

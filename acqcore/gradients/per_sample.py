@@ -57,7 +57,7 @@ class SampleGradients:
             p: select_parameters(student, head, p) for p in dict.fromkeys(need.parameters for need in self._needs)
         }
         if self._probed:
-            checks.whole_head(head.group)
+            checks.whole_head(len(head.weight), head.vocab_size, head.group)
         self._linear = {
             layers: select_linear(student, layers)
             for layers in dict.fromkeys(need.layers for need in self._probed if need.of != "sites")
@@ -121,7 +121,7 @@ class SampleGradients:
             return
         self._probe.prepare(input_ids)
         for parameters, selection in self._selections.items():
-            if selection.names and selection.head is None and self._capture.used.isdisjoint(selection.names.values()):
+            if selection.names and selection.head is None and self._probe.touched.isdisjoint(selection.names.values()):
                 name = next(iter(selection.names.values()))
                 raise ValueError(
                     f"parameters: {parameters!r}: {name} and the others have no gradient: the forward of the first "

@@ -68,7 +68,8 @@ class Probe:
         self._student = student
         self._tied = tied
         self._done = False
-        self._touched: set[str] = set()  # names of parameters with any gradient in the probe
+        #: Names of parameters with any gradient in the probe, which may be 0.
+        self.touched: set[str] = set()
         self._nonzero: set[str] = set()  # and with one that is not 0
         rows, length = SHAPE
         length = min(length, student.max_length or length)
@@ -106,7 +107,7 @@ class Probe:
             self._refuse_unseen()
             self._leave_unseen()
             # Otherwise later samples may still reach the parameters, or a gate that is 0 for now may open.
-            if capture.used and self._touched <= self._nonzero:
+            if capture.used and self.touched <= self._nonzero:
                 if len(known) == KEPT_FINDINGS:
                     known.clear()
                 known[state] = self._findings()
@@ -116,10 +117,10 @@ class Probe:
         capture = self._capture
         self.one_by_one = True
         capture.forms.clear()
-        self._touched.clear()
+        self.touched.clear()
         failed = self._compare(self._tokens[:1])
         if failed is None:
-            failed = capture.used = self._touched = self._nonzero = set(capture.names.values())
+            failed = capture.used = self.touched = self._nonzero = set(capture.names.values())
             self._require_graph()
         ruled = {name for m, own in capture.owners.items() if is_linear(m) or is_embedding(m) for name in own.values()}
         capture.by_autograd = {p: name for p, name in capture.names.items() if name in failed or name not in ruled}
@@ -128,7 +129,7 @@ class Probe:
     def _leave_unseen(self) -> None:
         """Let autograd find uses, outside their modules, of parameters that the probe did not reach."""
         capture = self._capture
-        capture.unseen = {p: name for p, name in capture.names.items() if name not in self._touched}
+        capture.unseen = {p: name for p, name in capture.names.items() if name not in self.touched}
 
     def _findings(self) -> _Findings:
         capture = self._capture
@@ -137,13 +138,13 @@ class Probe:
             self.one_by_one,
             frozenset(capture.by_autograd.values()),
             frozenset(capture.used),
-            frozenset(self._touched),
+            frozenset(self.touched),
             forms,
         )
 
     def _restore(self, found: _Findings) -> None:
         capture = self._capture
-        self.one_by_one, capture.used, self._touched = found.one_by_one, set(found.used), set(found.touched)
+        self.one_by_one, capture.used, self.touched = found.one_by_one, set(found.used), set(found.touched)
         self._leave_unseen()
         capture.by_autograd = {p: name for p, name in capture.names.items() if name in found.by_autograd}
         capture.forms = {capture.modules[i]: set(forms) for i, forms in found.forms.items()}
@@ -160,7 +161,7 @@ class Probe:
         bad: set[str] = set()
 
         def receive(parameter: torch.Tensor, gradient: torch.Tensor) -> None:
-            self._touched.add(capture.names[parameter])
+            self.touched.add(capture.names[parameter])
             scale = 1.0 if capture.factor is None else float(capture.factor[sample])
             square = float((gradient.double() * scale).square().sum())
             squares[capture.names[parameter]] += square
@@ -219,7 +220,7 @@ class Probe:
     def _refuse_unseen(self) -> None:
         """Reject parameters that affect the logits but not the hidden states, such as adapters on the head."""
         names, student = self._capture.names, self._student
-        seen_here = self._touched.union(self._tied)
+        seen_here = self.touched.union(self._tied)
         silent = {p: name for p, name in names.items() if name not in seen_here}
         if not silent or student._logits is None:
             return

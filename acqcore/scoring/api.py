@@ -174,7 +174,7 @@ def score_stream(
         TypeError, ValueError: immediately for student, chunk, acquisitions and errors; for invalid samples when their
             chunk is read, with the index of its first sample prefixed to the message.
     """
-    checks.positive_int("chunk", chunk)
+    chunk = checks.positive_int("chunk", chunk)
     Plan.of(acquisitions, options.get("acquisition_args")).sample_by_sample("use acqcore.score")
     check_errors(errors)
     lists = in_chunks(samples, chunk)

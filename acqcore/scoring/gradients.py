@@ -145,8 +145,7 @@ def student_grad_sketch(
 
     Raises: as :func:`grad_norm`; ValueError for dim < 1.
     """
-    checks.positive_int("dim", dim)
-    need = GradientNeed(parameters, loss, dim=dim, seed=seed)
+    need = GradientNeed(parameters, loss, dim=checks.positive_int("dim", dim), seed=seed)
     return _of_samples(need, Runner(student, (need,), batch_tokens, backend), samples, tokenizer, max_length)
 
 
@@ -181,8 +180,7 @@ def badge_embedding(
     Source: Ash et al. 2020, "Deep batch active learning by diverse, uncertain gradient lower bounds", with each
     token treated as a separate label.
     """
-    checks.positive_int("dim", dim)
-    need = GradientNeed(parameters, loss, True, dim, seed)
+    need = GradientNeed(parameters, loss, True, checks.positive_int("dim", dim), seed)
     return _of_samples(need, Runner(student, (need,), batch_tokens, backend), samples, tokenizer, max_length)
 
 
@@ -226,7 +224,7 @@ def influence_reference(
         TypeError, ValueError: as :func:`acqcore.grad_sketch`; no samples; a sample whose gradient is not finite; second
             moments of the wrong shape, negative or not finite.
     """
-    checks.positive_int("dim", dim)
+    dim = checks.positive_int("dim", dim)
     if isinstance(precondition, torch.Tensor):
         checks.float_tensor("precondition", precondition, "[dim]", 1)
         if len(precondition) != dim:
@@ -246,8 +244,8 @@ def influence_reference(
         moments: torch.Tensor | None = precondition.detach().to("cpu", torch.float32)
     else:
         moments = None if precondition is None else sketches.double().square().mean(dim=0).float()
-    shapes = parameter_shapes(runner.student, runner.head, parameters)
-    return Reference(mean, len(sketches), parameters, seed, loss, shapes, moments)
+    shapes = parameter_shapes(runner.student, runner.head, need.parameters)
+    return Reference(mean, len(sketches), need.parameters, need.seed, loss, shapes, moments)
 
 
 @standard_defaults()
@@ -316,8 +314,9 @@ def epig_reference(
         TypeError, ValueError: as :func:`acqcore.score`; no samples, a gradient that is not finite, layers that the
             student does not have.
     """
-    LinearOptions("isotropic", layers, probes=probes, seed=seed)
-    checks.positive_int("dim", dim)
+    options = LinearOptions("isotropic", layers, probes=probes, seed=seed)
+    layers, probes, seed = options.layers, options.probes, options.seed
+    dim = checks.positive_int("dim", dim)
     needs = sketch_needs(layers, probes, seed, dim, seed)
     runner = Runner(student, needs, batch_tokens, backend)
     sketches = runner.collect(
@@ -403,11 +402,11 @@ def laplace_posterior(
         TypeError, ValueError: as :func:`acqcore.score`; no samples, a gradient that is not finite, layers that the
             student does not have, nonpositive observations or damping.
     """
-    LinearOptions("isotropic", layers, probes=probes, seed=seed)
+    options = LinearOptions("isotropic", layers, probes=probes, seed=seed)
     checks.positive("observations", observations)
     checks.positive("damping", damping)
     # Other cotangents than those of mutual information with this seed: it would be too small for these samples.
-    need = ProbeNeed("marginals", layers, probes, seed ^ (1 << 62))
+    need = ProbeNeed("marginals", options.layers, options.probes, options.seed ^ (1 << 62))
     runner = Runner(student, (need,), batch_tokens, backend)
     sums: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     with runner.student.in_step():
@@ -422,7 +421,7 @@ def laplace_posterior(
         if not bool(of_rows.isfinite().all() & of_columns.isfinite().all()):
             raise ValueError(f"samples: expected finite gradients, got NaN or infinity in {name}")
     marginals = {name: (of_rows / len(rows), of_columns / len(rows)) for name, (of_rows, of_columns) in sums.items()}
-    return LaplacePosterior.of(marginals, layers, observations, damping)
+    return LaplacePosterior.of(marginals, options.layers, observations, damping)
 
 
 def _of_samples(

@@ -61,8 +61,7 @@ class Plan:
         """Check the arguments; raises TypeError or ValueError as :func:`acqcore.score`."""
         names = checks.names("acquisitions", acquisitions, REGISTRY)
         checks.literal("reduction", reduction, Reduction)
-        checks.positive_int("topk", topk)
-        checks.positive_int("batch_tokens", batch_tokens)
+        topk, batch_tokens = checks.positive_int("topk", topk), checks.positive_int("batch_tokens", batch_tokens)
         arguments = {} if arguments is None else arguments
         if not isinstance(arguments, Mapping):
             raise TypeError(f"acquisition_args: expected a mapping name -> arguments, got {checks.describe(arguments)}")

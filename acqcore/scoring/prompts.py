@@ -38,8 +38,9 @@ def prompt_embedding(
     Raises:
         TypeError, ValueError: as :func:`acqcore.score`.
     """
-    checks.positive_int("batch_tokens", batch_tokens)
+    batch_tokens = checks.positive_int("batch_tokens", batch_tokens)
     student = as_student(student)
+    max_length = checks.max_length(max_length, student.max_length)
     tokenizer = tokenizer if tokenizer is not None else student.tokenizer
     with student.in_step():
         rows = encode(

@@ -57,12 +57,11 @@ class Runner:
     """
 
     def __init__(self, student: StudentLike, needs: Collection[Need], batch_tokens: int, backend: str | None) -> None:
-        checks.positive_int("batch_tokens", batch_tokens)
         self.student = student = as_student(student)
         self.head = head = student.head
         row_stats(head.weight[:0], head, backend=backend)  # without rows, to fail before any forward
         self._needs = needs
-        self._batch_tokens = batch_tokens
+        self._batch_tokens = batch_tokens = checks.positive_int("batch_tokens", batch_tokens)
         self._backend = backend
         self._draws = {
             need: Draws(student, head, need, batch_tokens, backend) for need in needs if isinstance(need, DrawOptions)

@@ -111,9 +111,8 @@ class Archive:
     """
 
     def __init__(self, capacity: int = 1024, *, ridge: float = 0.01) -> None:
-        checks.positive_int("capacity", capacity)
+        self.capacity = checks.positive_int("capacity", capacity)
         checks.ridge(ridge)
-        self.capacity = capacity
         self.ridge = ridge
         self._held: torch.Tensor | None = None  # [m, d] float32 directions
         self._factor: torch.Tensor | None = None  # [m, m] float64, Cholesky of K + ridge I
@@ -181,12 +180,12 @@ class Archive:
         for key in ("capacity", "ridge", "vectors"):
             if key not in state:
                 raise ValueError(f"state: no entry {key!r}, expected the result of Archive.state_dict()")
-        checks.positive_int("state: capacity", state["capacity"])
+        capacity = checks.positive_int("state: capacity", state["capacity"])
         checks.ridge(state["ridge"])
         if state["vectors"] is not None:
             checks.vectors("state: vectors", state["vectors"])
-            checks.at_most("state: vectors", len(state["vectors"]), state["capacity"], "the capacity")
-        self.capacity, self.ridge, self._factor = state["capacity"], state["ridge"], None
+            checks.at_most("state: vectors", len(state["vectors"]), capacity, "the capacity")
+        self.capacity, self.ridge, self._factor = capacity, state["ridge"], None
         self._held = None if state["vectors"] is None else state["vectors"].float()
 
 

@@ -81,7 +81,7 @@ def select(
             NaN, or for a method other than ``top_k``.
     """
     checks.literal("method", method, Method)
-    checks.positive_int("k", k)
+    k = checks.positive_int("k", k)
     for name, given in (("labels", labels), ("trust", trust)):
         if given is not None and method != "top_k":
             raise ValueError(f"{name}: only valid with method='top_k', got method={method!r}")
@@ -108,8 +108,7 @@ def select(
     if method == "k_center":
         return _k_center(vectors, k)
     if method == "badge":
-        checks.seed(seed)
-        return _badge(vectors, k, seed)
+        return _badge(vectors, k, checks.seed(seed))
     checks.ridge(ridge)
     return _log_det(vectors, k, ridge)
 

@@ -144,8 +144,10 @@ class Lengths:
 
     def check(self, longest: int, vocab_size: int, hidden: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Run a short row alone, then padded to ``longest`` tokens in a batch with another row, some of whose tokens
-        are the same. If its hidden states differ for an unknown reason, samples do not share batches."""
-        if self._breaks or self._alone or longest <= SHORT:
+        are the same. If its hidden states differ, samples do not share batches. If rope changes with the length, the
+        padded row ends where the short one's frequencies do."""
+        longest = min([longest, *(limit for limit, _ in self._breaks)])
+        if self._alone or longest <= SHORT:
             return
         state = altered(self._key) if isinstance(self._key, nn.Module) else ()
         known, checked = _CHECKED.get(self._key, (state, 0))

@@ -130,7 +130,7 @@ def encode(
         TypeError: samples of an unknown kind or of several kinds, a missing tokenizer.
         ValueError: a sample with nothing to score, or too long for the student; the message names its index.
     """
-    checks.max_length(max_length, limit)
+    max_length = checks.max_length(max_length, limit)
     check_errors(errors)
     found: dict[int, str] | None = None if errors is None else {}
     if _of_tensors(samples):

@@ -55,7 +55,7 @@ class Student:
             raise TypeError(f"trunk: expected a callable input_ids [B, T] -> [B, T, D], got {checks.describe(trunk)}")
         checks.instance("head", head, Head, "acqcore.Head")
         if max_length is not None:
-            checks.positive_int("max_length", max_length)
+            max_length = checks.positive_int("max_length", max_length)
         self.tokenizer = tokenizer
         self.max_length = max_length
         self._find_trunk: Callable[[], Callable[..., Any]] = lambda: trunk
