@@ -125,8 +125,8 @@ def passes(shape: Shape, work: Work, on_cpu: bool = True) -> Passes:
     """The passes of a batch, read off the plan.
 
     - One forward pass without dropout and one product for the statistics, if any need reads them.
-    - K draws: K products on a CPU, 2 K on a GPU, two in the block form; with dropout in the last n of L blocks, also one
-      forward pass of the others and K of these.
+    - K draws: K products on a CPU, 2 K on a GPU, two in the block form; with dropout in the last n of L blocks, also
+      one forward pass of the others and K of these.
     - Gradients for one kind of target: a backward pass through the blocks of the deepest need (of activations only,
       which costs a forward pass) and two products; each norm or sketch costs the same again through its own blocks. In
       the head, a sketch takes one product; a norm T / 2D of one beside the statistics, plus one for predicted targets.
