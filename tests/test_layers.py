@@ -46,7 +46,7 @@ ALLOWED: dict[str, set[str]] = {
         "selection",
         "students",
     },
-    "files": {"checks", "literals", "progress", "scoring", "selection", "students"},
+    "files": {"acquisitions", "checks", "literals", "progress", "scoring", "selection", "students"},
     "defaults": set(),
     "fisher": {"backends", "bayes", "checks", "defaults", "head", "philox", "row_stats"},
     "gradients": {
