@@ -100,6 +100,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MissingExtraError as error:
         print(f"acqsynth: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        resumes = options.stage not in ("serve", "push")
+        how = "; run the same command to resume, finished steps are kept" if resumes else ""
+        print(f"acqsynth: interrupted{how}", file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:

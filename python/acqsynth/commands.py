@@ -23,7 +23,7 @@ def main(recipe: str, overrides: Sequence[str], stage: str, dry: bool, traceback
     """Runs ``stage`` of a recipe, or all stages (``run``); with ``dry`` prints what would run.
 
     Returns:
-        The exit code: 0, 1 if a step failed, 2 for a wrong recipe, 130 after an interrupt.
+        The exit code: 0, 1 if a step failed, 2 for a wrong recipe.
     """
     try:
         plan = pipeline.plan(config.load(recipe, overrides))
@@ -45,9 +45,6 @@ def main(recipe: str, overrides: Sequence[str], stage: str, dry: bool, traceback
     except OSError as error:  # outside any step: the log, if the disk is full
         print(f"acqsynth: error: output: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("acqsynth: interrupted; run the same command to resume, finished steps are kept", file=sys.stderr)
-        return 130
     return 0
 
 

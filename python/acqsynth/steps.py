@@ -460,13 +460,13 @@ def _first_change(before: Mapping[str, Any], now: Mapping[str, Any], path: str =
 
 def _disk_is_full(error: BaseException) -> bool:
     """Whether the disk, a quota or the largest file is full. Libraries wrap the error: safetensors and Arrow keep its
-    text, torch's archive writer does not."""
+    text, torch's archive writer does not, and words it by version."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return True
         texts = ("No space left on device", "File too large (os error", "PytorchStreamWriter failed writing")
-        if any(text in str(seen) for text in texts):
+        if any(text in str(seen) for text in (*texts, "basic_ios::clear: iostream error")):
             return True
         seen = seen.__cause__ or seen.__context__
     return False

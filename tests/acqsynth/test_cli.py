@@ -10,7 +10,7 @@ from importlib import metadata
 import pytest
 import transformers
 
-from acqsynth import label, train
+from acqsynth import label, preflight, train
 from acqsynth.cli import main
 from acqsynth.steps import STAGES, Store
 
@@ -160,12 +160,13 @@ def test_an_output_whose_name_is_too_long_is_one_sentence(more, fakes, recipe, c
     assert "File name too long" in told
 
 
-def test_an_interrupt_says_how_to_go_on(fakes, recipe, monkeypatch, capsys):
+@pytest.mark.parametrize("place", [(label, "label"), (preflight, "on_this_machine")])
+def test_an_interrupt_says_how_to_go_on(fakes, recipe, monkeypatch, capsys, place):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(label, "label", interrupted)
+        patch.setattr(*place, interrupted)
         assert main(["run", str(recipe)]) == 130
     told = capsys.readouterr().err
     assert told == "acqsynth: interrupted; run the same command to resume, finished steps are kept\n"

@@ -14,6 +14,7 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
+import torch
 
 from acqsynth import steps
 from acqsynth.artefacts import read_json, read_rows, read_table, write_json, write_rows
@@ -226,6 +227,12 @@ def test_a_full_disk_is_one_sentence_and_earlier_outputs_stay(tmp_path, error):
     assert not (tmp_path / "01-train/b").exists()
     assert (tmp_path / "00-seeds/a/stage.json").read_bytes() == before
     assert Store(tmp_path).reason(first) is None
+
+
+def test_a_checkpoint_on_a_full_disk_is_one_sentence(tmp_path):
+    step = Step("seeds", "a", lambda context: torch.save(torch.zeros(300_000), "/dev/full"))
+    with pytest.raises(StepError, match="00-seeds/a: no space left for"):
+        Store(tmp_path).run(step)
 
 
 def test_a_disk_that_really_fills_up(tmp_path):
