@@ -187,11 +187,12 @@ def verdict(found: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def training(logs: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-    """The steps of all rounds in sequence, as logged by TRL and the reward, and the cost of the reward."""
+    """The steps of all rounds in sequence, as logged by TRL and the reward, and the cost of the reward. The trainer's
+    closing totals are left out: those of a resumed run cover its last start only."""
     steps: list[dict[str, Any]] = []
     offset = 0
     for number, log in enumerate(logs, 1):
-        logged = [dict(entry) for entry in log if "step" in entry and len(entry) > 1]
+        logged = [dict(entry) for entry in log if "step" in entry and len(entry) > 1 and "train_runtime" not in entry]
         last = max((int(entry["step"]) for entry in logged), default=0)
         steps += [{**entry, "step": int(entry["step"]) + offset, "round": number} for entry in logged]
         offset += last

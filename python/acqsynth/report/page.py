@@ -20,6 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from acqsynth.evaluate import FEWEST
 from acqsynth.report.metrics import IN_DISTRIBUTION, KNOWN, STUDENT, largest, percent, points, span
 
 INK, QUIET, RULE = "#1d2733", "#5d6b7a", "#d9dfe6"
@@ -80,8 +81,9 @@ def render(metrics: Mapping[str, Any]) -> str:
         in_distribution=IN_DISTRIBUTION,
         student=STUDENT,
         known_from=KNOWN,
-        # Whether no arm's fits learn from rows of several generators.
-        one_generator=all(len(set(line.get("generators") or [0])) == 1 for line in _table(metrics)),
+        # Whether every arm's fits count as independent draws (:func:`acqsynth.evaluate.accuracy_interval`).
+        few_generators=all(len(set(line.get("generators") or [0])) < FEWEST for line in _table(metrics)),
+        fewest=FEWEST,
     )
 
 

@@ -216,8 +216,12 @@ def test_what_was_not_run_is_said():
     found["arms"]["no_rl"]["written"] = found["arms"]["no_rl"]["labelled"] = None
     text = page(found).text
     assert "No generator was trained" in text
-    assert "No completion was scored on its own" in text
+    assert "trained with" not in text
+    assert "No score of a single completion was logged" in text
     assert "evaluation.validity.batches is 0" in text
+    best = {"question": ["1+1"], "reasoning": [""], "answer": ["2"], "reward": [0.5]}
+    found["samples"] = measures.samples([best])
+    assert "Of 1 scored samples of grpo, each the best of its prompt" in page(found).text
 
 
 def test_a_log_without_rewards_is_said():
@@ -298,13 +302,13 @@ def test_labels_that_can_only_be_refuted_have_no_share_that_is_right():
     assert '<td class="number">2 refuted</td>' in render(found)
 
 
-@pytest.mark.parametrize("generators", [(0, 0, 0), (0, 1, 2)])
-def test_the_page_says_when_one_generator_wrote_all_rows(generators):
+@pytest.mark.parametrize(("generators", "said"), [((0, 0, 0), True), ((0, 0, 1, 1), True), ((0, 1, 2), False)])
+def test_the_page_says_when_few_generators_wrote_all_rows(generators, said):
     found = json.loads(json.dumps(whole()))
     for arm in found["arms"].values():
         for result in arm["results"]:
             result["generators"] = list(generators)
-    assert ("All fits of an arm learn from one generator" in render(found)) == (len(set(generators)) == 1)
+    assert ("No arm has 3 generators" in render(found)) == said
 
 
 def test_fits_of_one_generator_are_one_draw():
@@ -396,8 +400,9 @@ def test_metrics_are_those_of_the_answers():
 
 
 def test_rounds_are_logged_one_after_the_other():
+    """Without the trainer's closing totals, which a resumed run has for its last start only."""
     found = measures.training([LOG, LOG])
-    assert [(entry["round"], entry["step"]) for entry in found["log"] if "reward" in entry] == [
+    assert [(entry["round"], entry["step"]) for entry in found["log"]] == [
         (1, 1), (1, 2), (1, 3), (2, 4), (2, 5), (2, 6),
     ]  # fmt: skip
     assert found["cost"] == {
