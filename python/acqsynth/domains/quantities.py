@@ -41,7 +41,7 @@ _REALS = re.compile(r"(?:[A-Za-z]\s*\\in\s*)?\\mathbb(?:\s*R|\{R\})")
 _DATE = re.compile(r"\d+([-/])\d+\1\d+")
 _RANGE = re.compile(r"(\d+(?:\.\d+)?)-(\d+(?:\.\d+)?)")
 _TIME = re.compile(r"(\d?\d):([0-5]\d)")
-_RATIO = re.compile(r"[1-9]\d*(?:\s*:\s*[1-9]\d*){2,}")  # 1:03:00 is a time
+_RATIO = re.compile(r"(?!\d?\d(?::[0-5]\d){2}$)[1-9]\d*(?:\s*:\s*[1-9]\d*){2,}")  # 1:10:20 may be a time
 _RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+")
 _AFTER_DIGIT = re.compile("(?<=\\d)(?=[¼-¾⅐-⅞↉])")  # in a mixed number
 # Possessive quantifiers, so that no answer causes backtracking.
@@ -151,8 +151,9 @@ def quantity(answer: str) -> Quantity:
     if number is not None:
         while unit and unit[0] in SCALES:
             number, unit = number * SCALES[unit[0]], unit[1:]
-        scaled = str(number) != str(_rational(plain))
-        return Quantity(str(number), str(number) if scaled else plain, unit)
+        # math-verify does not know scales, and adds up "5 100".
+        unread = number != _rational(plain) or " " in plain
+        return Quantity(str(number), str(number) if unread else plain, unit)
     if _RATIO.fullmatch(plain):
         terms = [int(term) for term in plain.split(":")]
         return Quantity(":".join(str(term // gcd(*terms)) for term in terms), plain, unit)
