@@ -7,7 +7,8 @@ import json
 import re
 
 import pytest
-from transformers import GPT2Config, Qwen3MoeConfig, trainer_optimizer
+import torch
+from transformers import GPT2Config, OPTConfig, Qwen3MoeConfig, trainer_optimizer
 from transformers.integrations import integration_utils
 
 from acqsynth import models, preflight
@@ -341,6 +342,7 @@ def test_options_that_do_not_fit_the_model_are_refused_before_a_run(key, options
         (GPT2Config(n_layer=1), "all-linear"),
         (GPT2Config(n_layer=1), "null"),  # peft's own choice
         (Qwen3MoeConfig(num_hidden_layers=1), "[gate_proj, up_proj, down_proj]"),  # fused in the experts
+        (OPTConfig(num_hidden_layers=2), "all-linear, exclude_modules: '.*layers[.]0[.].*'"),
     ],
 )
 def test_options_fit_each_student(other, modules, student_path, tmp_path):
@@ -349,6 +351,15 @@ def test_options_fit_each_student(other, modules, student_path, tmp_path):
     preflight.on_this_machine(load("arithmetic", [*students, f"student.options.lora={{target_modules: {modules}}}"]))
     with pytest.raises(ConfigError, match=r"^student\.options\.lora: "):
         preflight.on_this_machine(load("arithmetic", [*students, "student.options.lora={target_modules: [k_prj]}"]))
+
+
+def test_a_check_of_lora_allocates_no_weights(student_path, monkeypatch):
+    """Those of 128 experts in each layer would take minutes."""
+    made = []
+    monkeypatch.setattr(torch.nn.init, "kaiming_uniform_", lambda weight, **_: made.append(weight))
+    options = "student.options.lora={target_modules: all-linear}"
+    preflight.on_this_machine(load("arithmetic", [f"student.model={student_path}", options]))
+    assert {weight.device.type for weight in made if weight.numel() > 1} == {"meta"}
 
 
 def test_a_model_that_does_not_load_is_named(student_path):
