@@ -320,7 +320,7 @@ def test_an_optimizer_that_cannot_be_made_is_said_before_a_run(options, monkeypa
         ("student", "{model_init_kwargs: {attn_implementation: flash_attention_9}}", "attn_implementation"),
         ("student", "{model_init_kwargs: {attn_implementation: sdpa}}", None),
         ("student", "{eos_token: </s>, lora: {target_modules: [q_proj, layers.0.mlp.up_proj]}}", None),
-        ("student", "{lora: {target_modules: all-linear, init_lora_weights: pissa}}", None),
+        ("student", "{lora: {init_lora_weights: loftq, loftq_config: {loftq_bits: 4, loftq_iter: 1}}}", None),
         ("student", "{lora: {target_modules: '.*_proj'}}", None),
     ],
 )
