@@ -106,6 +106,7 @@ def _check_late(config: Any) -> None:
     zero = torch.zeros(1, requires_grad=True)
     optimizer = torch.optim.SGD([zero], config.learning_rate)
     checks: dict[str, Callable[[], Any]] = {
+        "model_init_kwargs": lambda: dict(**(config.model_init_kwargs or {})),
         "adam_beta1, adam_beta2": lambda: torch.optim.AdamW([zero], betas=(config.adam_beta1, config.adam_beta2)),
         "report_to": lambda: get_reporting_integration_callbacks(config.report_to),
         "lr_scheduler_kwargs": lambda: get_scheduler(

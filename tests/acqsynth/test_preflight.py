@@ -76,6 +76,7 @@ REFUSED = {
     "student.options.loss_type=[nll]": "student.options: loss_type: unknown ['nll'], expected one of nll, dft",
     "student.options.gradient_checkpointing_kwargs={use_rentrant: true}": "unexpected keyword argument 'use_rentrant'",
     "student.options.gradient_checkpointing_kwargs=5": "gradient_checkpointing_kwargs: 'int' object is not a mapping",
+    "student.options.model_init_kwargs=5": "options: model_init_kwargs: dict() argument after ** must be a mapping",
     "generator.options.dataloader_persistent_workers=true": "persistent_workers option needs num_workers > 0",
     "student.options.pad_to_multiple_of=0": "pad_to_multiple_of: expected an integer at least 1, got 0",
     "student.options.model_init_kwargs={dtype: fp16}": "model_init_kwargs.dtype: expected one of auto, float32",
