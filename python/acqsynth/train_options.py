@@ -106,6 +106,7 @@ def _check_late(config: Any) -> None:
     zero = torch.zeros(1, requires_grad=True)
     optimizer = torch.optim.SGD([zero], config.learning_rate)
     checks: dict[str, Callable[[], Any]] = {
+        "model_init_kwargs": lambda: dict(**(config.model_init_kwargs or {})),
         "adam_beta1, adam_beta2": lambda: torch.optim.AdamW([zero], betas=(config.adam_beta1, config.adam_beta2)),
         "report_to": lambda: get_reporting_integration_callbacks(config.report_to),
         "lr_scheduler_kwargs": lambda: get_scheduler(
@@ -165,21 +166,23 @@ def check_model(config: Any, lora: Any, model: str) -> None:
     for name, token in tokens.items():
         if token not in vocabulary:
             raise ValueError(f"{name}: expected a token of {model}, got {token!r}")
-    with torch.device("meta"):
-        bare = AutoModelForCausalLM.from_config(described, attn_implementation=attention)
-    if lora is None:
-        return
     from peft import get_peft_model
 
-    own = copy.deepcopy(lora)  # peft writes the model's modules into it
-    own.init_lora_weights = True  # other ways need the weights
-    try:
-        found = [f".{name}" for name in get_peft_model(bare, own).base_model.targeted_module_names]
-    except (ValueError, re.error) as error:
-        raise ValueError(f"lora: {error}") from error
-    named = own.target_modules if isinstance(own.target_modules, set) else ()  # without those of fused experts
-    if missing := [name for name in sorted(named) if not any(one.endswith(f".{name}") for one in found)]:
-        raise ValueError(f"lora: target_modules: {model} has no {missing[0]!r}")
+    with torch.device("meta"):  # on a CPU, LoRA's weights for many experts would take minutes
+        bare = AutoModelForCausalLM.from_config(described, attn_implementation=attention)
+        if lora is None:
+            return
+        own = copy.deepcopy(lora)  # peft writes the model's modules into it
+        own.init_lora_weights = True  # other ways need the weights
+        modules = [f".{name}" for name, _ in bare.named_modules()]
+        try:
+            get_peft_model(bare, own)
+        except (ValueError, re.error) as error:
+            raise ValueError(f"lora: {error}") from error
+    if isinstance(lora.target_modules, set):
+        for name in sorted(lora.target_modules.intersection(own.target_modules)):  # without those of fused experts
+            if not any(module.endswith(f".{name}") for module in modules):
+                raise ValueError(f"lora: target_modules: {model} has no {name!r}")
 
 
 def check_prompts(config: GRPOConfig, prompts: int) -> None:

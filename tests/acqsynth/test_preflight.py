@@ -7,7 +7,8 @@ import json
 import re
 
 import pytest
-from transformers import GPT2Config, Qwen3MoeConfig, trainer_optimizer
+import torch
+from transformers import GPT2Config, OPTConfig, Qwen3MoeConfig, trainer_optimizer
 from transformers.integrations import integration_utils
 
 from acqsynth import models, preflight
@@ -75,6 +76,7 @@ REFUSED = {
     "student.options.loss_type=[nll]": "student.options: loss_type: unknown ['nll'], expected one of nll, dft",
     "student.options.gradient_checkpointing_kwargs={use_rentrant: true}": "unexpected keyword argument 'use_rentrant'",
     "student.options.gradient_checkpointing_kwargs=5": "gradient_checkpointing_kwargs: 'int' object is not a mapping",
+    "student.options.model_init_kwargs=5": "options: model_init_kwargs: dict() argument after ** must be a mapping",
     "generator.options.dataloader_persistent_workers=true": "persistent_workers option needs num_workers > 0",
     "student.options.pad_to_multiple_of=0": "pad_to_multiple_of: expected an integer at least 1, got 0",
     "student.options.model_init_kwargs={dtype: fp16}": "model_init_kwargs.dtype: expected one of auto, float32",
@@ -319,7 +321,7 @@ def test_an_optimizer_that_cannot_be_made_is_said_before_a_run(options, monkeypa
         ("student", "{model_init_kwargs: {attn_implementation: flash_attention_9}}", "attn_implementation"),
         ("student", "{model_init_kwargs: {attn_implementation: sdpa}}", None),
         ("student", "{eos_token: </s>, lora: {target_modules: [q_proj, layers.0.mlp.up_proj]}}", None),
-        ("student", "{lora: {target_modules: all-linear, init_lora_weights: pissa}}", None),
+        ("student", "{lora: {init_lora_weights: loftq, loftq_config: {loftq_bits: 4, loftq_iter: 1}}}", None),
         ("student", "{lora: {target_modules: '.*_proj'}}", None),
     ],
 )
@@ -341,6 +343,7 @@ def test_options_that_do_not_fit_the_model_are_refused_before_a_run(key, options
         (GPT2Config(n_layer=1), "all-linear"),
         (GPT2Config(n_layer=1), "null"),  # peft's own choice
         (Qwen3MoeConfig(num_hidden_layers=1), "[gate_proj, up_proj, down_proj]"),  # fused in the experts
+        (OPTConfig(num_hidden_layers=2), "all-linear, exclude_modules: '.*layers[.]0[.].*'"),
     ],
 )
 def test_options_fit_each_student(other, modules, student_path, tmp_path):
@@ -349,6 +352,15 @@ def test_options_fit_each_student(other, modules, student_path, tmp_path):
     preflight.on_this_machine(load("arithmetic", [*students, f"student.options.lora={{target_modules: {modules}}}"]))
     with pytest.raises(ConfigError, match=r"^student\.options\.lora: "):
         preflight.on_this_machine(load("arithmetic", [*students, "student.options.lora={target_modules: [k_prj]}"]))
+
+
+def test_a_check_of_lora_allocates_no_weights(student_path, monkeypatch):
+    """Those of 128 experts in each layer would take minutes."""
+    made = []
+    monkeypatch.setattr(torch.nn.init, "kaiming_uniform_", lambda weight, **_: made.append(weight))
+    options = "student.options.lora={target_modules: all-linear}"
+    preflight.on_this_machine(load("arithmetic", [f"student.model={student_path}", options]))
+    assert {weight.device.type for weight in made if weight.numel() > 1} == {"meta"}
 
 
 def test_a_model_that_does_not_load_is_named(student_path):

@@ -151,6 +151,16 @@ def test_a_copy_without_times_is_hashed_once(tmp_path, monkeypatch):
     assert Store(tmp_path).reason(step) == "text.txt was edited"
 
 
+def test_a_copy_from_a_clock_that_is_ahead_hides_no_edit(tmp_path):
+    step, _ = pair("long text")
+    Store(tmp_path).run(step)
+    path = tmp_path / "00-seeds/a/text.txt"
+    os.utime(path, (time.time() + 99,) * 2)
+    assert Store(tmp_path).reason(step) is None
+    path.write_text("lone text")
+    assert Store(tmp_path).reason(step) == "text.txt was edited"
+
+
 def test_outside_files_count_by_content_and_folders_by_their_files(tmp_path):
     file, folder = tmp_path / "rows.jsonl", tmp_path / "model"
     file.write_text("1")

@@ -48,6 +48,7 @@ _SIZE = re.compile(  # of what is counted: "2 cartons of 1L milk"
     r"(\d (?!(?:out|instead|total|because|ahead|short)\b)\w+ of) \d[\d.,]*[A-Za-z]+(?= [a-z])"
 )
 _RATIO = re.compile(r"\bratios?\b", re.IGNORECASE)
+_COLON = re.compile(r"(?<!\b0\d):(?!0\d)")  # may be that of a ratio: not in 10:00 and 09:30
 _CALCULATION = re.compile(r"<<[^<>\n]*>>")  # GSM8K's calculator annotations
 
 _TASKS = re.compile(
@@ -153,7 +154,7 @@ class Math(Domain):
         pairs = [(_final(sample.answer), str(answer)) for sample, answer in zip(gold, answers, strict=True)]
         for i, sample in enumerate(gold):
             if _RATIO.search(sample.question):  # with spaces, a ratio is no time
-                pairs[i] = (pairs[i][0].replace(":", " : "), pairs[i][1].replace(":", " : "))
+                pairs[i] = (_COLON.sub(" : ", pairs[i][0]), _COLON.sub(" : ", pairs[i][1]))
         given = [i for i, answer in enumerate(answers) if answer is not None]
         readings = self._without_workings([pairs[i] for i in given])
         unread = [(i, pair) for i, read in zip(given, readings, strict=True) for pair in read]

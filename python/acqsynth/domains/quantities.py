@@ -12,7 +12,7 @@ from typing import NamedTuple
 from acqsynth.domains.math_check import LONGEST
 
 _INTEGER = re.compile(r"-?\d+")
-_DECIMAL = re.compile(r"([-+]?)(?=\.?\d)(\d{1,3}(?:(?:,\d{3})+|(?: \d{3})+)|\d*)(\.\d*)?")
+_DECIMAL = re.compile(r"([-+]?)(?=\.?\d)(\d{1,3}(?:,\d{3})+|\d*)(\.\d*)?")
 _FRACTION = re.compile(r"([-+]?)(?:(\d+)\s+(?!0\d))?(\d+)\s*/\s*(\d+)")
 _FRAC = re.compile(r"\\[dt]frac(?![A-Za-z])")
 _LATEX_FRACTION = re.compile(r"([-+]?)\s*(\d*)\s*\\frac\{(\d+)\}\{(\d+)\}")
@@ -41,7 +41,7 @@ _REALS = re.compile(r"(?:[A-Za-z]\s*\\in\s*)?\\mathbb(?:\s*R|\{R\})")
 _DATE = re.compile(r"\d+([-/])\d+\1\d+")
 _RANGE = re.compile(r"(\d+(?:\.\d+)?)-(\d+(?:\.\d+)?)")
 _TIME = re.compile(r"(\d?\d):([0-5]\d)")
-_RATIO = re.compile(r"[1-9]\d*(?:\s*:\s*[1-9]\d*){2,}")  # 1:03:00 is a time
+_RATIO = re.compile(r"(?!\d?\d(?::[0-5]\d){2}$)[1-9]\d*(?:\s*:\s*[1-9]\d*){2,}")  # 1:10:20 may be a time
 _RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+")
 _AFTER_DIGIT = re.compile("(?<=\\d)(?=[¼-¾⅐-⅞↉])")  # in a mixed number
 # Possessive quantifiers, so that no answer causes backtracking.
@@ -118,6 +118,7 @@ _LABEL = re.compile(
 )
 _ZEROS = re.compile(r"(?<=\d)(?<!,\d{3}),(?=0\d\d(?!\d|,\d{3}(?!\d)))")  # never before a part of its own
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+_SPACED = re.compile(r"(?<![\w.,^])(?<!\d )\d{1,3}(?: \d{3})+(?!\d|,\d| ?[\d/])")  # thousands, no mixed number
 _SEVERAL = re.compile(r"\\(?:pm|mp|[lg]eq?|[lg]t|in|cup)(?![A-Za-z])|[<>±]")  # one part here may be several there
 _INEQUALITY = re.compile(r"[<>]|\\[lg](?:eq?|t)(?![A-Za-z])")
 _EQUALS = re.compile(r"(?<![<>!:=\\])=(?!=)")
@@ -439,6 +440,7 @@ def _plain(answer: str) -> str:
     plain = re.sub(r"^\\approx(?![A-Za-z])", "", plain)
     plain = re.sub(r"^0(?=\d:[0-5]\d)", "", plain)  # of a time
     plain = _LAYOUT.sub("", plain.replace(r"\%", "%").replace("{,}", ",").replace("\\ ", " "))
+    plain = _SPACED.sub(lambda number: number[0].replace(" ", ""), plain)
     comma = " and " if _INEQUALITY.search(plain) else ", "
     plain = _ZEROS.sub("", _SEPARATOR.sub(lambda found: " or " if found[1] == "or" else comma, plain))
     plain = _FIRST_ARGUMENT.sub(r"\\\1{\2\3}", _FRAC.sub(r"\\frac", plain))
@@ -467,7 +469,7 @@ def _rational(plain: str) -> Fraction | None:
         return None
     if match := _DECIMAL.fullmatch(plain):
         sign, whole, rest = match.groups()
-        return Fraction(f"{sign}{re.sub('[, ]', '', whole) or 0}{(rest or '').rstrip('.')}")
+        return Fraction(f"{sign}{whole.replace(',', '') or 0}{(rest or '').rstrip('.')}")
     if _LITERAL.fullmatch(plain):
         return Fraction(int(plain, 0))
     if match := _SCIENTIFIC.fullmatch(plain):

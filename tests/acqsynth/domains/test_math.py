@@ -212,6 +212,8 @@ def test_equivalent(math, gold, answer, right):
         ("2:3", ["2:3:1"]),
         ("1:2:3", ["1:6:1", "1/6"]),
         ("10:30:00", ["1:03:00"]),
+        ("1:10:20", ["2:20:40"]),
+        ("5 100", ["100 + 5", r"\sqrt{11025}"]),
         ("-1", ["5-6", "5–6", "x = 5-6", "5-6 cm"]),
         ("-0.01", ["5-6%", "x = 5-6%"]),
         ("5-6", ["-1", "11", "4-5", "5"]),
@@ -286,10 +288,12 @@ def test_answers_that_differ_in_any_part(math, gold, answers):
     assert [answer for answer, equal in zip(answers, right, strict=True) if equal] == []
 
 
-def test_a_question_for_a_ratio_has_no_times(math):
+def test_times_where_a_question_asks_for_a_ratio(math):
     answers = ["6:20", "3:10", "6:21", None]
     for question, equal in (("Find the ratio a:b.", True), ("When does it leave?", False)):
         assert math.equivalent([Sample(question, "3:10")] * 4, answers) == [equal, True, False, False]
+        times = [Sample(question, time) for time in ("5:00", "9:30 am", "1:05:00")]
+        assert math.equivalent(times, ["10:00", "09:30 am", "2:10:00"]) == [False, True, False]
 
 
 @pytest.mark.parametrize(
@@ -314,7 +318,8 @@ def test_a_question_for_a_ratio_has_no_times(math):
         ("3:10", ["3/10", "3 : 10"]),
         ("2:3", ["10:15", "2/3"]),
         ("2:3:4", ["4:6:8", "2 : 3 : 4"]),
-        ("1000000", ["1 000 000", "1\u202f000\u202f000", "1 000 000.0"]),
+        ("1000000", ["1 000 000", "1\u202f000\u202f000", "1 000 000.0", "x = 1 000 000", "999 999 + 1"]),
+        ("(1234, 5678)", ["(1 234, 5 678)"]),
         ("5-6 hours", ["5-6", "5–6 hours"]),
         ("1", ["6-5", "6 - 5"]),
         ("60°", ["60", "60 degrees", "60^\\circ"]),
