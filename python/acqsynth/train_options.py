@@ -179,10 +179,13 @@ def check_model(config: Any, lora: Any, model: str) -> None:
             get_peft_model(bare, own)
         except (ValueError, re.error) as error:
             raise ValueError(f"lora: {error}") from error
+    named = {"modules_to_save": set(lora.modules_to_save or ())}
     if isinstance(lora.target_modules, set):
-        for name in sorted(lora.target_modules.intersection(own.target_modules)):  # without those of fused experts
+        named["target_modules"] = lora.target_modules & own.target_modules  # without those of fused experts
+    for option, names in named.items():
+        for name in sorted(names):
             if not any(module.endswith(f".{name}") for module in modules):
-                raise ValueError(f"lora: target_modules: {model} has no {name!r}")
+                raise ValueError(f"lora: {option}: {model} has no {name!r}")
 
 
 def check_prompts(config: GRPOConfig, prompts: int) -> None:

@@ -316,6 +316,7 @@ def test_an_optimizer_that_cannot_be_made_is_said_before_a_run(options, monkeypa
         ("evaluation.validity", "{pad_token: '[PAD]'}", "pad_token: expected a token of {path}, got '[PAD]'"),
         ("student", "{lora: {target_modules: [c_attn]}}", "lora: Target modules {'c_attn'} not found in the"),
         ("generator", "{lora: {target_modules: [q_proj, v_prj]}}", "lora: target_modules: {path} has no 'v_prj'"),
+        ("student", "{lora: {modules_to_save: [lm_head, norms]}}", "lora: modules_to_save: {path} has no 'norms'"),
         ("student", "{lora: {layers_to_transform: [2], target_modules: [q_proj]}}", "Target modules {'q_proj'} not"),
         ("student", "{lora: {target_modules: '(q_proj'}}", "lora: missing ), unterminated subpattern"),
         ("student", "{model_init_kwargs: {attn_implementation: flash_attention_9}}", "attn_implementation"),
