@@ -189,14 +189,8 @@ class Signals:
         order = self._order(recipe.value)
         if recipe.gate != "none":
             trust = self.value("trust")
-            ranked = trust.argsort(descending=True, stable=True)
             passing = int((trust > 0).sum()) if recipe.gate == "agree" else n // 2
-            spelt = NgramEmbedder()(self._texts)
-            trusted = distinct(ranked.tolist(), spelt)
-            allowed = set(ranked[:passing].tolist())
-            kept = [i for i in trusted if i in allowed]
-            kept += [i for i in trusted if i not in allowed][: max(0, k - len(kept))]
-            held = set(kept)
+            held = set(trusted(trust, self._texts, passing, k))
             order = [i for i in order if i in held]
         if recipe.spread == "top":
             return order[:k]
@@ -240,6 +234,20 @@ def clean_oracle(kinds: Sequence[str], k: int, seed: int) -> list[int]:
     """Random uncorrupted rows, in the random arm's order, so that both arms share as many rows as possible."""
     order = random.Random(seed).sample(range(len(kinds)), len(kinds))
     return [i for i in order if kinds[i] == CLEAN][:k]
+
+
+def trusted(
+    trust: torch.Tensor,  # [n]
+    texts: Sequence[str],
+    passing: int,
+    k: int,
+) -> list[int]:
+    """The ``passing`` most trusted rows without near copies, filled up to k with the most trusted others."""
+    order = trust.argsort(descending=True, stable=True).tolist()
+    allowed = set(order[:passing])
+    kept = distinct(order, NgramEmbedder()(texts))
+    first = [i for i in kept if i in allowed]
+    return first + [i for i in kept if i not in allowed][: max(0, k - len(first))]
 
 
 def distinct(

@@ -13,10 +13,24 @@ import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812
 
+from acqsynth.rewards.texts import NgramEmbedder
 from benchmarks import bench_write, paired, write_report
 from benchmarks.bench_pool import Encoder, Log
-from benchmarks.bench_write import ANSWERABLE, AS_IT_IS, BEST, CANDIDATES, DEFAULT, GRPO, Bench, Choices, Scale, Seed
+from benchmarks.bench_write import (
+    ANSWERABLE,
+    AS_IT_IS,
+    BEST,
+    CANDIDATES,
+    DEFAULT,
+    GRPO,
+    TRUSTED,
+    Bench,
+    Choices,
+    Scale,
+    Seed,
+)  # fmt: skip
 from benchmarks.pool_fit import Fitter
+from benchmarks.pool_signals import distinct
 from benchmarks.writer import Writer
 
 STOPS = [2, *range(300, 320)]  # a random model rarely ends a line
@@ -229,6 +243,35 @@ class TestArms:
         best = max((i for i in passing if i // CANDIDATES == group), key=lambda i: values[i])
         assert chosen[group].text == candidates.samples[best].question
 
+    def test_trusted_labels_come_first_and_then_the_highest_loss(self, seed, monkeypatch):
+        candidates = seed.candidates
+        passed = [i for i, value in enumerate(candidates._values("random")) if value is not None]
+        texts = [candidates.samples[i].question for i in passed]
+        held = distinct(list(range(len(passed))), NgramEmbedder()(texts))
+        assert len(held) > len(seed.requests)
+        messages = [bench_write.Message(texts[i], candidates.samples[passed[i]].answer) for i in range(len(passed))]
+        loss = seed.bench.fitter.losses(seed._placed(messages))[0].tolist()
+        given = []
+
+        def trust(states, labels):
+            given.append((states, labels))
+            return torch.tensor([1.0] * len(seed.seeds) + [1.0 if i < 4 else -float(i) for i in range(len(passed))])
+
+        monkeypatch.setattr(bench_write.acqcore, "label_trust", trust)
+        chosen = candidates.trusted()
+        # Four rows are trusted; the next most trusted fill the places that are left.
+        expected = [messages[i] for i in held[: max(len(seed.requests), sum(i < 4 for i in held))]]
+        assert sorted(row.text for row in chosen) == sorted(row.text for row in expected)
+        of_label: dict[str, list[float]] = {}
+        for row in chosen:
+            of_label.setdefault(row.intent, []).append(loss[texts.index(row.text)])
+        assert all(values == sorted(values, reverse=True) for values in of_label.values())
+        (states, labels), count = given[0], len(seed.seeds)
+        assert torch.equal(states[:count], seed.bench.fitter.states(seed.warm_rows)[1])
+        assert [list(seed.shown)[i] for i in labels] == [row.answer for row in seed.seeds] + [
+            row.intent for row in messages
+        ]
+
     def test_the_default_asks_that_the_label_be_answerable(self, seed, monkeypatch):
         candidates = seed.candidates
         assert all(value is None for value in candidates._values(DEFAULT))  # a tiny student is never confident
@@ -273,10 +316,13 @@ class TestRun:
         bench_write.run(first, choices, seeds=2, grpo_seeds=1)
         done = (tmp_path / "out" / "write.jsonl").read_text()
         arms = [AS_IT_IS, *(BEST + n for n in bench_write.RANKED), *(GRPO + n for n in bench_write.TAUGHT)]
+        arms.append(TRUSTED)
         report = [row for row in first.log.rows if row["stage"] == "report"]
         assert not [row for row in report if "failed" in row]
         assert {row["arm"] for row in report} == {*arms, *bench_write.ORIENTATION}
         assert {row["rows"] for row in report if row["arm"] in arms} == {6}
+        assert [row["seed"] for row in report if row["arm"] == TRUSTED] == [2, 3]  # on seeds that no other arm used
+        assert [row["seed"] for row in report if row["arm"] == AS_IT_IS] == [0, 1, 2, 3]
         again = bench()
         assert bench_write.tune(again) == choices
         bench_write.run(again, choices, seeds=2, grpo_seeds=1)
@@ -312,11 +358,11 @@ class TestRun:
         ]
         resumed = bench()
         bench_write.run(resumed, choices, seeds=1, grpo_seeds=0)
-        kept = {row["arm"]: row["accuracy"] for row in resumed.log.rows}
+        kept = {(row["arm"], row["seed"]): row["accuracy"] for row in resumed.log.rows}
         (resumed.log.path).unlink()
         whole = bench()
         bench_write.run(whole, choices, seeds=1, grpo_seeds=0)
-        assert {row["arm"]: row["accuracy"] for row in whole.log.rows} == kept
+        assert {(row["arm"], row["seed"]): row["accuracy"] for row in whole.log.rows} == kept
 
     def test_no_time_is_left(self, bench):
         late = bench(seconds=-1.0)
