@@ -166,7 +166,7 @@ def mutual_information(
         TypeError, ValueError: as :func:`acqcore.row_stats`; draws below 2, dropout outside [0, 1), an unknown form,
             block below 1, offsets that do not increase from 0 to N.
     """
-    checks.dropout(dropout)
+    dropout = checks.dropout(dropout)
     draws, seed, block = checks.draws(draws), checks.seed(seed), checks.positive_int("block", block)
     checks.literal("form", form, Form)
     checks.instance("head", head, Head, "acqcore.Head")

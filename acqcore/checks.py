@@ -43,17 +43,21 @@ def same_device(name: str, value: torch.Tensor, other: str, tensor: torch.Tensor
         raise ValueError(f"{name}: is on {value.device} but {other} is on {tensor.device}")
 
 
-def finite(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+def finite(name: str, value: Any) -> float:
+    """``value`` as a number of Python; it may be a scalar of NumPy, or an array or tensor without dimensions."""
+    number = value.item() if getattr(value, "shape", None) == () else value
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
         raise TypeError(f"{name}: expected a number, got {describe(value)}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name}: expected a finite number, got {value}")
+    if not math.isfinite(number):
+        raise ValueError(f"{name}: expected a finite number, got {number}")
+    return number
 
 
-def positive(name: str, value: Any) -> None:
-    finite(name, value)
+def positive(name: str, value: Any) -> float:
+    value = finite(name, value)
     if value <= 0:
         raise ValueError(f"{name}: expected a number > 0, got {value}")
+    return value
 
 
 def integer(name: str, value: Any, expected: str = "an int") -> int:
@@ -89,10 +93,11 @@ def draws(value: Any) -> int:
     return within("draws", value, 2, MOST_DRAWS)
 
 
-def dropout(value: Any) -> None:
-    finite("dropout", value)
+def dropout(value: Any) -> float:
+    value = finite("dropout", value)
     if not 0 <= value < 1:
         raise ValueError(f"dropout: expected a probability in [0, 1), got {value}")
+    return value
 
 
 def seed(value: Any) -> int:
@@ -222,8 +227,8 @@ def acquisition_values(name: str, values: Any, n: int) -> None:
 # Heads, hidden states, logits and targets.
 
 
-def head(weight: Any, bias: Any, softcap: Any, scale: Any) -> None:
-    """Arguments of :class:`acqcore.Head`."""
+def head(weight: Any, bias: Any, softcap: Any, scale: Any) -> tuple[float | None, float]:
+    """Arguments of :class:`acqcore.Head`; returns softcap and scale."""
     float_tensor("weight", weight, "[V, D]", 2)
     if hasattr(weight, "placements"):
         raise TypeError(
@@ -235,9 +240,7 @@ def head(weight: Any, bias: Any, softcap: Any, scale: Any) -> None:
         if bias.shape[0] != weight.shape[0]:
             raise ValueError(f"bias: expected [V] with V = {weight.shape[0]} as in weight, got {describe(bias)}")
         same_device("bias", bias, "weight", weight)
-    if softcap is not None:
-        positive("softcap", softcap)
-    finite("scale", scale)
+    return None if softcap is None else positive("softcap", softcap), finite("scale", scale)
 
 
 def vocabulary(start: Any, rows: int, size: Any, group: object) -> tuple[int, int]:
@@ -466,11 +469,12 @@ def labels(value: Any, count: int) -> None:
         raise ValueError(f"labels: expected int64 [{count}], got {describe(value)}")
 
 
-def ridge(value: Any) -> None:
+def ridge(value: Any) -> float:
     """Noise on a kernel with a diagonal of ones; below 1e-9 the factorisation in float64 may fail."""
-    finite("ridge", value)
+    value = finite("ridge", value)
     if value < 1e-9:
         raise ValueError(f"ridge: expected a number >= 1e-9, got {value}")
+    return value
 
 
 def like_vector(name: str, value: Any, like: torch.Tensor, like_name: str) -> None:

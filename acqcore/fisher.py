@@ -75,7 +75,8 @@ def fisher_grad(
     checks.whole_head(len(head.weight), head.vocab_size, head.group)
     if targets is None:
         targets = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
-    chosen = checked_backend(hidden, head, targets, temperature, backend, "fisher_sums")
+    temperature = checks.positive("temperature", temperature)
+    chosen = checked_backend(hidden, head, targets, backend, "fisher_sums")
     of_rows = Probes(probes, seed, *places(hidden, offsets))
     return fisher_visit(hidden, head, targets, of_rows, temperature, chosen)[1].gradients
 

@@ -47,7 +47,9 @@ class Head:
     group: ProcessGroup | None = None
 
     def __post_init__(self) -> None:
-        checks.head(self.weight, self.bias, self.softcap, self.scale)
+        softcap, scale = checks.head(self.weight, self.bias, self.softcap, self.scale)
+        object.__setattr__(self, "softcap", softcap)
+        object.__setattr__(self, "scale", scale)
         rows = self.weight.shape[0]
         start, size = checks.vocabulary(self.vocab_start, rows, self.vocab_size, self.group)
         object.__setattr__(self, "vocab_start", start)

@@ -85,7 +85,8 @@ def hidden_grad(
     Raises: as :func:`acqcore.row_stats`; TypeError if targets is None.
     """
     checks.given("targets", targets)
-    chosen = checked_backend(hidden, head, targets, temperature, backend, "hidden_grad")
+    temperature = checks.positive("temperature", temperature)
+    chosen = checked_backend(hidden, head, targets, backend, "hidden_grad")
     trusted = checks.targets_in_range(targets, head.vocab_size)
     dtype = compute_dtype(hidden.dtype, head.weight.dtype)
     state, index = empty_state(hidden)
@@ -189,7 +190,8 @@ def head_grad_norm(
     checks.given("targets", targets)
     checks.literal("loss", loss, Loss)
     checks.one_of("form", form, FORMS)
-    chosen = checked_backend(hidden, head, targets, temperature, backend, "head_grad_norm")
+    temperature = checks.positive("temperature", temperature)
+    chosen = checked_backend(hidden, head, targets, backend, "head_grad_norm")
     bounds = checks.offsets(offsets, targets)
     weights, check_scored = _loss_weights(targets, bounds, loss, token_weights)
     norm = visit(hidden, head, targets, bounds, temperature, chosen, form).grad_norm(weights)
@@ -236,7 +238,8 @@ def grad_sketch(
     checks.given("targets", targets)
     checks.literal("loss", loss, Loss)
     dim, seed = checks.positive_int("dim", dim), checks.seed(seed)
-    chosen = checked_backend(hidden, head, targets, temperature, backend, "delta_hash")
+    temperature = checks.positive("temperature", temperature)
+    chosen = checked_backend(hidden, head, targets, backend, "delta_hash")
     bounds = checks.offsets(offsets, targets)
     weights, check_scored = _loss_weights(targets, bounds, loss, token_weights)
     if head.group is None and len(head.weight):

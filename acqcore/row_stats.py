@@ -213,7 +213,8 @@ def row_stats(
 
     Source: Milakov & Gimelshein 2018 (online softmax), extended to the sums above.
     """
-    chosen = checked_backend(hidden, head, targets, temperature, backend)
+    temperature = checks.positive("temperature", temperature)
+    chosen = checked_backend(hidden, head, targets, backend)
     return over_vocabulary(own_stats(hidden, head, targets, temperature, chosen), head)
 
 
@@ -221,7 +222,6 @@ def checked_backend(
     hidden: torch.Tensor,  # [N, D]
     head: Head,
     targets: torch.Tensor | None,  # [N]
-    temperature: float,
     backend: str | None,
     op: str = "row_stats",
 ) -> Backend:
@@ -229,7 +229,6 @@ def checked_backend(
     checks.instance("head", head, Head, "acqcore.Head")
     checks.hidden(hidden, head.weight)
     checks.targets(targets, hidden, "hidden")
-    checks.positive("temperature", temperature)
     return chosen_backend(hidden, head, backend, op)
 
 
@@ -317,7 +316,7 @@ def logit_stats(
     """
     checks.logits(logits)
     checks.targets(targets, logits, "logits")
-    checks.positive("temperature", temperature)
+    temperature = checks.positive("temperature", temperature)
     n, vocab = logits.shape
     chosen = select_backend(backend, logits.device, (logits.dtype,), "logit_stats", (n, vocab))
     state, index = empty_state(logits)

@@ -171,6 +171,47 @@ def test_integers_of_numpy_are_ints(kind, tiny_model):
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("kind", [np.float16, np.array, torch.tensor])
+def test_floats_of_numpy_and_scalar_tensors_are_floats(kind, tiny_model):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(6, 8, generator=generator), torch.randn(40, 8, generator=generator)
+    targets, offsets = torch.arange(6), torch.tensor([0, 2, 6])
+    student = acqcore.Student.from_model(tiny_model("Llama"))
+    samples = {"input_ids": torch.arange(24).view(2, 12)}
+    arguments = {
+        "mutual_information": {"posterior": "isotropic", "variance": 0.25},
+        "expected_entropy": {"draws": 2, "dropout": 0.5},
+        "gradient_diversity": {"dim": 64, "ridge": 0.125},
+    }
+
+    def results(number):
+        head, warm = acqcore.Head(weight, softcap=number(30.0), scale=number(0.5)), {"temperature": number(2.0)}
+        yield acqcore.row_stats(hidden, head, **warm).entropy
+        yield acqcore.logit_stats(hidden, **warm).entropy
+        yield acqcore.hidden_grad_norm(hidden, head, targets, **warm)
+        yield acqcore.head_grad_norm(hidden, head, targets, offsets, **warm)
+        yield acqcore.grad_sketch(hidden, head, targets, offsets, dim=32, **warm)
+        yield fisher_grad(hidden, head, probes=2, **warm)
+        yield acqcore.mutual_information(hidden, head, dropout=number(0.5)).mutual_information
+        yield acqcore.select(weight, 5, "log_det", ridge=number(0.125))
+        yield acqcore.Archive(9, ridge=number(0.125)).novelty(weight)
+        given = {name: {k: number(v) if type(v) is float else v for k, v in o.items()} for name, o in arguments.items()}
+        yield from acqcore.score(student, samples, list(arguments), acquisition_args=given).values()
+        made = acqcore.laplace_posterior(student, samples, observations=number(4.0), damping=number(0.5))
+        yield from (factor for of_weight in made.factors.values() for factor in of_weight)
+        reference = acqcore.epig_reference(student, samples, dim=16)
+        yield acqcore.epig(student, samples, reference, variance=number(0.25))
+
+    for found, expected in zip(results(kind), results(float), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("value", [True, np.True_, np.array([2.0]), torch.tensor([2.0]), np.complex64(1), "2"])
+def test_what_is_not_a_number(value):
+    with pytest.raises(TypeError, match="temperature: expected a number, got"):
+        acqcore.row_stats(H, HEAD, temperature=value)
+
+
 @pytest.mark.parametrize("value", [True, np.True_, 8.0, np.float64(8), "8", torch.tensor(8)])
 def test_what_is_not_an_integer(value):
     for check in (

@@ -49,7 +49,7 @@ class EpigOptions(Options):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "reference", EpigReference.given(self.reference))
-        checks.positive("variance", self.variance)
+        object.__setattr__(self, "variance", checks.positive("variance", self.variance))
         object.__setattr__(self, "probes", checks.probes(self.probes))
 
     def check(self, student: Student, head: Head) -> None:

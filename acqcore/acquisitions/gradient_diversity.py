@@ -19,7 +19,7 @@ class DiversityOptions(SketchOptions):
     ordered: bool = False
 
     def __post_init__(self) -> None:
-        checks.ridge(self.ridge)
+        object.__setattr__(self, "ridge", checks.ridge(self.ridge))
         checks.flag("ordered", self.ordered)
 
 

@@ -170,8 +170,7 @@ def _dropout(given: float | None, layers: Layers) -> float:
     """The given probability, checked, or the default for these layers."""
     if given is None:
         return HIDDEN_DROPOUT if layers == 0 else BLOCK_DROPOUT
-    checks.dropout(given)
-    return given
+    return checks.dropout(given)
 
 
 @dataclass(frozen=True)
@@ -232,8 +231,7 @@ class LinearOptions(Options):
                 raise ValueError(f"layers: the reference was made with {self.reference.layers!r}, got {self.layers!r}")
             return
         variance = WEIGHT_VARIANCE if self.variance is None else self.variance
-        checks.positive("variance", variance)
-        _resolve(self, variance=variance)
+        _resolve(self, variance=checks.positive("variance", variance))
 
     @property
     def need(self) -> ProbeNeed:

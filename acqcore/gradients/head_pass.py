@@ -102,7 +102,7 @@ class HeadPass:
             return self.carried[1]
         assert self.stats.targets is not None
         of_rows = Probes(probes, seed, self.mask_keys, self.places)
-        chosen = checked_backend(self.hidden, self.head, self.stats.targets, 1.0, self.backend, "fisher_sums")
+        chosen = checked_backend(self.hidden, self.head, self.stats.targets, self.backend, "fisher_sums")
         return fisher_visit(self.hidden, self.head, self.stats.targets, of_rows, 1.0, chosen)[1]
 
     @float32_products()

@@ -403,8 +403,7 @@ def laplace_posterior(
             student does not have, nonpositive observations or damping.
     """
     options = LinearOptions("isotropic", layers, probes=probes, seed=seed)
-    checks.positive("observations", observations)
-    checks.positive("damping", damping)
+    observations, damping = checks.positive("observations", observations), checks.positive("damping", damping)
     # Other cotangents than those of mutual information with this seed: it would be too small for these samples.
     need = ProbeNeed("marginals", options.layers, options.probes, options.seed ^ (1 << 62))
     runner = Runner(student, (need,), batch_tokens, backend)

@@ -196,7 +196,7 @@ class Runner:
         keys, places = (value.to(hidden.device) for value in batch.keys_and_places)
         loss: Loss = "mean" if gradients is None else gradients.loss
         seen = partial(HeadPass, hidden, head, batch.bounds, loss, self._backend, keys, places)
-        chosen = partial(checked_backend, hidden, head, targets, 1.0, self._backend)
+        chosen = partial(checked_backend, hidden, head, targets, self._backend)
         rows = None
         if self._joined_draws is not None:
             rows, results[self._joined_draws] = self._draws[self._joined_draws].rows_of_hidden(batch, hidden)

@@ -49,7 +49,7 @@ def gradient_diversity(vectors: torch.Tensor, *, ridge: float = 0.01, ordered: b
         ValueError: not two-dimensional, not finite, ridge below 1e-9.
     """
     checks.vectors("vectors", vectors)
-    checks.ridge(ridge)
+    ridge = checks.ridge(ridge)
     checks.flag("ordered", ordered)
     x = directions(vectors)
     if ordered:
@@ -112,8 +112,7 @@ class Archive:
 
     def __init__(self, capacity: int = 1024, *, ridge: float = 0.01) -> None:
         self.capacity = checks.positive_int("capacity", capacity)
-        checks.ridge(ridge)
-        self.ridge = ridge
+        self.ridge = checks.ridge(ridge)
         self._held: torch.Tensor | None = None  # [m, d] float32 directions
         self._factor: torch.Tensor | None = None  # [m, m] float64, Cholesky of K + ridge I
 
@@ -181,11 +180,11 @@ class Archive:
             if key not in state:
                 raise ValueError(f"state: no entry {key!r}, expected the result of Archive.state_dict()")
         capacity = checks.positive_int("state: capacity", state["capacity"])
-        checks.ridge(state["ridge"])
+        ridge = checks.ridge(state["ridge"])
         if state["vectors"] is not None:
             checks.vectors("state: vectors", state["vectors"])
             checks.at_most("state: vectors", len(state["vectors"]), capacity, "the capacity")
-        self.capacity, self.ridge, self._factor = capacity, state["ridge"], None
+        self.capacity, self.ridge, self._factor = capacity, ridge, None
         self._held = None if state["vectors"] is None else state["vectors"].float()
 
 

@@ -109,8 +109,7 @@ def select(
         return _k_center(vectors, k)
     if method == "badge":
         return _badge(vectors, k, checks.seed(seed))
-    checks.ridge(ridge)
-    return _log_det(vectors, k, ridge)
+    return _log_det(vectors, k, checks.ridge(ridge))
 
 
 def _column(scores: Scores, acquisition: str | None) -> torch.Tensor:
