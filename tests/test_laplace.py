@@ -128,6 +128,42 @@ def test_a_weight_that_no_rule_covers():
     assert bool((values["mutual_information"] > 0).all())
 
 
+class Picks(torch.nn.Module):
+    """``index`` only picks an expert, so it has no gradient; the second expert sees no token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.index = torch.nn.Linear(16, 2)
+        self.index.bias = torch.nn.Parameter(torch.tensor([1e3, 0.0]))
+        self.experts = torch.nn.ModuleList([torch.nn.Linear(16, 16), torch.nn.Linear(16, 16)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        picked = self.index(x).argmax(-1, keepdim=True)
+        for i, expert in enumerate(self.experts):
+            if (picked == i).any():
+                x = x + expert(x).where(picked == i, 0)
+        return x
+
+
+def test_weights_that_the_reference_set_does_not_reach_add_nothing():
+    torch.manual_seed(0)
+    trunk = torch.nn.Sequential(torch.nn.Embedding(48, 16), torch.nn.ModuleList([Picks(), Picks()]))
+    trunk.forward = lambda ids: trunk[1][1](trunk[1][0](trunk[0](ids)))
+    student = acqcore.Student(trunk, acqcore.Head(torch.randn(48, 16)))
+    posterior = acqcore.laplace_posterior(student, _samples(3, 0))
+    reached = {name for name, (rows, _) in posterior.factors.items() if rows.any()}
+    assert reached == {"1.0.experts.0.weight", "1.1.experts.0.weight"}
+    options = {"mutual_information": {"posterior": "laplace", "reference": posterior}}
+    expected = acqcore.score(student, _samples(3, 1), "mutual_information", acquisition_args=options)
+    with torch.no_grad():
+        trunk[1][1].index.bias.zero_()  # now both experts see tokens
+    both = acqcore.laplace_posterior(student, _samples(3, 0))
+    assert {name for name, (rows, _) in both.factors.items() if rows.any()} == reached | {"1.1.experts.1.weight"}
+    values = acqcore.score(student, _samples(3, 1), "mutual_information", acquisition_args=options)
+    assert bool((values["mutual_information"] != expected["mutual_information"]).any())
+    assert bool((values["mutual_information"] > 0).all())
+
+
 def test_isotropic_is_the_same_with_equal_variances(tiny_model):
     model, samples = tiny_model("Llama"), _samples(2, 0)
     posterior = acqcore.laplace_posterior(model, samples)

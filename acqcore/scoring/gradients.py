@@ -419,6 +419,8 @@ def laplace_posterior(
     for name, (of_rows, of_columns) in sums.items():
         if not bool(of_rows.isfinite().all() & of_columns.isfinite().all()):
             raise ValueError(f"samples: expected finite gradients, got NaN or infinity in {name}")
+    for name, (outputs, inputs) in shapes_of(select_linear(runner.student, options.layers)).items():
+        sums.setdefault(name, (torch.zeros(outputs), torch.zeros(inputs)))  # only picks indices, or saw no token
     marginals = {name: (of_rows / len(rows), of_columns / len(rows)) for name, (of_rows, of_columns) in sums.items()}
     return LaplacePosterior.of(marginals, options.layers, observations, damping)
 
