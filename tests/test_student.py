@@ -238,7 +238,7 @@ class TestVerification:
             acqcore.Student.from_model(model)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    @pytest.mark.parametrize("how", ["forward", "class", "number", "hook"])
+    @pytest.mark.parametrize("how", ["forward", "class", "number", "parameter", "hook"])
     def test_a_head_that_is_not_what_its_weight_says_is_refused(self, how, dtype, tiny_model):
         """A deviation of 3 % is refused, although logits in half precision may differ by more."""
 
@@ -246,11 +246,13 @@ class TestVerification:
             factor = 1.03
 
             def forward(self, hidden):
-                return super().forward(hidden) * self.factor
+                return super().forward(hidden) * getattr(self, "learned", self.factor)
 
         model = tiny_model("Llama").to(dtype)
-        if how == "number":
+        if how in ("number", "parameter"):
             model.lm_head.__class__, model.lm_head.factor = Scaled, 1.0
+        if how == "parameter":  # Dory learns a factor for each token
+            model.lm_head.learned = torch.nn.Parameter(torch.ones(320, dtype=dtype))
         acqcore.Student.from_model(model)
         own = model.lm_head.forward
         if how == "forward":
@@ -259,6 +261,8 @@ class TestVerification:
             model.lm_head.__class__ = Scaled
         elif how == "number":
             model.lm_head.factor = 1.03
+        elif how == "parameter":
+            model.lm_head.learned.data.fill_(1.03)
         else:
             model.lm_head.register_forward_hook(lambda _, args, output: output * 1.03)
         with pytest.raises(

@@ -244,8 +244,8 @@ class CausalLM:
     def _state(self) -> tuple[Any, ...]:
         """State that may change how the logits follow from the hidden states: numbers of the configuration and of the
         modules outside the trunk (of the model itself if it names no trunk), including learned ones, and alterations of
-        these modules. A few entries stand for a large parameter; those of the output embedding itself do not count, as
-        the head follows them."""
+        these modules. A few entries stand for a large parameter; the weight and bias of the output embedding itself do
+        not count, as the head follows them."""
         if self.trunk is self._causal:  # any other module may belong to the trunk
             modules, outside, own = list(self._model.modules()), [self._causal], [self._causal]
         else:
@@ -257,8 +257,10 @@ class CausalLM:
         head = set(self._causal.get_output_embeddings().modules())
         state: list[Any] = [self.vocab_size, *map(alterations, modules)]
         for module in outside:
-            for t in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-                counts = t.numel() <= FEW or (module not in head and self.data_parallel is None)
+            own_tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+            for key, t in own_tensors:
+                followed = module in head and key in ("weight", "bias")
+                counts = t.numel() <= FEW or (not followed and self.data_parallel is None)
                 if counts and not is_dtensor(t) and not t.is_meta:
                     state += t.detach().reshape(-1)[:: max(1, t.numel() // FEW)].tolist()
         for owner in (self.config, *own):
