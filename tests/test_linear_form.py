@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -108,6 +109,24 @@ def test_unbiased_over_every_token_and_weight(kind, layers, tiny_model):
     expected = 1e-4 / 2 * _expected_squares(model, samples, None, 2 if layers == "all" else layers)
     scores = _score(model, samples, posterior="isotropic", layers=layers, variance=1e-4, probes=PROBES)
     _assert_unbiased(scores, expected)
+
+
+def test_a_student_that_runs_without_gradients_is_refused(tiny_model):
+    """As Reformer does in evaluation mode, or HRM in all but its last cycles. A value of 0 would be a rank, too."""
+    model = tiny_model("Llama", **SMALL)
+    own = model.model.forward
+    model.model.forward = torch.no_grad()(own)
+    for options in ({}, {"layers": 1, "positions": "completion"}):
+        with pytest.raises(ValueError, match="layers: LlamaAttention runs without gradients"):
+            _score(model, _samples(12, 10), **options)
+    for call in (acqcore.laplace_posterior, acqcore.epig_reference, partial(_score, posterior="isotropic")):
+        with pytest.raises(ValueError, match=r"layers: 'all': model\.layers\.0.*weight and the others have no grad"):
+            call(model, _samples(12, 10))
+    assert bool((_score(model, _samples(12, 10), layers=0)["mutual_information"] > 0).all())
+    model.model.forward = own
+    model.model.norm.register_forward_hook(lambda _, args, output: output.detach())
+    with pytest.raises(ValueError, match="layers: the modules that dropout acts on got no gradient"):
+        _score(model, _samples(12, 10))
 
 
 def test_unbiased_over_the_positions_of_completions(tiny_model):

@@ -94,6 +94,7 @@ class Capture:
         self._uses: Counter[str] = Counter()
         self._ran_sites = 0
         # State of a backward.
+        self._reached_site = False
         self._of_parameters: Sequence[PieceTaker] = ()
         self._of_sites: Sequence[SiteSquares] = ()
         self._last = True
@@ -179,9 +180,14 @@ class Capture:
         Raises:
             ValueError: a parameter took part in the forward but got no gradient, or autograd failed.
         """
-        self._of_sites = of_sites
+        self._of_sites, self._reached_site = of_sites, False
         whole = self.by_autograd | self.unseen
         self.run_backward(hidden, gradient, of_parameters, last, whole, self._after_autograd)
+        if self._sites and not self._reached_site:
+            raise ValueError(
+                "layers: the modules that dropout acts on got no gradient, which the linear form needs; is the trunk's "
+                "output detached?"
+            )
         silent = [n for n in self.used if self._uses[n] and n not in self._arrived and self._taken(n)]
         if silent:
             raise ValueError(
@@ -263,6 +269,9 @@ class Capture:
         self.half |= torch.is_autocast_enabled(self._device)
         if not self._active:
             return self._tapped_again(output)
+        if not torch.is_grad_enabled():  # HRM runs all but its last cycles so
+            name = type(module).__name__
+            raise ValueError(f"layers: {name} runs without gradients, so the linear form misses its noise; set draws")
         value = first_tensor(output)
         batch, length = self._shape
         if value is None or value.dim() < 2 or value.shape[0] not in (batch, batch * length):
@@ -280,6 +289,7 @@ class Capture:
         return with_first(output, Tap.apply(value, self._leaf, self._shape[0], False, lambda _: None))
 
     def _after_site_backward(self, module: nn.Module, value: torch.Tensor, gradient: torch.Tensor) -> None:
+        self._reached_site = True
         for taker in self._of_sites:
             taker.add_site(module, value, gradient, self.factor)
 

@@ -120,11 +120,12 @@ class SampleGradients:
         if not self.deep:
             return
         self._probe.prepare(input_ids)
-        for parameters, selection in self._selections.items():
-            if selection.names and selection.head is None and self._probe.touched.isdisjoint(selection.names.values()):
+        chosen = [(f"parameters: {p!r}", s) for p, s in self._selections.items() if s.names and s.head is None]
+        for argument, selection in (*chosen, *((f"layers: {n!r}", s) for n, s in self._linear.items())):
+            if self._probe.touched.isdisjoint(selection.names.values()):
                 name = next(iter(selection.names.values()))
                 raise ValueError(
-                    f"parameters: {parameters!r}: {name} and the others have no gradient: the forward of the first "
+                    f"{argument}: {name} and the others have no gradient: the forward of the first "
                     "samples does not use them (merged or disabled adapters, tokens that do not occur) or runs "
                     "without gradients (checkpointing with use_reentrant=True)"
                 )
