@@ -65,6 +65,25 @@ def test_branches_beside_a_massive_entry_in_half_precision(small_model):
     assert named_branches(model.bfloat16()) == [["attn", "mlp"]] * 2
 
 
+def test_a_module_without_outputs_is_no_branch():
+    """As the projection of Gemma 3n's per-layer embeddings if their width is 0."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.proj = nn.Linear(16, 16)
+            self.none = nn.Linear(16, 16)
+            self.none.weight, self.none.bias = nn.Parameter(torch.zeros(0, 16)), nn.Parameter(torch.zeros(0))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + torch.cat([self.none(x), self.proj(x)], -1)
+
+    trunk = nn.Sequential(nn.Embedding(32, 16), nn.ModuleList([Block(), Block()]))
+    trunk.forward = lambda ids: trunk[1][1](trunk[1][0](trunk[0](ids)))
+    student = acqcore.Student(trunk, acqcore.Head(torch.randn(32, 16)))
+    assert student.branches == [[block.proj] for block in trunk[1]]
+
+
 def test_a_sum_that_is_no_modules_output_is_refused():
     class Block(nn.Module):
         def __init__(self) -> None:

@@ -278,7 +278,7 @@ class _Analysis:
 
         def watch(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             value = first_tensor(output)
-            if value is not None and module not in outputs:
+            if value is not None and value.numel() and module not in outputs:
                 outputs[module] = value.detach().clone()
 
         def enter(block: nn.Module, args: Any, kwargs: Any) -> Any:
