@@ -182,7 +182,8 @@ class CausalLM:
         except Exception as cause:  # from the model's own code
             if isinstance(cause, ValueError) and str(cause).startswith("model: "):
                 raise
-            raise ValueError(f"model: {self.name} does not run on token ids alone: {cause}") from cause
+            kind = type(cause).__name__  # a KeyError's text is only the key
+            raise ValueError(f"model: {self.name} does not run on token ids alone: {kind}: {cause}") from cause
         logits = _whole(self._logits_of(output), head)  # [1, 4, V]
         refused = ValueError(
             f"model: {self.name} changes the logits of its output embedding by more than a scale and a softcap; "
