@@ -15,7 +15,7 @@
 namespace acqcore::ACQCORE_ISA {
 namespace {
 
-constexpr int64_t kBlockRows = (kHasTiles ? 128 : 64) * kVectorRows;  // at most; a tile is packed once per block
+constexpr int64_t kBlockRows = (kHasTiles ? 128 : 64) * kVectorRows;  // maximum; a tile is packed once per block
 
 // Per-thread scratch.
 struct Workspace {

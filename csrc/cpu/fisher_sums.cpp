@@ -17,7 +17,8 @@
 namespace acqcore::ACQCORE_ISA {
 namespace {
 
-constexpr int64_t kBlockRows = (kHasTiles ? 64 : 32) * kVectorRows;  // maximum: 4 probes use 5 MB a thread; half as many are 15 % slower
+// Maximum. With 4 probes a thread uses 5 MB; half as many rows are 15 % slower.
+constexpr int64_t kBlockRows = (kHasTiles ? 64 : 32) * kVectorRows;
 constexpr float kLowestRoot = -87.0f;            // below this, exp (1e-38) is rounded to 0
 constexpr int kWords = kTile / 32 + 4;           // words of a tile's signs, up to the end of the last counter
 static_assert(kTile % 32 == 0, "a tile begins with a word of signs");

@@ -30,9 +30,9 @@ constexpr int kGramStripe = 16;  // rows of factors that stay in L1: 24 KiB with
 // and 2.6 at 2048 (4.4; one core of a Xeon, D = 576).
 inline int64_t longest_vector_gram(bool pairs) { return pairs ? kPanelRows / 2 : 256; }
 
-// Up to this many rows vectors run along the vocabulary. Packed columns make statistics with the Gram of 512 rows take
-// 1.50 times as long as without instead of 1.68, of 2048 rows 3.0 instead of 3.9 (AVX2, D = 576), and of 64 rows 1.10
-// either way. AVX-512 is left as it was measured: its vectors would hold 48 columns, of which the diagonal wastes more.
+// Up to this many rows, vectors run along the vocabulary. Statistics with a Gram of 512 rows take 1.50 times as long as
+// those without if columns are packed, else 1.68 times; of 2048 rows 3.0 or 3.9 times; of 64 rows 1.10 times either way
+// (AVX2, D = 576). AVX-512 does not pack: its vectors would hold 48 columns, of which the diagonal wastes more.
 #if defined(__AVX512F__)
 constexpr int64_t kLongestUnpacked = INT64_MAX;
 #else

@@ -1,4 +1,4 @@
-// Tasks that the threads take in turn, each thread with a workspace of its own.
+// Tasks that threads take in turn, each with its own workspace.
 #pragma once
 #include "parallel.h"
 #include "tiles.h"
