@@ -20,7 +20,7 @@ from typing import Any
 
 FOLDER = Path(__file__).parent / "configs"
 
-#: Compute capability (major) -> architecture whose tiles fit; others have shared memory for the sm_80 tiles only
+#: Compute capability (major) -> architecture whose tiles fit; other devices have shared memory only for those of sm_80.
 ARCHITECTURES = {8: "sm_80", 9: "sm_90", 10: "sm_100"}
 
 
@@ -116,7 +116,8 @@ def tiles_for(device: str, major: int, product: str, vocab: int, depth: int, ker
         major: first number of its compute capability.
         product: ``half``, ``tf32`` or ``ieee``.
         vocab, depth: shape of the weight.
-        kernel: ``row_stats``, ``gram`` or ``mixture``.
+        kernel: a key of the table that holds tiles: ``row_stats``, ``gram``, ``sketch``, ``mixture`` or
+            ``block_mixture``.
     """
     kind = GramTiles if kernel == "gram" else Tiles
     return kind(**_nearest(table(device, major)[kernel][product], vocab=vocab, depth=depth))
