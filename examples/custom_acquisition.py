@@ -15,14 +15,14 @@ import acqcore
 
 
 @dataclass(frozen=True)
-class RankOptions(acqcore.acquisitions.Options):
+class ShareOptions(acqcore.acquisitions.Options):
     """``floor``: probability below which a token counts as unknown."""
 
     floor: float = 0.1
 
 
-@acqcore.register("unknown_share", options=RankOptions, needs_targets=True)
-def unknown_share(stats: acqcore.RowStats, options: RankOptions) -> torch.Tensor:
+@acqcore.register("unknown_share", options=ShareOptions, needs_targets=True)
+def unknown_share(stats: acqcore.RowStats, options: ShareOptions) -> torch.Tensor:
     """Share of tokens whose probability is below the floor, 1[p_y < floor]."""
     return (stats.logprob.exp() < options.floor).float()
 
