@@ -8,7 +8,7 @@ class Matrix:
     ) -> None: ...
 
 def isas() -> list[tuple[str, str]]:
-    """(name, why it is not available or ""), best last."""
+    """(name, reason why it is not available or "") of each instruction set, best last."""
 
 def best_isa() -> str:
     """The instruction set used unless one is forced."""
@@ -156,11 +156,11 @@ def logit_stats(
     index: int,  # int64 [N], written
 ) -> None: ...
 
-#: nvcc was there when the extension was built; without it, cuda_unavailable and what runs on a device are absent.
+#: Whether nvcc was there at build time; without it, cuda_unavailable and the functions that run on a device are absent.
 cuda_built: bool
 
 class CudaLogitStatsArgs:
-    """Logits and where their state goes; what it points to must stay alive."""
+    """Logits and the memory for their state; what it points to must stay alive."""
 
     def __init__(
         self,
@@ -168,16 +168,16 @@ class CudaLogitStatsArgs:
         targets: int,  # int64 [N], or 0
         temperature: float,
         vocab_start: int,
-        accumulate: bool,  # state and index hold those of earlier columns and are merged with
+        accumulate: bool,  # merge into state and index, which hold those of earlier columns
         state: int,  # float64 [7, N], written
         index: int,  # int64 [N], written
     ) -> None: ...
 
 def cuda_unavailable() -> str:
-    """Why no device here can run the kernels, or ""."""
+    """The reason why no device here can run the kernels, or ""."""
 
 def cuda_logit_stats_scratch(device: int, rows: int, columns: int) -> int:
-    """Bytes of device memory that cuda_logit_stats takes as scratch."""
+    """Bytes of device memory that cuda_logit_stats needs as scratch."""
 
 def cuda_logit_stats(
     args: CudaLogitStatsArgs,  # pointers to device memory
@@ -190,15 +190,15 @@ def cuda_logit_stats_on_host(
     args: CudaLogitStatsArgs,  # pointers to host memory
     multiprocessors: int,
 ) -> None:
-    """The kernel's arithmetic run by the processor, shared out as for a device of so many multiprocessors."""
+    """Run the kernel's arithmetic on the CPU, with the work split as on a device with ``multiprocessors``."""
 
 class CudaRowStatsArgs:
-    """A head's rows for the fused kernel and where their state goes; what it points to must stay alive."""
+    """A head's rows for the fused kernel and the memory for their state; what it points to must stay alive."""
 
     def __init__(
         self,
         hidden: Matrix,  # [N, D] bfloat16 or float16
-        weight: Matrix,  # [V, D] of the same dtype, rows contiguous and on 16 bytes
+        weight: Matrix,  # [V, D] of the same dtype, rows contiguous and aligned to 16 bytes
         bias: int,  # float32 [V], or 0
         targets: int,  # int64 [N], or 0
         softcap: float,  # 0: none
@@ -213,7 +213,7 @@ class CudaRowStatsArgs:
     ) -> None: ...
 
 def cuda_row_stats_sm90_scratch(args: CudaRowStatsArgs) -> int:
-    """Bytes of device memory that cuda_row_stats_sm90 takes as scratch."""
+    """Bytes of device memory that cuda_row_stats_sm90 needs as scratch."""
 
 def cuda_row_stats_sm90(
     args: CudaRowStatsArgs,  # pointers to device memory
@@ -227,4 +227,4 @@ def cuda_fold_tiles_on_host(
     args: CudaRowStatsArgs,  # pointers to host memory; hidden, weight and targets are not read
     splits: int,
 ) -> None:
-    """The fused kernel's fold of products run by the processor; the target's logit is -inf."""
+    """Run the fused kernel's fold of ``products`` on the CPU; the target's logit is -inf."""

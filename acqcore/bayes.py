@@ -193,7 +193,7 @@ def ensemble_stats(
         targets: ``[N]`` int64, -100 ignored, or None.
         backend: as in :func:`acqcore.row_stats`.
 
-    Returns, raises: as :func:`mutual_information`; ValueError for heads that differ in these.
+    Returns, raises: as :func:`mutual_information`; ValueError for heads that differ in shape, softcap, scale or dtype.
     """
     members = (heads,) if isinstance(heads, Head) else tuple(heads)
     for member in members:

@@ -61,7 +61,7 @@ def positive(name: str, value: Any) -> float:
 
 
 def integer(name: str, value: Any, expected: str = "an int") -> int:
-    """``value`` as an int, which may be one of NumPy: its arithmetic would overflow."""
+    """``value`` as a Python int. NumPy integers are converted, because their arithmetic can overflow."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name}: expected {expected}, got {describe(value)}")
     return int(value)

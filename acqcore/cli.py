@@ -315,7 +315,7 @@ def _prepare(options: argparse.Namespace) -> tuple[Job, list[Block], dict[str, A
 
 
 def _manifest(options: argparse.Namespace, data: Path, columns: dict[str, str]) -> dict[str, Any]:
-    """Everything that values and batches depend on, which excludes the engine."""
+    """Everything that values and batches depend on; the engine is not part of it."""
     keys = (
         "student", "acquisitions", "acquisition_args", "reduction", "topk", "batch_tokens", "max_length", "dtype",
         "device", "backend", "limit", "block_rows", "keep_tokens",

@@ -13,7 +13,7 @@ class ProcessSetting:
     """A setting of the whole process: the first of the threads that use it replaces it, the last one restores it."""
 
     def __init__(self, replace: Callable[[], Callable[[], None]]) -> None:
-        """``replace`` makes the change and returns what undoes it."""
+        """``replace`` makes the change and returns a function that undoes it."""
         self._replace, self._lock, self._callers = replace, threading.Lock(), 0
 
     @contextmanager

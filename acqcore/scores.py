@@ -22,9 +22,9 @@ class Scores(Mapping[str, torch.Tensor]):
         n_tokens: ``[n]`` int64, scored tokens.
         valid: ``[n]`` bool, False where a value is NaN.
         stderr: name -> ``[n]`` float32, standard errors of stochastic acquisitions that estimate them (mutual
-            information in its linear form, ``epig``); NaN with a single probe. Their squares are unbiased, but with few
-            probes they vary: ``value +- 2 stderr`` holds the expectation as often as Student's t with P - 1 degrees of
-            freedom is below 2, which is 70 % for two probes, 86 % for four, 91 % for eight and 94 % for sixteen.
+            information in its linear form, ``epig``); NaN with a single probe. Their squares are unbiased, but noisy
+            with few probes: ``value +- 2 stderr`` contains the expectation with probability 70 % for two probes, 86 %
+            for four, 91 % for eight and 94 % for sixteen (Student's t with P - 1 degrees of freedom).
     """
 
     def __init__(

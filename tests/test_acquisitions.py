@@ -171,7 +171,7 @@ def test_a_set_of_tokens_is_refused(own_name, student):
         """Not of gradients."""
         return stats.entropy
 
-    with pytest.raises(ValueError, match="'confidence_gap': one over sets must need gradients only"):
+    with pytest.raises(ValueError, match="'confidence_gap': over='set' allows only gradient needs"):
         acqcore.score(student, IDS, own_name)
 
 

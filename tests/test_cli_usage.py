@@ -32,7 +32,7 @@ from acqcore.cli import main
         ({"student": "./missing"}, "missing"),
         ({"text_column": "body"}, "data: no column 'body', expected one of text"),
         ({"prompt_column": "text"}, "--prompt-column and --completion-column: expected both or neither"),
-        ({"split": "test"}, "--data-config and --split: only for a data set, "),
+        ({"split": "test"}, "--data-config and --split: apply only to data sets, but "),
         ({"limit": 0}, "--limit: expected an int >= 1, got 0"),
         ({"limit": "x"}, "argument --limit: invalid int value: 'x'"),
         ({"max_length": 65}, "--max-length: the student takes at most 64 tokens, got 65"),

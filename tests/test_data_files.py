@@ -435,7 +435,7 @@ def test_columns(present, options, chosen):
         ({}, "data: expected columns prompt and completion, or messages, or question and answer, or text, got x, y"),
         ({"prompt": "x"}, "--prompt-column and --completion-column: expected both or neither"),
         ({"prompt": "x", "completion": "y", "text": "x"}, "--text-column: cannot be combined with"),
-        ({"prompt": "x", "completion": "x"}, "--completion-column: expected another column than --prompt-column"),
+        ({"prompt": "x", "completion": "x"}, "--completion-column: expected a column other than --prompt-column"),
         ({"text": "z"}, "data: no column 'z', expected one of x, y"),
     ],
 )

@@ -496,7 +496,7 @@ def test_linear_layers_with_a_forward_of_their_own_are_named(small_model):
 
 @pytest.mark.parametrize("argument", ["probes", "posterior", "variance"])
 def test_draws_take_no_arguments_of_the_linear_form(argument, tiny_model):
-    with pytest.raises(ValueError, match=f"'{argument}' is of the linear form, 'draws' of draws"):
+    with pytest.raises(ValueError, match=f"'{argument}' belongs to the linear form, but 'draws' requests draws"):
         acqcore.score(
             tiny_model("Llama"), _samples(4), "mutual_information",
             acquisition_args={"mutual_information": {argument: 2, "draws": 8}},

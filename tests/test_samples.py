@@ -172,7 +172,7 @@ class TestTensors:
             (
                 {"input_ids": torch.ones(1, 4).long(), "position_ids": torch.tensor([[0, 1, 0, 1]])},
                 ValueError,
-                'samples["position_ids"]: expected 0, 1, 2, ... in each row, got others; give each of several packed',
+                'samples["position_ids"]: expected consecutive positions in each row, got others; put each packed',
             ),
             *(
                 ({"input_ids": torch.ones(1, 4).long(), key: value}, ValueError, f'samples["{key}"]: {message}')

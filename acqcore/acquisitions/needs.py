@@ -1,4 +1,4 @@
-"""Quantities that an acquisition may need of a batch. Only needed ones are computed, and equal (frozen) needs once."""
+"""Quantities that acquisitions may need for a batch. Each is computed only if needed; equal needs are computed once."""
 
 from __future__ import annotations
 
@@ -179,17 +179,19 @@ class LinearOptions(Options):
 
     Args:
         posterior: what is perturbed: the activations that dropout acts on (``dropout``), or linear weights in blocks,
-            by Gaussian noise of one variance (``isotropic``) or those of a Laplace approximation (``laplace``).
+            by Gaussian noise of one variance (``isotropic``) or with the variances of a Laplace approximation
+            (``laplace``).
         layers: dropout acts on the last n blocks, on every block (``"all"``, the default), on the student's own dropout
             layers at their own rates (``"own"``), or on the last hidden state (0). Weight noise acts on blocks.
         dropout: probability p, by default 0.1 on the last hidden state and 0.05 in blocks; ignored by ``"own"``. For
             ``posterior="dropout"`` only.
-        positions: noise on the activations of every token (``"all"``, the default), or only of the completion, from the
-            token that predicts the first scored one on; prompts then need no graph. For ``posterior="dropout"`` only.
+        positions: noise on the activations of every token (``"all"``, the default), or only of those from the token
+            that predicts the first scored one onwards (``"completion"``); prompts then need no graph. For
+            ``posterior="dropout"`` only.
         variance: variance of a weight, by default 1e-6; only scales the values. For ``posterior="isotropic"`` only.
         reference: for ``posterior="laplace"``, from :func:`acqcore.laplace_posterior` with the same ``layers``.
-        probes: cotangents to average, a backward of activations each. Two or more give a sample a standard error.
-            With two and a single scored token, it is up to a third too small.
+        probes: cotangents to average, one backward of activations each. Two or more give each sample a standard error,
+            which is up to a third too small with two probes and a single scored token.
         seed: seed of the cotangents' signs.
 
     Raises:
@@ -276,7 +278,9 @@ class InformationOptions(DrawOptions):
             return LinearOptions.of(name, {key: value for key, value in given.items() if key != "form"})
         if linear:
             of_draws = drawn[0] if drawn else "form"
-            raise ValueError(f"acquisition_args[{name!r}]: {linear[0]!r} is of the linear form, {of_draws!r} of draws")
+            raise ValueError(
+                f"acquisition_args[{name!r}]: {linear[0]!r} belongs to the linear form, but {of_draws!r} requests draws"
+            )
         return DrawOptions.of(name, given)
 
 

@@ -230,13 +230,13 @@ class Backend(ABC):
         hashed: torch.Tensor | None = None,  # [N, n], written, with places
         gram: Gram | None = None,
     ) -> None:
-        """Fill the state and ``gram`` as ``row_stats`` does, and ``values`` and ``hashed``, as far as given, in one
-        pass over the weights if a kernel can.
+        """Fill the state and ``gram`` as ``row_stats`` does, and ``values`` and ``hashed`` if given, in one pass over
+        the weights if a kernel can.
 
         ``values_s = sum_v exp(z_s[v] - m_s) cap'_s[v] W_v`` over the columns of this weight except the row's target,
         with ``m_s`` and ``cap'`` as in :class:`Gram`; zero where rows of a Gram are zero. ``head_grad.hidden_grad``
-        turns it into dL/dh: it normalises and adds the target's column exactly. ``hashed``, of a whole vocabulary, is
-        that of ``delta_hash``.
+        turns it into dL/dh: it normalises and adds the target's column exactly. ``hashed`` is that of ``delta_hash``
+        and requires the whole vocabulary.
         """
         self.row_stats(rows, gram)
         if values is not None:
@@ -251,11 +251,11 @@ class Backend(ABC):
         rows: HeadRows,  # their state filled, for the whole vocabulary
         out: torch.Tensor,  # [N, D], written
     ) -> None:
-        """``values`` of ``delta_sums`` with ``m = state[MAX]``, in a pass of its own."""
+        """``values`` of ``delta_sums`` with ``m = state[MAX]``, in a separate pass."""
 
     @abstractmethod
     def fisher_sums(self, rows: HeadRows, probes: Probes, out: FisherSums) -> None:
-        """Fill the state as ``row_stats`` does, and the sums that random cotangents are built from in the same pass.
+        """Fill the state as ``row_stats`` does and, in the same pass, the sums from which random cotangents are built.
 
         With e the unnormalised probabilities ``exp(z - state[MAX])``, zero in the column of the largest logit, cap' as
         in :class:`Gram` and r the signs of probe k:

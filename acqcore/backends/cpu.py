@@ -127,7 +127,7 @@ class Cpu(Backend):
         hashed: torch.Tensor | None = None,  # [N, n] float32, written
         gram: Gram | None = None,
     ) -> None:
-        """Takes a pass of its own for Gram matrices if a sample has more rows than a thread's share: a task holds whole
+        """Forms Gram matrices in a separate pass if a sample has more rows than a thread's share: a task holds whole
         samples, so the other threads would wait."""
         longest = 0 if gram is None else max(end - begin for begin, end in gram.bounds)
         if longest * torch.get_num_threads() > len(rows.hidden):
@@ -151,7 +151,7 @@ class Cpu(Backend):
         rows: HeadRows,  # their state filled
         out: torch.Tensor,  # [N, D], written
     ) -> None:
-        """Folds the logits again, beside which the second product is most of the cost."""
+        """Folds the logits again; most of the cost is the second product, which is needed in any case."""
         assert rows.targets is not None
         own = replace(rows, state=torch.empty_like(rows.state), index=torch.empty_like(rows.index))
         self.delta_sums(own, out)

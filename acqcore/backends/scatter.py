@@ -1,4 +1,4 @@
-"""Sums over given rows that are the same in every run."""
+"""Deterministic sums over given rows."""
 
 from __future__ import annotations
 

@@ -188,9 +188,9 @@ def activation_bytes(shape: Shape, work: Work, on_cpu: bool = True) -> int:
     up, their product): ``P (2 D + 3 F)`` numbers. Eager attention adds scores ``[B, heads, T, T]``, once in the model's
     dtype and once in float32. To these add two copies of the N scored rows ``[N, D]`` and the head's scratch. For a
     backward pass, each of its blocks keeps ``P (8 D + 4 F)`` numbers: inputs of norms and products, queries, keys and
-    values, and the MLP's inner activations. It also holds dL/dh in float32, ``[N, D]``, or one more of these than there
-    are probes, and spreads one over the batch. A sketch of the head holds hashes and spectra of up to 1024 rows, 12
-    bytes per row and entry of the sketch.
+    values, and the MLP's inner activations. It also holds gradients in the hidden states, in float32: ``[N, D]`` for
+    the loss and for each of the probes plus one, and one more spread over the batch. A sketch of the head holds hashes
+    and spectra of up to 1024 rows, 12 bytes per row and entry of the sketch.
     """
     size = getattr(torch, shape.dtype).itemsize
     batch = work.batch_rows * work.tokens

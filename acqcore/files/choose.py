@@ -69,8 +69,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--label-column",
         metavar="C",
-        help="with --method top_k: column of possibly wrong labels; chooses rows whose label agrees with those of rows "
-        "with similar prompts, one of each label in turn, and others only if these are fewer than --n",
+        help="with --method top_k: column of possibly wrong labels; chooses rows whose label agrees with the labels of "
+        "similar prompts, one of each label in turn, and adds other rows only to reach --n",
     )
 
 
@@ -202,7 +202,7 @@ def _read_column(options: argparse.Namespace, pool: _Pool) -> None:
 
 
 def _number(value: Any) -> Any:
-    """An int or a decimal as it is, for floats round those beyond 2**53; anything else as a float."""
+    """Ints and decimals unchanged, because floats round beyond 2**53; anything else as a float."""
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
             return int(value)
@@ -230,8 +230,8 @@ def _tokenize(options: argparse.Namespace, pool: _Pool) -> None:
 
 
 def _label(value: Any) -> str | None:
-    """A label's name; None for an empty text, as of a missing csv cell, and other values. Tables with missing cells
-    store ints as floats."""
+    """A label's name; None for an empty string, such as a missing csv cell, and for other types. A float that is an
+    integer counts as one, because tables with missing cells store ints as floats."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return str(value) or None if isinstance(value, str | int) else None

@@ -60,17 +60,17 @@ def located(path: Path, line: int, message: str) -> str:
 
 
 def local_file(data: Path, config: str | None, split: str, folder: Path) -> Path:
-    """The file that ``--data`` names. A split of a data set, given by its hub id or its folder, is exported to a
-    parquet file in ``folder``, atomically and only once; again if the files of its folder have changed.
+    """The file that ``--data`` names. For a data set, given by its hub id or its folder, a split is exported atomically
+    to a parquet file in ``folder``: once, and again whenever the files of its folder change.
 
     Raises:
         ModuleNotFoundError: datasets is not installed.
-        ValueError, OSError: the data set, its configuration or its split cannot be loaded; a configuration or split of
-            a file.
+        ValueError, OSError: the data set, its configuration or its split cannot be loaded; a configuration or split is
+            given for a file.
     """
     if not data.is_dir() and (data.exists() or data.suffix in SUFFIXES or len(data.parts) > 2):
         if config is not None or split != "train":
-            raise ValueError(f"--data-config and --split: only for a data set, {data} is read as a file")
+            raise ValueError(f"--data-config and --split: apply only to data sets, but {data} is read as a file")
         return data
     checks.installed("datasets", f"--data {data}", "train")
     import datasets
@@ -92,7 +92,7 @@ def local_file(data: Path, config: str | None, split: str, folder: Path) -> Path
 
 
 def listing(folder: Path) -> list[list[Any]]:
-    """The names, sizes and times of a folder's files, at any depth; empty if it is no folder."""
+    """The names, sizes and times of a folder's files, at any depth; empty if it is not a folder."""
     files = sorted(folder.rglob("*")) if folder.is_dir() else []
     return [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files if f.is_file()]
 
@@ -103,8 +103,7 @@ def scan(path: Path, block_rows: int, limit: int | None) -> tuple[list[Block], l
     Blank jsonl lines are not rows. Each block has ``block_rows`` rows, the last one the remainder.
 
     Raises:
-        ValueError: an extension not in ``SUFFIXES``, an invalid parquet file, text in another encoding than UTF-8, no
-            readable row.
+        ValueError: an extension not in ``SUFFIXES``, an invalid parquet file, text that is not UTF-8, no readable row.
         OSError: the file cannot be read. ModuleNotFoundError: parquet without pyarrow.
     """
     checks.one_of("extension of " + path.name, path.suffix, SUFFIXES)
@@ -353,7 +352,7 @@ def choose_columns(
     if text is not None and prompt is not None:
         raise ValueError("--text-column: cannot be combined with --prompt-column and --completion-column")
     if prompt is not None and prompt == completion:
-        raise ValueError(f"--completion-column: expected another column than --prompt-column, got {prompt!r} for both")
+        raise ValueError(f"--completion-column: expected a column other than --prompt-column, got {prompt!r} for both")
     beside = {name: name for name in BESIDE if name in present}
     if prompt is not None and completion is not None:
         chosen = {prompt: "prompt", completion: "completion"}

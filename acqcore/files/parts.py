@@ -1,5 +1,5 @@
-"""Finished blocks and batches of a scoring run on disk, from which an interrupted run resumes, and whether its output
-may be written."""
+"""Keeps a scoring run's finished blocks and batches on disk, so that an interrupted run can resume, and checks whether
+its output may be written."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ class Parts:
 
     def remove(self) -> None:
         """Remove the run's files once the output is complete."""
-        (self.folder / _MANIFEST).unlink(missing_ok=True)  # first: the rest is no run that could be resumed
+        (self.folder / _MANIFEST).unlink(missing_ok=True)  # first: without it, the rest cannot be resumed
         self._clear(_MANIFEST, "block-", "dataset-")
         self.release()
         self._clear(_LOCK)
@@ -234,8 +234,8 @@ def check_output(out: Path, data: Path, overwrite: bool) -> None:
 
 
 def check_replaceable(out: Path, data: Path, overwrite: bool) -> None:
-    """Check that writing to ``out`` loses nothing: it is new, empty, of an unfinished run or may be overwritten, and it
-    is not the data.
+    """Check that writing to ``out`` loses nothing: it is new, is empty, belongs to an unfinished run or may be
+    overwritten, and it is not the data.
 
     Raises:
         ValueError: a condition is violated.

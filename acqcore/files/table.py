@@ -282,8 +282,8 @@ def _cast(column: Any, kind: Any) -> Any:
 
 
 def keep_top(blocks: Sequence[Path], k: int, name: str, columns: Sequence[str]) -> list[Path]:
-    """Write the ``k`` rows with the largest values of acquisition ``name`` to parts beside ``blocks``, which are files
-    from :func:`write_block`, and in their order.
+    """Write the ``k`` rows with the largest values of acquisition ``name``, in their order, to parts beside ``blocks``
+    (files from :func:`write_block`); returns the parts.
 
     Ties keep the earlier rows; rows without a value are dropped. Memory holds ``k`` values and one block.
     """

@@ -109,7 +109,7 @@ def select_linear(student: Student, layers: int | str) -> Selection:
     }
     if not names:
         others = sorted({type(module).__name__ for module in members if isinstance(module, nn.Linear)})
-        found = f"only {', '.join(others)} with a forward of its own" if others else "none"
+        found = f"only {', '.join(others)} with a custom forward" if others else "none"
         raise ValueError(f"layers: expected linear layers in the student's blocks, found {found}")
     checks.differentiable(names)
     return Selection(names, None)

@@ -80,7 +80,7 @@ class Plan:
                     f"'sum', got {reduction!r}"
                 )
             if over == "set" and not all(isinstance(need, GradientNeed) for need in needs):
-                raise ValueError(f"acquisition {entry.name!r}: one over sets must need gradients only, got {needs}")
+                raise ValueError(f"acquisition {entry.name!r}: over='set' allows only gradient needs, got {needs}")
         return cls(asked, reduction, topk, batch_tokens, backend)
 
     @property

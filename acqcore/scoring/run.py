@@ -223,13 +223,13 @@ class Runner:
 
     @cached_property
     def _sums(self) -> tuple[bool, tuple[int, int] | None]:
-        """What the pass that gives the statistics gives as well: whether dL/dh, and which sketch."""
+        """Further results of the pass that computes the statistics: whether dL/dh, and the dim and seed of a sketch."""
         gradients, head = self._gradients, self.head
         if gradients is None or head.group is not None:
             return False, None
         sketch = gradients.head_sketch
         elsewhere = sketch is None and (gradients.probes or self._joined_draws is not None)
-        # No kernel gives dL/dh with them on GPUs. Sketches go in parts, too short for blocks of many threads.
+        # On GPUs no kernel computes dL/dh in that pass. Sketches are computed in parts too short for many threads.
         joins = head.weight.device.type == "cpu" and (sketch is None or torch.get_num_threads() <= JOINED_THREADS)
         return joins and gradients.of_trunk and not elsewhere, sketch
 

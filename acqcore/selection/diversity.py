@@ -158,7 +158,7 @@ class Archive:
         x = directions(pool)
         kernel = x @ x.T
         k = min(self.capacity, len(pool))
-        # Directions are equals at first: their diagonal is 1 exactly, or 0.
+        # Before any choice all directions are equal: their diagonal is exactly 1, or 0 for a zero vector.
         chosen, variance = pivoted_cholesky(lambda i: kernel[i], x.any(dim=1).double(), k, self.ridge)
         self._held = pool[chosen[variance > self.ridge].sort().values]
         self._factor = None

@@ -22,7 +22,7 @@ from acqcore.students.sharding import altered, is_dtensor, matrix_owners, unwrap
 #: Maximum depth of a branch inside its block.
 DEPTH = 6
 
-#: Changes of a block's output up to this size, relative to its input, count as none.
+#: Changes of a block's output up to this size, relative to its input, are ignored.
 TOLERANCE = 1e-5
 
 
@@ -63,8 +63,8 @@ def branches_of(model: nn.Module, forward: Callable[[], Any]) -> list[list[nn.Mo
 
 
 def skippable(model: nn.Module, count: int, forward: Callable[[], Any], check: Callable[[], bool]) -> bool:
-    """Whether the first ``count`` modules that draws share may return stored outputs; ``check`` decides, again only
-    once the model is altered or a gate opens."""
+    """Whether the first ``count`` modules that draws share may return stored outputs. ``check`` decides; its verdict is
+    kept until the model is altered or a gate opens."""
     known = _known(model, forward)
     state = (*altered(model), *_scales(blocks_of(model, forward)))
     if count not in known.skips or known.skips[count][0] != state:

@@ -36,10 +36,10 @@ LIMITS = ("max_position_embeddings", "max_target_positions", "max_seq_len")
 
 ADVICE = "use acqcore.Student(trunk, head)"
 
-#: About as many entries of each parameter outside the trunk, such as a logit scale, count as learned numbers.
+#: About this many entries of each parameter outside the trunk, such as a logit scale, are part of a model's state.
 FEW = 16
 
-#: Most states of a model whose logit map is kept.
+#: Most states per model for which logit maps and verdicts are kept.
 KEPT_STATES = 16
 
 # Model -> its state -> logit map, and the states that were verified, so that a reward called with the model at each
@@ -74,7 +74,8 @@ class CausalLM:
         #: Name of the key-value cache argument, None if there is none.
         self.cache = named[0] if named else None
         self._map = LogitMap()
-        self._product = torch.float32  # in which the model itself multiplies: accelerate's mixed precision autocasts
+        #: Dtype of the model's own product with the head; accelerate's mixed precision sets it by autocast.
+        self._product = torch.float32
 
     @property
     def trunk(self) -> torch.nn.Module:
@@ -272,7 +273,7 @@ class CausalLM:
         self,
         hidden: torch.Tensor,  # [B, T, D]
     ) -> None:
-        """Check the product of an output embedding with hooks or a forward of its own: in half precision, the logits'
+        """Check the product of an output embedding that has hooks or a custom forward: in half precision, the logits'
         tolerance would miss a factor of 1.03."""
         layer = unwrapped(self._causal.get_output_embeddings())
         altered = layer._forward_hooks or type(layer).forward is not torch.nn.Linear.forward or "forward" in vars(layer)
@@ -367,8 +368,8 @@ def _logits(
 
 
 def _excess(a: torch.Tensor, b: torch.Tensor, tolerance: float, largest: float) -> float | None:
-    """The largest difference of two logits if it exceeds ``tolerance``, relative to ``largest`` or to those two if
-    they are larger, as a bias that masks tokens makes them; else None. Equal infinities do not differ."""
+    """The largest difference of two logits beyond ``tolerance``, or None. The tolerance is relative to ``largest``, or
+    to the two logits if both are larger, as under a bias that masks tokens. Equal infinities do not differ."""
     error = (a - b).abs().where(a != b, 0)
     allowed = tolerance * torch.minimum(a.abs(), b.abs()).clamp_min(largest)
     return None if bool((error <= allowed).all()) else float(error.where(~(error <= allowed), 0).max())

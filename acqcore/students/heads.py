@@ -67,14 +67,14 @@ def _rounded(value: float, tolerance: float) -> float:
     return value
 
 
-def placed_projection(model: Any, spread: DataParallel | None) -> dict[str, Any]:
+def placed_projection(model: Any, data_parallel: DataParallel | None) -> dict[str, Any]:
     """Arguments of ``Head`` for the output embedding: weight ``[V, D]``, bias ``[V]`` and shard. A collective if
-    ``spread`` shards the parameters over ranks."""
+    ``data_parallel`` is given."""
     layer = unwrapped(model.get_output_embeddings())
-    if spread is None:
+    if data_parallel is None:
         weight, bias = _projection(layer)
         return vocabulary_shard(weight.detach(), None if bias is None else bias.detach())
-    with torch.no_grad(), spread.whole(layer):
+    with torch.no_grad(), data_parallel.whole(layer):
         # A copy: the gathered tensors are freed on exit.
         weight, bias = _projection(layer)
         bias = None if bias is None else gathered(bias.detach()).clone()

@@ -66,8 +66,8 @@ def load_model(path: str | os.PathLike[str], dtype: torch.dtype | str | None = N
         except OSError as error:
             if os.path.isdir(path):
                 raise
-            told = str(error).strip().splitlines()[0]
-            raise OSError(f"{path!r} is not a local folder and did not load from the hub: {told}") from error
+            reason = str(error).strip().splitlines()[0]
+            raise OSError(f"{path!r} is not a local folder and did not load from the hub: {reason}") from error
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Any:
@@ -84,5 +84,5 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path)
     except Exception as error:  # a broken file may raise anything
-        told = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"student: the tokenizer of {path} does not load: {told}") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"student: the tokenizer of {path} does not load: {reason}") from error

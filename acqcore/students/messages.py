@@ -286,9 +286,9 @@ def _shown(message: Mapping[str, Any], last: bool) -> list[list[str]]:
     if not any(texts):
         calls = [call.get("function", call) for call in message.get("tool_calls") or () if isinstance(call, Mapping)]
         texts = [call.get("name") for call in calls if isinstance(call, Mapping)]
-    return [_ways(str(text)) for text in dict.fromkeys([*texts, *apart]) if text] or [[""]]
+    return [_forms(str(text)) for text in dict.fromkeys([*texts, *apart]) if text] or [[""]]
 
 
-def _ways(text: str) -> list[str]:
-    ways = [text.strip(), text.rpartition("</think>")[2].strip(), json.dumps(text)[1:-1]]
-    return [way for way in ways if way] or [text]
+def _forms(text: str) -> list[str]:
+    forms = [text.strip(), text.rpartition("</think>")[2].strip(), json.dumps(text)[1:-1]]
+    return [form for form in forms if form] or [text]

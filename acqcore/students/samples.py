@@ -89,7 +89,7 @@ _READ = ("input_ids", "attention_mask", "labels", *_CONFINING)
 
 #: Beginnings of the keys of tensors that change what a model sees, besides token ids.
 _UNSEEN = ("pixel_values", "input_features", "input_values", "inputs_embeds", "cu_seq_lens", "seq_idx")
-#: Of those that weight tokens. A ``loss_mask`` of verl may be aligned with the tokens or with those before them.
+#: Likewise of tensors that weight tokens. verl aligns ``loss_mask`` with the tokens or with their predecessors.
 _WEIGHTS = ("loss_mask", "loss_weight", "token_weight")
 
 EMPTY = Row(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
@@ -449,6 +449,6 @@ def _check_positions(
         )
     if bool(((positions.cpu().diff() != 1) & keep[:, 1:] & keep[:, :-1]).any()):
         raise ValueError(
-            'samples["position_ids"]: expected 0, 1, 2, ... in each row, got others; give each of several packed texts '
-            "a row of its own"
+            'samples["position_ids"]: expected consecutive positions in each row, got others; put each packed text in '
+            "its own row"
         )

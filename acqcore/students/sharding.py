@@ -211,8 +211,8 @@ def matrix_owners(model: nn.Module) -> set[nn.Module]:
 
 
 def alterations(module: nn.Module) -> tuple[Any, ...]:
-    """What others changed about a module's call: its class, the ids of its hooks, which are never reused, and a forward
-    set on the instance. Holds no strong reference to the module."""
+    """What other code may have changed about a module's call: its class, the ids of its hooks, which are never reused,
+    and a forward set on the instance. Holds no strong reference to the module."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     own = module.__dict__.get("forward")
     key: Any
@@ -225,8 +225,8 @@ def alterations(module: nn.Module) -> tuple[Any, ...]:
 
 
 def altered(module: nn.Module) -> tuple[Any, ...]:
-    """Alterations of the modules below that change their forward; what was found out about it holds while they do not
-    change."""
+    """Alterations of the modules in ``module`` that have hooks or a replaced forward. Findings about ``module`` hold
+    while these stay the same."""
     found = (m for m in module.modules() if m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__)
     return tuple(map(alterations, found))
 

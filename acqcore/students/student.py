@@ -78,8 +78,8 @@ class Student:
         """The student inside a transformers causal language model, or a PEFT model around one.
 
         Its hidden states are the output embedding's input when the model runs, PEFT wrapper included. The scale and
-        softcap of the logits are determined by one forward in which the output embedding returns known values,
-        repeated once the model changes in what they depend on.
+        softcap of the logits are determined by one forward in which the output embedding returns known values. It is
+        repeated after changes to the model that may affect them.
 
         Parameters are shared with the model, so the student follows its training. Sharded models stay sharded:
 
@@ -285,7 +285,7 @@ class Student:
         return bool(error <= CUT_TOLERANCE[expected.dtype] * expected.double().abs().max())
 
     def length_groups(self, lengths: Sequence[int]) -> list[int]:
-        """Group of each sample; those of equal groups may share a batch. Runs a short row if that is unknown."""
+        """Group of each sample; those of equal groups may share a batch. Runs a test row if these lengths are new."""
         if len(lengths) > 1:
             longest = max(lengths)
             if self.max_length is not None:  # rounded up if the student takes it, so that few lengths are checked
@@ -316,7 +316,7 @@ class Student:
         forwards, ``requires_grad``) are made within it, lest threads restore each other's.
 
         A thread must not wait for a second model within it: another thread may hold that one and wait for this one. A
-        student made from a part of another's model has a lock of its own.
+        student made from a part of another's model has its own lock.
         """
         return nullcontext() if self._module is None else _LOCKS.setdefault(innermost(self._module), threading.RLock())
 
