@@ -31,7 +31,8 @@ from acqcore.students.student import StudentLike, as_student
 #: Maximum rows for probing a student's gradients.
 PROBED_ROWS = 4
 
-#: Most threads that compute dL/dh with a sketch: each then has blocks of 64 rows of ``head_grad.SKETCH_ROWS``.
+#: Maximum number of threads with which dL/dh and a sketch share a pass over the head. With this many, the
+#: ``head_grad.SKETCH_ROWS`` rows of a part are divided into blocks of 64 rows; more threads get shorter blocks.
 JOINED_THREADS = 8
 
 
