@@ -59,8 +59,8 @@ def measure_real(store: Store, real: Real, names: Sequence[str], seeds: Sequence
 
 
 def measure_shared(store: Store, real: Real, names: Sequence[str], seeds: Sequence[int], count: int) -> bool:
-    """Measures every data set's first rows, then the next, so that a run that times out has equally many of each. Data
-    sets with short completions are scored at once: in small batches, overhead would exceed the cost of the products."""
+    """Measures the first rows of every data set before the next, so that a run that times out has equally many of each.
+    Short completions are scored all at once: in small batches, overhead would exceed the cost of the products."""
     for begin, of_set in itertools.product(range(0, count, SHARED_ROWS), real.rows):
         rows = count if of_set in real_rows.SHORT else SHARED_ROWS
         if begin % rows:

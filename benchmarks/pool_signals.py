@@ -41,7 +41,7 @@ class Recipe:
         gate: ``none``; ``agree``: rows whose label the other rows' labels predict (:func:`acqcore.label_trust` above
             0); ``half``: the half with the most trusted labels. Both also keep only the most trusted of near copies,
             rows whose wording has a cosine of at least ``NEAR_COPY``.
-        value: the signal that ranks rows behind the gate, or ``none`` for a random order.
+        value: the signal that ranks the rows that pass the gate, or ``none`` for a random order.
         spread: ``top`` takes the highest; ``balanced`` one row of each label in turn; ``cover`` runs facility location
             on the prompts' states of the 3 k highest.
     """
