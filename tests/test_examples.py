@@ -254,11 +254,11 @@ def _served(student: str) -> Iterator[str]:
 
     from acqsynth.serve.app import create_app
     from acqsynth.serve.options import add_arguments
-    from acqsynth.serve.server import prepared
+    from acqsynth.serve.server import prepare
 
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    service, listener = prepared(parser.parse_args(["--student", student, "--port", "0"]))
+    service, listener = prepare(parser.parse_args(["--student", student, "--port", "0"]))
     server = uvicorn.Server(uvicorn.Config(create_app(service), log_level="warning"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()

@@ -84,7 +84,7 @@ class Batcher(Generic[Key, Item, Result]):
         observe: called with the number of items, size and seconds of each batch.
 
     Raises:
-        ValueError: limit is no int of at least 1, or wait no finite number of at least 0.
+        ValueError: limit is not an int >= 1, or wait is not a finite number >= 0.
     """
 
     def __init__(

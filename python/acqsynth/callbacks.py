@@ -99,7 +99,7 @@ class StepClock(TrainerCallback):
 
 
 class WholeGenerations(TrainerCallback):
-    """Postpones a save until every completion of a generation is learnt: a resumed trainer begins with new ones."""
+    """Postpones a save until every completion of a generation has been learnt, as a resumed trainer generates anew."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
@@ -127,7 +127,7 @@ class Refresh(TrainerCallback):
         probe: scores a fixed set of samples with the current reward.
 
     Raises:
-        ValueError: every is no int of at least 1.
+        ValueError: every is not an int >= 1.
     """
 
     def __init__(
@@ -238,7 +238,7 @@ class RewardStates(TrainerCallback):
 
 
 def newest_checkpoint(folder: Path, file: str, before: float = math.inf) -> Path | None:
-    """The newest of a trainer's checkpoints that hold ``file``, of those before a step."""
+    """A trainer's newest checkpoint that holds ``file`` and was saved before step ``before``; None if there is none."""
     found = {}
     for path in folder.glob(f"{CHECKPOINT}*"):
         step = path.name.removeprefix(CHECKPOINT)

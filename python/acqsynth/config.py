@@ -264,7 +264,8 @@ class EvaluationConfig(Section):
     max_tokens: Count | None = None
     """maximum tokens per answer; by default the domain's"""
     likelihood: bool = False
-    """also measure the accuracy of the most likely of the set's labels (classification, engine transformers)"""
+    """also measure accuracy with the most likely of the set's labels as the answer (classification, engine
+    transformers)"""
     resamples: Count = 2000
     """bootstrap resamples for the validity of signals"""
     level: float = Field(default=0.95, gt=0, lt=1)
@@ -405,8 +406,8 @@ def _parsed(text: str, name: str) -> Any:
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
-        told = _one_line(error).replace('in "<unicode string>", ', "in ")
-        raise ConfigError(f"{name}: not YAML: {told}") from error
+        problem = _one_line(error).replace('in "<unicode string>", ', "in ")
+        raise ConfigError(f"{name}: not YAML: {problem}") from error
     except RecursionError as error:
         raise ConfigError(f"{name}: nested too deeply") from error
 

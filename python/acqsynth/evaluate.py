@@ -37,7 +37,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and its interval; equal bounds mean that identical values gave none."""
+    """A mean and its interval; equal bounds mean that there is no interval because all values are identical."""
 
     mean: float
     low: float

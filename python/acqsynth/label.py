@@ -83,7 +83,7 @@ class Labeller:
     def __init__(self, config: LabellingConfig, domain: Domain, engine: Callable[[], Engine]) -> None:
         self.domain = domain
         if config.method == "computed" and getattr(domain.computed, "__func__", None) is Domain.computed:
-            raise ValueError(f"method: expected another than computed, as the domain {domain.name} computes no answers")
+            raise ValueError(f"method: expected any but computed, as the domain {domain.name} computes no answers")
         for name in config.options:
             if name != "max_tokens":
                 raise ValueError(f"options: unknown {name!r}, expected max_tokens")

@@ -73,15 +73,15 @@ _RAISED = re.compile("[⁰¹²³⁴-⁹]+")
 
 _LABEL = r"(?:(?:question|problem|exercise|task|step|example|variant|version|part|number|no|nr|id|q|v)(?![a-z])\.?\s*)"
 _BEFORE = re.compile(rf"^\W*(?:{_LABEL}[#(\[]?\d+[.):\]]*|[#(\[]?\d+(?:[.)\]:]+(?=\s)|\.(?=[a-z]))|#\d+(?=\s))\s*")
-_BEHIND = re.compile(rf"(?<=[.?!])(?:\s*[#(\[]\s*{_LABEL}?\d+\s*[)\]]?|\s+{_LABEL}?\d+)[\s.]*$")
+_AFTER = re.compile(rf"(?<=[.?!])(?:\s*[#(\[]\s*{_LABEL}?\d+\s*[)\]]?|\s+{_LABEL}?\d+)[\s.]*$")
 _DECIMALS = 30  # of the value of a number; further ones are cut
 _END = 64  # characters searched for a numbering at either end
 
-# Signs without a meaning in formulas; "!" counts behind a number, "'" in f'(x), a full stop within a number.
+# Signs without a meaning in formulas; "!" has one after a number, "'" in f'(x), a full stop within a number.
 _MUTE = re.compile(r"[^\w\s+*/^=<>%|()\[\]!'.\\€£¥\xb0\xb1\u2200-\u22ff-]|(?<!\d)[!.]|\.(?!\d)|'(?!'?\()")
 # Signs between two words or numbers, with spaces on both sides or on none.
 _JOINT = re.compile(r"(?<!\w)(\\?\w++)( ?)[-/|()\[\]]++(?: [-/|()\[\]]++)*+\2(?=(\\?\w++))")
-# A word that is no function.
+# A word that is not a function.
 _WORD = re.compile(r"(?!(?:sin|cos|tan|cot|sec|csc|log|exp|sqrt|frac|lim|max|min|gcd|lcm|det|mod|abs)$)[^\W\d_]{3,}")
 
 
@@ -108,7 +108,7 @@ def normal_form(text: str) -> str:
     plain = _CAPITAL_I.sub(lambda word: word[0].replace("I", "l"), plain).casefold().translate(_ALIKE)
     if "<" in plain:
         plain = _COMMENT.sub("", plain)
-        closed = {name for names in _CLOSING.findall(plain) for name in names}  # "x <y and z> w" is no tag
+        closed = {name for names in _CLOSING.findall(plain) for name in names}  # "x <y and z> w" is not a tag
         plain = _TAG.sub(
             lambda found: "" if found[2] in closed or _KNOWN_TAG.fullmatch(found[1] or found[2]) else found[0], plain
         )
@@ -118,7 +118,7 @@ def normal_form(text: str) -> str:
     plain = _NUMBER.sub(lambda found: _written(value(found[0])), plain)
     for _ in range(4):  # "Question 3: 1. ... (5)"
         bare = _BEFORE.sub("", plain[:_END], count=1) + plain[_END:]
-        bare = bare[:-_END] + _BEHIND.sub("", bare[-_END:], count=1)
+        bare = bare[:-_END] + _AFTER.sub("", bare[-_END:], count=1)
         if not bare.strip() or bare == plain:
             break
         plain = bare

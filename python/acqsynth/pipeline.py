@@ -93,7 +93,7 @@ def plan(config: Config) -> Plan:
         return known[key]
 
     n = max(config.student.rows)
-    # Omitted when off, so that a change of other keys reads no rows again.
+    # Omitted when off, so that the step need not run again when its unused settings change.
     needed: dict[str, Any] = {"replay": (config.student.replay, n)} if config.student.replay else {}
     if config.evaluation.validity.batches:
         needed["per_batch"] = config.evaluation.validity.rows
@@ -202,7 +202,7 @@ def plan(config: Config) -> Plan:
                 trained = found.arms[found.main].trained if found.main in found.arms else []
                 of_seed = [each for each in trained if each.arguments["seed"] - seed in range(config.rounds)]
                 counts = [each / "counts.json" for each in of_seed]
-                # None or one path, as in earlier runs, which so stay valid.
+                # With fewer than two, None or the path itself, as in earlier versions, so that their runs stay valid.
                 spent = counts if len(counts) > 1 else counts[0] if counts else None
                 written = step(
                     "generate", name, select_questions,

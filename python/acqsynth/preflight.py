@@ -24,7 +24,8 @@ from acqsynth.seeds import BUNDLED, load_source
 
 
 def check(config: Config) -> None:
-    """
+    """Checks the options and values of a recipe.
+
     Raises:
         ConfigError: an unknown option of a library, the domain or the reward, or a value it rejects; names the key.
     """
@@ -133,7 +134,8 @@ def _check_sources(config: Config, domain: Domain) -> None:
 
 
 def on_this_machine(config: Config) -> None:
-    """
+    """Checks that this machine has what a recipe needs.
+
     Raises:
         ConfigError: a required device, package, model or file is missing, or the output cannot be written; names the
             key.
@@ -235,10 +237,10 @@ def _checked(key: str, make: Callable[..., Any], *arguments: Any, **options: Any
         with warnings.catch_warnings(action="ignore"):
             return make(*arguments, **options)
     except Exception as error:  # libraries raise arbitrary exceptions for invalid values
-        told = " ".join(str(error).split()) or type(error).__name__
+        message = " ".join(str(error).split()) or type(error).__name__
         if not isinstance(error, (ValueError, TypeError, OSError, ImportError, RuntimeError)):
-            told = f"{type(error).__name__}: {told}"
+            message = f"{type(error).__name__}: {message}"
         # The message of a value's error may itself begin with a key.
-        first = isinstance(error, (ValueError, TypeError)) and re.match(r"([a-z_]+(?:\.[a-z_]+)*): ", told)
+        first = isinstance(error, (ValueError, TypeError)) and re.match(r"([a-z_]+(?:\.[a-z_]+)*): ", message)
         separator = "." if first and Path(first[1]).suffix not in SUFFIXES else ": "
-        raise ConfigError(told if told.startswith(f"{key}:") else f"{key}{separator}{told}") from error
+        raise ConfigError(message if message.startswith(f"{key}:") else f"{key}{separator}{message}") from error

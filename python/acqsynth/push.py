@@ -69,7 +69,7 @@ def push(run: Path, to: str, license: str, *, only: str | None = None, public: b
         raise PushError(f"--to: expected hub:owner/name or a folder, got {to}")
     report = run / "06-report" / "report" / "metrics.json"
     if not report.is_file():
-        raise PushError(f"{run}: no finished run, {report.relative_to(run)} is missing")
+        raise PushError(f"{run}: not a finished run, {report.relative_to(run)} is missing")
     kinds = {"dataset": _write_dataset, "model": _write_model}
     with tempfile.TemporaryDirectory() as temporary:
         targets = {kind: Path(temporary if repository else to).expanduser() / kind for kind in kinds}

@@ -441,8 +441,8 @@ def _stamp(name: str) -> Any:
 
 
 def _first_change(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> str | None:
-    """The first difference between two manifests, as a reason. An empty value is as good as none, and checks change no
-    artefact, so that runs from before an option or a check existed stay valid."""
+    """The first difference between two manifests, as a reason. A missing key equals an empty value, and missing checks
+    are ignored (they change no artefact), so that runs from before an option or a check existed stay valid."""
     for key in [*now, *(key for key in before if key not in now)]:
         old, new = before.get(key), now.get(key)
         inner = f"{path}{key}"

@@ -112,7 +112,7 @@ def _learnt(prepared: Any, rows: Sequence[Row], tokenizer: Any, config: Any) -> 
     most = config.max_length
     if "own" in prepared.column_names:
         lengths = [len(ids) for ids, own in zip(prepared["input_ids"], prepared["own"], strict=True) if own]
-    elif config.packing_strategy == "bfd":  # packs do not tell rows apart; a completion past max_length is not learnt
+    elif config.packing_strategy == "bfd":  # packs hide where rows end; a completion past max_length is not learnt
         lengths = [
             min(most, len(_tokens(tokenizer, [*row["prompt"], *row["completion"]])))
             for row in rows

@@ -173,7 +173,7 @@ def check_model(config: Any, lora: Any, model: str) -> None:
         if lora is None:
             return
         own = copy.deepcopy(lora)  # peft writes the model's modules into it
-        own.init_lora_weights = True  # other ways need the weights
+        own.init_lora_weights = True  # other initialisations need the weights
         modules = [f".{name}" for name, _ in bare.named_modules()]
         try:
             get_peft_model(bare, own)
@@ -234,7 +234,8 @@ def _build(kind: type[T], options: Mapping[str, Any], table: str) -> T:
 
 
 def _choices(entry: dataclasses.Field[Any], hint: Any) -> list[str]:
-    """The values that a field lists; of some fields of TRL only the description does, among names of other fields."""
+    """The values that a field allows. Some fields of TRL list them only in their description, beside names of other
+    fields."""
     if get_origin(hint) is Literal:
         return list(get_args(hint))
     if entry.name in _DESCRIBED and "choices" not in entry.metadata:

@@ -114,8 +114,8 @@ def write(
     asked: NearCopies | None = None,
     rounds: int = 8,
 ) -> WriteResult[Sample]:
-    """Samples that parse, have no fault, pass the gates and ask a new question: with the gate ``new`` no near copy of
-    an earlier one, otherwise none with the same normal form.
+    """Samples that parse, have no fault, pass the gates and ask a new question. With the gate ``new``, a question must
+    not be a near copy of an earlier one; otherwise it must have another normal form.
 
     Args:
         engine: engine of the generator.
@@ -282,8 +282,8 @@ def _first_new(
     *,
     near: bool,
 ) -> list[T]:
-    """The first ``room`` rows that ask a new question, no near copy of one asked or, without ``near``, one with another
-    normal form; only these count as asked."""
+    """The first ``room`` rows that ask a new question: not a near copy of one already asked or, without ``near``, one
+    with another normal form. Only the questions of these rows are added to ``asked``."""
     kept: list[T] = []
     for row in rows:
         question = sample_of(row).question

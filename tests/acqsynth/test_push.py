@@ -106,7 +106,7 @@ def test_one_of_the_two(fakes, run, tmp_path, only):
 @pytest.mark.parametrize(
     ("folder", "to", "sentence"),
     [
-        ("nowhere", "there", "nowhere: no finished run, 06-report/report/metrics.json is missing"),
+        ("nowhere", "there", "nowhere: not a finished run, 06-report/report/metrics.json is missing"),
         ("", "hub:me", "--to: expected hub:owner/name or a folder, got hub:me"),
         ("", "taken", "--to: taken/model is not empty"),
     ],

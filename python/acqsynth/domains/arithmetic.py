@@ -162,8 +162,8 @@ class Arithmetic(Domain):
         return written(sample, end="")
 
     def rows(self, n: int, seed: int, *, skills: Sequence[str] | None = None, split: str = "train") -> list[Sample]:
-        """``n`` rows with distinct questions, evenly over the skills and shuffled; equal seeds give equal rows. Fewer
-        rows are the first of more.
+        """``n`` rows with distinct questions, evenly over the skills and shuffled; equal seeds give equal rows. A
+        smaller ``n`` gives the first rows of a larger one.
 
         Args:
             skills: names from ``SKILLS``; by default all.
@@ -213,8 +213,8 @@ class Arithmetic(Domain):
         columns: Mapping[str, str] | None = None,
         limit: int | None = None,
     ) -> list[Sample]:
-        """As :meth:`Domain.load`; also ``world`` or, with a seed other than 0, ``world:7``, for generated rows of a
-        split, 1000 unless limited."""
+        """As :meth:`Domain.load`. The sources ``world`` (seed 0) and ``world:7`` (seed 7) give generated rows of the
+        split, 1000 without ``limit``."""
         if source.partition(":")[0] == "world" and not _WORLD.fullmatch(source):
             raise ValueError(f"source: expected world or world:<seed>, got {source!r}")
         if world := _WORLD.fullmatch(source):

@@ -20,7 +20,7 @@ SUFFIXES = (".jsonl", ".csv", ".parquet")  #: suffixes of local files
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half a character of UTF-16, which no file can hold
 _ANSWER = r"(?:the\s+)?(?:final\s+|correct\s+)?answer(?:\s+is\b|\s*:)"
 # A later sentence that states an answer again, "Wait, no, the answer is 6.", but not "The answer is clear." or "If the
-# answer is 6": what it states is no word in lower case.
+# answer is 6": what follows must not begin with a word in lower case.
 _AGAIN = (
     rf"[.?!;]\s+(?:\w+[,:]\s+)*(?:so\s+|thus\s+|hence\s+|therefore\s+)?{_ANSWER}\s*+:?+\s*+"
     r"(?:(?:yes|no|maybe)\b|(?-i:(?![a-z]{2}|a\s)))"
@@ -58,7 +58,7 @@ class Layout:
 
 
 def written(sample: Sample, end: str = "\n") -> str:
-    """A sample in the format of ``acqsynth.parsing``, with an end of line after tags and fields."""
+    """A sample in the format of ``acqsynth.parsing``; ``end`` separates tags and fields."""
     parts = {"question": sample.question, "reasoning": sample.reasoning, "answer": sample.answer}
     return end.join(f"<{tag}>{end}{part}{end}</{tag}>" for tag, part in parts.items() if part)
 
@@ -305,8 +305,8 @@ def _file(source: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 raise ValueError(f"row {record.line}: {record.error}")
             yield record.line, record.values
     except (ValueError, OSError) as error:
-        told = " ".join(str(error).split())
-        raise ValueError(told if str(path) in told else f"{source}: {told}") from None
+        message = " ".join(str(error).split())
+        raise ValueError(message if str(path) in message else f"{source}: {message}") from None
 
 
 def _hub(source: str, split: str, class_names: bool) -> Iterator[tuple[int, dict[str, Any]]]:

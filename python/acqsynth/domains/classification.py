@@ -29,7 +29,7 @@ def spoken(label: str) -> str:
 
 
 def _bare(name: str) -> str:
-    """Without what a student may write around a label: its marker, bold, quotes, a full stop."""
+    """The name without what a student may write around a label: its marker, bold, quotes, a full stop."""
     plain = re.sub(rf"^{_MARKER}\s*:", "", name.replace("**", ""))
     return plain.lstrip(" \"'`*“‘").rstrip(" \"'`*”’.") or name
 
@@ -80,7 +80,7 @@ class Classification(Domain):
             other = self._labels.setdefault(spoken(label).casefold(), label)
             if other != label:
                 raise ValueError(f"labels: {other!r} and {label!r} are the same name")
-        self._by_bare: dict[str, str] = {}  # or nothing, where several labels have the same bare name
+        self._by_bare: dict[str, str] = {}  # bare name -> canonical label, "" if several labels have this bare name
         for name in self._labels:
             self._by_bare[_bare(name)] = "" if _bare(name) in self._by_bare else name
 
@@ -123,8 +123,8 @@ class Classification(Domain):
         return lines[0].strip() if lines else None
 
     def canonical(self, answer: str) -> str:
-        """In lower case, without ``category:`` before it and without bold, quotes and full stop around it, unless that
-        is a label, or several labels differ in nothing else."""
+        """The answer in lower case, without ``category:`` before it or bold, quotes and a full stop around it. They are
+        kept if they belong to a label or are the only difference between labels."""
         plain = spoken(answer).casefold()
         if plain in self._labels:
             return plain
@@ -163,7 +163,7 @@ class Classification(Domain):
     ) -> list[Sample]:
         """As :meth:`Domain.load`, with columns ``text`` and ``label`` (or ``intent``), or ``question`` and ``answer``.
         Class numbers of a hub data set become names; rows without a label are left out. ``intents:banking77_train`` is
-        that file in ``ACQCORE_DATA``, by default ``../shared/data``."""
+        ``intents/banking77_train.jsonl`` in the folder ``ACQCORE_DATA``, by default ``../shared/data``."""
         if source.startswith(INTENTS):
             path = intents_path(source)
             if not path.is_file():

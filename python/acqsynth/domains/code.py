@@ -175,9 +175,9 @@ class Code(Domain):
             sandbox.require()
 
     def verify(self, samples: Sequence[Sample]) -> list[bool | None]:
-        """Whether each sample's answer passes its tests, and these depend on the answer: they do not if they also pass
-        with each function replaced by a constant, for two different constants, as ``assert isinstance(f(1), int)``.
-        Tests that fit a wrong answer are not detected."""
+        """Whether each sample's answer passes its tests and the tests depend on the answer. They do not if they also
+        pass with each function replaced by a constant, for two different constants; ``assert isinstance(f(1), int)``
+        does. Tests that fit a wrong answer are not detected."""
         checked = [i for i, sample in enumerate(samples) if sample.extra.get("tests")]
         real = {i: _job(i, samples[i], _source(samples[i].answer)) for i in checked}
         passed = [i for i, right in zip(real, self._passed(list(real.values())), strict=True) if right]
@@ -294,8 +294,8 @@ def _used(nodes: Iterable[ast.AST]) -> list[str]:
 
 
 def _tested(program: str, asserts: Sequence[ast.Assert]) -> list[str]:
-    """Names that generated asserts use from a program that parses. Excludes ``math`` and built-ins that the program
-    redefines, with which it would decide its own tests."""
+    """Names that generated asserts use from a program that parses. Excludes ``math`` and built-ins, because a program
+    that redefines them could decide the result of its own tests."""
     tree = _parsed(program)
     defined = _defined(tree.body if tree else [])
     return [name for name in _used(asserts) if name in defined and name not in {*PLAIN_NAMES, "math"}]
@@ -303,7 +303,8 @@ def _tested(program: str, asserts: Sequence[ast.Assert]) -> list[str]:
 
 def _plain(node: ast.AST, names: Iterable[str]) -> bool:
     """Whether a generated assert is safe to run among trusted tests: no names except ``names``, ``PLAIN_NAMES``,
-    ``math`` and its own loop variables, and no attributes except ``math``'s; a generator's reach the grader's frame.
+    ``math`` and its own loop variables, and no attributes except ``math``'s. Other attributes, such as those of a
+    generator object, lead to the grader's frame.
     """
     bound = {part.id for part in ast.walk(node) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)}
     allowed = {*names, *PLAIN_NAMES, *bound, "math"}
@@ -320,7 +321,7 @@ def _plain(node: ast.AST, names: Iterable[str]) -> bool:
 
 
 def _idle(job: sandbox.Job) -> str:
-    """The tests of a job as tests of themselves: they pass if they do not depend on the program."""
+    """Tests of a job's own tests, which pass if those do not depend on the program."""
     tree = _parsed(job.tests)
     calls = (node.func for node in ast.walk(tree) if isinstance(node, ast.Call)) if tree else ()
     called = {function.id for function in calls if isinstance(function, ast.Name)}.intersection(job.names)

@@ -31,7 +31,7 @@ _WORDED = re.compile(
     r"(?:it |the limit )?does not exist|not (?:defined|possible)|(?:that )?(?:there (?:is|are) )?"
     r"no (?:\w+ ){0,2}(?:solution|root|number|value|limit|answer)s?(?: exists?)?)|[A-Z][a-z]+"
 )
-# Words before a value that are no part of it.
+# Words before a value that are not part of it.
 _LEADING = re.compile(
     r"(?:,?\s*(?:therefore|thus|hence|then)\b,?\s+|"
     r"(?:exactly|simply|just|about|approximately|roughly|around)\s+(?=[-+]?(?:[\d$€£¥]|\.\d|\\)))+",
@@ -153,7 +153,7 @@ class Math(Domain):
         """
         pairs = [(_final(sample.answer), str(answer)) for sample, answer in zip(gold, answers, strict=True)]
         for i, sample in enumerate(gold):
-            if _RATIO.search(sample.question):  # with spaces, a ratio is no time
+            if _RATIO.search(sample.question):  # with spaces, a ratio is not a time
                 pairs[i] = (_COLON.sub(" : ", pairs[i][0]), _COLON.sub(" : ", pairs[i][1]))
         given = [i for i, answer in enumerate(answers) if answer is not None]
         readings = self._without_workings([pairs[i] for i in given])
@@ -261,7 +261,7 @@ def _statements(completion: str) -> list[str]:
 
 
 def _numbers(completion: str) -> list[str]:
-    """The numbers that stand alone or have a unit glued to them, without the unit; ``2x`` is none."""
+    """The numbers that stand alone or have a unit glued to them, without the unit; ``2x`` is not one."""
     return [
         number
         for number, glued in _NUMBER.findall(_SIZE.sub(r"\1", completion))

@@ -38,7 +38,7 @@ class MathChecker:
         seconds: deadline of a check. A worker that exceeds it or dies is replaced, and its answer counts as not equal.
 
     Raises:
-        ValueError: workers is no int of at least 1, or seconds no number above 0.
+        ValueError: workers is not an int >= 1, or seconds is not a number > 0.
     """
 
     def __init__(self, workers: int = 2, seconds: float = 5.0) -> None:
@@ -184,7 +184,7 @@ def _reader() -> Callable[[str], Any]:
         for token in stream.tokens[:-1]:
             between, found, left = left.partition(token.text)
             if not found or not _SPACE.fullmatch(between):
-                raise ValueError("the text has a part that is no token")
+                raise ValueError("the text has a part that is not a token")
         return tree
 
     PSParser.math = math

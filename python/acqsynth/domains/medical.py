@@ -183,7 +183,7 @@ class _Token(NamedTuple):
 
 
 _Texts = list[tuple[str, list[str]]]  # letters and the words of their options
-_Found = tuple[_Token, int]  # a token and the index of the piece behind it
+_Found = tuple[_Token, int]  # a token and the index of the piece after it
 
 
 def _choice(plain: str, options: Mapping[str, str]) -> str | None:
@@ -202,7 +202,8 @@ def _choice(plain: str, options: Mapping[str, str]) -> str | None:
 
 
 def _text_names_others(tokens: list[_Token], options: Mapping[str, str]) -> bool:
-    """An option of others may list them: "D) All of the above (A, B and C)", but not "D) All of the above or A"."""
+    """Whether the answer is an option that refers to others and may list them: "D) All of the above (A, B and C)", but
+    not "D) All of the above or A"."""
     words = _words(options.get(tokens[0].choice, ""))
     several = not {"all", "both", "none"}.isdisjoint(words) or sum(word.upper() in LETTERS for word in words) > 1
     between = takewhile(lambda token: not token.choice, tokens[1:])
@@ -210,14 +211,14 @@ def _text_names_others(tokens: list[_Token], options: Mapping[str, str]) -> bool
 
 
 def _text_is_letters(tokens: list[_Token]) -> bool:
-    """Unmarked letters behind a marked one are its text, which is not known here: "D) A, B and C"."""
+    """Whether unmarked letters follow a marked one and are its text, which is not known here: "D) A, B and C"."""
     text = tokens[2:] if tokens[1:2] == [_Token("stop")] else tokens[1:]
     unmarked = not any(token.sure or token.kind == "stop" for token in text)
     return tokens[0].choice in LETTERS and tokens[0].sure and unmarked and bool(text and text[0].choice)
 
 
 def _claims(sentence: list[_Token], later: bool = False) -> list[_Token]:
-    """A sentence without the lists of choices that it denies, "C, [A, B and D are wrong]", or, later, explains."""
+    """A sentence without clauses that deny choices ("C, [A, B and D are wrong]") or, in later sentences, explain."""
     clauses = _split(sentence, "pause")
     claims: list[_Token] = [] if later else clauses.pop(0)
     subject: list[_Token] = []
@@ -277,18 +278,18 @@ def _option(pieces: list[str], at: int, texts: _Texts, listed: bool) -> _Found |
     """ "B) aspirin", "B aspirin"; in a list, "aspirin", but not "aspirin poisoning" or a text that is a letter."""
     letter, marked = _mark(pieces, at)
     for owner, words in texts:
-        if owner == letter and (marked or len(words[0]) > 1) and (end := _behind(words, pieces, at + 1)):
+        if owner == letter and (marked or len(words[0]) > 1) and (end := _end_of(words, pieces, at + 1)):
             return _Token("choice", letter, marked), end
     for owner, words in texts:
         alone = listed and words[0] == _bare(pieces[at]) and "".join(words).upper() not in {*LETTERS}
-        end = _behind(words, pieces, at) if alone else None
+        end = _end_of(words, pieces, at) if alone else None
         if end and (marked or _kind(pieces[end]) != "word" or pieces[end].upper() == f"({owner})"):
             return _Token("choice", owner, sure=marked), end  # marked: "C. difficile"
     return None
 
 
 def _letter(pieces: list[str], at: int, before: list[_Token], listed: bool) -> _Found | None:
-    """ "B", "(b)", "A is wrong", but not "hepatitis B", "a fever" or, behind the first choice, "B. anthracis"."""
+    """ "B", "(b)", "A is wrong", but not "hepatitis B", "a fever" or, after the first choice, "B. anthracis"."""
     letter, marked = _mark(pieces, at)
     if not letter or not (listed or marked) or (before and before[-1].kind == "word"):
         return None
@@ -299,7 +300,7 @@ def _letter(pieces: list[str], at: int, before: list[_Token], listed: bool) -> _
 
 
 def _decision(pieces: list[str], at: int, before: list[_Token]) -> _Found | None:
-    """ "yes", "no, ...", "no maybe", but not "no fever" or, behind a letter, "maybe"."""
+    """ "yes", "no, ...", "no maybe", but not "no fever" or, after a letter, "maybe"."""
     word, follower = pieces[at].lower(), pieces[at + 1].lower()
     if word not in DECISIONS:
         return None
@@ -324,8 +325,8 @@ def _mark(pieces: list[str], at: int) -> tuple[str, bool]:
     return letter if letter in {*LETTERS} else "", pieces[at][-1] in "):" or (pieces[at + 1] == "." != pieces[at + 2])
 
 
-def _behind(words: list[str], pieces: list[str], at: int) -> int | None:
-    """The index behind the words, if they come next, signs aside."""
+def _end_of(words: list[str], pieces: list[str], at: int) -> int | None:
+    """The index after the words if they come next, signs aside; else None."""
     for word in words:
         while at < len(pieces) and not _bare(pieces[at]):
             at += 1
@@ -336,7 +337,7 @@ def _behind(words: list[str], pieces: list[str], at: int) -> int | None:
 
 
 def _options(question: str) -> dict[str, str]:
-    """The last options A to D of a question, or none."""
+    """The last options A to D of a question; empty if it has none."""
     for pattern in _OPTIONS:
         if options := _run(question, list(pattern.finditer(question))):
             return options
@@ -344,7 +345,7 @@ def _options(question: str) -> dict[str, str]:
 
 
 def _run(question: str, marks: list[re.Match[str]]) -> dict[str, str]:
-    """The options behind the last marks A to D in this order. Marks between those belong to the texts."""
+    """The options after the last marks A to D in this order. Marks between those belong to the texts."""
     letters = "".join(mark[1] for mark in marks)
     begin = len(letters)
     for letter in reversed(LETTERS):

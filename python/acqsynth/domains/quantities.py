@@ -61,7 +61,7 @@ SCALES = {
     "lakh": 10**5, "crore": 10**7,
 }  # fmt: skip
 
-_MAGNITUDES = {"k": "thousand", "K": "thousand", "M": "million", "B": "billion"}  # behind an amount of money
+_MAGNITUDES = {"k": "thousand", "K": "thousand", "M": "million", "B": "billion"}  # after an amount of money
 
 CURRENCIES = {"€": "euro", "£": "gbp", "¥": "yen", "₹": "rupee", "¢": "cent"}  # anything else is the dollar
 
@@ -118,7 +118,7 @@ _LABEL = re.compile(
 )
 _ZEROS = re.compile(r"(?<=\d)(?<!,\d{3}),(?=0\d\d(?!\d|,\d{3}(?!\d)))")  # never before a part of its own
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
-_SPACED = re.compile(r"(?<![\w.,^])(?<!\d )\d{1,3}(?: \d{3})+(?!\d|,\d| ?[\d/])")  # thousands, no mixed number
+_SPACED = re.compile(r"(?<![\w.,^])(?<!\d )\d{1,3}(?: \d{3})+(?!\d|,\d| ?[\d/])")  # thousands, not a mixed number
 _SEVERAL = re.compile(r"\\(?:pm|mp|[lg]eq?|[lg]t|in|cup)(?![A-Za-z])|[<>±]")  # one part here may be several there
 _INEQUALITY = re.compile(r"[<>]|\\[lg](?:eq?|t)(?![A-Za-z])")
 _EQUALS = re.compile(r"(?<![<>!:=\\])=(?!=)")
@@ -255,7 +255,7 @@ def _are_units(written: list[str], spaced: bool) -> bool:
     return True
 
 
-# Functions and products of variables behind a coefficient: 2sinx, 3abc.
+# Functions and products of variables after a coefficient: 2sinx, 3abc.
 _FACTORS = re.compile(r"(?:arc)?(?:sin|cos|tan|csc|cot|log|exp)[a-rt-z]?|[abc]{2,3}|[xyz]{2,3}")
 
 
@@ -297,7 +297,7 @@ def _agree(a: tuple[str, ...], b: tuple[str, ...]) -> bool:
 
 
 def _placed(unit: tuple[str, ...]) -> set[tuple[str, bool]]:
-    """The words of a unit, and whether each stands behind "per"."""
+    """The words of a unit, and whether each comes after "per"."""
     return {(word, "per" in unit[:i]) for i, word in enumerate(unit)}
 
 
@@ -347,7 +347,7 @@ def _of_a_kind(truth: str, given: str) -> bool:
     if len(others) == 1 and not re.search(r"[(\[]", others[0]):
         return False  # 3 < x < 4 may be (3, 4), but not 3, 4
     if "[" in brackets and len(brackets) > 1 and (parts, more) == ({1}, {1}):
-        return False  # a list of one number is no number
+        return False  # a list of one number is not a number
     mixed = "{" in brackets and not brackets.isdisjoint("([")
     return not (mixed and max(parts) > 1) and bool(parts & more or _SEVERAL.search(truth + given))
 
@@ -397,7 +397,7 @@ def _sides(truth: str, given: str) -> list[tuple[str, str]]:
 
 
 def closed_sides(answer: str) -> list[str]:
-    """The sides of an equation without variables, such as ``3 + 4 = 7``, without a label before them; else none."""
+    """The sides of an equation without variables, such as ``3 + 4 = 7``, without a label before them; else empty."""
     if len(answer) > LONGEST:
         return []
     plain = _APPROXIMATELY.sub("=", _TIMES.sub(r" \\times ", _plain(answer)))

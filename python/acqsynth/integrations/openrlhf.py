@@ -58,7 +58,7 @@ def reward_func(queries: Sequence[str], prompts: Sequence[str], labels: Sequence
 
 
 def response_of(query: str, prompt: str) -> str | None:
-    """The text after the prompt; None if the query does not contain the prompt, or one of them is no text.
+    """The text after the prompt; None if the query does not contain the prompt, or one of them is not a string.
 
     The query is decoded from tokens, so it may start with special tokens and differ in white space.
     """

@@ -139,7 +139,7 @@ def _answered(sample: Sample) -> tuple[str, str, str]:
 
 
 def _extra(sample: Sample) -> str:
-    """A domain may compare answers by what else a sample holds, such as the tests of a program."""
+    """The sample's ``extra`` as text: a domain may compare answers by it, such as by the tests of a program."""
     return json.dumps(sample.extra, sort_keys=True, default=str)
 
 

@@ -276,7 +276,7 @@ class Guard:
         return {"failures": self.failures, "worked": sorted(self._worked), "failed": dict(self._failed)}
 
     def load_state_dict(self, state: Mapping[str, Any], parts: Iterable[str]) -> None:
-        """Restores a state; in one that does not tell, all ``parts`` have worked."""
+        """Restores a state. If it does not record which parts have worked, all ``parts`` count as having worked."""
         self.failures = state["failures"]
         self._worked = set(state.get("worked", parts))
         self._failed = Counter(state.get("failed", {}))
@@ -326,8 +326,8 @@ class Guard:
         if needed and part not in self._worked:
             self._failed[part] += tried
             if self._failed[part] >= _TRIES:
-                told = f"{self.name}: {part!r} failed on each of the {self._failed[part]} samples tried"
-                raise BrokenPartError(f"{told}: {type(cause).__name__}: {cause}") from cause
+                summary = f"{self.name}: {part!r} failed on each of the {self._failed[part]} samples tried"
+                raise BrokenPartError(f"{summary}: {type(cause).__name__}: {cause}") from cause
         return found
 
 

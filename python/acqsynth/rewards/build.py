@@ -226,5 +226,5 @@ def _named(key: str, make: Callable[..., Any], /, *arguments: Any, **options: An
     try:
         return make(*arguments, **options)
     except (TypeError, ValueError) as error:
-        told = str(error).partition("__init__() ")[2] or str(error)
-        raise type(error)(f"{key}: {told}") from error
+        message = str(error).partition("__init__() ")[2] or str(error)
+        raise type(error)(f"{key}: {message}") from error

@@ -139,19 +139,19 @@ class NoLeak:
         if "how many" not in asked.casefold():
             asked = _PLACES.sub(" ", asked)
         options = list(_OPTION.finditer(asked))
-        told = words(normal_form(_OPTION.sub(" ", asked) if len(options) > 1 else asked))
+        stem = words(normal_form(_OPTION.sub(" ", asked) if len(options) > 1 else asked))
         # "The answer is:" before a list states none of its options, but "The answer is B." before or after it does.
         for option, later in reversed(list(itertools.pairwise(options))):
             if ord(_mark(later)) == ord(_mark(option)) + 1:
                 asked = f"{asked[: option.start()]}\n|\n{asked[option.start() :]}"
         question = words(normal_form(asked))
         reasoning = words(normal_form(sample.reasoning))
-        if len(reasoning) >= _LONG_REASONING and _holds(told, reasoning):
+        if len(reasoning) >= _LONG_REASONING and _holds(stem, reasoning):
             return True
 
         def leaks(answer: str) -> bool:
             part = words(normal_form(answer))
-            return bool(part) and (_holds(told, part) if len(part) >= _LONG_ANSWER else _stated(question, part))
+            return bool(part) and (_holds(stem, part) if len(part) >= _LONG_ANSWER else _stated(question, part))
 
         answers = {sample.answer, self.domain.canonical(sample.answer)}
         if any(map(leaks, answers)):
@@ -197,8 +197,8 @@ class New:
 
 
 class NotInEvaluation:
-    """Rejects questions with 13 words in a row of an evaluation question, or with a whole shorter one:
-    :class:`Contamination`."""
+    """Rejects questions that share 13 words in a row with an evaluation question, or contain a whole shorter one (see
+    :class:`Contamination`)."""
 
     name = "not_in_evaluation"
 

@@ -143,7 +143,7 @@ class ComposedReward(TrlReward):
         weights: Mapping[str, float] | None = None,
         **options: Any,
     ) -> ComposedReward:
-        """The signals of ``DEFAULT_WEIGHTS`` behind the default gates.
+        """The default gates, then the signals of ``DEFAULT_WEIGHTS``.
 
         Args:
             student: as :class:`acqsynth.rewards.scoring.Scorer`, but not sharded across ranks, which the linear form of

@@ -52,7 +52,7 @@ _OPPOSITES = (
 )
 _OPPOSED = frozenset(frozenset(_ENDING.sub("", word) for word in pair.split()) for pair in _OPPOSITES.split(", "))
 _NEGATED = re.compile(r"^(?:contra|non|un|in|im|ir)(?=\w{4})|(?<=^hyp)(?:er|o)")
-_CHANGE = 25  # texts of at least so many words for each changed one are copies
+_CHANGE = 25  # texts with fewer words than this for each changed one are not copies
 _PUNCTUATION = re.compile(r"(?<!\d)[.,]|[.,](?!\d)|[;:!?'\"]")
 
 K = TypeVar("K", bound=Hashable)
@@ -206,7 +206,7 @@ def _opposed(word: str, other: str) -> bool:
 
 
 def _unlike(words: Sequence[str], others: Sequence[str]) -> int:
-    """How many content words are unlike the others: no misspelling of one."""
+    """How many content words are neither among the others nor a misspelling of one."""
     return sum(not difflib.get_close_matches(word, set(others), 1, 0.8) for word in set(words) - _FUNCTION_WORDS)
 
 
@@ -214,11 +214,11 @@ class NearCopies:
     """A bounded set of texts that finds near copies of a new text.
 
     Two texts are near copies if the Jaccard index of their shingles, runs of ``n`` characters of the normal form
-    without spaces and signs between words, is at least ``threshold``. Another question has other numbers in place of
-    some, compared by value, other content words in place of more than one word in 25, an opposite (``left`` for
-    ``right``), another operator, or a negation more or less. Numbers and words that are added, left out, moved, split,
-    misspelt, inflected or spelt out make none. ``text in copies`` tests whether a text with the same normal form is
-    stored.
+    without spaces and signs between words, is at least ``threshold``, unless they ask different questions. They do if
+    numbers (compared by value) or an operator are replaced, a word is replaced by its opposite (``left`` by ``right``),
+    more than one word in 25 is replaced by another content word, or a negation is added or left out. Numbers and words
+    that are merely added, left out, moved, split, misspelt, inflected or spelt out do not. ``text in copies`` tests
+    whether a text with the same normal form is stored.
 
     Args:
         threshold: in (0, 1].
@@ -312,8 +312,8 @@ class NearCopies:
         return [self._texts[i].text for i in self._order]
 
     def _alike(self, new: _Held) -> set[int]:
-        """The texts with all numbers of ``new``, which has some, those with no others, and those without numbers; all
-        others differ from it."""
+        """The texts that may be copies of ``new``, which has numbers: those with all of its numbers, those with no
+        others, and those without numbers."""
         more = set.intersection(*(self._with_number.get(number, set()) for number in new.numbers))
         fewer = {i for number in new.values for i in self._by_number.get(number, ())}
         fewer = {i for i in fewer if self._texts[i].distinct <= new.values}
@@ -349,11 +349,12 @@ def _leave(index: dict[K, set[int]], keys: Iterable[K], i: int) -> None:
 
 
 class Contamination:
-    """Tests whether a text contains a run of ``n`` words of an evaluation set, or a shorter text of it.
+    """Tests whether a text contains a run of ``n`` words of an evaluation text, or a whole shorter evaluation text.
 
     A run of ``5 n`` letters that begins with a word counts too, whatever separates the words, as does a whole text.
-    A text of fewer than ``LEAST`` words must be the whole text; a longer one counts if it ends with a sentence of the
-    text, which adds no number in digits or words: "the sum of 3 and 4" is not found in "the sum of 3 and 4 squared".
+    An evaluation text of fewer than ``LEAST`` words must be the whole of the tested text. A longer one must end where
+    a sentence of the tested text ends, and that text must have no other numbers, in digits or words: "the sum of 3 and
+    4" is not found in "the sum of 3 and 4 squared".
     Words are those of the normal form, without punctuation and without "now", "then", "please" or "thanks" at the end
     of a sentence. Runs that occur in more than ``common`` of the texts are stock phrases and do not count.
 

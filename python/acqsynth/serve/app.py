@@ -135,7 +135,8 @@ class Service:
         return loaded, values, [row.n_scored for row in rows], errors
 
     def _admit(self, tokens: int) -> None:
-        """
+        """Checks that the queue accepts a request of this size.
+
         Raises:
             ServiceError: ``too_large``, more tokens than the queue holds; ``busy``, the queue is full; ``stopping``.
         """

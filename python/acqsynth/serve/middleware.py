@@ -1,4 +1,4 @@
-"""What stands between a request and its route: tokens, limits on bodies and concurrency, deadlines, errors, metrics."""
+"""Middleware between a request and its route: tokens, limits on bodies and concurrency, deadlines, errors, metrics."""
 
 from __future__ import annotations
 
@@ -86,7 +86,8 @@ class Access:
     admin_token: str | None = field(default=None, repr=False)
 
     def check(self, path: str, headers: Iterable[tuple[bytes, bytes]]) -> None:
-        """
+        """Checks the token of a request.
+
         Args:
             path: decoded path of the request.
             headers: headers of the request, with lower-case names.
@@ -376,7 +377,7 @@ def _refused(error: ValidationError) -> ServiceError:
 
     # The alternatives of a value fail at one place. pydantic marks messages of our own checks.
     first = place(faults[0])
-    told = [fault["msg"].removeprefix("Value error, ") for fault in faults if place(fault) == first]
-    more = f" (and {len(faults) - len(told)} more)" if len(faults) > len(told) else ""
+    expected = [fault["msg"].removeprefix("Value error, ") for fault in faults if place(fault) == first]
+    more = f" (and {len(faults) - len(expected)} more)" if len(faults) > len(expected) else ""
     kind = "too_large" if faults[0]["type"] in ("too_long", "string_too_long") else "invalid_request"
-    return ServiceError(kind, f"{first[:200] or 'body'}: {', or '.join(dict.fromkeys(told))[:1000]}{more}")
+    return ServiceError(kind, f"{first[:200] or 'body'}: {', or '.join(dict.fromkeys(expected))[:1000]}{more}")

@@ -64,9 +64,10 @@ Sample = Annotated[Any, WithJsonSchema(_SAMPLE)]
 
 
 def template_variables(sample: Any) -> None:
-    """
+    """Checks the ``chat_template_kwargs`` of a sample.
+
     Raises:
-        ValueError: ``chat_template_kwargs`` of a sample hold anything but variables of its chat template.
+        ValueError: they hold anything but variables of its chat template.
     """
     given = sample.get("chat_template_kwargs") if isinstance(sample, dict) else None
     if given is None:

@@ -55,11 +55,11 @@ def main(options: argparse.Namespace) -> int:
         0, or 2 if the options are wrong.
     """
     try:
-        service, listener = prepared(options)
+        service, listener = prepare(options)
     except (ValueError, OSError, ModuleNotFoundError, RuntimeError) as error:
         print(f"acqsynth: error: {str(error).strip().splitlines()[0]}", file=sys.stderr)
         return 2
-    print(told(service, listener, options), flush=True)
+    print(banner(service, listener, options), flush=True)
     config = uvicorn.Config(
         create_app(service),
         http=bounded_protocol(service.limits),
@@ -74,7 +74,7 @@ def main(options: argparse.Namespace) -> int:
     return 0
 
 
-def prepared(options: argparse.Namespace) -> tuple[Service, socket.socket]:
+def prepare(options: argparse.Namespace) -> tuple[Service, socket.socket]:
     """Creates the service and its socket from the options; the cheap checks come first.
 
     Raises:
@@ -117,7 +117,7 @@ def prepared(options: argparse.Namespace) -> tuple[Service, socket.socket]:
     return service, listener
 
 
-def told(service: Service, listener: socket.socket, options: argparse.Namespace) -> str:
+def banner(service: Service, listener: socket.socket, options: argparse.Namespace) -> str:
     """The banner, printed before the first request is accepted."""
     host = f"[{options.host}]" if ":" in options.host else options.host
     loaded, limits = service.students.current, service.limits

@@ -238,7 +238,7 @@ def label_questions(
         agreement = [value for sample, value in zip(kept, agreement, strict=True) if id(sample) in passed]
         kept = [sample for sample in kept if id(sample) in passed]
     known = [verdict for verdict in own.verify(kept) if verdict is not None]
-    proven = known if own.proves else []  # of what can only be refuted, the share that is right remains unknown
+    proven = known if own.proves else []  # a domain that only refutes cannot tell which answers are right
     write_rows(context.folder / "samples.parquet", kept, {"agreement": agreement})
     counts = {"asked": len(asked), "labelled": len(kept), "truth_known": len(proven), "right": sum(proven)}
     counts["refuted"] = known.count(False)

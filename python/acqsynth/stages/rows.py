@@ -1,4 +1,4 @@
-"""Rows that exist: collects those of a recipe's sets, draws or ranks real ones to learn; and what scores rows."""
+"""Collects the rows of a recipe's sets, draws or ranks real rows to learn, and builds what scores rows."""
 
 from __future__ import annotations
 
@@ -102,8 +102,8 @@ def collect_rows(
     ``replay`` as parquet, and ``rows.json`` with their sizes. Rows of an evaluation set are left out of the other
     sets, rows of ``seeds`` also of ``reference``.
 
-    ``replay`` gives the share of replay and the most rows beside it, ``per_batch`` the rows of a batch that tests
-    signals: too few rows for them fail here, not after the training.
+    ``replay``: share of replayed rows, and the maximum number of other rows. ``per_batch``: rows of a batch that tests
+    signals. Given so that a set with too few rows for them fails here, not after the training.
     """
     own = find_domain(domain)
 

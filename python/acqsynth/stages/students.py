@@ -42,7 +42,7 @@ def fit_student(
     ranked: bool = False,
 ) -> None:
     """Fits the student on n of the samples, the first n if they are ``ranked``, else drawn at random; writes ``model/``
-    and ``counts.json``, with the number really learnt."""
+    and ``counts.json``, with the number actually learnt."""
     from acqsynth import train
     from acqsynth.callbacks import Progress
 
