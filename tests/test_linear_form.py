@@ -490,7 +490,9 @@ def test_bad_arguments(options, error, message, tiny_model):
 
 
 def test_linear_layers_with_a_forward_of_their_own_are_named(small_model):
-    with pytest.raises(ValueError, match=r"layers: expected linear layers .* found only FalconLinear with a forward"):
+    with pytest.raises(
+        ValueError, match=r"layers: expected linear layers .* found only FalconLinear with a custom forward"
+    ):
         _score(small_model("falcon"), _samples(8), posterior="isotropic")
 
 
