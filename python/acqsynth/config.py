@@ -7,13 +7,14 @@ that names the key.
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin
 
 from acqsynth.recipes import recipes
 
@@ -44,13 +45,23 @@ def _folder(path: str) -> str:
     raise ValueError(f"expected the path of a folder, got {path!r}")
 
 
+def _plain(options: dict[str, Any]) -> dict[str, Any]:
+    try:
+        json.dumps(options, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"expected text, finite numbers, true or false, lists and sections: {error}") from None
+    return options
+
+
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, le=10**9)]  # NumPy seeds have 32 bits, and rounds count up from here
 Temperature = Annotated[float, Field(ge=0)]
 Folder = Annotated[str, Field(min_length=1), AfterValidator(_folder)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 #: A key without a value, such as ``entropy:``, reads as null in YAML.
-Options = Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)]
+Options = Annotated[
+    dict[str, Any], BeforeValidator(lambda value: {} if value is None else value), AfterValidator(_plain)
+]
 Different = AfterValidator(_different)
 
 
@@ -365,7 +376,12 @@ def documented(section: type[Section] = Config, prefix: str = "") -> Iterator[tu
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML loader that reads 1e-6 as a number and rejects repeated and non-text keys."""
+    """Safe YAML loader that reads words and numbers by YAML 1.2 and rejects repeated and non-text keys.
+
+    YAML 1.1 reads ``no`` as false, ``010`` as 8, ``1:30`` as 90, 1e-6 as text and 2026-01-01 as a date.
+    """
+
+    yaml_implicit_resolvers: ClassVar[dict[str, list[Any]]] = {}
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
@@ -382,10 +398,15 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-# YAML 1.1 requires a point and a signed exponent in a float, so it reads 1e-6 as text.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+for _tag, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?(?:0|[1-9][0-9_]*)|0x[0-9a-fA-F]+", "-+0123456789"),
+    ("float", r"[-+]?(?:[0-9]+\.[0-9]*|\.?[0-9]+(?=[eE])|\.[0-9]+)(?:[eE][-+]?[0-9]+)?", "-+.0123456789"),
+    ("float", r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)", "-+."),
+    ("merge", "<<", "<"),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})$"), list(_first))
 
 
 def _read(recipe: str | Path) -> tuple[str, str]:

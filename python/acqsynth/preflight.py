@@ -148,8 +148,8 @@ def on_this_machine(config: Config) -> None:
         if uses and importlib.util.find_spec("vllm") is None:
             raise ConfigError(f'{key}: vllm is not installed: run pip install "acqcore[vllm]"')
     trainers = _trainers(config)
-    for key, (trainer, _) in trainers.items():
-        _checked(f"{key}.options", require, trainer)
+    for key, (trainer, lora) in trainers.items():
+        _checked(f"{key}.options", require, trainer, lora)
     device = engine.options.get("device")
     _checked("engine.options", acqcore.check_request, "entropy", device=None if device is None else str(device))
     _checked("domain", find_domain(config.domain).require)
@@ -160,9 +160,11 @@ def on_this_machine(config: Config) -> None:
     student = config.student
     learners = {"generator": [config.generator.model], "student": [student.model, *student.others.values()]}
     for key, (trainer, lora) in trainers.items():
-        for name in learners.get(key, [student.model]):
-            if not name.startswith("world:"):  # these are made in the run
-                _checked(f"{key}.options", check_model, trainer, lora, name)
+        read = [name for name in learners.get(key, [student.model]) if not name.startswith("world:")]  # made in the run
+        lacking = [_checked(f"{key}.options", check_model, trainer, lora, name) for name in read]
+        inherited = key == "evaluation.validity" and lora == trainers["student"][1]  # also for student.others
+        for option, module in sorted(set.intersection(*lacking)) if lacking and not inherited else ():
+            raise ConfigError(f"{key}.options.lora: {option}: {' and '.join(read)} has no {module!r}")
     for key, source in _sources(config):
         _checked(key, _first_row, _domain_of(config, source), source)
     folder = Path(config.output).absolute()

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import difflib
 import importlib.util
+import io
 import math
 import os
 import re
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
+from datasets import Dataset
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, get_scheduler
@@ -115,6 +119,12 @@ def _check_late(config: Any) -> None:
         "gradient_checkpointing_kwargs": lambda: checkpoint(
             torch.nn.Identity(), zero, **{"use_reentrant": False, **(config.gradient_checkpointing_kwargs or {})}
         ),
+        "torch_compile_backend, torch_compile_mode": lambda: (
+            config.torch_compile
+            and torch.compile(
+                torch.nn.Identity(), backend=config.torch_compile_backend, mode=config.torch_compile_mode
+            )
+        ),
         "dataloader_persistent_workers": lambda: DataLoader(
             TensorDataset(zero),
             num_workers=config.dataloader_num_workers,
@@ -124,7 +134,7 @@ def _check_late(config: Any) -> None:
     for names, make in checks.items():
         try:
             make()
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"options: {names}: {error}") from error
     dtype, known = (config.model_init_kwargs or {}).get("dtype"), ("auto", "float32", "float16", "bfloat16")
     if not (dtype is None or isinstance(dtype, torch.dtype) or dtype in known):
@@ -133,9 +143,10 @@ def _check_late(config: Any) -> None:
         raise ValueError("options: padding_free: expected packing with it, as rows would not be cut to max_length")
 
 
-def require(config: Any) -> None:
+def require(config: Any, lora: Any) -> None:
     """Raises ImportError, RuntimeError or ValueError if a tracker, kernel or optimizer is not installed or lacks
-    options; FileNotFoundError if there is no such chat template."""
+    options, or the trainer rejects options that do not go together; FileNotFoundError if there is no such chat
+    template."""
     for tracker in get_reporting_integration_callbacks(config.report_to):
         tracker()
     if config.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
@@ -145,19 +156,56 @@ def require(config: Any) -> None:
         raise FileNotFoundError(f"chat_template_path: {template}: no such file")
     if config.optim_target_modules is None:  # otherwise it looks for modules of the model
         Trainer.get_optimizer_cls_and_kwargs(config, torch.nn.Linear(1, 1))
+    _construct(config, lora)
 
 
-def check_model(config: Any, lora: Any, model: str) -> None:
+def _construct(config: Any, lora: Any) -> None:
+    """Constructs the trainer with a tiny model and one row, which makes most of its checks."""
+    from peft import LoraConfig
+    from trl import DPOTrainer, GRPOTrainer, SFTTrainer
+
+    from acqsynth import world
+
+    user, assistant = ([{"role": role, "content": "copy 1"}] for role in ("user", "assistant"))
+    row = {"prompt": user}
+    given: dict[str, Any] = {"peft_config": None if lora is None else LoraConfig(target_modules="all-linear")}
+    own = copy.copy(config)
+    own.report_to, own.push_to_hub = [], False
+    for name in _OF_MODEL & vars(own).keys():
+        setattr(own, name, None)
+    if isinstance(config, GRPOConfig):
+        own.use_vllm = False
+        given["reward_funcs"] = [len]
+    elif isinstance(config, DPOConfig):
+        row |= {"chosen": assistant, "rejected": assistant}
+    else:
+        own.assistant_only_loss = False  # needs a chat template that marks the assistant's turns
+        row["completion"] = assistant
+    kind = {SFTConfig: SFTTrainer, GRPOConfig: GRPOTrainer, DPOConfig: DPOTrainer}[type(config)]
+    tokenizer = world.build_tokenizer()
+    tiny = world.Settings(hidden_size=4, layers=1, heads=1, intermediate_size=4)
+    # The trainers show progress of the row's preparation.
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+        own.output_dir = folder
+        tokenizer.save_pretrained(folder)
+        world.untrained(tiny, tokenizer).save_pretrained(folder)
+        kind(model=folder, args=own, train_dataset=Dataset.from_list([row]), **given)
+
+
+def check_model(config: Any, lora: Any, model: str) -> set[tuple[str, str]]:
     """Checks the options that depend on the model, of which only the configuration and tokenizer are read.
 
+    Returns:
+        LoRA's option and the name for each module that it names and the model lacks.
+
     Raises:
-        OSError, ValueError: these cannot be loaded, the model has no such module or its tokenizer no such token.
+        OSError, ValueError: these cannot be loaded, the model has no module for LoRA or its tokenizer no such token.
         ImportError: the kernels of its attention are not installed.
     """
     tokens = {name: token for name in ("eos_token", "pad_token") if (token := getattr(config, name, None)) is not None}
     attention = (config.model_init_kwargs or {}).get("attn_implementation")
     if lora is None and attention is None and not tokens:
-        return
+        return set()
     try:
         described = AutoConfig.from_pretrained(resolve(model))
     except OSError as error:
@@ -171,7 +219,7 @@ def check_model(config: Any, lora: Any, model: str) -> None:
     with torch.device("meta"):  # on a CPU, LoRA's weights for many experts would take minutes
         bare = AutoModelForCausalLM.from_config(described, attn_implementation=attention)
         if lora is None:
-            return
+            return set()
         own = copy.deepcopy(lora)  # peft writes the model's modules into it
         own.init_lora_weights = True  # other initialisations need the weights
         modules = [f".{name}" for name, _ in bare.named_modules()]
@@ -182,10 +230,12 @@ def check_model(config: Any, lora: Any, model: str) -> None:
     named = {"modules_to_save": set(lora.modules_to_save or ())}
     if isinstance(lora.target_modules, set):
         named["target_modules"] = lora.target_modules & own.target_modules  # without those of fused experts
-    for option, names in named.items():
-        for name in sorted(names):
-            if not any(module.endswith(f".{name}") for module in modules):
-                raise ValueError(f"lora: {option}: {model} has no {name!r}")
+    return {
+        (option, name)
+        for option, names in named.items()
+        for name in names
+        if not any(module.endswith(f".{name}") for module in modules)
+    }
 
 
 def check_prompts(config: GRPOConfig, prompts: int) -> None:
@@ -258,6 +308,9 @@ _DESCRIBED = {
     *("vllm_mode", "vllm_importance_sampling_mode"),
 }
 
+#: Fields that only the model or its tokenizer can check.
+_OF_MODEL = {"model_init_kwargs", "eos_token", "pad_token", "chat_template_path"}
+
 #: Fields that no library validates early: type, minimum, maximum, whether the minimum itself is allowed.
 _RANGES: dict[str, tuple[type, float, float, bool]] = {
     name: limits
@@ -265,7 +318,8 @@ _RANGES: dict[str, tuple[type, float, float, bool]] = {
         (int, 1, math.inf, True): "per_device_train_batch_size gradient_accumulation_steps num_generations "
         "num_iterations max_length max_completion_length max_prompt_length r lora_alpha steps_per_generation "
         "precompute_ref_batch_size ref_model_sync_steps pad_to_multiple_of",
-        (int, 0, math.inf, True): "top_k seed data_seed dataloader_num_workers dataset_num_proc",
+        (int, 0, math.inf, True): "top_k dataloader_num_workers dataset_num_proc",
+        (int, 0, 2**32 - 1, True): "seed data_seed",  # of NumPy
         (float, 0, math.inf, False): "num_train_epochs temperature repetition_penalty",
         (float, 0, math.inf, True): "learning_rate weight_decay max_grad_norm beta epsilon epsilon_high delta "
         "adam_epsilon warmup_steps neftune_noise_alpha",
@@ -283,5 +337,5 @@ def _check_range(name: str, value: Any, kind: type, least: float, most: float, c
         raise ValueError(f"{name}: expected {word}, got {value!r}")
     if not (least <= value if closed else least < value) or value > most:
         low = f"{'at least' if closed else 'above'} {least:g}"
-        high = "" if most == math.inf else f" and at most {most:g}"
+        high = "" if most == math.inf else f" and at most {most}"
         raise ValueError(f"{name}: expected {word} {low}{high}, got {value}")

@@ -65,9 +65,28 @@ def test_exponents_are_numbers(recipe, number):
     assert value == float(number)
 
 
-@pytest.mark.parametrize("text", ["e-6", "1e", "v1e-6", "1e-6x"])
-def test_what_only_looks_like_an_exponent_is_text(recipe, text):
+@pytest.mark.parametrize(
+    "text", ["e-6", "1e", "v1e-6", "1e-6x", "no", "on", "Yes", "y", "1:30", "010", "0o17", "2026-01-01", "=", "1.2.3"]
+)
+def test_text_is_read_as_it_is_written(recipe, text):
+    """YAML 1.1 reads some of these as a boolean, 90, 8 or a date."""
     assert recipes.load(recipe, [f"student.options.x={text}"]).student.options["x"] == text
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("0x10", 16), ("1_000", 1000), ("-0", 0), ("+7", 7), (".5", 0.5), ("5.", 5.0), ("007.5", 7.5), ("True", True)]
+    + [("~", None), ("", None), ("Null", None), (".5e1", 5.0), ("-1.5E-1", -0.15)],
+)
+def test_words_and_numbers_of_yaml(recipe, text, value):
+    read = recipes.load(recipe, [f"student.options.x={text}"]).student.options["x"]
+    assert (read, type(read)) == (value, type(value))
+
+
+def test_words_may_be_names(recipe):
+    config = recipes.load(recipe, ["output=2026-01-01", "student.others={no: on}", "data.seeds.columns={question: y}"])
+    assert (config.output, config.student.others) == ("2026-01-01", {"no": "on"})
+    assert config.data.seeds.columns == {"question": "y"}
 
 
 @pytest.mark.parametrize(
@@ -124,6 +143,10 @@ def test_what_only_looks_like_an_exponent_is_text(recipe, text):
         ("evaluation.others.more={}", "evaluation.others.more.source: missing; hub id"),
         ("evaluation.others.a/b.source=x", "evaluation.others.a/b: expected a name of letters"),
         ("output=''", "output: expected a name or path, got ''"),
+        ("generator.prompts=010", "generator.prompts: expected an integer, got '010'"),
+        ("generator.turns=yes", "generator.turns: expected true or false, got 'yes'"),
+        ("generator.options={a: [1, .inf]}", "generator.options: expected text, finite numbers, true or false, lists"),
+        ("reward.signals={entropy: {x: .nan}}", "reward.signals.entropy: expected text, finite numbers, true or"),
         ("data.seeds.source=''", "data.seeds.source: expected a name or path, got ''"),
         ("prompts", "'prompts': expected dotted.key=value"),
         ("a..b=1", "'a..b=1': expected dotted.key=value"),

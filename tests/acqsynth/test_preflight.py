@@ -11,7 +11,7 @@ import torch
 from transformers import GPT2Config, OPTConfig, Qwen3MoeConfig, trainer_optimizer
 from transformers.integrations import integration_utils
 
-from acqsynth import models, preflight
+from acqsynth import models, preflight, train_options
 from acqsynth.config import ConfigError, load, recipes
 from acqsynth.domains import sandbox
 from acqsynth.pipeline import plan
@@ -80,6 +80,9 @@ REFUSED = {
     "generator.options.dataloader_persistent_workers=true": "persistent_workers option needs num_workers > 0",
     "student.options.pad_to_multiple_of=0": "pad_to_multiple_of: expected an integer at least 1, got 0",
     "student.options.model_init_kwargs={dtype: fp16}": "model_init_kwargs.dtype: expected one of auto, float32",
+    "student.options.torch_compile_backend=foo": "torch_compile_backend, torch_compile_mode: Invalid backend: 'foo'",
+    "student.options.torch_compile_mode=foo": "torch_compile_backend, torch_compile_mode: Unrecognized mode=foo",
+    "evaluation.validity.options.data_seed=4294967296": "data_seed: expected an integer at least 0 and at most 4294967",
     "student.options.padding_free=true": "student.options: padding_free: expected packing with it, as rows would",
     "student.options={lr_scheduler_type: polynomial, lr_scheduler_kwargs: {lr_end: 1}}": "lr_scheduler_kwargs: lr_end",
     "student.options.optim=foo": "student.options: foo is not a valid OptimizerNames, please select one of",
@@ -315,8 +318,8 @@ def test_an_optimizer_that_cannot_be_made_is_said_before_a_run(options, monkeypa
         ("student", "{eos_token: <|im_end|>}", "eos_token: expected a token of {path}, got '<|im_end|>'"),
         ("evaluation.validity", "{pad_token: '[PAD]'}", "pad_token: expected a token of {path}, got '[PAD]'"),
         ("student", "{lora: {target_modules: [c_attn]}}", "lora: Target modules {'c_attn'} not found in the"),
-        ("generator", "{lora: {target_modules: [q_proj, v_prj]}}", "lora: target_modules: {path} has no 'v_prj'"),
-        ("student", "{lora: {modules_to_save: [lm_head, norms]}}", "lora: modules_to_save: {path} has no 'norms'"),
+        ("generator", "{lora: {target_modules: [q_proj, v_prj]}}", "options.lora: target_modules: {path} has no 'v_prj'"),
+        ("student", "{lora: {modules_to_save: [lm_head, norms]}}", "options.lora: modules_to_save: {path} has no 'norms'"),
         ("student", "{lora: {layers_to_transform: [2], target_modules: [q_proj]}}", "Target modules {'q_proj'} not"),
         ("student", "{lora: {target_modules: '(q_proj'}}", "lora: missing ), unterminated subpattern"),
         ("student", "{model_init_kwargs: {attn_implementation: flash_attention_9}}", "attn_implementation"),
@@ -355,12 +358,47 @@ def test_options_fit_each_student(other, modules, student_path, tmp_path):
         preflight.on_this_machine(load("arithmetic", [*students, "student.options.lora={target_modules: [k_prj]}"]))
 
 
+def test_modules_may_be_those_of_one_student_each(student_path, tmp_path):
+    GPT2Config(n_layer=1).save_pretrained(tmp_path / "other")
+    students = [f"student.model={student_path}", f"student.others={{other: {tmp_path}/other}}"]
+    preflight.on_this_machine(
+        load("arithmetic", [*students, "student.options.lora={target_modules: [q_proj, c_attn]}"])
+    )
+    with pytest.raises(ConfigError, match=r"lora: target_modules: .*student and .*other has no 'k_prj'$"):
+        preflight.on_this_machine(
+            load("arithmetic", [*students, "student.options.lora={target_modules: [q_proj, c_attn, k_prj]}"])
+        )
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("dpo", {"sync_ref_model": True, "lora": {}}, "You passed `sync_ref_model=True` while using a PEFT model"),
+        ("dpo", {"loss_type": "exo_pair"}, "Label smoothing must be greater than 0.0 when using 'exo_pair' loss"),
+        ("dpo", {"loss_type": "aot", "f_divergence_type": "forward_kl"}, "only supported for the following loss types"),
+        ("grpo", {"cache_implementation": "foo"}, "Invalid `cache_implementation` (foo)"),
+        ("grpo", {"generation_kwargs": 5}, "'int' object is not iterable"),
+        ("grpo", {"push_to_hub": True, "model_init_kwargs": {"dtype": "bfloat16"}}, None),
+        ("dpo", {"lora": {"target_modules": ["q_proj"]}, "precompute_ref_log_probs": True}, None),
+    ],
+)
+def test_options_that_the_trainer_rejects_are_refused_before_a_run(method, options, message, capfd):
+    generator = {"model": "world:base", "method": method, "options": options}
+    config = load("arithmetic", [f"generator={json.dumps(generator)}"])
+    if message is None:
+        preflight.on_this_machine(config)
+        assert capfd.readouterr().out == ""
+    else:
+        with pytest.raises(ConfigError, match=rf"^generator\.options: .*{re.escape(message)}"):
+            preflight.on_this_machine(config)
+
+
 def test_a_check_of_lora_allocates_no_weights(student_path, monkeypatch):
     """Those of 128 experts in each layer would take minutes."""
     made = []
     monkeypatch.setattr(torch.nn.init, "kaiming_uniform_", lambda weight, **_: made.append(weight))
-    options = "student.options.lora={target_modules: all-linear}"
-    preflight.on_this_machine(load("arithmetic", [f"student.model={student_path}", options]))
+    trainer = train_options.configuration("sft", {"lora": {"target_modules": "all-linear"}}, "unused")
+    train_options.check_model(*trainer, str(student_path))
     assert {weight.device.type for weight in made if weight.numel() > 1} == {"meta"}
 
 
