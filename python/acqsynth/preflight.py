@@ -49,10 +49,19 @@ def _check_generator(config: Config) -> None:
             "reward.refresh_steps: expected 0, as only generator.method grpo scores while it trains, "
             f"got {config.reward.refresh_steps} with {generator.method}"
         )
-    trainer, _ = _trainers(config).get("generator", (None, None))
+    trainers = {key: trainer for key, (trainer, _) in _trainers(config).items()}
+    rows = {"student": min(config.student.rows), "evaluation.validity": config.evaluation.validity.rows}
+    steps = {key: train_options.optimizer_steps(trainers[key], n) for key, n in rows.items()}
+    if not config.evaluation.validity.batches:
+        del steps["evaluation.validity"]
     if generator.method == "grpo":
+        trainer = trainers["generator"]
         _checked("generator", train_options.check_prompts, trainer, generator.prompts)
-        _check_refreshes(config.reward, trainer, train_options.grpo_steps(trainer, generator.prompts))
+        steps["generator"] = train_options.grpo_steps(trainer, generator.prompts)
+        _check_refreshes(config.reward, trainer, steps["generator"])
+    for key, n in steps.items():
+        if (warmup := trainers[key].warmup_steps) >= n:
+            raise ConfigError(f"{key}.options: warmup_steps: expected fewer than all {n} steps, got {warmup}")
     if len(generator.options.get("reward_weights") or [1]) != 1:
         raise ConfigError("generator.options: reward_weights: expected one weight, that of the composed reward")
     if generator.method in ("best_of_n", "dpo") or "best_of_n" in config.baselines:

@@ -31,13 +31,14 @@ from acqsynth.callbacks import (
     newest_checkpoint,
 )
 from acqsynth.domains import Domain, Messages, Sample
-from acqsynth.engines import Engine, Sampling
-from acqsynth.train_options import check_prompts, configuration as configuration
+from acqsynth.engines import Engine, Sampling, encode, eos_ids
+from acqsynth.models import load_tokenizer
+from acqsynth.train_options import check_prompts, configuration as configuration, grpo_steps, optimizer_steps
 from acqsynth.write import Candidate, Scorer, candidates
 
 logger = logging.getLogger(__name__)
 
-ROWS = "rows.json"  #: of a student: the numbers of samples learnt, dropped as too long, and cut
+ROWS = "rows.json"  #: of a student: the samples learnt, dropped as too long and cut; whether no end is learnt
 PAIRS = "pairs.json"  #: of a generator trained by DPO: the numbers of pairs and of candidates without a score
 
 Row = dict[str, Messages]  #: ``{"prompt", "completion"}``
@@ -85,10 +86,7 @@ def sft(
         raise ValueError("samples: expected at least one")
     output = Path(output)
     config, lora = configuration("sft", options or {}, output)
-    positions = getattr(AutoConfig.from_pretrained(student).get_text_config(), "max_position_embeddings", None)
-    if positions and (config.max_length is None or config.max_length > positions):
-        logger.warning("max_length is %d instead of %s, the student's positions", positions, config.max_length)
-        config.max_length = positions
+    _keep_within(student, config, "max_length")
     rows = training_rows(domain, samples)
     if replay:
         rows += sample_replay(replay, replay_share, rows, config.seed)
@@ -101,13 +99,30 @@ def sft(
         callbacks=list(callbacks),
     )
     learnt = _learnt(trainer.train_dataset, rows[: len(samples)], trainer.processing_class, config)
-    _run(trainer, output)
+    ends = eos_ids(trainer.processing_class, trainer.model.generation_config)
+    learnt["endless"] = not set(ends) & set(_answer_tokens(trainer.processing_class, rows[0]))
+    if learnt["endless"]:
+        logger.warning("the chat template closes answers with no token at which the student stops: it learns no end")
+    _run(trainer, output, optimizer_steps(config, len(trainer.train_dataset)))
     if trainer.is_world_process_zero():
         write_json(output / ROWS, learnt)
     return output
 
 
-def _learnt(prepared: Any, rows: Sequence[Row], tokenizer: Any, config: Any) -> dict[str, int | None]:
+def _keep_within(model: str, config: Any, name: str, taken: int = 0) -> None:
+    """Lowers a maximum of tokens to the model's positions beyond those taken."""
+    positions = getattr(AutoConfig.from_pretrained(model).get_text_config(), "max_position_embeddings", None)
+    if not positions:
+        return
+    if taken >= positions:
+        raise ValueError(f"prompts: expected fewer than {positions} tokens, the model's positions, got {taken}")
+    given, most = getattr(config, name), positions - taken
+    if given is None or given > most:
+        logger.warning("%s is %d instead of %s: %d positions, %d of them taken", name, most, given, positions, taken)
+        setattr(config, name, most)
+
+
+def _learnt(prepared: Any, rows: Sequence[Row], tokenizer: Any, config: Any) -> dict[str, Any]:
     """The numbers of the samples' rows that TRL kept, dropped or may have cut."""
     most = config.max_length
     if "own" in prepared.column_names:
@@ -124,6 +139,12 @@ def _learnt(prepared: Any, rows: Sequence[Row], tokenizer: Any, config: Any) -> 
         raise ValueError(f"samples: expected a prompt that leaves room in max_length = {most} tokens")
     cut = sum(length == most for length in lengths)
     return {"learnt": len(lengths), "dropped": len(rows) - len(lengths), "cut": cut, "max_length": most}
+
+
+def _answer_tokens(tokenizer: Any, row: Row) -> list[int]:
+    """The tokens of the completion, with those that the chat template closes it with."""
+    prompt = _tokens(tokenizer, row["prompt"], add_generation_prompt=True)
+    return _tokens(tokenizer, [*row["prompt"], *row["completion"]])[len(prompt) :]
 
 
 def _tokens(tokenizer: Any, messages: Messages, **options: Any) -> list[int]:
@@ -176,11 +197,14 @@ def grpo(
         refresh: refreshes the student behind the reward.
 
     Raises:
-        ValueError: fewer prompts than a generation takes, or as :func:`configuration`.
+        ValueError: fewer prompts than a generation takes, one that leaves no room in the generator's positions, or as
+            :func:`configuration`.
     """
     output = Path(output)
     config, lora = configuration("grpo", options or {}, output)
     check_prompts(config, len(prompts))
+    encoded = encode(load_tokenizer(generator), prompts)
+    _keep_within(generator, config, "max_completion_length", max(map(len, encoded)))
     rewards = list(reward) if isinstance(reward, Sequence) else [reward]
     clock = StepClock()
     trainer = GRPOTrainer(
@@ -195,7 +219,7 @@ def grpo(
     # These run first, so that trackers see the entries they add to the log.
     trainer.callback_handler.callbacks[:0] = [clock, *([refresh] if refresh is not None else [])]
     # Refreshed first, as a new student may reset the state of a reward.
-    _run(trainer, output, [refresh, *rewards])
+    _run(trainer, output, grpo_steps(config, len(prompts)), [refresh, *rewards])
     return output
 
 
@@ -223,10 +247,11 @@ def dpo(
         engine: creates an engine for the generator.
 
     Raises:
-        ValueError: no pair was found, or as :func:`configuration`.
+        ValueError: no pair was found or fits in ``max_length``, or as :func:`configuration`.
     """
     output = Path(output)
     config, lora = configuration("dpo", options or {}, output)
+    _keep_within(generator, config, "max_length")
     table = output / "pairs.parquet"
     if not (output / PAIRS).is_file():
         groups = candidates(engine(), prompts, reward, sampling)
@@ -249,7 +274,11 @@ def dpo(
         peft_config=lora,
         callbacks=list(callbacks),
     )
-    _run(trainer, output)
+    if not (kept := len(trainer.train_dataset)):
+        raise ValueError(f"prompts: expected one that leaves room in max_length = {config.max_length} tokens")
+    if kept < len(data):
+        logger.warning("%d of %d pairs are not learnt: their prompts fill max_length", len(data) - kept, len(data))
+    _run(trainer, output, optimizer_steps(config, kept))
     return output
 
 
@@ -293,8 +322,11 @@ def read_log(output: Path) -> list[dict[str, Any]]:
     ]
 
 
-def _run(trainer: Any, output: Path, rewards: Sequence[Any] = ()) -> None:
+def _run(trainer: Any, output: Path, steps: int, rewards: Sequence[Any] = ()) -> None:
     """Trains from the last complete checkpoint, if any, and saves the model in ``output``."""
+    if trainer.args.get_warmup_steps(steps) >= steps:  # the first step's learning rate is 0
+        logger.warning("warmup_steps is 0 instead of %s, which takes all %d steps", trainer.args.warmup_steps, steps)
+        trainer.args.warmup_steps = 0
     states = RewardStates(rewards)
     trainer.add_callback(states)
     trainer.remove_callback(PrinterCallback)  # with disable_tqdm it prints every step

@@ -121,9 +121,7 @@ def _check_late(config: Any) -> None:
         ),
         "torch_compile_backend, torch_compile_mode": lambda: (
             config.torch_compile
-            and torch.compile(
-                torch.nn.Identity(), backend=config.torch_compile_backend, mode=config.torch_compile_mode
-            )
+            and torch.compile(torch.nn.Identity(), backend=config.torch_compile_backend, mode=config.torch_compile_mode)
         ),
         "dataloader_persistent_workers": lambda: DataLoader(
             TensorDataset(zero),
@@ -247,12 +245,16 @@ def check_prompts(config: GRPOConfig, prompts: int) -> None:
 
 def grpo_steps(config: GRPOConfig, prompts: int) -> int:
     """The optimizer steps of a run over the prompts."""
+    generated = config.generation_batch_size or 1
+    return optimizer_steps(config, prompts * config.num_generations // generated * generated * config.num_iterations)
+
+
+def optimizer_steps(config: Any, rows: int) -> int:
+    """The optimizer steps of a run over the rows."""
     if config.max_steps > 0:
         return int(config.max_steps)
-    generated = config.generation_batch_size or 1
-    completions = prompts * config.num_generations // generated * generated * config.num_iterations
     per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
-    return math.ceil(config.num_train_epochs * max(1, -(-completions // per_step)))
+    return math.ceil(config.num_train_epochs * max(1, -(-rows // per_step)))
 
 
 def _build(kind: type[T], options: Mapping[str, Any], table: str) -> T:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import fake_run
 from fake_run import plan_of, run
 
 from acqsynth.artefacts import read_json, read_table
@@ -119,6 +120,16 @@ def test_completions_without_a_score_are_noted(fakes, recipe, monkeypatch):
     metrics = read_json(store.output / "06-report/report/metrics.json")
     said = [each["text"] for each in metrics["verdict"] if each["kind"] == "note"]
     assert said == ["grpo: 8.3 % of the completions could not be scored and counted for nothing."]  # 1 of 12
+
+
+def test_repeated_rows_of_an_evaluation_set_are_noted(fakes, recipe, monkeypatch):
+    load = fake_run.Sums.load
+    monkeypatch.setattr(fake_run.Sums, "load", lambda *given: load(*given)[:-2] + load(*given)[:2])
+    _, store, _ = run(recipe, "evaluation.validity.batches=0", "generator.method=none", "baselines=[]")
+    metrics = read_json(store.output / "06-report/report/metrics.json")
+    assert {"kind": "note", "text": "2 of the 40 rows of more repeat a question, so its intervals are too narrow."} in (
+        metrics["verdict"]
+    )
 
 
 def test_settings_omit_what_a_recipe_does_not_use(tmp_path):

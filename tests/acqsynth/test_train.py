@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import importlib.util
 import json
 import math
@@ -85,6 +86,7 @@ def test_bfloat16_is_for_cpus_too(tmp_path, method):
     ("method", "options", "message"),
     [
         ("dpo", {"zzz": 1}, "options: DPOConfig has no field 'zzz'$"),
+        ("sft", {"seed": 2**32}, "seed: expected an integer at least 0 and at most 4294967295, got 4294967296"),
         ("sft", {"output_dir": "x"}, "options: output_dir is set by the argument output"),
     ],
 )
@@ -162,7 +164,7 @@ def test_samples_that_do_not_fit_are_counted(sums, student_path, tmp_path, packs
     output = train.sft(str(student_path), sums, rows, tmp_path, options, replay=REPLAY, replay_share=0.5)
     counts = json.loads((output / "rows.json").read_text())
     lost = packs != "wrapped"
-    assert counts == {"learnt": 8 - lost, "dropped": lost, "cut": lost, "max_length": 50}
+    assert counts == {"learnt": 8 - lost, "dropped": lost, "cut": lost, "max_length": 50, "endless": False}
     with pytest.raises(ValueError, match="leaves room in max_length = 50 tokens") if lost else nullcontext():
         train.sft(str(student_path), sums, rows[6:7], tmp_path, options)
 
@@ -174,8 +176,28 @@ def test_a_student_with_few_positions_learns_what_fits(sums, tiny_model, tokeniz
     options = QUICK | {"max_steps": 1, "save_strategy": "no"}
     output = train.sft(str(tmp_path / "student"), sums, rows, tmp_path / "out", options)
     counts = json.loads((output / "rows.json").read_text())
-    assert counts == {"learnt": 4, "dropped": 0, "cut": 1, "max_length": 64}
-    assert "max_length is 64 instead of 2048, the student's positions" in caplog.text
+    assert counts == {"learnt": 4, "dropped": 0, "cut": 1, "max_length": 64, "endless": False}
+    assert "max_length is 64 instead of 2048: 64 positions, 0 of them taken" in caplog.text
+
+
+def test_an_answer_without_an_end_is_told(sums, model, tokenizer, tmp_path, caplog):
+    model.save_pretrained(tmp_path / "student")
+    spoken = copy.deepcopy(tokenizer)
+    spoken.chat_template = tokenizer.chat_template.replace("</s>", "\n")
+    spoken.save_pretrained(tmp_path / "student")
+    options = QUICK | {"max_steps": 1, "save_strategy": "no"}
+    output = train.sft(str(tmp_path / "student"), sums, SAMPLES[:2], tmp_path / "out", options)
+    assert json.loads((output / "rows.json").read_text())["endless"] is True
+    assert "closes answers with no token at which the student stops" in caplog.text
+
+
+@pytest.mark.parametrize("warmup", [0.05, 7])
+def test_a_warm_up_never_takes_all_steps(sums, student_path, tmp_path, caplog, warmup):
+    """The learning rate of a warm-up's first step is 0."""
+    options = QUICK | {"max_steps": 1, "save_strategy": "no", "warmup_steps": warmup, "learning_rate": 1e-2}
+    output = train.sft(str(student_path), sums, SAMPLES[:2], tmp_path / "out", options)
+    assert read_log(output)[0]["learning_rate"] == 1e-2
+    assert f"warmup_steps is 0 instead of {warmup}, which takes all 1 steps" in caplog.text
 
 
 def test_the_loss_is_that_of_the_completion(sums, student_path, tmp_path):
@@ -214,6 +236,19 @@ def test_wrong_arguments(sums, student_path, answer_reward, tmp_path):
         train.sft(str(student_path), sums, [], tmp_path)
     with pytest.raises(ValueError, match="prompts: expected at least 10, as many as a generation takes, got 8"):
         train.grpo(str(student_path), ASK, answer_reward, tmp_path, GRPO | {"per_device_train_batch_size": 20})
+
+
+def test_completions_stay_within_the_positions(model, tokenizer, answer_reward, tmp_path):
+    model.config.max_position_embeddings = 40
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    arguments = (answer_reward, tmp_path / "out", SHORT | {"max_steps": 1, "save_strategy": "no"})
+    taken = len(train.encode(tokenizer, ASK[:1])[0])
+    long = [[{"role": "user", "content": "x" * (8 + 40 - taken - 3)}]]
+    output = train.grpo(str(tmp_path / "model"), long, *arguments)
+    assert max(row.get("completions/max_length", 0) for row in read_log(output)) == 3
+    with pytest.raises(ValueError, match=r"prompts: expected fewer than 40 tokens, the model's positions, got 40"):
+        train.grpo(str(tmp_path / "model"), [[{"role": "user", "content": "x" * (8 + 40 - taken)}]], *arguments)
 
 
 # --- GRPO -------------------------------------------------------------------------------------------------------------
@@ -434,6 +469,15 @@ def test_a_killed_run_keeps_its_pairs(student_path, engine, answer_reward, tmp_p
     assert len(engine.calls) == 1
     assert json.loads((tmp_path / "out" / train.PAIRS).read_text()) == {"pairs": 4, "masked": 4}
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_pairs_whose_prompts_fill_the_length_are_told(student_path, engine, answer_reward, tmp_path, caplog):
+    asks = [[{"role": "user", "content": "p" * 60 + "1"}], *ASK[:2]]
+    arguments = {"sampling": Sampling(n=3), "engine": lambda: engine}
+    train.dpo(str(student_path), asks, answer_reward, tmp_path / "out", DPO | {"max_length": 60}, **arguments)
+    assert "1 of 3 pairs are not learnt: their prompts fill max_length" in caplog.text
+    with pytest.raises(ValueError, match=r"prompts: expected one that leaves room in max_length = 10 tokens"):
+        train.dpo(str(student_path), ASK, answer_reward, tmp_path / "none", DPO | {"max_length": 10}, **arguments)
 
 
 def test_no_pairs(student_path, scripted, answer_reward, tmp_path):

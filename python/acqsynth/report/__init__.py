@@ -97,6 +97,11 @@ def write_report(
     if constant := metrics.constant_signals(tables):
         said = f"{', '.join(constant)} gave every completion the same value and did not affect the reward."
         found["verdict"].append({"kind": "note", "text": said})
+    for name in sets:
+        asked = read_table(base[metrics.STUDENT] / f"answers-{name}.parquet")["question"]
+        if repeated := len(asked) - len(set(asked)):
+            said = f"{repeated} of the {len(asked)} rows of {name} repeat a question, so its intervals are too narrow."
+            found["verdict"].append({"kind": "note", "text": said})
     bootstrap = {"resamples": recipe["evaluation"]["resamples"], "level": level, "seed": recipe["seed"]}
     found["validity"] = metrics.validity(read_json(validity / "batches.json"), **bootstrap) if validity else None
     context.write("metrics.json", found)

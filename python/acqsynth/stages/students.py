@@ -64,6 +64,11 @@ def fit_student(
             f"of {len(picked)} rows, {learnt['dropped']} are not learnt, as the prompt alone fills max_length = "
             f"{learnt['max_length']} tokens, and {learnt['cut']} fill it and may be cut"
         )
+    if learnt["endless"]:
+        context.say(
+            "the chat template closes answers with no token at which the student stops, so that it learns no end; "
+            "student.options.eos_token may name one"
+        )
     context.write("counts.json", {"wanted": n, "rows": learnt["learnt"]})
 
 

@@ -204,7 +204,7 @@ def sft(student, domain, samples, output, options, **rest):
     reached("fit")
     right = sum(str(truth(sample.question)) == sample.answer for sample in samples)
     keep(output, strength(student) + right // 4 + options["seed"])
-    (output / "rows.json").write_text(json.dumps({"learnt": len(samples), "dropped": 0, "cut": 0}))
+    (output / "rows.json").write_text(json.dumps({"learnt": len(samples), "dropped": 0, "cut": 0, "endless": False}))
     return output
 
 
