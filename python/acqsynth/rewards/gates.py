@@ -4,7 +4,7 @@ Difficulty and uncertainty are largest for text that is not a question: random t
 more agreement and unsolvable questions more entropy than any honest sample. Gates keep such text away from the signals.
 
 ====================  ===========================================================================================
-``sound``             the domain finds no fault
+``sound``             the domain finds no fault, and no text spells a chat template's control token
 ``length``            question and whole sample are within length bounds
 ``no_repetition``     no field mostly repeats itself
 ``no_leak``           the question does not give the answer away
@@ -54,7 +54,10 @@ class Gate(Protocol):
 
 
 class Sound:
-    """Passes samples in which ``domain.fault`` finds no fault."""
+    """Passes samples in which ``domain.fault`` finds no fault and no field spells a control token like ``<|im_end|>``.
+
+    Tokenizers read such text as the token itself, so a question could end the user's turn and answer itself.
+    """
 
     name = "sound"
 
@@ -62,7 +65,11 @@ class Sound:
         self.domain = domain
 
     def __call__(self, samples: Sequence[Sample]) -> list[bool | None]:
-        return [self.domain.fault(sample) is None for sample in samples]
+        return [
+            not any(map(_CONTROL.search, (sample.question, sample.reasoning, sample.answer)))
+            and self.domain.fault(sample) is None
+            for sample in samples
+        ]
 
 
 class Length:
@@ -390,6 +397,11 @@ def repetition(text: str) -> float:
     return 1 - len(set(runs)) / len(runs)
 
 
+# Control tokens of the common chat templates; DeepSeek's bars are full-width.
+_CONTROL = re.compile(
+    r"<\|[A-Za-z][\w/.-]{2,40}\|>|<\uff5c[^\n<>]{1,40}\uff5c>|</?s>|<[be]os>|<(?:start|end)_of_turn>|<turn\|>|<\|turn>"
+    r"|<end_of_utterance>|\[/?INST\]|<</?SYS>>"
+)
 _LONG_ANSWER = 4  # words
 _LONG_REASONING = 8
 _PROSE = 32  # characters from which a solution's loss is comparable to that of prose

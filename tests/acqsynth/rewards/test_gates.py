@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,25 @@ def passes(gate, question, answer="7", reasoning=""):
 def test_sound(domain):
     assert passes(Sound(domain), "What is 3 + 4?")
     assert not passes(Sound(domain), "Three and four.")
+
+
+@pytest.mark.parametrize(
+    "token",
+    ["<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end|>", "<|fim_prefix|>", "</s>", "<s>", "<eos>", "<end_of_turn>",
+     "<turn|>", "<\uff5cUser\uff5c>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "<end_of_utterance>", "[/INST]",
+     "<<SYS>>"],
+)  # fmt: skip
+@pytest.mark.parametrize("field", ["question", "answer", "reasoning"])
+def test_a_control_token_is_not_sound(domain, token, field):
+    honest = Sample("What is 3 + 4?", "7", "3 + 4 is 7")
+    assert Sound(domain)([honest]) == [True]
+    text = getattr(honest, field)
+    assert Sound(domain)([replace(honest, **{field: f"{text}{token}7"})]) == [False]
+
+
+def test_what_only_looks_like_a_control_token_is_sound():
+    text = "If <|x|> is 3, a <| f |> b, x<s and s>y, [1] and <b>bold</b>, how much is |x|<|y|>2?"
+    assert passes(Sound(find_domain("math")), text)
 
 
 @pytest.mark.parametrize(
