@@ -360,6 +360,7 @@ def test_measured_with_weights(arguments, student, capsys, monkeypatch):
     memory = {figure["name"]: figure for figure in plan["memory"]}
     assert memory["weights"]["value"] == model["weight_bytes"] == 4 * model["parameters"]
     assert 50 * MIB < memory["interpreter and libraries"]["value"] < plan["peak_bytes"] < 4096 * MIB
+    assert memory["peak while scoring"]["source"] == EXTENDED
     assert memory["scoring a batch"]["note"].startswith("2 and 5 blocks")  # no fewer than the gradients need
     time = {figure["name"]: figure for figure in plan["time"]}
     assert 0 < time["loading"]["value"] < 60
@@ -367,19 +368,14 @@ def test_measured_with_weights(arguments, student, capsys, monkeypatch):
     assert len(plan["layouts"]) == 4
 
 
-def test_measured_from_a_configuration_alone(arguments, capsys, monkeypatch):
+def test_measured_from_a_configuration_alone(arguments, student, capsys, monkeypatch):
     monkeypatch.setattr(measuring, "BUDGET_S", 0.01)
     monkeypatch.setattr(command, "BUSY", -1.0)
+    config = student / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 1}))  # a single measurement
     assert main(arguments(acquisitions="influence,mutual_information", dtype="bfloat16")) == 0
     out = " ".join(capsys.readouterr().out.split())
-    for shown in (
-        "weights",
-        "computed",
-        "peak while scoring",
-        "measured, extended",
-        "not known",
-        "slowed down the measurement",
-    ):
+    for shown in ("weights", "computed", "peak while scoring", MEASURED, "not known", "slowed down the measurement"):
         assert shown in out
 
 

@@ -53,9 +53,8 @@ def expected(tiny_model):
     return _values(tiny_model("Llama"))
 
 
-@pytest.mark.parametrize("part", PARTS)
-@pytest.mark.parametrize("scored_before", [False, True])
-def test_compiled_parts_of_blocks(scored_before, part, expected, tiny_model, exact):
+@pytest.mark.parametrize(("part", "scored_before"), [*((part, False) for part in PARTS), ("block", True)])
+def test_compiled_parts_of_blocks(part, scored_before, expected, tiny_model, exact):
     model = tiny_model("Llama")
     exactly = exact(model, SAMPLES, list(model.parameters())).norm(dim=1)
     if scored_before:
