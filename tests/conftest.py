@@ -176,6 +176,26 @@ def _implementations() -> list[str]:
     return names + [row.name for row in acqcore.backends() if row.available and row.name != "cpu"]
 
 
+#: The longest tests come first, so that none of them, started last, leaves the other cores idle.
+LONGEST = (
+    "test_executors.py",
+    "test_sharding.py",
+    "test_no_attack_passes",
+    "test_costs.py::test_measured",
+    "test_machine_code",
+    "test_sandbox.py",
+    "test_bodies_of_8_mib_are_answered",
+    "test_a_killed_run_goes_on",
+    "test_tells_ignorance_from_ambiguity",
+    "test_train.py",
+)
+
+
+def _place(item: pytest.Item) -> int:
+    """The position in ``LONGEST`` of the first part that is in the test's id."""
+    return next((i for i, part in enumerate(LONGEST) if part in item.nodeid), len(LONGEST))
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--thin",
@@ -194,7 +214,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         kept = [item for item in kept if _shows_more(item, seen)]
     rest = set(items) - set(kept)
     config.hook.pytest_deselected(items=[item for item in items if item in rest])
-    items[:] = kept
+    items[:] = sorted(kept, key=_place)
 
 
 def _shows_more(item: pytest.Item, seen: set[tuple[Any, ...]]) -> bool:
