@@ -13,7 +13,7 @@ Signals are reduced and fused as in the recipe ``arithmetic``: a sum over tokens
 question per skill. ``p(1-p), verified`` is 0 if nothing proves the answer, so its ranking includes the coin.
 
 A rank correlation over nine skills says little by itself: between independent rankings it is within +-0.67 in 95 % of
-cases. All seeds share the same skills, so the mean over five seeds still varies within +-0.55. The table gives this
+cases. All seeds share the same skills, so the mean over five seeds still varies within +-0.6. The table gives this
 range (``null``), from permutations of the skills that are the same for all seeds, and ``p``, the share of permutations
 with a correlation at least as large.
 

@@ -23,11 +23,14 @@ Row = dict[str, Any]
 INTRODUCTION = """\
 # GPU
 
-`make gpu-check` builds the package on a machine with a GPU, holds every operation to float64, times it beside the bare
-product and peers in one process, runs a memory checker, and leaves one file per GPU. `make gpu-static` compiles every
-kernel for sm_80, sm_90 and sm_100 without a GPU. `python -m benchmarks.gpu_tables` writes this page from their results.
+Accuracy, time and memory of every operation on an H100 and an H200; for a summary, see [Benchmarks](benchmarks.md).
 
-A product-equivalent is the time of a call over the time of the bare product `hidden @ weight.T` in bfloat16, in the
+`make gpu-check` builds the package on a machine with a GPU, compares every operation with float64, times it beside the
+bare product and other libraries in one process, runs a memory checker, and writes one file per GPU. `make gpu-static`
+compiles every kernel for sm_80, sm_90 and sm_100 without a GPU. `python -m benchmarks.gpu_tables` writes this page from
+their results.
+
+A product-equivalent is the time of a call divided by that of the bare product `hidden @ weight.T` in bfloat16, in the
 same turn of the same process.
 """
 

@@ -69,7 +69,7 @@ def acquisitions() -> str:
     rows = [["acquisition", "formula", "value of", "reads the text", "cost"]]
     parts = []
     for name, entry in REGISTRY.items():
-        over = "a token or a sample" if callable(entry.over) else f"a {entry.over}"
+        over = "a token or a sample" if callable(entry.over) else "a token" if entry.over == "token" else "a sample"
         rows.append([f"[`{name}`](#{name.replace('_', '-')})", _plain(entry.description), over,
                      "yes" if entry.needs_targets else "no", _cost(entry)])  # fmt: skip
         text = _plain(inspect.cleandoc(entry.value.__doc__ or ""))
@@ -88,9 +88,9 @@ def acquisitions() -> str:
 
 def _options(kind: Any) -> list[str]:
     """Names of the arguments, of all forms if there are several."""
-    from acqcore.acquisitions import DrawOptions, LinearOptions
+    from acqcore.acquisitions.needs import DrawOptions, InformationOptions, LinearOptions
 
-    if issubclass(DrawOptions, kind) and issubclass(LinearOptions, kind):
+    if kind is InformationOptions:
         return list(dict.fromkeys(field.name for form in (LinearOptions, DrawOptions) for field in fields(form)))
     return [field.name for field in fields(kind)]
 

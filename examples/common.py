@@ -14,7 +14,7 @@ MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 #: Mutual information without draws: one forward pass, and a backward pass per probe.
 LINEAR = {"form": "linear", "probes": 2}
 
-#: Sums, facts, and coin tosses, which cannot be learnt.
+#: Sums, facts, and coin tosses, which cannot be learned.
 ROWS = [
     *({"prompt": f"{a} * {b} =", "completion": f" {a * b}."} for a in range(11, 19) for b in (7, 12, 23)),
     *({"prompt": f"The capital of {land} is", "completion": f" {city}."} for land, city in [

@@ -3,7 +3,7 @@
 1. SmolLM2-135M-Instruct scores the bundled seeds with all acquisitions of row statistics in one call.
 2. The same model learns, in a few steps of TRL's GRPO, to write samples that its frozen copy is unsure about.
 3. The full loop in a small world with known skills (recipe ``arithmetic``): a generator trained on the default reward,
-   its questions labelled and learnt by a student, baselines at equal rows, and a report.
+   its questions labelled and learned by a student, baselines at equal rows, and a report.
 
 All numbers are measured in this run and saved in ``demo-output/``: ``scores.parquet``, ``demo.json``, ``loop/``.
 """

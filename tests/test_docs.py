@@ -205,6 +205,9 @@ def test_generated_pages():
     for name in REGISTRY:
         assert f"\n### {name}\n" in text
     assert "``" not in text
+    sections = {part.split("\n", 1)[0]: part for part in text.split("\n### ")[1:]}
+    assert "Arguments" not in sections["loss"]
+    assert all(f"`{name}`" in sections["mutual_information"] for name in ("probes", "posterior", "draws", "members"))
     for command in ("score", "select", "reference", "plan", "info"):
         assert f"\n## acqcore {command}\n" in generate.command_line("acqcore")
     for command in ("run", "report", "serve"):

@@ -14,8 +14,9 @@ from acqsynth.recipes import recipes
 from acqsynth.serve.options import add_arguments as add_serve_arguments
 
 _DESCRIPTION = (
-    "Writes the training data that a model learns most from. 'acqsynth run' takes a recipe from seed rows to a report "
-    "and resumes where an earlier run stopped; each stage command runs that stage and its prerequisites. "
+    "Writes training data that a model may still learn from, and measures whether it did. "
+    "'acqsynth run' takes a recipe from seed rows to a report and resumes where an earlier run stopped; "
+    "each stage command runs that stage and its prerequisites. "
     "'acqsynth push' publishes a run's rows and student, and 'acqsynth serve' scores over HTTP."
 )
 _HELP = {
