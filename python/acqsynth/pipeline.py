@@ -201,12 +201,10 @@ def plan(config: Config) -> Plan:
             case "best_of_n":
                 trained = found.arms[found.main].trained if found.main in found.arms else []
                 of_seed = [each for each in trained if each.arguments["seed"] - seed in range(config.rounds)]
-                counts = [each / "counts.json" for each in of_seed]
-                # With fewer than two, None or the path itself, as in earlier versions, so that their runs stay valid.
-                spent = counts if len(counts) > 1 else counts[0] if counts else None
                 written = step(
                     "generate", name, select_questions,
-                    writing=writing(seed), candidates=config.generator.candidates, spent=spent,
+                    writing=writing(seed), candidates=config.generator.candidates,
+                    spent=[each / "counts.json" for each in of_seed],
                 )  # fmt: skip
             case "error_driven":
                 answers = answer("base-held-out", own_student, {"held_out": config.domain})

@@ -21,10 +21,10 @@ def test_arms_share_what_reads_the_same(fakes, recipe):
         assert len(set(names)) == len(names)
     grpo = plan_of(recipe, "baselines=[no_rl, best_of_n]")
     selected = next(step for step in grpo.of("generate") if step.name == "best_of_n")
-    assert [selected.arguments["spent"].step] == grpo.arms["grpo"].trained
+    assert [path.step for path in selected.arguments["spent"]] == grpo.arms["grpo"].trained
     best = plan_of(recipe, "generator.method=best_of_n", "baselines=[best_of_n, no_rl]")
     assert list(best.arms) == ["best_of_n", "no_rl"]
-    assert best.arms["best_of_n"].written[0].arguments["spent"] is None
+    assert best.arms["best_of_n"].written[0].arguments["spent"] == []
 
 
 def test_all_arms_learn_equal_rows_with_equal_settings(fakes, recipe):

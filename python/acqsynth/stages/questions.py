@@ -108,16 +108,14 @@ def write_questions(context: StepContext, *, writing: Writing, mistakes: Path | 
     _write(context, writing, pool)
 
 
-def select_questions(
-    context: StepContext, *, writing: Writing, candidates: int, spent: Path | Sequence[Path] | None
-) -> None:
+def select_questions(context: StepContext, *, writing: Writing, candidates: int, spent: Sequence[Path]) -> None:
     """Rejection sampling: writes ``samples.parquet``, the best of several completions per prompt, and ``counts.json``.
 
     ``spent``: counts of a training run's round or rounds; instead of ``candidates`` per prompt, as many completions
     are drawn as training and writing used together.
     """
     if spent:
-        drawn = sum(read_json(path)["completions"] for path in ([spent] if isinstance(spent, Path) else spent))
+        drawn = sum(read_json(path)["completions"] for path in spent)
         candidates = max(2, math.ceil((drawn + writing.n) / writing.n))
     _write(context, writing, read_rows(writing.held_out), candidates)
 
