@@ -378,7 +378,8 @@ def documented(section: type[Section] = Config, prefix: str = "") -> Iterator[tu
 class _Loader(yaml.SafeLoader):
     """Safe YAML loader that reads words and numbers by YAML 1.2 and rejects repeated and non-text keys.
 
-    YAML 1.1 reads ``no`` as false, ``010`` as 8, ``1:30`` as 90, 1e-6 as text and 2026-01-01 as a date.
+    YAML 1.1 reads ``no`` as false, ``1:30`` as 90, 1e-6 as text and 2026-01-01 as a date. Unlike YAML 1.2, 1_000 is a
+    number, and integers with leading zeros (8 or 10, by version) and ``0o17`` are text.
     """
 
     yaml_implicit_resolvers: ClassVar[dict[str, list[Any]]] = {}
@@ -401,7 +402,7 @@ class _Loader(yaml.SafeLoader):
 for _tag, _pattern, _first in (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("int", r"[-+]?(?:0|[1-9][0-9_]*)|0x[0-9a-fA-F]+", "-+0123456789"),
+    ("int", r"[-+]?(?:0|[1-9][0-9]*(?:_[0-9]+)*)|0x[0-9a-fA-F]+", "-+0123456789"),
     ("float", r"[-+]?(?:[0-9]+\.[0-9]*|\.?[0-9]+(?=[eE])|\.[0-9]+)(?:[eE][-+]?[0-9]+)?", "-+.0123456789"),
     ("float", r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)", "-+."),
     ("merge", "<<", "<"),

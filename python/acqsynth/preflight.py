@@ -50,7 +50,8 @@ def _check_generator(config: Config) -> None:
             f"got {config.reward.refresh_steps} with {generator.method}"
         )
     trainers = {key: trainer for key, (trainer, _) in _trainers(config).items()}
-    rows = {"student": min(config.student.rows), "evaluation.validity": config.evaluation.validity.rows}
+    learnt = round(min(config.student.rows) / (1 - config.student.replay))
+    rows = {"student": learnt, "evaluation.validity": config.evaluation.validity.rows}
     steps = {key: train_options.optimizer_steps(trainers[key], n) for key, n in rows.items()}
     if not config.evaluation.validity.batches:
         del steps["evaluation.validity"]

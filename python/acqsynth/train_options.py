@@ -159,6 +159,7 @@ def require(config: Any, lora: Any) -> None:
 
 def _construct(config: Any, lora: Any) -> None:
     """Constructs the trainer with a tiny model and one row, which makes most of its checks."""
+    from accelerate.state import AcceleratorState
     from peft import LoraConfig
     from trl import DPOTrainer, GRPOTrainer, SFTTrainer
 
@@ -168,8 +169,9 @@ def _construct(config: Any, lora: Any) -> None:
     row = {"prompt": user}
     given: dict[str, Any] = {"peft_config": None if lora is None else LoraConfig(target_modules="all-linear")}
     own = copy.copy(config)
-    own.report_to, own.push_to_hub = [], False
-    for name in _OF_MODEL & vars(own).keys():
+    # Determinism would be that of the whole process from here on; dataset_num_proc starts processes for the row.
+    own.report_to, own.push_to_hub, own.full_determinism = [], False, False
+    for name in (_OF_MODEL | {"dataset_num_proc"}) & vars(own).keys():
         setattr(own, name, None)
     if isinstance(config, GRPOConfig):
         own.use_vllm = False
@@ -182,6 +184,7 @@ def _construct(config: Any, lora: Any) -> None:
     kind = {SFTConfig: SFTTrainer, GRPOConfig: GRPOTrainer, DPOConfig: DPOTrainer}[type(config)]
     tokenizer = world.build_tokenizer()
     tiny = world.Settings(hidden_size=4, layers=1, heads=1, intermediate_size=4)
+    AcceleratorState._reset_state()  # it holds the precision of the trainer before, which may be another
     # The trainers show progress of the row's preparation.
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
         own.output_dir = folder

@@ -66,7 +66,8 @@ def test_exponents_are_numbers(recipe, number):
 
 
 @pytest.mark.parametrize(
-    "text", ["e-6", "1e", "v1e-6", "1e-6x", "no", "on", "Yes", "y", "1:30", "010", "0o17", "2026-01-01", "=", "1.2.3"]
+    "text",
+    ["e-6", "1e", "v1e-6", "1e-6x", "1_", "no", "on", "Yes", "y", "1:30", "010", "0o17", "2026-01-01", "=", "1.2.3"],
 )
 def test_text_is_read_as_it_is_written(recipe, text):
     """YAML 1.1 reads some of these as a boolean, 90, 8 or a date."""

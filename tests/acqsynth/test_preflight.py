@@ -396,6 +396,21 @@ def test_options_that_the_trainer_rejects_are_refused_before_a_run(method, optio
             preflight.on_this_machine(config)
 
 
+def test_replayed_rows_count_as_steps():
+    given = ["student.replay=0.5", "evaluation.validity.batches=0"]
+    plan(load("arithmetic", [*given, "student.options.warmup_steps=451"]))
+    with pytest.raises(ConfigError, match="warmup_steps: expected fewer than all 452 steps, got 452"):
+        plan(load("arithmetic", [*given, "student.options.warmup_steps=452"]))
+
+
+def test_each_trainer_has_its_own_precision_and_leaves_the_process_as_it_was(capfd):
+    options = {"bf16": True, "full_determinism": True, "dataset_num_proc": 2}
+    config = load("arithmetic", ["generator.options={bf16: false}", f"student.options={json.dumps(options)}"])
+    preflight.on_this_machine(config)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert "num_proc" not in capfd.readouterr().err
+
+
 def test_a_check_of_lora_allocates_no_weights(student_path, monkeypatch):
     """Those of 128 experts in each layer would take minutes."""
     made = []

@@ -400,7 +400,8 @@ def repetition(text: str) -> float:
 # Control tokens of the common chat templates; DeepSeek's bars are full-width.
 _CONTROL = re.compile(
     r"<\|[A-Za-z][\w/.-]{2,40}\|>|<\uff5c[^\n<>]{1,40}\uff5c>|</?s>|<[be]os>|<(?:start|end)_of_turn>|<turn\|>|<\|turn>"
-    r"|<end_of_utterance>|\[/?INST\]|<</?SYS>>"
+    r"|<end_of_utterance>|\[/?(?:INST|SYSTEM_PROMPT)\]|<</?SYS>>|\[\|(?:system|user|assistant|endofturn)\|\]|<[BE]OS_TOKEN>"
+    r"|<seed:[be]os>|<(?:SPECIAL|extra_id)_\d+>"
 )
 _LONG_ANSWER = 4  # words
 _LONG_REASONING = 8

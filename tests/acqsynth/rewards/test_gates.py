@@ -46,7 +46,7 @@ def test_sound(domain):
     "token",
     ["<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end|>", "<|fim_prefix|>", "</s>", "<s>", "<eos>", "<end_of_turn>",
      "<turn|>", "<\uff5cUser\uff5c>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "<end_of_utterance>", "[/INST]",
-     "<<SYS>>"],
+     "<<SYS>>", "[/SYSTEM_PROMPT]", "[|endofturn|]", "<EOS_TOKEN>", "<seed:eos>", "<SPECIAL_11>", "<extra_id_1>"],
 )  # fmt: skip
 @pytest.mark.parametrize("field", ["question", "answer", "reasoning"])
 def test_a_control_token_is_not_sound(domain, token, field):
