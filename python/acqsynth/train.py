@@ -98,9 +98,11 @@ def sft(
         peft_config=lora,
         callbacks=list(callbacks),
     )
-    learnt = _learnt(trainer.train_dataset, rows[: len(samples)], trainer.processing_class, config)
-    ends = eos_ids(trainer.processing_class, trainer.model.generation_config)
-    learnt["endless"] = not set(ends) & set(_answer_tokens(trainer.processing_class, rows[0]))
+    # A multimodal student has a processor, which holds the tokenizer.
+    tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+    learnt = _learnt(trainer.train_dataset, rows[: len(samples)], tokenizer, config)
+    ends = eos_ids(tokenizer, trainer.model.generation_config)
+    learnt["endless"] = not set(ends) & set(_answer_tokens(tokenizer, rows[0]))
     if learnt["endless"]:
         logger.warning("the chat template closes answers with no token at which the student stops: it learns no end")
     _run(trainer, output, optimizer_steps(config, len(trainer.train_dataset)))

@@ -9,6 +9,7 @@ import json
 import math
 import random
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pandas
 import pytest
@@ -178,6 +179,22 @@ def test_a_student_with_few_positions_learns_what_fits(sums, tiny_model, tokeniz
     counts = json.loads((output / "rows.json").read_text())
     assert counts == {"learnt": 4, "dropped": 0, "cut": 1, "max_length": 64, "endless": False}
     assert "max_length is 64 instead of 2048: 64 positions, 0 of them taken" in caplog.text
+
+
+def test_a_processor_is_asked_through_its_tokenizer(sums, student_path, tmp_path, monkeypatch):
+    """As of a multimodal student; it has no tokens itself."""
+
+    class Processed(train.SFTTrainer):
+        def __init__(self, **options):
+            super().__init__(**options)
+            held = self.processing_class
+            self.processing_class = SimpleNamespace(tokenizer=held, save_pretrained=held.save_pretrained)
+
+    monkeypatch.setattr(train, "SFTTrainer", Processed)
+    options = QUICK | {"max_steps": 1, "save_strategy": "no"}
+    output = train.sft(str(student_path), sums, SAMPLES[:2], tmp_path, options)
+    counts = json.loads((output / "rows.json").read_text())
+    assert counts == {"learnt": 2, "dropped": 0, "cut": 0, "max_length": counts["max_length"], "endless": False}
 
 
 def test_an_answer_without_an_end_is_told(sums, model, tokenizer, tmp_path, caplog):
