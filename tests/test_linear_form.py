@@ -129,6 +129,24 @@ def test_a_student_that_runs_without_gradients_is_refused(tiny_model):
         _score(model, _samples(12, 10))
 
 
+def test_layers_that_also_run_without_gradients_are_refused(tiny_model):
+    """As HRM's do in all but the last cycles: the variance of their weights acts in every cycle."""
+    model = tiny_model("Llama", **SMALL)
+    block = model.model.layers[0]
+    own = block.forward
+
+    def twice(hidden, *args, **kwargs):
+        with torch.no_grad():
+            hidden = own(hidden, *args, **kwargs)
+        return own(hidden, *args, **kwargs)
+
+    block.forward = twice
+    for call in (acqcore.laplace_posterior, acqcore.epig_reference, partial(_score, posterior="isotropic")):
+        with pytest.raises(ValueError, match=r"layers: model\.layers\.0\..* also runs without gradients"):
+            call(model, _samples(12, 10))
+    assert bool((acqcore.grad_norm(model, _samples(12, 10), "all") > 0).all())  # autograd's own gradient
+
+
 def test_unbiased_over_the_positions_of_completions(tiny_model):
     """In a batch with prompts of two lengths, positions before each sample's own completion do not count."""
     model = tiny_model("Llama", **SMALL)

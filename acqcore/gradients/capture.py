@@ -50,6 +50,7 @@ class Capture:
         names: parameter -> name.
         tied: the names that are head weights; their gradient adds the embedding's rows to the head's.
         sites: modules whose outputs dropout acts on.
+        whole: names of parameters that may not run with gradients in one place and without in another.
     """
 
     def __init__(
@@ -58,8 +59,10 @@ class Capture:
         names: Mapping[torch.Tensor, str],
         tied: Collection[str | None] = (),
         sites: Collection[nn.Module] = (),
+        whole: Collection[str] = (),
     ) -> None:
         self._student = student
+        self._whole = set(whole)
         self._tied = tied
         self._sites = list(sites)
         self.names = names
@@ -92,6 +95,8 @@ class Capture:
         self._device = "cpu"
         self._leaf = torch.zeros(())
         self._uses: Counter[str] = Counter()
+        self._with_graph: set[str] = set()  # names of parameters used with gradients enabled
+        self._without_graph: set[str] = set()
         self._ran_sites = 0
         # State of a backward.
         self._reached_site = False
@@ -139,12 +144,15 @@ class Capture:
         """The trunk's hidden states ``[B, T, D]`` from token ``start`` on, with the graph that :meth:`backward` needs.
 
         Raises:
-            OneByOne: a module mixes samples. ValueError: a module fits no rule; no site ran.
+            OneByOne: a module mixes samples. ValueError: a module fits no rule; no site ran; a parameter of ``whole``
+                also ran without gradients.
         """
         self._shape = (input_ids.shape[0], input_ids.shape[1] - start)
         self._device = input_ids.device.type
         self._leaf = torch.zeros((), requires_grad=True)
         self._uses.clear()
+        self._with_graph.clear()
+        self._without_graph.clear()
         self._pending.clear()
         self._ran_sites = 0
         if start:
@@ -154,6 +162,10 @@ class Capture:
                 hidden = self._student.hidden(input_ids)
         if self._sites and not self._ran_sites:
             raise ValueError("layers: the student's forward went through none of the modules that dropout acts on")
+        if partly := sorted(self._whole & self._with_graph & self._without_graph):
+            raise ValueError(
+                f"layers: {partly[0]} also runs without gradients, so values would miss part of its effect"
+            )
         return hidden
 
     @contextmanager
@@ -237,6 +249,9 @@ class Capture:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> torch.Tensor | None:
         self.half |= torch.is_autocast_enabled(self._device)  # may be the model's own, as accelerate prepares it
+        if self._active:
+            used = self._with_graph if torch.is_grad_enabled() else self._without_graph
+            used.update(self.owners[module].values())
         probing = self._failed is not None
         left_out = set() if probing else {*self.by_autograd.values(), *self.unseen.values()}
         names = {key: name for key, name in self.owners[module].items() if name not in left_out}
@@ -269,7 +284,7 @@ class Capture:
         self.half |= torch.is_autocast_enabled(self._device)
         if not self._active:
             return self._tapped_again(output)
-        if not torch.is_grad_enabled():  # HRM runs all but its last cycles so
+        if not torch.is_grad_enabled():  # as HRM runs all but its last cycles
             name = type(module).__name__
             raise ValueError(f"layers: {name} runs without gradients, so the linear form misses its noise; set draws")
         value = first_tensor(output)

@@ -73,7 +73,8 @@ class SampleGradients:
         modules = {module for sites in self._sites.values() for module in sites}
         self._student = student
         tied = [selection.head for selection in chosen]
-        self._capture = Capture(student, names, tied, modules)
+        whole = {name for selection in self._linear.values() for name in selection.names.values()}
+        self._capture = Capture(student, names, tied, modules, whole)
         self._probe = Probe(self._capture, student, tied)
         self._left = 0  # backwards left for the current batch
         self._first = torch.zeros(0, dtype=torch.int64)  # [B], first position that predicts a scored token
