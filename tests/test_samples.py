@@ -471,6 +471,21 @@ def test_rows_are_samples(encoded):
         encoded([rows[0], "a quick fox"])
 
 
+@pytest.mark.parametrize(
+    ("ids", "targets", "error", "message"),
+    [
+        ([5, 6], [5, 6], ValueError, "targets: expected -100 at the first token, which none predicts"),
+        ([5, 6], [-100, 6, 7], ValueError, r"ids, targets: expected \[T\] each, got \[2\] and \[3\]"),
+        ([[5, 6]], [[-100, 6]], ValueError, r"ids, targets: expected \[T\] each, got \[1, 2\] and \[1, 2\]"),
+        ([5.0, 6.0], [-100, 6], TypeError, r"ids: expected an int64 tensor \[T\], got float32"),
+    ],
+)
+def test_a_row_is_checked_when_made(ids, targets, error, message):
+    """A target at the first token would be scored by the last token of the sample before it in the batch."""
+    with pytest.raises(error, match=message):
+        Row(torch.tensor(ids), torch.tensor(targets))
+
+
 class TestSpecialTokensOnce:
     """Special tokens before and after a text are added only where the text does not contain them already."""
 

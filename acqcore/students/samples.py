@@ -62,11 +62,24 @@ class Row:
             is always -100, as no token predicts it.
         prompt: ``[P]`` int64, the tokens before the completion, which truncation does not change; None if the sample
             has no prompt.
+
+    Raises:
+        TypeError, ValueError: ids or targets are not as above.
     """
 
     ids: torch.Tensor
     targets: torch.Tensor
     prompt: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("ids", self.ids), ("targets", self.targets)):
+            if not isinstance(value, torch.Tensor) or value.dtype != torch.int64:
+                raise TypeError(f"{name}: expected an int64 tensor [T], got {checks.describe(value)}")
+        if self.ids.dim() != 1 or self.targets.shape != self.ids.shape:
+            shapes = f"{list(self.ids.shape)} and {list(self.targets.shape)}"
+            raise ValueError(f"ids, targets: expected [T] each, got {shapes}")
+        if len(self.targets) and self.targets[0] != checks.IGNORE_INDEX:
+            raise ValueError(f"targets: expected {checks.IGNORE_INDEX} at the first token, which none predicts")
 
     @property
     def scored(self) -> torch.Tensor:
