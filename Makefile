@@ -50,8 +50,8 @@ demo: $(DEMO)/.ready  ## score the bundled samples, a short GRPO with the score 
 	@echo "[demo] running; results go to demo-output/"
 	@PYTHONSAFEPATH=1 $(DEMO)/bin/python examples/demo.py
 
-# One process a core, one thread each. The bytecode of the tests is kept for the second run. Status 5 of the second run: PYTEST_ARGS selects none of its tests.
-PYTEST := PYTHONSAFEPATH=1 PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(TEST)/bin/python -m pytest --import-mode=importlib \
+# One process a core, one thread each. Status 5 of the second run: PYTEST_ARGS selects none of its tests.
+PYTEST := PYTHONSAFEPATH=1 OMP_NUM_THREADS=1 $(TEST)/bin/python -m pytest --import-mode=importlib \
 	-n logical --maxprocesses 8 --dist worksteal
 
 test: $(TEST)/.ready  ## run the tests against the built wheel; PYTEST_ARGS="-k entropy" passes arguments

@@ -38,7 +38,7 @@ from acqsynth.write import Candidate, Scorer, candidates
 
 logger = logging.getLogger(__name__)
 
-ROWS = "rows.json"  #: of a student: the samples learnt, dropped as too long and cut; whether no end is learnt
+ROWS = "rows.json"  #: of a student: how many samples are learnt, dropped, cut; whether answers lack an end
 PAIRS = "pairs.json"  #: of a generator trained by DPO: the numbers of pairs and of candidates without a score
 
 Row = dict[str, Messages]  #: ``{"prompt", "completion"}``
@@ -104,7 +104,7 @@ def sft(
     ends = eos_ids(tokenizer, trainer.model.generation_config)
     learnt["endless"] = not set(ends) & set(_answer_tokens(tokenizer, rows[0]))
     if learnt["endless"]:
-        logger.warning("the chat template closes answers with no token at which the student stops: it learns no end")
+        logger.warning("the chat template closes answers with no token that stops the student: it learns no end")
     _run(trainer, output, optimizer_steps(config, len(trainer.train_dataset)))
     if trainer.is_world_process_zero():
         write_json(output / ROWS, learnt)
@@ -144,7 +144,7 @@ def _learnt(prepared: Any, rows: Sequence[Row], tokenizer: Any, config: Any) -> 
 
 
 def _answer_tokens(tokenizer: Any, row: Row) -> list[int]:
-    """The tokens of the completion, with those that the chat template closes it with."""
+    """The completion's tokens, including those with which the chat template closes it."""
     prompt = _tokens(tokenizer, row["prompt"], add_generation_prompt=True)
     return _tokens(tokenizer, [*row["prompt"], *row["completion"]])[len(prompt) :]
 

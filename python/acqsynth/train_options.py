@@ -158,7 +158,7 @@ def require(config: Any, lora: Any) -> None:
 
 
 def _construct(config: Any, lora: Any) -> None:
-    """Constructs the trainer with a tiny model and one row, which makes most of its checks."""
+    """Runs most of the trainer's own checks by constructing it with a tiny model and one row."""
     from accelerate.state import AcceleratorState
     from peft import LoraConfig
     from trl import DPOTrainer, GRPOTrainer, SFTTrainer
@@ -169,7 +169,7 @@ def _construct(config: Any, lora: Any) -> None:
     row = {"prompt": user}
     given: dict[str, Any] = {"peft_config": None if lora is None else LoraConfig(target_modules="all-linear")}
     own = copy.copy(config)
-    # Determinism would be that of the whole process from here on; dataset_num_proc starts processes for the row.
+    # Determinism would outlast the trial, and dataset_num_proc would start processes for one row.
     own.report_to, own.push_to_hub, own.full_determinism = [], False, False
     for name in (_OF_MODEL | {"dataset_num_proc"}) & vars(own).keys():
         setattr(own, name, None)
@@ -184,7 +184,7 @@ def _construct(config: Any, lora: Any) -> None:
     kind = {SFTConfig: SFTTrainer, GRPOConfig: GRPOTrainer, DPOConfig: DPOTrainer}[type(config)]
     tokenizer = world.build_tokenizer()
     tiny = world.Settings(hidden_size=4, layers=1, heads=1, intermediate_size=4)
-    AcceleratorState._reset_state()  # it holds the precision of the trainer before, which may be another
+    AcceleratorState._reset_state()  # it keeps the precision of the previous trainer
     # The trainers show progress of the row's preparation.
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
         own.output_dir = folder

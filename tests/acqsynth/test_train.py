@@ -205,7 +205,7 @@ def test_an_answer_without_an_end_is_told(sums, model, tokenizer, tmp_path, capl
     options = QUICK | {"max_steps": 1, "save_strategy": "no"}
     output = train.sft(str(tmp_path / "student"), sums, SAMPLES[:2], tmp_path / "out", options)
     assert json.loads((output / "rows.json").read_text())["endless"] is True
-    assert "closes answers with no token at which the student stops" in caplog.text
+    assert "closes answers with no token that stops the student" in caplog.text
 
 
 @pytest.mark.parametrize("warmup", [0.05, 7])
