@@ -36,6 +36,8 @@ def float_tensor(name: str, value: Any, shape: str, dims: int) -> None:
         raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64 {shape}, got {describe(value)}")
     if value.dim() != dims:
         raise ValueError(f"{name}: expected shape {shape}, got {describe(value)}")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got layout {value.layout}")
 
 
 def same_device(name: str, value: torch.Tensor, other: str, tensor: torch.Tensor) -> None:

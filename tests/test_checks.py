@@ -23,6 +23,7 @@ Y = torch.zeros(3, dtype=torch.int64)
         (torch.zeros(2, 3, 4), ValueError, r"hidden: expected shape \[N, D\]"),
         (torch.zeros(3, 4, dtype=torch.int64), TypeError, r"hidden: expected float32, .*int64 tensor of shape"),
         ([[0.0] * 4], TypeError, r"hidden: expected a tensor \[N, D\], got list"),
+        (torch.zeros(3, 4).to_sparse(), TypeError, "hidden: expected a dense tensor, got layout torch.sparse_coo"),
         (torch.zeros(3, 4, device="meta"), ValueError, "hidden: is on meta but head.weight is on cpu"),
     ],
 )  # fmt: skip
