@@ -14,23 +14,12 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 
 from acqsynth.rewards.texts import NgramEmbedder
-from benchmarks import bench_write, paired, write_report
+from benchmarks import bench_write, paired, write_report, write_signals
 from benchmarks.bench_pool import Encoder, Log
-from benchmarks.bench_write import (
-    ANSWERABLE,
-    AS_IT_IS,
-    BEST,
-    CANDIDATES,
-    DEFAULT,
-    GRPO,
-    TRUSTED,
-    Bench,
-    Choices,
-    Scale,
-    Seed,
-)  # fmt: skip
+from benchmarks.bench_write import AS_IT_IS, BEST, GRPO, TRUSTED, Bench, Choices, Scale, Seed
 from benchmarks.pool_fit import Fitter
 from benchmarks.pool_signals import distinct
+from benchmarks.write_signals import ANSWERABLE, CANDIDATES, DEFAULT
 from benchmarks.writer import Writer
 
 STOPS = [2, *range(300, 320)]  # a random model rarely ends a line
@@ -43,7 +32,7 @@ TOPICS = ("card_arrival", "exchange_rate", "top_up", "cash_fee")
 
 @pytest.fixture(autouse=True)
 def few_probes(monkeypatch):
-    monkeypatch.setattr(bench_write, "MUTUAL_INFORMATION", {"form": "linear", "probes": 2})
+    monkeypatch.setattr(write_signals, "MUTUAL_INFORMATION", {"form": "linear", "probes": 2})
 
 
 @pytest.fixture
@@ -224,7 +213,7 @@ class TestArms:
     def test_the_best_is_the_highest_that_passes(self, seed):
         candidates = seed.candidates
         values = candidates._values("agreement")
-        students = bench_write.StudentSignals(seed)
+        students = write_signals.StudentSignals(seed)
         passing = [i for i, value in enumerate(values) if value is not None]
         assert passing
         samples = [candidates.samples[i] for i in passing]
@@ -257,7 +246,7 @@ class TestArms:
             given.append((states, labels))
             return torch.tensor([1.0] * len(seed.seeds) + [1.0 if i < 4 else -float(i) for i in range(len(passed))])
 
-        monkeypatch.setattr(bench_write.acqcore, "label_trust", trust)
+        monkeypatch.setattr(write_signals.acqcore, "label_trust", trust)
         chosen = candidates.trusted()
         # Four rows are trusted; the next most trusted fill the places that are left.
         expected = [messages[i] for i in held[: max(len(seed.requests), sum(i < 4 for i in held))]]
@@ -282,11 +271,11 @@ class TestArms:
             own = range(group * CANDIDATES, (group + 1) * CANDIDATES)
             there = [i for i in own if candidates.samples[i] is not None]
             assert row.text == candidates.samples[max(there, key=lambda i: p[i])].question
-        monkeypatch.setattr(bench_write, "ANSWERABLE", 0.0)
+        monkeypatch.setattr(write_signals, "ANSWERABLE", 0.0)
         assert any(value is not None for value in candidates._values(DEFAULT))
 
     def test_signals_are_finite_and_differ(self, seed):
-        students = bench_write.StudentSignals(seed)
+        students = write_signals.StudentSignals(seed)
         for name in ("agreement", "learnability", "entropy", "varentropy", "mutual information", "influence"):
             values = students.values(name, seed.seeds)
             assert values.shape == (6,)
@@ -295,7 +284,7 @@ class TestArms:
 
     @pytest.mark.parametrize("name", bench_write.TAUGHT)
     def test_grpo_moves_the_generator_and_nothing_else(self, name, seed, monkeypatch):
-        monkeypatch.setattr(bench_write, "ANSWERABLE", 0.0)
+        monkeypatch.setattr(write_signals, "ANSWERABLE", 0.0)
         bench = seed.bench
         before = bench.fitter.weights()
         seed.choices = replace(seed.choices, grpo_rate=1e-3)
@@ -371,14 +360,14 @@ class TestRun:
         assert not late.log.rows
 
     def test_an_arm_that_fails_costs_no_other(self, bench, monkeypatch, tmp_path):
-        values = bench_write.StudentSignals.values
+        values = write_signals.StudentSignals.values
 
         def broken(self, name, samples):
             if name == "varentropy":
                 raise RuntimeError("out of memory")
             return values(self, name, samples)
 
-        monkeypatch.setattr(bench_write.StudentSignals, "values", broken)
+        monkeypatch.setattr(write_signals.StudentSignals, "values", broken)
         made = bench()
         bench_write.run(made, Choices(rate=1e-3, epochs=1.0), seeds=2, grpo_seeds=0)
         failed = [row for row in made.log.rows if "failed" in row]
