@@ -45,20 +45,14 @@ class Cpu(Backend):
         return min(18 * depth // 5, 2048)
 
     def row_stats(self, rows: HeadRows, gram: Gram | None = None) -> None:
-        with _head_args(rows) as arguments, _gram_args(gram) as of_gram:
-            _core.row_stats(self.instruction_set(), arguments, *of_gram, rows.state.data_ptr(), rows.index.data_ptr())
+        with self._arguments(rows) as (isa, head, state, index), _gram_args(gram) as of_gram:
+            _core.row_stats(isa, head, *of_gram, state, index)
 
     def logit_stats(self, rows: LogitRows) -> None:
         targets = None if rows.targets is None else rows.targets.contiguous()
-        _core.logit_stats(
-            self.instruction_set(),
-            torch.get_num_threads(),
-            matrix(rows.logits),
-            pointer(targets),
-            rows.temperature,
-            rows.state.data_ptr(),
-            rows.index.data_ptr(),
-        )
+        addresses = rows.state.data_ptr(), rows.index.data_ptr()
+        isa, threads = self.instruction_set(), torch.get_num_threads()
+        _core.logit_stats(isa, threads, matrix(rows.logits), pointer(targets), rows.temperature, *addresses)
 
     def delta_hash(
         self,
@@ -66,16 +60,8 @@ class Cpu(Backend):
         places: torch.Tensor,  # [V] int32
         out: torch.Tensor,  # [N, n] float32, written
     ) -> None:
-        with _head_args(rows) as arguments:
-            _core.delta_hash(
-                self.instruction_set(),
-                arguments,
-                rows.state.data_ptr(),
-                rows.index.data_ptr(),
-                places.data_ptr(),
-                out.shape[1],
-                out.data_ptr(),
-            )
+        with self._arguments(rows) as arguments:
+            _core.delta_hash(*arguments, places.data_ptr(), out.shape[1], out.data_ptr())
 
     def gram_norm(
         self,
@@ -86,17 +72,8 @@ class Cpu(Backend):
         squared: torch.Tensor,  # [len(gram.bounds)] float64, written
     ) -> None:
         local_max, weights = local_max.contiguous(), weights.contiguous()
-        with _head_args(rows) as arguments, _gram_args(gram) as of_gram:
-            _core.gram_norm(
-                self.instruction_set(),
-                arguments,
-                rows.state.data_ptr(),
-                rows.index.data_ptr(),
-                *of_gram,
-                local_max.data_ptr(),
-                weights.data_ptr(),
-                squared.data_ptr(),
-            )
+        with self._arguments(rows) as arguments, _gram_args(gram) as of_gram:
+            _core.gram_norm(*arguments, *of_gram, local_max.data_ptr(), weights.data_ptr(), squared.data_ptr())
 
     def head_grad_norm(
         self,
@@ -107,17 +84,8 @@ class Cpu(Backend):
     ) -> None:
         weights = weights.contiguous()
         of_samples = torch.tensor(bounds, dtype=torch.int64)
-        with _head_args(rows) as arguments:
-            _core.head_grad_norm(
-                self.instruction_set(),
-                arguments,
-                rows.state.data_ptr(),
-                rows.index.data_ptr(),
-                of_samples.data_ptr(),
-                len(bounds),
-                weights.data_ptr(),
-                squared.data_ptr(),
-            )
+        with self._arguments(rows) as arguments:
+            _core.head_grad_norm(*arguments, of_samples.data_ptr(), len(bounds), weights.data_ptr(), squared.data_ptr())
 
     def delta_sums(
         self,
@@ -133,17 +101,10 @@ class Cpu(Backend):
         if longest * torch.get_num_threads() > len(rows.hidden):
             self.row_stats(rows, gram)
             gram = None
-        with _head_args(rows) as arguments, _gram_args(gram) as of_gram:
+        width = 0 if hashed is None else hashed.shape[1]
+        with self._arguments(rows) as (isa, head, state, index), _gram_args(gram) as of_gram:
             _core.delta_sums(
-                self.instruction_set(),
-                arguments,
-                *of_gram,
-                rows.state.data_ptr(),
-                rows.index.data_ptr(),
-                pointer(values),
-                pointer(places),
-                0 if hashed is None else hashed.shape[1],
-                pointer(hashed),
+                isa, head, *of_gram, state, index, pointer(values), pointer(places), width, pointer(hashed)
             )
 
     def fill_hidden_grad(
@@ -160,20 +121,9 @@ class Cpu(Backend):
 
     def fisher_sums(self, rows: HeadRows, probes: Probes, out: FisherSums) -> None:
         samples, positions = probes.samples.contiguous(), probes.positions.contiguous()
-        with _head_args(rows) as arguments:
-            _core.fisher_sums(
-                self.instruction_set(),
-                arguments,
-                rows.state.data_ptr(),
-                rows.index.data_ptr(),
-                probes.count,
-                probes.seed,
-                samples.data_ptr(),
-                positions.data_ptr(),
-                out.sums.data_ptr(),
-                out.signed.data_ptr(),
-                out.squares.data_ptr(),
-            )
+        signs = probes.count, probes.seed, samples.data_ptr(), positions.data_ptr()
+        with self._arguments(rows) as arguments:
+            _core.fisher_sums(*arguments, *signs, out.sums.data_ptr(), out.signed.data_ptr(), out.squares.data_ptr())
 
     def dropout_mask(
         self,
@@ -203,21 +153,30 @@ class Cpu(Backend):
         hidden = draws.hidden if draws.dropout is not None else draws.hidden.flatten(0, 1)
         first = HeadRows(hidden, draws.heads[0], draws.targets, 1.0, draws.state, draws.votes)
         biases = [None if head.bias is None else head.bias.to(torch.float32).contiguous() for head in draws.heads]
-        with _head_args(first) as arguments, _dropout_args(draws.dropout) as dropout, _gram_args(gram) as of_gram:
+        of_heads = [matrix(head.weight) for head in draws.heads], [pointer(bias) for bias in biases]
+        undropped = (0, 0) if rows is None else (rows.state.data_ptr(), rows.index.data_ptr())
+        with (
+            self._arguments(first) as (isa, head, state, index),
+            _dropout_args(draws.dropout) as dropout,
+            _gram_args(gram) as of_gram,
+        ):
             _core.mixture_stats(
-                self.instruction_set(),
-                arguments,
-                draws.state.shape[1],
-                draws.draws,
-                dropout,
-                [matrix(head.weight) for head in draws.heads],
-                [pointer(bias) for bias in biases],
-                draws.state.data_ptr(),
-                draws.votes.data_ptr(),
-                *of_gram,
-                0 if rows is None else rows.state.data_ptr(),
-                0 if rows is None else rows.index.data_ptr(),
+                isa, head, draws.state.shape[1], draws.draws, dropout, *of_heads, state, index, *of_gram, *undropped
             )
+
+    @contextmanager
+    def _arguments(self, rows: HeadRows) -> Iterator[tuple[str, _core.HeadArgs, int, int]]:
+        """The first arguments of every head operation: instruction set, head, and the addresses of state and index. The
+        tensors they point to live as long as the context."""
+        head = rows.head
+        bias = None if head.bias is None else head.bias.to(torch.float32).contiguous()
+        targets = None if rows.targets is None else rows.targets.contiguous()
+        of_head = _core.HeadArgs(
+            torch.get_num_threads(), matrix(rows.hidden), matrix(head.weight), pointer(bias), pointer(targets),
+            head.softcap or 0.0, head.scale, rows.temperature, head.vocab_start,
+        )  # fmt: skip
+        yield self.instruction_set(), of_head, rows.state.data_ptr(), rows.index.data_ptr()
+        del bias, targets
 
 
 @contextmanager
@@ -227,36 +186,11 @@ def _dropout_args(dropout: Dropout | None) -> Iterator[_core.Dropout | None]:
         yield None
         return
     samples, positions = dropout.samples.contiguous(), dropout.positions.contiguous()
+    addresses = samples.data_ptr(), positions.data_ptr()
     yield _core.Dropout(
-        dropout.form,
-        dropout.width,
-        threshold(dropout.p),
-        1 / (1 - dropout.p),
-        dropout.seed,
-        samples.data_ptr(),
-        positions.data_ptr(),
+        dropout.form, dropout.width, threshold(dropout.p), 1 / (1 - dropout.p), dropout.seed, *addresses
     )
     del samples, positions
-
-
-@contextmanager
-def _head_args(rows: HeadRows) -> Iterator[_core.HeadArgs]:
-    """The arguments of every head operation; the tensors they point to live as long as the context."""
-    head = rows.head
-    bias = None if head.bias is None else head.bias.to(torch.float32).contiguous()
-    targets = None if rows.targets is None else rows.targets.contiguous()
-    yield _core.HeadArgs(
-        torch.get_num_threads(),
-        matrix(rows.hidden),
-        matrix(head.weight),
-        pointer(bias),
-        pointer(targets),
-        head.softcap or 0.0,
-        head.scale,
-        rows.temperature,
-        head.vocab_start,
-    )
-    del bias, targets
 
 
 @contextmanager
@@ -276,14 +210,6 @@ def hash_columns(
     out: torch.Tensor,  # [N, dim] float32, contiguous, written
 ) -> None:
     """Signed sums of the columns that share a place."""
+    isa, threads = Cpu().instruction_set(), torch.get_num_threads()
     rows, columns = values.shape
-    _core.hash_columns(
-        Cpu().instruction_set(),
-        torch.get_num_threads(),
-        values.data_ptr(),
-        rows,
-        columns,
-        places.data_ptr(),
-        out.shape[1],
-        out.data_ptr(),
-    )
+    _core.hash_columns(isa, threads, values.data_ptr(), rows, columns, places.data_ptr(), out.shape[1], out.data_ptr())
