@@ -30,7 +30,7 @@ _UNSEEN = ("image", "video", "audio")
 _STRUCTURE = frozenset({"role", "type", "id", "tool_call_id"})
 
 #: Arguments of ``apply_chat_template`` that are not template variables.
-_TAKEN = frozenset(
+TAKEN = frozenset(
     {
         *("conversation", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message"),
         *("tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs"),
@@ -196,7 +196,7 @@ def template_options(index: int, sample: Mapping[str, Any]) -> dict[str, Any]:
             f"samples[{index}]: chat_template_kwargs: expected a mapping of template variables, "
             f"got {checks.describe(variables)}"
         )
-    taken = sorted(_TAKEN.intersection(variables))
+    taken = sorted(TAKEN.intersection(variables))
     if taken:
         raise ValueError(f"samples[{index}]: chat_template_kwargs: {taken[0]!r} is set by acqcore")
     return {**({"tools": tools} if tools else {}), **variables}  # some templates write a heading for an empty list

@@ -6,7 +6,9 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
+from acqcore import Reduction
 from acqcore.acquisitions import REGISTRY
+from acqcore.students.messages import TAKEN
 
 
 def served_acquisitions() -> list[str]:
@@ -42,16 +44,6 @@ class _Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
 
-#: Parameters of ``apply_chat_template`` reserved for the server; a template from a request would run on it.
-RESERVED = frozenset(
-    {
-        *("conversation", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message"),
-        *("tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
-        *("return_assistant_tokens_mask", "tokenizer_kwargs"),
-    }
-)
-
-
 _SAMPLE = {
     "anyOf": [{"type": "string"}, {"type": "object"}],
     "description": 'a string, or an object with "prompt" and "completion" (strings or messages), "messages", '
@@ -64,7 +56,7 @@ Sample = Annotated[Any, WithJsonSchema(_SAMPLE)]
 
 
 def template_variables(sample: Any) -> None:
-    """Checks the ``chat_template_kwargs`` of a sample.
+    """Checks the ``chat_template_kwargs`` of a sample: a chat template in a request would run on the server.
 
     Raises:
         ValueError: they hold anything but variables of its chat template.
@@ -75,7 +67,7 @@ def template_variables(sample: Any) -> None:
     if not isinstance(given, dict) or not all(isinstance(value, bool | int | float | str) for value in given.values()):
         raise ValueError("chat_template_kwargs: expected names with text, numbers, true or false as values")
     for name in given:
-        if not name.isidentifier() or len(name) > 64 or name in RESERVED:
+        if not name.isidentifier() or len(name) > 64 or name in TAKEN:
             raise ValueError("chat_template_kwargs: expected names of variables of the chat template")
 
 
@@ -101,7 +93,7 @@ class ScoreRequest(_Body):
     samples: Many[Sample] = Field(description="samples as for acqcore.score, all of one kind")
     acquisitions: Names = Field(["entropy"], description="a list of names, or a single name")
     acquisition_args: dict[AcquisitionName, Arguments] = Field({}, description="name -> arguments")
-    reduction: Literal["mean", "sum", "max", "topk"] = "mean"
+    reduction: Reduction = "mean"
     max_length: int | None = Field(
         None, ge=2, description="truncate longer samples to this many tokens; by default they cannot be scored"
     )

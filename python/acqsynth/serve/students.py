@@ -16,13 +16,12 @@ import torch
 
 import acqcore
 from acqcore import Reduction
+from acqcore.students.samples import EMPTY
 from acqcore.students.tables import kind_of
 from acqsynth.serve.middleware import ServiceError
 from acqsynth.serve.options import Limits
 
 Kind = tuple[str, ...]
-
-EMPTY = acqcore.Row(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
 
 
 @dataclass(frozen=True, eq=False)
