@@ -256,10 +256,9 @@ def loss_weights(
     targets: torch.Tensor,  # [N]
     bounds: Bounds,
     loss: str,
-    token_weights: torch.Tensor | None,  # [N]
 ) -> torch.Tensor:
     """Weight of each token's gradient within its sample's, ``[N]`` float64; zero for ignored tokens."""
-    weights, check_scored = _loss_weights(targets, bounds, loss, token_weights)
+    weights, check_scored = _loss_weights(targets, bounds, loss)
     check_scored()
     return weights
 
@@ -268,7 +267,7 @@ def _loss_weights(
     targets: torch.Tensor,  # [N]
     bounds: Bounds,
     loss: str,
-    token_weights: torch.Tensor | None,  # [N]
+    token_weights: torch.Tensor | None = None,  # [N]
 ) -> tuple[torch.Tensor, Callable[[], None]]:
     """:func:`loss_weights`, and a check that every sample has a scored token, to be run once all work is queued."""
     scored = targets != checks.IGNORE_INDEX
@@ -302,17 +301,17 @@ def hidden_grad_from(
     hidden: torch.Tensor,  # [N, D]
     head: Head,
     stats: RowStats,  # of these rows, over the whole vocabulary
-    temperature: float,
     backend: str | None,
 ) -> torch.Tensor:
-    """:func:`hidden_grad` from known statistics, in a second pass, ``[N, D]``; arguments are trusted."""
+    """:func:`hidden_grad` from known statistics of unscaled logits, in a second pass, ``[N, D]``; arguments
+    are trusted."""
     assert stats.targets is not None
     chosen = chosen_backend(hidden, head, backend, "hidden_grad")
     sums = torch.zeros(hidden.shape, dtype=compute_dtype(hidden.dtype, head.weight.dtype), device=hidden.device)
     state = stats.state.contiguous()
     if len(head.weight):  # a shard may be empty; backends never see an empty one
-        chosen.fill_hidden_grad(HeadRows(hidden, head, stats.targets, temperature, state, stats.max_index), sums)
-    return summed(_normalised(sums, head, stats, state[MAX], temperature), head.group)
+        chosen.fill_hidden_grad(HeadRows(hidden, head, stats.targets, 1.0, state, stats.max_index), sums)
+    return summed(_normalised(sums, head, stats, state[MAX], 1.0), head.group)
 
 
 def head_grad_norm_from(
@@ -321,13 +320,13 @@ def head_grad_norm_from(
     stats: RowStats,
     bounds: Bounds,
     weights: torch.Tensor,  # [N] float64
-    temperature: float,
     backend: str | None,
 ) -> torch.Tensor:
-    """:func:`head_grad_norm` from known statistics, in a second pass, ``[B]``; arguments are trusted."""
+    """:func:`head_grad_norm` from known statistics of unscaled logits, in a second pass, ``[B]``; arguments
+    are trusted."""
     assert stats.targets is not None
     chosen = chosen_backend(hidden, head, backend, "head_grad_norm")
-    return visit(hidden, head, stats.targets, bounds, temperature, chosen, known=stats).grad_norm(weights)
+    return visit(hidden, head, stats.targets, bounds, 1.0, chosen, known=stats).grad_norm(weights)
 
 
 def grad_sketch_from(

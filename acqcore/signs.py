@@ -24,16 +24,15 @@ def random_signs(
     columns: int,
     seed: int,
     stream: int,
-    first_row: int = 0,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """Independent signs ``[rows, columns]``, a function of (seed, stream, row + first_row, column).
+    """Independent signs ``[rows, columns]``, a function of (seed, stream, row, column).
 
     Every 64 columns of a row are the bits of one SplitMix64 output (Steele, Lea & Flood 2014).
     """
     device = torch.device(device)
-    words = _sign_words(rows, (columns + _BITS - 1) // _BITS, seed, stream, first_row, device)
+    words = _sign_words(rows, (columns + _BITS - 1) // _BITS, seed, stream, device)
     bits = (words[:, :, None] >> _shifts(device)) & 1  # [rows, 8 words, 8]
     return bits.flatten(1)[:, :columns].to(dtype).mul_(2).sub_(1)
 
@@ -44,9 +43,9 @@ def _shifts(device: torch.device) -> torch.Tensor:
 
 
 @kept(KEPT_SIGNS)
-def _sign_words(rows: int, words: int, seed: int, stream: int, first_row: int, device: torch.device) -> torch.Tensor:
+def _sign_words(rows: int, words: int, seed: int, stream: int, device: torch.device) -> torch.Tensor:
     """The outputs as bytes, lowest first, ``[rows, 8 words]`` uint8."""
-    row = torch.arange(first_row, first_row + rows, dtype=torch.int64, device=device)
+    row = torch.arange(rows, dtype=torch.int64, device=device)
     word = torch.arange(words, dtype=torch.int64, device=device)
     bits = _mix(_mix(_key(seed, stream) + (row[:, None] + 1) * _GOLDEN) + (word + 1) * _GOLDEN)  # [rows, words]
     return bits.view(torch.uint8)

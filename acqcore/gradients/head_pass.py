@@ -43,7 +43,7 @@ class HeadPass:
     def weights(self) -> torch.Tensor:
         """Weight of each token in its sample's loss, ``[N]`` float64."""
         assert self.stats.targets is not None
-        return loss_weights(self.stats.targets, self.bounds, self.loss, None)
+        return loss_weights(self.stats.targets, self.bounds, self.loss)
 
     def excess(self, carried: FisherGrads) -> torch.Tensor:
         """Relative excess of each probe's squared gradient norm over its expectation, ``[B, P]``.
@@ -71,9 +71,7 @@ class HeadPass:
             if self.visited is not None:
                 norm = self.visited.grad_norm(self.weights)
             else:
-                norm = head_grad_norm_from(
-                    self.hidden, self.head, self.stats, self.bounds, self.weights, 1.0, self.backend
-                )
+                norm = head_grad_norm_from(self.hidden, self.head, self.stats, self.bounds, self.weights, self.backend)
             self.found[None] = norm.double().square()
         return self.found[None]
 
@@ -93,7 +91,7 @@ class HeadPass:
         """Gradient of the samples' losses in ``hidden``, ``[B, T, D]``; the N rows are its flattened ``positions``."""
         gradient = self.hidden_grads
         if gradient is None:
-            gradient = hidden_grad_from(self.hidden, self.head, self.stats, 1.0, self.backend)
+            gradient = hidden_grad_from(self.hidden, self.head, self.stats, self.backend)
         return spread(gradient * self.weights[:, None].to(gradient.dtype), hidden, positions)
 
     def fisher_grads(self, probes: int, seed: int) -> FisherGrads:

@@ -65,7 +65,7 @@ class SampleGradients:
         self._sites: dict[ProbeNeed, dict[nn.Module, float]] = {}
         for need in self._probed:
             if need.of == "sites" and need.layers != 0:
-                whole_parameters(student, "layers")
+                whole_parameters(student)
                 found = DropoutSites.of(student, need.layers, need.dropout)
                 self._sites[need] = {module: p for _, module, p in found.sites}
         chosen = [*self._selections.values(), *self._linear.values()]

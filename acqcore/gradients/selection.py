@@ -96,7 +96,7 @@ def select_linear(student: Student, layers: int | str) -> Selection:
     """
     blocks = student.blocks
     checks.some_blocks(len(blocks))
-    whole_parameters(student, "layers")
+    whole_parameters(student)
     count = len(blocks) if isinstance(layers, str) else layers
     checks.enough_blocks("layers", count, len(blocks))
     members = {module for block in blocks[len(blocks) - count :] for module in block.modules()}
@@ -115,11 +115,11 @@ def select_linear(student: Student, layers: int | str) -> Selection:
     return Selection(names, None)
 
 
-def whole_parameters(student: Student, argument: str) -> None:
-    """Raise ValueError, naming ``argument``, if the student's parameters are sharded over processes."""
+def whole_parameters(student: Student) -> None:
+    """Raise ValueError if the student's parameters are sharded over processes."""
     if student.sharded:
         raise ValueError(
-            f"{argument}: gradients in the trunk need a student with unsharded parameters, got a sharded one "
+            "layers: gradients in the trunk need a student with unsharded parameters, got a sharded one "
             "(tensor parallel, FSDP, ZeRO-3)"
         )
 

@@ -203,7 +203,7 @@ class Runner:
             rows, results[self._joined_draws] = self._draws[self._joined_draws].rows_of_hidden(batch, hidden)
         with_hidden, sketch = self._sums
         if gradients is not None and (with_hidden or sketch is not None):
-            weights = loss_weights(targets, batch.bounds, loss, None)
+            weights = loss_weights(targets, batch.bounds, loss)
             visited, hidden_grads, sketches = delta_visit(
                 hidden, head, targets, batch.bounds, weights, 1.0, chosen("delta_hash"), norms=gradients.of_head,
                 with_hidden=with_hidden, sketch=sketch,
