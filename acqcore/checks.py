@@ -292,15 +292,9 @@ def hidden(value: Any, weight: torch.Tensor) -> None:
             f"{list(weight.shape)}, got {describe(value)}"
         )
     same_device("hidden", value, "head.weight", weight)
-    if not torch.compiler.is_compiling():
-        allocated("head.weight", weight)
-
-
-def allocated(name: str, value: torch.Tensor) -> None:
-    """The tensor has memory: FSDP frees it between forward passes, and a kernel would then read garbage."""
-    if value.numel() and value.untyped_storage().nbytes() == 0:
-        raise ValueError(
-            f"{name}: its storage was freed, as FSDP does between forward passes; score through acqcore.Student, "
+    if not torch.compiler.is_compiling() and weight.numel() and weight.untyped_storage().nbytes() == 0:
+        raise ValueError(  # a kernel would read garbage
+            "head.weight: its storage was freed, as FSDP does between forward passes; score through acqcore.Student, "
             "which gathers it"
         )
 

@@ -21,7 +21,7 @@ from acqcore.acquisitions import REGISTRY
 from acqcore.backends import backends
 from acqcore.costs import command as plan_command
 from acqcore.files import choose, data as data_files, reference as reference_command
-from acqcore.files.data import Block, located
+from acqcore.files.data import BLOCK_ROWS, Block, located
 from acqcore.files.executors import Executor, executor_of
 from acqcore.files.parts import Parts, check_output, table_output
 from acqcore.files.summary import Summary
@@ -36,7 +36,6 @@ _DESCRIPTION = (
     "Scores data files with a student (score), keeps the best rows (select), computes the reference that influence is "
     "measured against (reference), estimates memory and time (plan), and lists versions and backends (info)."
 )
-BLOCK_ROWS = 4096  # bounds memory; larger blocks would hardly pack better
 
 
 class _Help(argparse.HelpFormatter):

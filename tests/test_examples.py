@@ -189,7 +189,7 @@ def named_reward(folder, monkeypatch):
 
     monkeypatch.setenv("ACQSYNTH_STUDENT", folder)
     monkeypatch.setenv("ACQSYNTH_REWARD", "reward:build")
-    monkeypatch.setattr(scorer, "_made", {})
+    scorer._make.cache_clear()
 
 
 @pytest.mark.usefixtures("named_reward")

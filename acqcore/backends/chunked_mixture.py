@@ -93,11 +93,7 @@ def _mixture(
         votes.masked_fill_(ignored, -1)
 
 
-def _drawn(
-    backend: Backend,
-    rows: DrawRows,
-    part: slice,
-) -> tuple[torch.Tensor, tuple[Head, ...]]:
+def _drawn(backend: Backend, rows: DrawRows, part: slice) -> tuple[torch.Tensor, tuple[Head, ...]]:
     """Hidden states ``[K, n, D]`` of every draw, and the heads that give their logits.
 
     The head's scale is divided by ``1 - p`` instead of the kept columns, which would round half-precision states.

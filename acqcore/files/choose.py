@@ -36,7 +36,6 @@ from acqcore.students.student import Student
 
 POOL_FACTOR = 4  #: candidates of a diverse method per requested row
 
-_BLOCK_ROWS = 4096
 _RANK = "rank"
 
 
@@ -158,7 +157,7 @@ def _check(options: argparse.Namespace) -> tuple[str, ...]:
 
 def _read(options: argparse.Namespace, data: Path) -> _Pool:
     """Read and tokenize the rows; raises before any forward if there are too few."""
-    blocks, present = data_files.scan(data, _BLOCK_ROWS, options.limit)
+    blocks, present = data_files.scan(data, data_files.BLOCK_ROWS, options.limit)
     if not blocks:
         raise ValueError(f"data: {options.data} has no rows")
     count = sum(block.rows for block in blocks)

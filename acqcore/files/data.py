@@ -21,6 +21,7 @@ from acqcore.files.table import atomically, distinct, long_cells
 from acqcore.students.tables import BESIDE, KINDS, kind_of
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")
+BLOCK_ROWS = 4096  # bounds memory; larger blocks would hardly pack better
 
 _DEEPEST = 200  # maximum nesting of a JSON value, well within Python's limit
 _DIGITS = 4000  # maximum digits of an integer; Python's limit is 4,300

@@ -17,8 +17,6 @@ from acqcore.literals import Loss
 from acqcore.scoring.gradients import influence_reference
 from acqcore.scoring.plan import Plan
 
-_BLOCK_ROWS = 4096
-
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options specific to ``acqcore reference``."""
@@ -53,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
     check_replaceable(options.out, options.data, options.overwrite)
     if options.data.suffix == ".parquet":
         checks.installed("pyarrow", "parquet", "train")
-    _, present = data_files.scan(options.data, _BLOCK_ROWS, options.limit)
+    _, present = data_files.scan(options.data, data_files.BLOCK_ROWS, options.limit)
     columns = data_files.choose_columns(present, options.prompt_column, options.completion_column, options.text_column)
     records = list(islice(data_files.records(options.data), options.limit))
     for record in records:

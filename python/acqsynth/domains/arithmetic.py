@@ -207,11 +207,7 @@ class Arithmetic(Domain):
         return _with_skill(question, answer, reasoning)
 
     def load(
-        self,
-        source: str,
-        split: str = "train",
-        columns: Mapping[str, str] | None = None,
-        limit: int | None = None,
+        self, source: str, split: str = "train", columns: Mapping[str, str] | None = None, limit: int | None = None
     ) -> list[Sample]:
         """As :meth:`Domain.load`. The sources ``world`` (seed 0) and ``world:7`` (seed 7) give generated rows of the
         split, 1000 without ``limit``."""

@@ -143,11 +143,7 @@ class Domain(ABC):
         ]
 
     def load(
-        self,
-        source: str,
-        split: str = "train",
-        columns: Mapping[str, str] | None = None,
-        limit: int | None = None,
+        self, source: str, split: str = "train", columns: Mapping[str, str] | None = None, limit: int | None = None
     ) -> list[Sample]:
         """Rows of a hub data set or a local jsonl, csv or parquet file, in file order.
 

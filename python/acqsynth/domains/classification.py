@@ -155,11 +155,7 @@ class Classification(Domain):
         return self._labels.get(self.canonical(answer), answer)
 
     def load(
-        self,
-        source: str,
-        split: str = "train",
-        columns: Mapping[str, str] | None = None,
-        limit: int | None = None,
+        self, source: str, split: str = "train", columns: Mapping[str, str] | None = None, limit: int | None = None
     ) -> list[Sample]:
         """As :meth:`Domain.load`, with columns ``text`` and ``label`` (or ``intent``), or ``question`` and ``answer``.
         Class numbers of a hub data set become names; rows without a label are left out. ``intents:banking77_train`` is

@@ -97,7 +97,6 @@ class TextScorer:
 
 #: Many threads may make their first request at the same time.
 _making = threading.RLock()
-_made: dict[str, ComposedReward] = {}
 
 
 def reward_from_environment() -> ComposedReward:
@@ -114,9 +113,7 @@ def reward_from_environment() -> ComposedReward:
             "creates one"
         )
     with _making:
-        if path not in _made:
-            _made[path] = _make(path)
-        return _made[path]
+        return _make(path)
 
 
 @functools.cache
@@ -130,6 +127,7 @@ def scorer_from_environment() -> TextScorer:
         return _scorer(os.environ.get(REWARD_VARIABLE))
 
 
+@functools.cache
 def _make(path: str) -> ComposedReward:
     module, colon, attribute = path.partition(":")
     if not (module and colon and attribute):

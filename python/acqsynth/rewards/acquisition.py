@@ -124,13 +124,7 @@ class AcquisitionReward(TrlReward):
             logger.exception("%s: parse failed on a text", self.__name__)
             return _FAILED
 
-    def _rewards(
-        self,
-        prompts: Sequence[Any],
-        samples: Sequence[Any],
-        scored: Scored,
-        log: Log,
-    ) -> list[float | None]:
+    def _rewards(self, prompts: Sequence[Any], samples: Sequence[Any], scored: Scored, log: Log) -> list[float | None]:
         """Rewards for n samples (None: text that does not parse), given the scores of the parsed ones."""
         self._check_form(
             [] if log.evaluates else samples,
