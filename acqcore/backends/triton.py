@@ -388,9 +388,6 @@ def _tf32() -> bool:
     """Whether float32 products may use TF32: ``ACQCORE_TF32=1``.
 
     Torch's own switch is ignored: trainers set it process-wide, and TF32 costs 1e-3 of a logit.
-
-    Raises:
-        ValueError: the variable is neither 0 nor 1.
     """
     value = os.environ.get("ACQCORE_TF32", "0")
     checks.one_of("ACQCORE_TF32", value, ("0", "1"))

@@ -64,11 +64,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the plan.
-
-    Raises:
-        ValueError, TypeError, RuntimeError, OSError, ModuleNotFoundError: the message's first line is for the user.
-    """
+    """Print the plan."""
     checks.positive_int("devices", options.devices)
     if options.threads is not None:
         checks.positive_int("threads", options.threads)

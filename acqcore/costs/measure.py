@@ -179,11 +179,7 @@ class _Worker:
 
 
 def bytes_of(file: str, field: str) -> int:
-    """A field of ``meminfo`` or ``self/status``.
-
-    Raises:
-        RuntimeError: the file or field does not exist, as on systems other than Linux.
-    """
+    """A field of ``meminfo`` or ``self/status``."""
     try:
         lines = (Path("/proc", file)).read_text().splitlines()
     except OSError as error:
@@ -195,11 +191,7 @@ def bytes_of(file: str, field: str) -> int:
 
 
 def reset_peak() -> None:
-    """Reset the peak of resident memory to the current value.
-
-    Raises:
-        RuntimeError: the system does not support or permit this.
-    """
+    """Reset the peak of resident memory to the current value."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError as error:

@@ -78,14 +78,8 @@ def run(options: argparse.Namespace) -> int:
 
     Input columns are kept unchanged. New columns are ``row`` (from 0, unless the data have such a column), the signal,
     and ``rank``, the order of choice from 1: with the same candidates, a smaller --n chooses the first rows by rank.
-    Rows that cannot be read or scored are reported on stderr and skipped. Ties go to the earlier row.
-
-    Returns:
-        0; errors are raised.
-
-    Raises:
-        ValueError, TypeError, RuntimeError, OSError, ModuleNotFoundError: the first line of the message is meant for
-            the user. Everything that does not depend on the student is checked before it is loaded.
+    Rows that cannot be read or scored are reported on stderr and skipped. Ties go to the earlier row. Everything that
+    does not depend on the student is checked before it is loaded.
     """
     names = _check(options)
     with tempfile.TemporaryDirectory(prefix="acqcore-") as folder:

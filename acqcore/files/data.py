@@ -62,13 +62,7 @@ def located(path: Path, line: int, message: str) -> str:
 
 def local_file(data: Path, config: str | None, split: str, folder: Path) -> Path:
     """The file that ``--data`` names. For a data set, given by its hub id or its folder, a split is exported atomically
-    to a parquet file in ``folder``: once, and again whenever the files of its folder change.
-
-    Raises:
-        ModuleNotFoundError: datasets is not installed.
-        ValueError, OSError: the data set, its configuration or its split cannot be loaded; a configuration or split is
-            given for a file.
-    """
+    to a parquet file in ``folder``: once, and again whenever the files of its folder change."""
     if not data.is_dir() and (data.exists() or data.suffix in SUFFIXES or len(data.parts) > 2):
         if config is not None or split != "train":
             raise ValueError(f"--data-config and --split: apply only to data sets, but {data} is read as a file")
@@ -102,10 +96,6 @@ def scan(path: Path, block_rows: int, limit: int | None) -> tuple[list[Block], l
     """The blocks of a file's first ``limit`` rows, and all columns that occur; keeps no rows in memory.
 
     Blank jsonl lines are not rows. Each block has ``block_rows`` rows, the last one the remainder.
-
-    Raises:
-        ValueError: an extension not in ``SUFFIXES``, an invalid parquet file, text that is not UTF-8, no readable row.
-        OSError: the file cannot be read. ModuleNotFoundError: parquet without pyarrow.
     """
     checks.one_of("extension of " + path.name, path.suffix, SUFFIXES)
     path.stat()  # same error for a missing file of any extension
@@ -144,7 +134,8 @@ def records(path: str | os.PathLike[str]) -> Iterator[Record]:
     """The rows of a .jsonl, .csv or .parquet file in order, read lazily.
 
     Raises:
-        ValueError, OSError, ModuleNotFoundError: as :func:`scan`.
+        ValueError: an invalid parquet file, text that is not UTF-8.
+        OSError: the file cannot be read. ModuleNotFoundError: parquet without pyarrow.
     """
     path = Path(path)
     if path.suffix != ".parquet":
@@ -342,12 +333,7 @@ def choose_columns(
     present: Collection[str], prompt: str | None, completion: str | None, text: str | None
 ) -> dict[str, str]:
     """Map columns to keys of a sample: the named columns, else the first of ``KINDS`` that is present, plus the columns
-    that a chat template also reads, unless a text is named.
-
-    Raises:
-        ValueError: only one of prompt and completion, one column for both, text combined with them, a named column that
-            no row has, no known columns.
-    """
+    that a chat template also reads, unless a text is named."""
     if (prompt is None) != (completion is None):
         raise ValueError("--prompt-column and --completion-column: expected both or neither")
     if text is not None and prompt is not None:

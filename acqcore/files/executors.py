@@ -32,12 +32,7 @@ class Local:
     reports = True
 
     def run(self, job: Job, blocks: Sequence[Block], on_rows: Callable[[int], None]) -> None:
-        """Complete the blocks; ``on_rows`` is called with the number of newly completed rows.
-
-        Raises:
-            ValueError, TypeError, RuntimeError, OSError, ModuleNotFoundError: the student cannot be loaded or does not
-                fit the job.
-        """
+        """Complete the blocks; ``on_rows`` is called with the number of newly completed rows."""
         if blocks:
             scorer = BlockScorer(job)
             for block in blocks:
@@ -191,11 +186,7 @@ Executor: TypeAlias = Local | Accelerate | Ray
 
 
 def executor_of(name: str, workers: int | None, address: str | None, device: str | None) -> Executor:
-    """The executor that ``--engine`` names.
-
-    Raises:
-        ModuleNotFoundError: the engine's package is not installed.
-    """
+    """The executor that ``--engine`` names."""
     if name == "accelerate":
         checks.installed("accelerate", "--engine accelerate", "train")
         return Accelerate(device)

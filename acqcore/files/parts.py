@@ -214,11 +214,7 @@ def table_output(name: str) -> Path:
 
 def check_output(out: Path, data: Path, overwrite: bool) -> None:
     """Check that ``out`` is a file of a known format, or, without an extension, a folder of parquet files. It must be
-    new, belong to an unfinished run, or be replaceable, and must not be the data.
-
-    Raises:
-        ValueError: a condition is violated.
-    """
+    new, belong to an unfinished run, or be replaceable, and must not be the data."""
     if not out.name:
         raise ValueError(f"out: expected a name, got {str(out)!r}")
     if out.suffix and out.suffix not in SUFFIXES:
@@ -235,11 +231,7 @@ def check_output(out: Path, data: Path, overwrite: bool) -> None:
 
 def check_replaceable(out: Path, data: Path, overwrite: bool) -> None:
     """Check that writing to ``out`` loses nothing: it is new, is empty, belongs to an unfinished run or may be
-    overwritten, and it is not the data.
-
-    Raises:
-        ValueError: a condition is violated.
-    """
+    overwritten, and it is not the data."""
     if not out.absolute().parent.is_dir():
         raise ValueError(f"out: the folder {out.parent} does not exist")
     if out.exists() and data.exists() and (out.samefile(data) or out.resolve() in data.resolve().parents):

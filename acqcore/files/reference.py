@@ -38,12 +38,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Compute and write the reference of a file's rows.
-
-    Raises:
-        ValueError, TypeError, RuntimeError, OSError, ModuleNotFoundError: the first line of the message is meant for
-            the user. An unreadable row is an error, as a reference set is small and should be complete.
-    """
+    """Compute and write the reference of a file's rows. An unreadable row is an error, as a reference set is small and
+    should be complete."""
     if options.limit is not None:
         checks.positive_int("limit", options.limit)
     if options.out.is_dir():

@@ -59,11 +59,7 @@ def distinct(names: Sequence[str]) -> list[str]:
 
 def write_block(path: Path, table: Mapping[str, Sequence[Any]], types: Mapping[str, Any] | None = None) -> None:
     """Write rows atomically as one part of a file: parquet, jsonl (NaN as null), or csv without a header (NaN as an
-    empty cell). ``types`` are those of parquet columns, see :func:`column_types`; the others are inferred.
-
-    Raises:
-        ModuleNotFoundError: parquet without pyarrow.
-    """
+    empty cell). ``types`` are those of parquet columns, see :func:`column_types`; the others are inferred."""
     with atomically(path) as temporary:
         if path.suffix == ".parquet":
             kinds = types or {}

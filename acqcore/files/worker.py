@@ -212,11 +212,7 @@ class BlockScorer:
 
 
 def load_student(source: str, dtype: str | None, device: str | None) -> Student:
-    """Load the student at a hub id or path, which must have a tokenizer; ``dtype`` is a name in ``DTYPES``.
-
-    Raises:
-        ValueError: it has no tokenizer. Other errors are those of ``Student.load``.
-    """
+    """Load the student at a hub id or path, which must have a tokenizer; ``dtype`` is a name in ``DTYPES``."""
     if not sys.stderr.isatty() and importlib.util.find_spec("transformers"):
         from transformers.utils import logging
 

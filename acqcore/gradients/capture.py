@@ -187,11 +187,7 @@ class Capture:
         last: bool = True,
     ) -> None:
         """Pass each parameter's piece to ``of_parameters`` as soon as it is complete, and each site's gradient to
-        ``of_sites``; ``last`` frees the graph.
-
-        Raises:
-            ValueError: a parameter took part in the forward but got no gradient, or autograd failed.
-        """
+        ``of_sites``; ``last`` frees the graph."""
         self._of_sites, self._reached_site = of_sites, False
         whole = self.by_autograd | self.unseen
         self.run_backward(hidden, gradient, of_parameters, last, whole, self._after_autograd)

@@ -113,11 +113,7 @@ class SampleGradients:
         self,
         input_ids: torch.Tensor,  # [n, T] int64, of real samples
     ) -> None:
-        """Find out which rules hold for the student; call before forming batches.
-
-        Raises:
-            ValueError: none of the selected parameters has a gradient.
-        """
+        """Find out which rules hold for the student; call before forming batches."""
         if not self.deep:
             return
         self._probe.prepare(input_ids)

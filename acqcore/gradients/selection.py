@@ -39,12 +39,7 @@ def _alone(select: Callable[Concatenate[Student, P], Selection]) -> Callable[Con
 
 @_alone
 def select_parameters(student: Student, head: Head, parameters: str | int) -> Selection:
-    """The parameters specified by ``parameters``; see :func:`acqcore.grad_norm`.
-
-    Raises:
-        ValueError: more blocks than the trunk has, no trainable parameter, a quantised or offloaded parameter, a
-            student with parameters sharded over processes.
-    """
+    """The parameters specified by ``parameters``; see :func:`acqcore.grad_norm`."""
     if parameters == "head":
         return Selection({}, "head")
     module, trunk = student._module, student.trunk
@@ -88,12 +83,7 @@ def select_parameters(student: Student, head: Head, parameters: str | int) -> Se
 
 @_alone
 def select_linear(student: Student, layers: int | str) -> Selection:
-    """The weights of the linear layers in the last ``layers`` blocks, or in every block (``"all"``).
-
-    Raises:
-        ValueError: a trunk with no blocks or too few, no linear layer in them, an offloaded one, a student with
-            parameters sharded over processes.
-    """
+    """The weights of the linear layers in the last ``layers`` blocks, or in every block (``"all"``)."""
     blocks = student.blocks
     checks.some_blocks(len(blocks))
     whole_parameters(student)

@@ -47,11 +47,7 @@ def blocks_of(model: nn.Module, forward: Callable[[], Any]) -> list[nn.Module]:
 
 
 def branches_of(model: nn.Module, forward: Callable[[], Any]) -> list[list[nn.Module]]:
-    """The branches of each block, in execution order.
-
-    Raises:
-        ValueError: a block adds something to the stream that is not a module's output.
-    """
+    """The branches of each block, in execution order."""
     known, blocks = _known(model, forward), blocks_of(model, forward)
     scales = _scales(blocks)
     if known.branches is None or known.scales != scales:

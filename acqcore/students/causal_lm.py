@@ -298,11 +298,7 @@ class CausalLM:
         options: Mapping[str, Any] | None = None,
     ) -> tuple[torch.Tensor, Any]:
         """Input of the output embedding, and the model's output if the embedding returns ``give(hidden)``: by default
-        one column instead of logits, which the model may scale or cap.
-
-        Raises:
-            ValueError: the output embedding is not called exactly once.
-        """
+        one column instead of logits, which the model may scale or cap."""
         seen: list[torch.Tensor] = []
 
         def keep(hidden: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:

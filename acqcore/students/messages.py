@@ -40,11 +40,7 @@ TAKEN = frozenset(
 
 
 def text_of(index: int, key: str, value: object) -> str:
-    """The value as text. A csv file cannot tell 5 from "5", so numbers from every source become text.
-
-    Raises:
-        TypeError: neither a string nor a finite number. ValueError: too long an integer; as :func:`sound`.
-    """
+    """The value as text. A csv file cannot tell 5 from "5", so numbers from every source become text."""
     if isinstance(value, numbers.Number) and not isinstance(value, bool) and _is_finite(value):
         try:
             value = str(value)
@@ -70,11 +66,7 @@ def sound(index: int, key: str, text: str) -> str:
 
 
 def messages_of(index: int, key: str, value: object) -> list[dict[str, Any]]:
-    """The value as a list of messages, each with a role and content or tool calls.
-
-    Raises:
-        TypeError: the value is not such a list.
-    """
+    """The value as a list of messages, each with a role and content or tool calls."""
     found = plain(value)
     if not isinstance(found, list):
         raise TypeError(f"samples[{index}]: {key}: expected a list of messages, got {checks.describe(value)}")
@@ -93,11 +85,7 @@ def messages_of(index: int, key: str, value: object) -> list[dict[str, Any]]:
 
 
 def joined(index: int, tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The messages, with content that is a list of texts joined for a template that accepts only strings.
-
-    Raises:
-        ValueError: images, video or audio; parts without text for such a template.
-    """
+    """The messages, with content that is a list of texts joined for a template that accepts only strings."""
     for message in messages:
         parts = message["content"] if isinstance(message.get("content"), list) else []
         for part in parts:
@@ -175,12 +163,8 @@ def _is_finite(value: Any) -> bool:
 
 
 def template_options(index: int, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """A sample's arguments for the chat template besides messages: ``tools`` and ``chat_template_kwargs``, as in TRL.
-
-    Raises:
-        TypeError: tools that are neither a list nor its JSON text; template variables that are not a mapping.
-        ValueError: template variables that acqcore sets.
-    """
+    """A sample's arguments for the chat template besides messages: ``tools`` and ``chat_template_kwargs``, as in
+    TRL."""
     given = plain({key: sample[key] for key in BESIDE if key in sample})
     tools = given.get("tools")
     if isinstance(tools, str):
@@ -214,9 +198,6 @@ def reply_start(
 
     If the template only appends, the reply starts after the rendered context and generation prompt. If it renders the
     context differently when a reply follows, the reply starts where a rendering with another reply begins to differ.
-
-    Raises:
-        ValueError: the template rejects the conversation, or the scored part lacks the reply's text.
     """
     prompt = rendered(index, tokenizer, context, True, **options)
     start = len(prompt) if text.startswith(prompt) else None

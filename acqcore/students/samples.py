@@ -196,11 +196,7 @@ def check_errors(errors: object) -> None:
 
 
 def in_chunks(samples: Any, size: int) -> Iterator[list[Any]]:
-    """Lists of ``size`` samples, read one at a time; tables and tensors are cut by rows.
-
-    Raises:
-        TypeError: neither iterable nor a table.
-    """
+    """Lists of ``size`` samples, read one at a time; tables and tensors are cut by rows."""
     if isinstance(samples, Mapping):
         samples = _tensor_rows(samples) if _of_tensors(samples) else listed(samples)
     elif columns_of(samples) is not None:

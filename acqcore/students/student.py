@@ -342,11 +342,7 @@ StudentLike: TypeAlias = Student | torch.nn.Module | str | os.PathLike[str]
 
 
 def as_student(student: StudentLike) -> Student:
-    """Convert a Student, a model, a path or a hub id to a Student.
-
-    Raises:
-        TypeError: none of these. Other errors are those of ``Student.from_model`` and ``Student.load``.
-    """
+    """Convert a Student, a model, a path or a hub id to a Student."""
     if isinstance(student, Student):
         return student
     if isinstance(student, (str, os.PathLike)):

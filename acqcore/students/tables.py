@@ -28,12 +28,7 @@ def kind_of(columns: Any) -> tuple[str, ...] | None:
 
 
 def listed(samples: Any) -> list[Any]:
-    """The samples as a list; only the columns of a table that define samples are kept.
-
-    Raises:
-        TypeError: neither a list nor a table, or a table without such columns.
-        ValueError: columns of different lengths.
-    """
+    """The samples as a list; only the columns of a table that define samples are kept."""
     columns = columns_of(samples)
     if columns is not None:
         kind = kind_of(columns)

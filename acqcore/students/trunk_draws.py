@@ -42,9 +42,6 @@ class DropoutSites:
 
         ``dropout`` is the probability p for blocks; ``"own"`` modules keep their own rates. Functional dropout, such
         as that of attention weights in transformers, stays off.
-
-        Raises:
-            ValueError: fewer blocks than requested, a block whose branches are not modules, no dropout layer.
         """
         if layers == "own":
             modules = student.trunk.modules() if isinstance(student.trunk, nn.Module) else ()
