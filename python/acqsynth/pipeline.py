@@ -72,11 +72,7 @@ class Plan:
 
 
 def plan(config: Config) -> Plan:
-    """Plans a recipe. Arms that need the same step share it.
-
-    Raises:
-        ConfigError: an unknown option of a library, the domain or the reward, or a value it rejects.
-    """
+    """Plans a recipe. Arms that need the same step share it."""
     preflight.check(config)
     others = {name: other.domain or config.domain for name, other in config.evaluation.others.items()}
     method = config.generator.method

@@ -48,11 +48,7 @@ def load_word_problems() -> list[dict[str, str]]:
 
 def bundled(name: str) -> list[Sample]:
     """The rows of a source ``bundled:<name>``. Rows of mathematics have no reasoning: small models that are shown
-    some forget to end theirs.
-
-    Raises:
-        ValueError: an unknown name.
-    """
+    some forget to end theirs."""
     if name == "mathematics":
         return [Sample(row["prompt"].strip(), row["answer"]) for row in load_seeds(name) if "answer" in row]
     if name == "word_problems":

@@ -189,11 +189,7 @@ class Store:
         return self.output / str(artefact)
 
     def reason(self, step: Step) -> str | None:
-        """Why the step has to run, in a few words; None if it is done and its inputs are unchanged.
-
-        Raises:
-            StepError: the folder holds a run of another layout.
-        """
+        """Why the step has to run, in a few words; None if it is done and its inputs are unchanged."""
         if step not in self._reasons:
             self._reasons[step] = self._reason(step)
         return self._reasons[step]

@@ -147,9 +147,6 @@ class Math(Domain):
         ``0.5``. Ratios are equal if their lowest terms are; where the question asks for no ratio, ``2:40`` may be a
         time. Answers in words must be the same words: math-verify would read them as products of letters, equal in
         any order.
-
-        Raises:
-            RuntimeError: see ``MathChecker.equal``.
         """
         pairs = [(_final(sample.answer), str(answer)) for sample, answer in zip(gold, answers, strict=True)]
         for i, sample in enumerate(gold):

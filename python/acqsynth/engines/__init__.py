@@ -85,7 +85,8 @@ class Engine(ABC):
     def generate(self, prompts: Sequence[str | Messages], sampling: Sampling) -> list[list[Completion]]:
         """``sampling.n`` completions of each prompt, in order. Lists of messages go through the chat template with a
         generation prompt; strings are used unchanged. A prompt as long as the model's limit gets empty, unfinished
-        completions and is logged, since one long question must not end a run of hours."""
+        completions and is logged, since one long question must not end a run of hours; an empty prompt raises
+        ValueError."""
 
     @abstractmethod
     def reload(self, weights: Any) -> None:

@@ -77,11 +77,7 @@ class TransformersEngine(Engine):
         self.batch_tokens = batch_tokens
 
     def generate(self, prompts: Sequence[str | Messages], sampling: Sampling) -> list[list[Completion]]:
-        """As in :class:`Engine`.
-
-        Raises:
-            ValueError: an empty prompt.
-        """
+        """As in :class:`Engine`."""
         limit = self._limit()
         return where_room(encode(self.tokenizer, prompts), limit, sampling, partial(self._draw, sampling, limit))
 

@@ -71,11 +71,7 @@ class VllmEngine(Engine):
         self.eos = eos_ids(self.tokenizer, generation)
 
     def generate(self, prompts: Sequence[str | Messages], sampling: Sampling) -> list[list[Completion]]:
-        """As in :class:`Engine`.
-
-        Raises:
-            ValueError: an empty prompt.
-        """
+        """As in :class:`Engine`."""
         limit = self.llm.llm_engine.model_config.max_model_len
         return where_room(encode(self.tokenizer, prompts), limit, sampling, partial(self._draw, sampling))
 

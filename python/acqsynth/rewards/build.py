@@ -91,11 +91,7 @@ def build(
 
 
 def check(config: RewardConfig, domain: Domain) -> None:
-    """Builds the reward without loading a model, to catch invalid keys before a run.
-
-    Raises:
-        ValueError, TypeError: as :func:`build`.
-    """
+    """Builds the reward without loading a model, to catch invalid keys before a run."""
     row = [Sample("question", "answer")]
     build(config, domain, "student", None, seeds=row, evaluation=row)
 

@@ -118,11 +118,7 @@ class Scorer:
         return given
 
     def check(self) -> None:
-        """Loads the student.
-
-        Raises:
-            RuntimeError: no student is named. OSError, ValueError: it cannot be loaded.
-        """
+        """Loads the student."""
         with _scoring:
             self._student()
 

@@ -135,11 +135,7 @@ class Service:
         return loaded, values, [row.n_scored for row in rows], errors
 
     def _admit(self, tokens: int) -> None:
-        """Checks that the queue accepts a request of this size.
-
-        Raises:
-            ServiceError: ``too_large``, more tokens than the queue holds; ``busy``, the queue is full; ``stopping``.
-        """
+        """Checks that the queue accepts a request of this size."""
         if self.batcher.closed:
             raise ServiceError("stopping", "the server is stopping")
         most, waiting = self.limits.queue_tokens, self.batcher.waiting

@@ -61,12 +61,7 @@ class Limits:
 
 def token_from(variable: str, file: Path | None, environment: Mapping[str, str] | None = None) -> str | None:
     """Reads a token from a file, else from an environment variable, else returns None. Tokens are never taken from the
-    command line, which every user of the machine can read.
-
-    Raises:
-        ValueError: the token is empty or has a character that a header cannot carry.
-        OSError: the file cannot be read.
-    """
+    command line, which every user of the machine can read."""
     if file is not None:
         return checked_token(file.read_text(encoding="utf-8"), str(file))
     found = (os.environ if environment is None else environment).get(variable)

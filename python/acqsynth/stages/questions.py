@@ -121,11 +121,7 @@ def select_questions(context: StepContext, *, writing: Writing, candidates: int,
 
 
 def sample_mistakes(pool: Sequence[Sample], right: Sequence[bool], n: int, seed: int) -> list[Sample]:
-    """Draws n of the wrongly answered samples, each skill in proportion to its share of wrong answers.
-
-    Raises:
-        StepError: no sample was answered wrongly.
-    """
+    """Draws n of the wrongly answered samples, each skill in proportion to its share of wrong answers."""
     wrong = [sample for sample, ok in zip(pool, right, strict=True) if not ok]
     if not wrong:
         raise StepError("error_driven: the student makes no mistake on the held-out rows")
