@@ -155,37 +155,31 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_scoring_options(parser: argparse.ArgumentParser, device: str) -> None:
     """The options of the commands that score the rows of a file."""
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--data", required=True, type=Path, metavar="F", help="a .jsonl, .csv or .parquet file, or a data set: org/name"
     )
-    parser.add_argument("--data-config", metavar="C", help="configuration of a hub data set")
-    parser.add_argument("--split", default="train", metavar="S", help="split of a hub data set (default: train)")
-    parser.add_argument(
-        "--acquisition-args", type=plan_command.json_value, metavar="JSON", help=plan_command.ARGUMENTS_HELP
-    )
-    parser.add_argument(
-        "--reduction", default="mean", help=f"reduce token values by {', '.join(get_args(Reduction))} (default: mean)"
-    )
-    parser.add_argument(
-        "--topk", type=int, default=8, metavar="N", help="tokens averaged by --reduction topk (default: 8)"
-    )
+    add("--data-config", metavar="C", help="configuration of a hub data set")
+    add("--split", default="train", metavar="S", help="split of a hub data set (default: train)")
+    add("--acquisition-args", type=plan_command.json_value, metavar="JSON", help=plan_command.ARGUMENTS_HELP)
+    add("--reduction", default="mean", help=f"reduce token values by {', '.join(get_args(Reduction))} (default: mean)")
+    add("--topk", type=int, default=8, metavar="N", help="tokens averaged by --reduction topk (default: 8)")
     _add_sample_options(parser, device)
 
 
 def _add_sample_options(parser: argparse.ArgumentParser, device: str) -> None:
     """The options of the commands that run a student on the rows of a file; ``device`` names the default."""
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing --out")
-    parser.add_argument("--prompt-column", metavar="C", help="column with the context; needs --completion-column")
-    parser.add_argument("--completion-column", metavar="C", help="column with the scored text")
-    parser.add_argument("--text-column", metavar="C", help="column with text to score in full")
-    parser.add_argument(
-        "--batch-tokens", type=int, default=8192, metavar="N", help="maximum padded tokens per forward (default: 8192)"
-    )
-    parser.add_argument("--max-length", type=int, metavar="N", help="truncate samples to N tokens")
-    parser.add_argument("--dtype", choices=list(DTYPES), help="dtype of the weights (default: as stored)")
-    parser.add_argument("--device", metavar="D", help=f"device (default: {device})")
-    parser.add_argument("--backend", metavar="B", help="backend; 'acqcore info' lists them")
-    parser.add_argument("--limit", type=int, metavar="N", help="read only the first N rows")
+    add = parser.add_argument
+    add("--overwrite", action="store_true", help="replace an existing --out")
+    add("--prompt-column", metavar="C", help="column with the context; needs --completion-column")
+    add("--completion-column", metavar="C", help="column with the scored text")
+    add("--text-column", metavar="C", help="column with text to score in full")
+    add("--batch-tokens", type=int, default=8192, metavar="N", help="maximum padded tokens per forward (default: 8192)")
+    add("--max-length", type=int, metavar="N", help="truncate samples to N tokens")
+    add("--dtype", choices=list(DTYPES), help="dtype of the weights (default: as stored)")
+    add("--device", metavar="D", help=f"device (default: {device})")
+    add("--backend", metavar="B", help="backend; 'acqcore info' lists them")
+    add("--limit", type=int, metavar="N", help="read only the first N rows")
 
 
 def _info(options: argparse.Namespace) -> int:

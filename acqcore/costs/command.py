@@ -39,28 +39,23 @@ def json_value(text: str) -> Any:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of ``acqcore plan``."""
+    add = parser.add_argument
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--student", metavar="M", help="hub id or local path to read the configuration from")
     source.add_argument("--config", metavar="F", help="the config.json of a transformers model; needs no weights")
-    parser.add_argument("--rows", type=int, required=True, metavar="N", help="rows to score")
-    parser.add_argument(
-        "--tokens", type=int, required=True, metavar="T", help="tokens per row (their mean, if rows differ)"
-    )
-    parser.add_argument("--scored", type=int, metavar="N", help="scored tokens per row (default: all but the first)")
-    parser.add_argument(
-        "--acquisitions", default="entropy", metavar="A,B", help="as for 'acqcore score' (default: entropy)"
-    )
-    parser.add_argument("--acquisition-args", type=json_value, metavar="JSON", help=ARGUMENTS_HELP)
-    parser.add_argument(
-        "--batch-tokens", type=int, default=8192, metavar="N", help="maximum padded tokens per forward (default: 8192)"
-    )
-    parser.add_argument("--dtype", choices=list(DTYPES), help="dtype of the weights (default: as stored)")
-    parser.add_argument("--device", default="cpu", metavar="D", help="device (default: cpu)")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's current setting)")
-    parser.add_argument("--devices", type=int, default=1, metavar="N", help="extrapolate to N devices (default: 1)")
-    parser.add_argument("--flops", type=float, metavar="F", help="FLOP/s achieved by a device not present here")
-    parser.add_argument("--bandwidth", type=float, metavar="B", help="bytes/s achieved by a device not present here")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    add("--rows", type=int, required=True, metavar="N", help="rows to score")
+    add("--tokens", type=int, required=True, metavar="T", help="tokens per row (their mean, if rows differ)")
+    add("--scored", type=int, metavar="N", help="scored tokens per row (default: all but the first)")
+    add("--acquisitions", default="entropy", metavar="A,B", help="as for 'acqcore score' (default: entropy)")
+    add("--acquisition-args", type=json_value, metavar="JSON", help=ARGUMENTS_HELP)
+    add("--batch-tokens", type=int, default=8192, metavar="N", help="maximum padded tokens per forward (default: 8192)")
+    add("--dtype", choices=list(DTYPES), help="dtype of the weights (default: as stored)")
+    add("--device", default="cpu", metavar="D", help="device (default: cpu)")
+    add("--threads", type=int, metavar="N", help="CPU threads (default: torch's current setting)")
+    add("--devices", type=int, default=1, metavar="N", help="extrapolate to N devices (default: 1)")
+    add("--flops", type=float, metavar="F", help="FLOP/s achieved by a device not present here")
+    add("--bandwidth", type=float, metavar="B", help="bytes/s achieved by a device not present here")
+    add("--json", action="store_true", help="print JSON instead of tables")
 
 
 def run(options: argparse.Namespace) -> int:

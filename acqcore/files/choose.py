@@ -41,31 +41,30 @@ _RANK = "rank"
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options specific to ``acqcore select``."""
-    parser.add_argument(
-        "--student", metavar="M", help="hub id or local path; not needed if --signal is a column of the data"
-    )
-    parser.add_argument("--out", required=True, type=table_output, metavar="F", help=".jsonl, .csv or .parquet")
-    parser.add_argument("--n", required=True, type=int, metavar="N", help="number of rows to choose")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--student", metavar="M", help="hub id or local path; not needed if --signal is a column of the data")
+    add("--out", required=True, type=table_output, metavar="F", help=".jsonl, .csv or .parquet")
+    add("--n", required=True, type=int, metavar="N", help="number of rows to choose")
+    add(
         "--signal",
         metavar="A",
         help="acquisition to rank by, see 'acqcore score --help'; without --student, a numeric column of the data",
     )
-    parser.add_argument(
+    add(
         "--method",
         default="top_k",
         help=f"one of {', '.join(get_args(Method))} (default: top_k, the highest signal); the others choose diverse "
         "rows by their BADGE embeddings",
     )
-    parser.add_argument(
+    add(
         "--among",
         type=int,
         metavar="N",
         help=f"number of highest-signal rows that a diverse method chooses from (default: {POOL_FACTOR} times --n, or "
         "all rows without --signal)",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of --method badge (default: 0)")
-    parser.add_argument(
+    add("--seed", type=int, default=0, metavar="N", help="seed of --method badge (default: 0)")
+    add(
         "--label-column",
         metavar="C",
         help="with --method top_k: column of possibly wrong labels; chooses rows whose label agrees with the labels of "

@@ -20,21 +20,20 @@ from acqcore.scoring.plan import Plan
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options specific to ``acqcore reference``."""
-    parser.add_argument("--student", required=True, metavar="M", help="hub id or local path")
-    parser.add_argument("--data", required=True, type=Path, metavar="F", help=".jsonl, .csv or .parquet")
-    parser.add_argument("--out", required=True, type=output, metavar="F", help="file to write")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--student", required=True, metavar="M", help="hub id or local path")
+    add("--data", required=True, type=Path, metavar="F", help=".jsonl, .csv or .parquet")
+    add("--out", required=True, type=output, metavar="F", help="file to write")
+    add(
         "--parameters",
         type=lambda text: int(text) if text.isdecimal() else text,
         default="all",
         metavar="P",
         help="which weights: all, trainable, head, or the number of last blocks (default: all)",
     )
-    parser.add_argument(
-        "--loss", choices=get_args(Loss), default="mean", help="mean or sum over a sample's tokens (default: mean)"
-    )
-    parser.add_argument("--dim", type=int, default=4096, metavar="N", help="sketch length (default: 4096)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="sketch seed (default: 0)")
+    add("--loss", choices=get_args(Loss), default="mean", help="mean or sum over a sample's tokens (default: mean)")
+    add("--dim", type=int, default=4096, metavar="N", help="sketch length (default: 4096)")
+    add("--seed", type=int, default=0, metavar="N", help="sketch seed (default: 0)")
 
 
 def run(options: argparse.Namespace) -> int:
