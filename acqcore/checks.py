@@ -374,9 +374,7 @@ def offsets(value: Any, targets: torch.Tensor) -> tuple[tuple[int, int], ...]:
     """Sample boundaries ``[B + 1]`` of packed rows: int64, increasing from 0 to N. Reads values once.
 
     They may be on the CPU for ``targets`` on any device; reading them from a GPU makes the host wait for it.
-
-    Returns:
-        ``[begin, end)`` rows of each sample, on the host.
+    Returns the rows ``[begin, end)`` of each sample.
     """
     if not isinstance(value, torch.Tensor) or value.dtype != torch.int64:
         raise TypeError(f"offsets: expected an int64 tensor [B + 1], got {describe(value)}")

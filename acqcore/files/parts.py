@@ -121,15 +121,10 @@ class Parts:
         self,
         block: int,
         rows: Sequence[int],
-        values: Sequence[Sequence[float]],
-        tokens: Sequence[Sequence[Sequence[float]]] | None = None,
+        values: Sequence[Sequence[float]],  # [B][A]
+        tokens: Sequence[Sequence[Sequence[float]]] | None = None,  # [B][token acquisitions][scored tokens], if kept
     ) -> None:
-        """Record a finished batch of B rows of the block.
-
-        Args:
-            values: ``[B][A]``.
-            tokens: ``[B][token acquisitions][scored tokens]``, if they are kept.
-        """
+        """Record a finished batch of B rows of the block."""
         batch = {"rows": list(rows), "values": [list(row) for row in values]} | ({"tokens": tokens} if tokens else {})
         with self._file(block, ".batches").open("a") as file:
             file.write(json.dumps(batch) + "\n")

@@ -114,12 +114,7 @@ class Report:
 
 
 class BlockScorer:
-    """Scores the blocks of a job.
-
-    Raises:
-        ValueError, TypeError, RuntimeError, OSError, ModuleNotFoundError: the student cannot be loaded or does not fit
-            the job.
-    """
+    """Scores the blocks of a job."""
 
     def __init__(self, job: Job) -> None:
         self.job = job

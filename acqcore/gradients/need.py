@@ -20,9 +20,6 @@ class GradientNeed:
         parameters, loss, predicted: as in :func:`acqcore.grad_norm`.
         dim: length of the sketch; None asks for the norm.
         seed: seed of the sketch.
-
-    Raises:
-        TypeError, ValueError: a value has the wrong type or is out of range.
     """
 
     parameters: Parameters = "head"

@@ -44,11 +44,7 @@ from acqcore.students.trunk_draws import DropoutSites
 
 
 class SampleGradients:
-    """Computes gradient needs of a student's samples, batch by batch.
-
-    Raises:
-        ValueError: the student lacks the parameters or layers, or their gradients are not supported.
-    """
+    """Computes gradient needs of a student's samples, batch by batch."""
 
     def __init__(self, student: Student, head: Head, needs: Sequence[GradientNeed | ProbeNeed]) -> None:
         self._needs = [need for need in needs if isinstance(need, GradientNeed)]
@@ -173,7 +169,10 @@ class SampleGradients:
         head_pass: HeadPass,
     ) -> dict[GradientNeed, torch.Tensor]:
         """Values of needs of the loss gradient, from one backward."""
-        measured = {key: self._measured(key, head_pass) for key in dict.fromkeys(map(_but_loss, needs))}
+        measured: dict[GradientNeed, _Measured] = {}
+        for key in dict.fromkeys(map(_but_loss, needs)):
+            selection, measure = self._selections[key.parameters], _measure(head_pass, key.dim, key.seed)
+            measured[key] = _Measured(measure, frozenset(selection.names.values()), selection.head)
         if self._reaches_trunk(needs):
             self._backward(hidden, head_pass.hidden_gradient(hidden, positions), list(measured.values()), ())
         for each in measured.values():
@@ -256,11 +255,6 @@ class SampleGradients:
 
     def _reaches_trunk(self, needs: Sequence[GradientNeed]) -> bool:
         return any(self._selections[need.parameters].names for need in needs)
-
-    def _measured(self, need: GradientNeed, head_pass: HeadPass) -> _Measured:
-        selection = self._selections[need.parameters]
-        measure = _measure(head_pass, need.dim, need.seed)
-        return _Measured(measure, frozenset(selection.names.values()), selection.head)
 
     def _weights_measure(self, need: ProbeNeed, head_pass: HeadPass) -> _Measured:
         names = frozenset(self._linear[need.layers].names.values())

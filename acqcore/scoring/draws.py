@@ -59,12 +59,7 @@ class Batch:
 
 
 class Draws:
-    """Computes statistics under given options.
-
-    Raises:
-        TypeError, ValueError: members that are not students or are sharded by FSDP or ZeRO-3; layers the student does
-            not have.
-    """
+    """Computes statistics under given options."""
 
     def __init__(
         self, student: Student, head: Head, options: DrawOptions, batch_tokens: int, backend: str | None

@@ -105,11 +105,7 @@ def collate(rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
 
 
 class Lengths:
-    """How a student's hidden states depend on the batch.
-
-    Args:
-        module: the student's module; None if it has none.
-    """
+    """How a student's hidden states depend on the batch; ``module`` is None if the student has none."""
 
     def __init__(self, module: nn.Module | None) -> None:
         self._key: object = self if module is None else module

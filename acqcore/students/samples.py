@@ -367,11 +367,8 @@ def _tokenized(texts: Sequence[_Text], tokenizer: Any) -> list[Row]:
 
 
 def _once(row: Row, added: Sequence[int], tokenizer: Any) -> Row:
-    """The row without a special token that the tokenizer adds to a text that already begins or ends with it.
-
-    Args:
-        added: token ids of an empty text.
-    """
+    """The row without a special token that the tokenizer adds (``added``, to an empty text) to a text that already
+    begins or ends with it."""
     ids, names = row.ids, [getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "cls", "eos", "sep")]
     if len(added) == 0 or len(ids) < 2:
         return row

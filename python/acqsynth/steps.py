@@ -222,14 +222,8 @@ class Store:
         return None
 
     def run(self, step: Step) -> bool:
-        """Brings the inputs of the step and then the step itself up to date.
-
-        Returns:
-            Whether the step itself ran.
-
-        Raises:
-            StepError: the step failed for a reason that the user can fix. Finished steps are kept.
-        """
+        """Brings the inputs of the step and then the step itself up to date; whether the step itself ran. If it fails
+        for a reason that the user can fix, raises StepError; finished steps are kept."""
         if step in self._reasons and self._reasons[step] is None:
             return False
         for artefact in step.inputs:
@@ -263,11 +257,7 @@ class Store:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps other runs out of the folder.
-
-        Raises:
-            StepError: another run is using the folder, or it cannot be written.
-        """
+        """Keeps other runs out of the folder."""
         try:
             self.output.mkdir(parents=True, exist_ok=True)
             held = FileLock(self.output / ".lock", blocking=False).acquire()  # ends with the process

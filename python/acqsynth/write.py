@@ -248,9 +248,6 @@ def best(
 
     Returns:
         Candidates with a sample and a total, whose questions are new as in :func:`write`.
-
-    Raises:
-        ValueError: rows, rounds or the number of prompts is below 1.
     """
     asked = questions() if asked is None else asked
 

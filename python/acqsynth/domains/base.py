@@ -220,11 +220,8 @@ class Domain(ABC):
         return [None] * len(samples)
 
     def computed(self, samples: Sequence[Sample], seed: int) -> list[Sample | None]:
-        """The samples with answers computed by the domain instead of their own; None where it cannot.
-
-        Args:
-            seed: seed of random answers.
-        """
+        """The samples with answers computed by the domain instead of their own, or drawn at random with ``seed``; None
+        where it cannot."""
         return [None] * len(samples)
 
 

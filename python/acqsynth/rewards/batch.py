@@ -78,11 +78,8 @@ class Spread:
 
 
 class Watch:
-    """Accumulates each signal's spread over calls and warns once about each signal that is mostly noise.
-
-    Args:
-        name: the reward's name, shown in the warning.
-    """
+    """Accumulates each signal's spread over calls and warns once about each signal of the reward ``name`` that is
+    mostly noise."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -133,14 +130,8 @@ class Batch(list[Sample]):
         compute: Callable[[list[T]], Iterable[Any]],
         key: Callable[[T], Hashable] = lambda item: item,
     ) -> list[Any]:
-        """The result for each item; only new items are computed.
-
-        Args:
-            name: key under which the results are kept.
-            items: items to compute; items with equal keys share a result.
-            compute: maps the new items to their results, in order.
-            key: identifies an item; pass ``id`` for unhashable items.
-        """
+        """The result for each item, kept under ``name``. Items with equal keys share one: ``compute`` maps only new
+        ones to their results, in order. Pass ``id`` as the key of unhashable items."""
         known = self._results.setdefault(name, {})
         keys = [key(item) for item in items]
         new = {k: item for k, item in zip(keys, items, strict=True) if k not in known}
