@@ -36,12 +36,7 @@ class Shape:
 
 
 def read_config(source: str) -> Any:
-    """The transformers configuration in a ``config.json``, a local directory or a hub repository.
-
-    Raises:
-        ModuleNotFoundError: transformers is not installed.
-        OSError, ValueError: the configuration is missing or of an unknown kind (from transformers).
-    """
+    """The transformers configuration in a ``config.json``, a local directory or a hub repository."""
     checks.installed("transformers", f"reading the configuration of {source!r}", "train")
     from transformers import AutoConfig
 
@@ -67,11 +62,7 @@ def with_blocks(config: Any, blocks: int) -> Any:
 
 
 def shape_of(config: Any, dtype: torch.dtype) -> Shape:
-    """Sizes of the model that ``config`` describes, its weights in ``dtype``. Allocates nothing.
-
-    Raises:
-        ValueError, TypeError: not a causal language model, or one that :class:`acqcore.Student` does not support.
-    """
+    """Sizes of the model that ``config`` describes, its weights in ``dtype``. Allocates nothing."""
     from transformers import AutoModelForCausalLM
 
     stored = stored_dtype(config)

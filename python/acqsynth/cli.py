@@ -110,21 +110,19 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="stage")
     for name, purpose in _HELP.items():
         command = commands.add_parser(name, help=purpose)
-        command.add_argument("recipe", help=f"path of a YAML file, or one of {', '.join(recipes())}")
-        command.add_argument(
-            "overrides", nargs="*", default=[], metavar="key=value", help="dotted recipe key and its value"
-        )
-        command.add_argument("--dry-run", action="store_true", help="print what would run, and why")
-        command.add_argument("--traceback", action="store_true", help="print the traceback of a failed step")
-        command.add_argument("--help-config", action=_HelpConfig, help="list every key of a recipe")
+        add = command.add_argument
+        add("recipe", help=f"path of a YAML file, or one of {', '.join(recipes())}")
+        add("overrides", nargs="*", default=[], metavar="key=value", help="dotted recipe key and its value")
+        add("--dry-run", action="store_true", help="print what would run, and why")
+        add("--traceback", action="store_true", help="print the traceback of a failed step")
+        add("--help-config", action=_HelpConfig, help="list every key of a recipe")
     push = commands.add_parser("push", help="publish the rows and the student of a finished run, each with a card")
-    push.add_argument("run", type=Path, help="output folder of the run")
-    push.add_argument("--to", required=True, metavar="TO", help="a folder, or hub:owner/name to upload")
-    push.add_argument(
-        "--license", required=True, metavar="ID", help="SPDX identifier for the cards, such as apache-2.0"
-    )
-    push.add_argument("--only", choices=["dataset", "model"], help="publish only the data set or only the model")
-    push.add_argument("--public", action="store_true", help="make new repositories public; they are private otherwise")
+    add = push.add_argument
+    add("run", type=Path, help="output folder of the run")
+    add("--to", required=True, metavar="TO", help="a folder, or hub:owner/name to upload")
+    add("--license", required=True, metavar="ID", help="SPDX identifier for the cards, such as apache-2.0")
+    add("--only", choices=["dataset", "model"], help="publish only the data set or only the model")
+    add("--public", action="store_true", help="make new repositories public; they are private otherwise")
     serve = commands.add_parser("serve", help="score over HTTP for other machines and trainers")
     add_serve_arguments(serve)
     return parser

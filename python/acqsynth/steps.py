@@ -127,12 +127,7 @@ class StepContext:
         return folder
 
     def chunks(
-        self,
-        name: str,
-        items: Sequence[T],
-        size: int,
-        function: Callable[[int, Sequence[T]], Any],
-        state: Any = None,
+        self, name: str, items: Sequence[T], size: int, function: Callable[[int, Sequence[T]], Any], state: Any = None
     ) -> Iterator[Any]:
         """Yields ``function(start, items[start : start + size])`` for each chunk, in order. Chunks finished before a
         kill are not computed again.

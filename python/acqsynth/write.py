@@ -271,13 +271,7 @@ def questions() -> NearCopies:
 
 
 def _first_new(
-    rows: Sequence[T],
-    sample_of: Callable[[T], Any],
-    room: int,
-    asked: NearCopies,
-    dropped: Counter[str],
-    *,
-    near: bool,
+    rows: Sequence[T], sample_of: Callable[[T], Any], room: int, asked: NearCopies, dropped: Counter[str], *, near: bool
 ) -> list[T]:
     """The first ``room`` rows that ask a new question: not a near copy of one already asked or, without ``near``, one
     with another normal form. Only the questions of these rows are added to ``asked``."""

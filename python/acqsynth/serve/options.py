@@ -23,11 +23,7 @@ def _limit(default: T, help: str) -> T:
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of a server, with help texts.
-
-    Raises:
-        ValueError: a count below 1, a max_length below 2, a negative wait, or another time that is not above 0.
-    """
+    """Limits of a server, with help texts."""
 
     batch_tokens: int = _limit(8192, "maximum tokens per scoring call; requests are batched up to this")
     batch_seconds: float = _limit(0.5, "maximum time per scoring call; requests wait for about three calls at most")
