@@ -427,7 +427,7 @@ def _read(recipe: str | Path) -> tuple[str, str]:
 def _parsed(text: str, name: str) -> Any:
     try:
         return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError) as error:  # !!int x, !!bool x, !!timestamp x
         problem = _one_line(error).replace('in "<unicode string>", ', "in ")
         raise ConfigError(f"{name}: not YAML: {problem}") from error
     except RecursionError as error:

@@ -61,10 +61,15 @@ def _check_generator(config: Config) -> None:
         steps["generator"] = train_options.grpo_steps(trainer, generator.prompts)
         _check_refreshes(config.reward, trainer, steps["generator"])
     for key, n in steps.items():
-        if (warmup := trainers[key].warmup_steps) >= n:
+        # Fits that test signals take fewer steps than those whose options they inherit; training then warns.
+        inherited = key == "evaluation.validity" and "warmup_steps" not in config.evaluation.validity.options
+        if (warmup := trainers[key].warmup_steps) >= n and not inherited:
             raise ConfigError(f"{key}.options: warmup_steps: expected fewer than all {n} steps, got {warmup}")
-    if len(generator.options.get("reward_weights") or [1]) != 1:
-        raise ConfigError("generator.options: reward_weights: expected one weight, that of the composed reward")
+    weights = generator.options.get("reward_weights", [1])
+    if weights is not None and not (isinstance(weights, list) and len(weights) == 1 and weights[0]):
+        raise ConfigError(
+            "generator.options: reward_weights: expected one weight other than 0, that of the composed reward"
+        )
     if generator.method in ("best_of_n", "dpo") or "best_of_n" in config.baselines:
         if generator.candidates < 2:
             raise ConfigError(f"generator.candidates: expected at least 2 to choose from, got {generator.candidates}")

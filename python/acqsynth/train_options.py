@@ -74,6 +74,8 @@ def configuration(method: str, options: Mapping[str, Any], output: str | Path) -
     kind = METHODS[method]
     if "output_dir" in options:
         raise ValueError("options: output_dir is set by the argument output")
+    if refused := next((name for name in _REFUSED if options.get(name)), None):
+        raise ValueError(f"options: {refused}: {_REFUSED[refused]}")
     bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not options.get("fp16")
     fields = {**_SHARED, "bf16": bf16, **_DEFAULTS[kind], **options}
     if fields["bf16"] and not torch.cuda.is_available():
@@ -111,6 +113,7 @@ def _check_late(config: Any) -> None:
     optimizer = torch.optim.SGD([zero], config.learning_rate)
     checks: dict[str, Callable[[], Any]] = {
         "model_init_kwargs": lambda: dict(**(config.model_init_kwargs or {})),
+        "chat_template_kwargs": lambda: dict(**(getattr(config, "chat_template_kwargs", None) or {})),
         "adam_beta1, adam_beta2": lambda: torch.optim.AdamW([zero], betas=(config.adam_beta1, config.adam_beta2)),
         "report_to": lambda: get_reporting_integration_callbacks(config.report_to),
         "lr_scheduler_kwargs": lambda: get_scheduler(
@@ -179,7 +182,6 @@ def _construct(config: Any, lora: Any) -> None:
     elif isinstance(config, DPOConfig):
         row |= {"chosen": assistant, "rejected": assistant}
     else:
-        own.assistant_only_loss = False  # needs a chat template that marks the assistant's turns
         row["completion"] = assistant
     kind = {SFTConfig: SFTTrainer, GRPOConfig: GRPOTrainer, DPOConfig: DPOTrainer}[type(config)]
     tokenizer = world.build_tokenizer()
@@ -256,8 +258,9 @@ def optimizer_steps(config: Any, rows: int) -> int:
     """The optimizer steps of a run over the rows."""
     if config.max_steps > 0:
         return int(config.max_steps)
-    per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
-    return math.ceil(config.num_train_epochs * max(1, -(-rows // per_step)))
+    per_batch = config.per_device_train_batch_size * config.world_size
+    batches = rows // per_batch if config.dataloader_drop_last else -(-rows // per_batch)
+    return math.ceil(config.num_train_epochs * max(1, -(-batches // config.gradient_accumulation_steps)))
 
 
 def _build(kind: type[T], options: Mapping[str, Any], table: str) -> T:
@@ -311,6 +314,14 @@ def _fits(value: Any, hint: Any) -> bool:
 _DESCRIBED = {
     *("loss_type", "scale_rewards", "importance_sampling_level", "multi_objective_aggregation", "f_divergence_type"),
     *("vllm_mode", "vllm_importance_sampling_mode"),
+}
+
+#: Fields that would have no effect or fail once the model is loaded.
+_REFUSED = {
+    "assistant_only_loss": "expected false; completion_only_loss, true by default, has the same effect",
+    "dataset_kwargs": "expected none, as rows need preparation",
+    "resume_from_checkpoint": "expected none, as a run resumes from its own checkpoints",
+    **dict.fromkeys(("do_train", "do_eval", "do_predict"), "expected false, as it has no effect"),
 }
 
 #: Fields that only the model or its tokenizer can check.

@@ -38,7 +38,7 @@ def prompts(
     With ``turns`` each seed is shown as an earlier answer to the same request instead of within it.
 
     Raises:
-        ValueError: n is below 1, or shown is negative or above the number of seeds.
+        ValueError: n is below 1, shown is negative or above the number of seeds, or seed is negative.
     """
     return [prompt(domain, hand, turns) for hand in deal(domain, seeds, n, shown=shown, seed=seed)]
 
@@ -48,6 +48,8 @@ def deal(domain: Domain, seeds: Sequence[Sample], n: int, *, shown: int, seed: i
     checks.positive_int("n", n)
     if not isinstance(shown, int) or not 0 <= shown <= len(seeds):
         raise ValueError(f"shown: expected 0 to {len(seeds)}, the number of seeds, got {shown}")
+    if seed < 0:  # random.Random ignores the sign
+        raise ValueError(f"seed: expected at least 0, got {seed}")
     shuffle = random.Random(seed).shuffle
     groups = domain.hands(seeds) if shown else [[]]
     sizes = [min(shown, len({sample.question for sample in group})) for group in groups]

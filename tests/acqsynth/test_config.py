@@ -223,6 +223,9 @@ def test_a_missing_key_is_named_with_its_meaning(recipe, key):
         ("- a\n", "expected sections such as 'domain:' and 'data:', got a list"),
         ("", "got nothing"),
         ("domain: !!python/object/apply:os.getcwd []\n", "not YAML"),
+        ("seed: !!int abc\n", "not YAML: invalid literal for int() with base 10: 'abc'"),
+        ("seed: !!bool abc\n", "not YAML: 'abc'"),
+        ("seed: !!timestamp abc\n", "not YAML: "),
         ("1: x\n", "key 1: expected text, such as '1' in quotes in line 1, column 1: "),
     ],
 )

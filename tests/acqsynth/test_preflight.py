@@ -97,6 +97,13 @@ REFUSED = {
     "generator.options.num_generations=null": "generator.options: unsupported operand",
     "generator.options.max_completion_length=0": "max_completion_length: expected an integer at least 1, got 0",
     "generator.options.reward_weights=[1, 2]": "generator.options: reward_weights: expected one weight",
+    "generator.options.reward_weights=[0]": "generator.options: reward_weights: expected one weight other than 0",
+    "generator.options.reward_weights=5": "generator.options: reward_weights: expected one weight",
+    "generator.options.chat_template_kwargs=5": "generator.options: chat_template_kwargs: dict() argument after **",
+    "student.options.dataset_kwargs={skip_prepare_dataset: true}": "student.options: dataset_kwargs: expected none",
+    "student.options.assistant_only_loss=true": "student.options: assistant_only_loss: expected false",
+    "student.options.resume_from_checkpoint=x": "student.options: resume_from_checkpoint: expected none",
+    "evaluation.validity.options.do_train=true": "evaluation.validity.options: do_train: expected false",
     "generator.options.num_generatoins=8": "no field 'num_generatoins'; did you mean 'num_generations'?",
     "generator={model: world:base, method: best_of_n, candidates: 1}": "generator.candidates: expected at least 2",
     "generator.prompts=7": "generator.prompts: expected at least 8, as many as a generation takes, got 7",
@@ -401,6 +408,15 @@ def test_replayed_rows_count_as_steps():
     plan(load("arithmetic", [*given, "student.options.warmup_steps=451"]))
     with pytest.raises(ConfigError, match="warmup_steps: expected fewer than all 452 steps, got 452"):
         plan(load("arithmetic", [*given, "student.options.warmup_steps=452"]))
+
+
+def test_rows_of_a_batch_left_out_are_no_step():
+    config, _ = train_options.configuration("sft", {"num_train_epochs": 2, "dataloader_drop_last": True}, "unused")
+    assert [train_options.optimizer_steps(config, rows) for rows in (32, 35, 36, 37)] == [4, 4, 6, 6]
+
+
+def test_signals_are_tested_without_a_warm_up_that_only_the_students_have_steps_for():
+    plan(load("arithmetic", ["student.options.warmup_steps=227"]))
 
 
 def test_each_trainer_has_its_own_precision_and_leaves_the_process_as_it_was(capfd):

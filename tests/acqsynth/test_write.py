@@ -61,6 +61,8 @@ def test_prompts_that_can_not_be(sums):
     for shown in (8, 1.5):
         with pytest.raises(ValueError, match=f"shown: expected 0 to 7, the number of seeds, got {shown}"):
             prompts(sums, SEEDS, 1, shown=shown, seed=0)
+    with pytest.raises(ValueError, match="seed: expected at least 0, got -1"):
+        prompts(sums, SEEDS, 1, shown=1, seed=-1)
 
 
 def test_seeds_are_shown_within_the_request_or_as_turns(sums):
