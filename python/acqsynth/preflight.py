@@ -61,6 +61,8 @@ def _check_generator(config: Config) -> None:
         steps["generator"] = train_options.grpo_steps(trainer, generator.prompts)
         _check_refreshes(config.reward, trainer, steps["generator"])
     for key, n in steps.items():
+        if not n:
+            raise ConfigError(f"{key}.options: dataloader_drop_last: expected rows for at least one full batch")
         # Fits that test signals take fewer steps than those whose options they inherit; training then warns.
         inherited = key == "evaluation.validity" and "warmup_steps" not in config.evaluation.validity.options
         if (warmup := trainers[key].warmup_steps) >= n and not inherited:

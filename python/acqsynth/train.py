@@ -31,7 +31,7 @@ from acqsynth.callbacks import (
     newest_checkpoint,
 )
 from acqsynth.domains import Domain, Messages, Sample
-from acqsynth.engines import Engine, Sampling, encode, eos_ids
+from acqsynth.engines import Engine, Sampling, check_ids, encode, eos_ids
 from acqsynth.models import load_tokenizer
 from acqsynth.train_options import check_prompts, configuration as configuration, grpo_steps, optimizer_steps
 from acqsynth.write import Candidate, Scorer, candidates
@@ -80,7 +80,8 @@ def sft(
 
     Raises:
         ValueError: no samples, a share outside [0, 1), too few replay rows for the share, or as
-            :func:`configuration`; every prompt fills ``max_length``, which is at most the student's positions.
+            :func:`configuration`; every prompt fills ``max_length``, which is at most the student's positions; a token
+            outside the student's vocabulary.
     """
     if not samples:
         raise ValueError("samples: expected at least one")
@@ -100,6 +101,7 @@ def sft(
     )
     # A multimodal student has a processor, which holds the tokenizer.
     tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+    check_ids("samples", trainer.train_dataset["input_ids"], tokenizer, trainer.model.config)
     learnt = _learnt(trainer.train_dataset, rows[: len(samples)], tokenizer, config)
     ends = eos_ids(tokenizer, trainer.model.generation_config)
     learnt["endless"] = not set(ends) & set(_answer_tokens(tokenizer, rows[0]))
@@ -199,13 +201,15 @@ def grpo(
         refresh: refreshes the student behind the reward.
 
     Raises:
-        ValueError: fewer prompts than a generation takes, one that leaves no room in the generator's positions, or as
-            :func:`configuration`.
+        ValueError: fewer prompts than a generation takes, one that leaves no room in the generator's positions or has
+            a token outside its vocabulary, or as :func:`configuration`.
     """
     output = Path(output)
     config, lora = configuration("grpo", options or {}, output)
     check_prompts(config, len(prompts))
-    encoded = encode(load_tokenizer(generator), prompts)
+    tokenizer = load_tokenizer(generator)
+    encoded = encode(tokenizer, prompts)
+    check_ids("prompts", encoded, tokenizer, AutoConfig.from_pretrained(generator))
     _keep_within(generator, config, "max_completion_length", max(map(len, encoded)))
     rewards = list(reward) if isinstance(reward, Sequence) else [reward]
     clock = StepClock()

@@ -260,7 +260,7 @@ def optimizer_steps(config: Any, rows: int) -> int:
         return int(config.max_steps)
     per_batch = config.per_device_train_batch_size * config.world_size
     batches = rows // per_batch if config.dataloader_drop_last else -(-rows // per_batch)
-    return math.ceil(config.num_train_epochs * max(1, -(-batches // config.gradient_accumulation_steps)))
+    return math.ceil(config.num_train_epochs * -(-batches // config.gradient_accumulation_steps))
 
 
 def _build(kind: type[T], options: Mapping[str, Any], table: str) -> T:

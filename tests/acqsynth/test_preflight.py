@@ -413,6 +413,11 @@ def test_replayed_rows_count_as_steps():
 def test_rows_of_a_batch_left_out_are_no_step():
     config, _ = train_options.configuration("sft", {"num_train_epochs": 2, "dataloader_drop_last": True}, "unused")
     assert [train_options.optimizer_steps(config, rows) for rows in (32, 35, 36, 37)] == [4, 4, 6, 6]
+    few = ["student.rows=[15]", "student.options.dataloader_drop_last=true"]
+    with pytest.raises(
+        ConfigError, match=r"student\.options: dataloader_drop_last: expected rows for at least one full"
+    ):
+        plan(load("arithmetic", few))
 
 
 def test_signals_are_tested_without_a_warm_up_that_only_the_students_have_steps_for():

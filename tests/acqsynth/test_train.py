@@ -255,6 +255,18 @@ def test_wrong_arguments(sums, student_path, answer_reward, tmp_path):
         train.grpo(str(student_path), ASK, answer_reward, tmp_path, GRPO | {"per_device_train_batch_size": 20})
 
 
+def test_a_token_without_an_embedding_is_named(sums, model, tokenizer, answer_reward, tmp_path):
+    [space] = tokenizer(" ")["input_ids"]
+    model.resize_token_embeddings(space)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    said = f"token id {space} is outside the model's vocabulary of {space}; is this the model's tokenizer"
+    with pytest.raises(ValueError, match=f"^samples: {said}"):
+        train.sft(str(tmp_path / "model"), sums, [Sample("0", " 0")], tmp_path / "out", QUICK)
+    with pytest.raises(ValueError, match=f"^prompts: {said}"):
+        train.grpo(str(tmp_path / "model"), ASK, answer_reward, tmp_path / "out", GRPO)
+
+
 def test_completions_stay_within_the_positions(model, tokenizer, answer_reward, tmp_path):
     model.config.max_position_embeddings = 40
     model.save_pretrained(tmp_path / "model")

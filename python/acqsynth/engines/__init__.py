@@ -168,6 +168,15 @@ def encode(tokenizer: Any, prompts: Sequence[str | Messages]) -> list[list[int]]
     return encoded
 
 
+def check_ids(name: str, rows: Iterable[Sequence[int]], tokenizer: Any, config: Any) -> None:
+    """Raises ValueError if a token of the rows, or the one that pads them, has no embedding in the model."""
+    largest, size = max([tokenizer.pad_token_id or 0, *map(max, rows)]), config.get_text_config().vocab_size
+    if largest >= size:
+        raise ValueError(
+            f"{name}: token id {largest} is outside the model's vocabulary of {size}; is this the model's tokenizer?"
+        )
+
+
 def leave_room(ids: Sequence[Sequence[int]], needed: int, limit: int | None) -> list[bool]:
     """Whether each prompt leaves room for ``needed`` tokens within the model's limit; logs those that do not."""
     fits = [limit is None or len(row) + needed <= limit for row in ids]

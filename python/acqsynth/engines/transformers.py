@@ -22,6 +22,7 @@ from acqsynth.engines import (
     Completion,
     Engine,
     Sampling,
+    check_ids,
     completion,
     derived_seed,
     encode,
@@ -77,9 +78,18 @@ class TransformersEngine(Engine):
         self.batch_tokens = batch_tokens
 
     def generate(self, prompts: Sequence[str | Messages], sampling: Sampling) -> list[list[Completion]]:
-        """As in :class:`Engine`."""
+        """As in :class:`Engine`.
+
+        Raises:
+            ValueError: an empty prompt, or a token outside the model's vocabulary.
+        """
         limit = self._limit()
-        return where_room(encode(self.tokenizer, prompts), limit, sampling, partial(self._draw, sampling, limit))
+        return where_room(self._encoded(prompts), limit, sampling, partial(self._draw, sampling, limit))
+
+    def _encoded(self, prompts: Sequence[str | Messages]) -> list[list[int]]:
+        ids = encode(self.tokenizer, prompts)
+        check_ids("prompts", ids, self.tokenizer, self.model.config)
+        return ids
 
     def _limit(self) -> int | None:
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
@@ -112,9 +122,10 @@ class TransformersEngine(Engine):
             n lists of m numbers, nats; -inf for a prompt that leaves no room for the longest text, which is logged.
 
         Raises:
-            ValueError: an empty prompt, an empty or too long text, or a tokenizer without an end-of-sequence token.
+            ValueError: an empty prompt, a token of one outside the model's vocabulary, an empty or too long text, or a
+                tokenizer without an end-of-sequence token.
         """
-        ids = encode(self.tokenizer, prompts)
+        ids = self._encoded(prompts)
         ends = eos_ids(self.tokenizer, self.model.generation_config)
         pieces = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
         if not ends or not all(pieces):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 
@@ -214,6 +215,19 @@ def test_a_prompt_without_room_gets_empty_completions(engine, caplog):
     scored, unscored = engine.logprobs(["a", "a" * 16], ["1234", "12"])
     assert unscored == [-math.inf, -math.inf]
     assert [scored] == engine.logprobs(["a"], ["1234", "12"])
+
+
+def test_a_token_without_an_embedding_is_named(engine):
+    size = engine.model.config.vocab_size
+    engine.tokenizer = copy.deepcopy(engine.tokenizer)
+    engine.tokenizer.add_special_tokens({"additional_special_tokens": ["<new>"]})
+    said = f"prompts: token id {size} is outside the model's vocabulary of {size}"
+    for ask in (lambda: engine.generate(["a", "<new>"], GREEDY), lambda: engine.logprobs(["<new>"], ["a"])):
+        with pytest.raises(ValueError, match=said):
+            ask()
+    engine.tokenizer.add_special_tokens({"pad_token": "<new>"})
+    with pytest.raises(ValueError, match=said):
+        engine.generate(["a", "ab"], GREEDY)
 
 
 def test_nothing_asked_nothing_written(engine):
