@@ -18,7 +18,7 @@ from acqsynth.steps import Store
 
 
 def options(folder):
-    return f"options: {{resume_from_checkpoint: {folder / 'start'}, hub_token: hf_hidden}}"
+    return f"options: {{run_name: {folder / 'start'}, hub_token: hf_hidden}}"
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_rows_student_and_cards_in_a_folder(fakes, run, tmp_path, capsys):
     assert card.data.configs[0]["data_files"] == [{"split": "train", "path": "data/train.parquet"}]
     assert f"{rows.num_rows} rows in the domain `sums`" in card.text
     recipe = yaml.safe_load(card.text.split("```yaml\n")[1].split("```")[0])
-    assert recipe["generator"]["options"] == {"resume_from_checkpoint": "start"}
+    assert recipe["generator"]["options"] == {"run_name": "start"}
     assert recipe["data"]["real"] == {**recipe["data"]["real"], "source": "sums:200", "limit": 200}
 
     model = ModelCard.load(to / "model/README.md")
