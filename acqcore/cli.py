@@ -59,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        The exit code: 0; 1 if no row could be scored or a block failed; 2 for a usage error; 130 if interrupted.
+        The exit code: 0; 1 if no row could be scored, a block failed or stdout cannot be written; 2 for a usage error;
+        130 if interrupted.
     """
     options = _parser().parse_args(arguments)
     try:
@@ -70,6 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = f"--{name.replace('_', '-')}{colon}{rest}" if name in vars(options) else str(error)
         print(f"acqcore: error: {message}", file=sys.stderr)
         return 2
+    except OSError as error:  # stdout, if its disk is full
+        print(f"acqcore: error: {_first_line(error)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         resumable = options.command is _score
         result = "the same command resumes after the last finished batch" if resumable else "nothing was written"

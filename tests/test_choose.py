@@ -254,7 +254,12 @@ def test_a_row_too_long_for_a_member_is_not_chosen(choose, tiny_model, tokenizer
         ({"signal": "entropie"}, "--signal: unknown 'entropie', expected one of loss"),
         ({"method": "topk"}, "method: unknown 'topk', expected one of top_k, k_center"),
         ({"text_column": "body"}, "data: no column 'body', expected one of text"),
-        ({"signal": "score", "student": None}, "signal: no column 'score' in the data (columns: text); pass"),
+        ({"student": None}, "--backend: requires --student"),
+        ({"student": None, "backend": None, "max_length": 4}, "--max-length: requires --student"),
+        (
+            {"signal": "score", "student": None, "backend": None},
+            "signal: no column 'score' in the data (columns: text); pass",
+        ),
         ({"signal": None}, "--signal: required with --method top_k"),
         ({"student": None, "method": "badge"}, "--student: expected a model"),
         ({"label_column": "intent"}, "--label-column: no column 'intent' in the data, only text"),

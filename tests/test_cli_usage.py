@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -156,6 +157,16 @@ def test_info_as_a_module_tells_backends_and_versions():
     result = subprocess.run([sys.executable, "-m", "acqcore", "info"], capture_output=True, text=True, check=True)
     for word in ("eager", "cpu", torch.__version__, acqcore.__version__, "threads"):
         assert word in result.stdout
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_a_full_disk_under_stdout_is_one_sentence():
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [sys.executable, "-m", "acqcore", "info"], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert result.returncode == 1
+    assert result.stderr.startswith("acqcore: error: No space left on device\n")
 
 
 def test_tables_without_rich(capsys, monkeypatch):

@@ -37,6 +37,9 @@ from acqcore.students.student import Student
 POOL_FACTOR = 4  #: candidates of a diverse method per requested row
 
 _RANK = "rank"
+_OF_STUDENT = (
+    "acquisition_args", "prompt_column", "completion_column", "text_column", "max_length", "dtype", "device", "backend",
+)  # fmt: skip
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -130,6 +133,9 @@ def _check(options: argparse.Namespace) -> tuple[str, ...]:
             raise ValueError(f"--among: expected at least --n = {options.n}, got {options.among}")
     if options.label_column is not None and (diverse or options.student is None):
         raise ValueError("--label-column: requires --student and --method top_k")
+    for name in _OF_STUDENT if options.student is None else ():
+        if getattr(options, name) is not None:
+            raise ValueError(f"{name}: requires --student")
     if options.limit is not None:
         checks.positive_int("limit", options.limit)
     names: tuple[str, ...] = ()
