@@ -79,7 +79,10 @@ def dry_run(plan: Plan, steps: Sequence[Step]) -> None:
     """Prints what would run, and why."""
     store = Store(Path(plan.config.output))
     console = Console(highlight=False, soft_wrap=True)
-    needed = _needed(steps)
+    needed = set(steps)
+    for step in reversed(plan.steps):  # a step comes after those it reads
+        if step in needed:
+            needed.update(artefact.step for artefact in step.inputs)
     reasons = {step: store.reason(step) for step in plan.steps if step in needed}
     width = max(len(str(step)) for step in reasons)
     for step, reason in reasons.items():
@@ -96,18 +99,6 @@ def print_help_config() -> None:
         given = {"": "", "required": ", required"}.get(default, f", {default} by default")
         console.print(Text.assemble((key, "bold"), f"  {expected}{given}\n    {doc}"))
     console.print(f"\nRecipes in the package: {', '.join(config.recipes())}.")
-
-
-def _needed(steps: Sequence[Step]) -> set[Step]:
-    """The steps and all their dependencies."""
-    found: set[Step] = set()
-    rest = list(steps)
-    while rest:
-        step = rest.pop()
-        if step not in found:
-            found.add(step)
-            rest += [artefact.step for artefact in step.inputs]
-    return found
 
 
 @contextlib.contextmanager
