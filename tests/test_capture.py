@@ -94,6 +94,15 @@ class TestHooksOfOthers:
         expected = exact(model, samples, list(model.parameters())).norm(dim=1)
         torch.testing.assert_close(grad_norm(model, samples, "all").double(), expected, rtol=1e-4, atol=0)
 
+    def test_a_hook_that_acts_on_some_tokens(self, tiny_model, exact):
+        """The probe's random tokens may lack them."""
+        model, samples = tiny_model("Llama"), rows(9, 6)
+        token = samples["input_ids"][0, 3]
+        model.model.embed_tokens.register_forward_hook(
+            lambda _, args, output: output * torch.where(args[0] == token, 3, 1)[..., None]
+        )
+        assert_norms(model, model, samples, "all", list(model.parameters()), exact)
+
     def test_a_hook_that_adds_a_parameter_of_its_own(self, tiny_model, exact):
         model, foreign = tiny_model("Llama"), torch.zeros(32, requires_grad=True)
         model.model.layers[0].register_forward_hook(lambda *args: args[-1] + foreign)

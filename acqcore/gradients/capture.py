@@ -130,8 +130,9 @@ class Capture:
                 if required != wanted:
                     _require(module, key, wanted)
                     stack.callback(_require, module, key, required)
-            for owner in self.owners:
-                stack.callback(owner.register_forward_hook(self._after_forward, with_kwargs=True).remove)
+            for owner in self.owners:  # before other hooks, which may change the output by its values
+                hook = owner.register_forward_hook(self._after_forward, prepend=True, with_kwargs=True)
+                stack.callback(hook.remove)
             for site in self._sites:
                 stack.callback(site.register_forward_hook(self._after_site).remove)
             yield
