@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.utils import prune
 
 import acqcore
 from acqcore.acquisitions import REGISTRY, LinearOptions
@@ -186,6 +188,22 @@ def test_a_hook_that_needs_the_whole_prompt_keeps_the_graph(tiny_model):
     assert not student.cuts_prompts
     hook.remove()
     assert student.cuts_prompts
+
+
+def test_an_adapter_that_tokens_of_the_prompt_switch_on(tiny_model):
+    """From the first token on, it is plain LoRA."""
+    peft = pytest.importorskip("peft")
+    samples, found = _samples(12, 12, context=6), []
+    samples["input_ids"][:, :2] = torch.tensor([3, 4])
+    for switch in (None, [3, 4]):
+        torch.manual_seed(0)
+        config = peft.LoraConfig(
+            target_modules=["q_proj", "up_proj"], init_lora_weights=False, task_type="CAUSAL_LM",
+            alora_invocation_tokens=switch,
+        )  # fmt: skip
+        model = peft.get_peft_model(tiny_model("Llama", **SMALL), config).eval()
+        found.append(_score(model, samples, positions="completion")["mutual_information"])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["Llama", "Gemma2", "GPT2"])
@@ -505,6 +523,19 @@ def test_bad_arguments(options, error, message, tiny_model):
     with pytest.raises(error, match=message):
         _score(student, _samples(4), **options)
     assert not forwards
+
+
+@pytest.mark.parametrize(
+    "change", [nn.utils.parametrizations.weight_norm, partial(prune.l1_unstructured, name="weight", amount=0.5)]
+)
+def test_weights_computed_from_others_are_refused(change, tiny_model):
+    model = tiny_model("Llama")
+    change(model.model.layers[1].mlp.up_proj)
+    message = r"layers: expected weights that are parameters, that of model.layers.1.mlp.up_proj is computed from"
+    with pytest.raises(ValueError, match=message):
+        _score(model, _samples(8), posterior="isotropic")
+    with pytest.raises(ValueError, match=message):
+        acqcore.epig_reference(model, _samples(8))
 
 
 def test_linear_layers_with_a_forward_of_their_own_are_named(small_model):

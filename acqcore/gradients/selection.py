@@ -92,11 +92,16 @@ def select_linear(student: Student, layers: int | str) -> Selection:
     members = {module for block in blocks[len(blocks) - count :] for module in block.modules()}
     within = set(filter(is_linear, members))
     assert student._module is not None
-    names = {
-        module.weight: f"{name}.weight"
-        for name, module in student._module.named_modules()
-        if module in within and isinstance(module.weight, torch.Tensor)
-    }
+    names: dict[torch.Tensor, str] = {}
+    for name, module in student._module.named_modules():
+        if module in within:
+            weight = module._parameters.get("weight")
+            if weight is None:
+                raise ValueError(
+                    f"layers: expected weights that are parameters, that of {name} is computed from others (weight "
+                    "norm, pruning); make it a parameter first"
+                )
+            names[weight] = f"{name}.weight"
     if not names:
         others = sorted({type(module).__name__ for module in members if isinstance(module, nn.Linear)})
         found = f"only {', '.join(others)} with a custom forward" if others else "none"
