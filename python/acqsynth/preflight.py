@@ -51,18 +51,18 @@ def _check_generator(config: Config) -> None:
         )
     trainers = {key: trainer for key, (trainer, _) in _trainers(config).items()}
     learnt = round(min(config.student.rows) / (1 - config.student.replay))
-    rows = {"student": learnt, "evaluation.validity": config.evaluation.validity.rows}
-    steps = {key: train_options.optimizer_steps(trainers[key], n) for key, n in rows.items()}
-    if not config.evaluation.validity.batches:
-        del steps["evaluation.validity"]
+    rows = {"student": learnt}
+    if config.evaluation.validity.batches:
+        rows["evaluation.validity"] = config.evaluation.validity.rows
+    steps = {
+        key: _checked(f"{key}.options", train_options.optimizer_steps, trainers[key], n) for key, n in rows.items()
+    }
     if generator.method == "grpo":
         trainer = trainers["generator"]
         _checked("generator", train_options.check_prompts, trainer, generator.prompts)
         steps["generator"] = train_options.grpo_steps(trainer, generator.prompts)
         _check_refreshes(config.reward, trainer, steps["generator"])
     for key, n in steps.items():
-        if not n:
-            raise ConfigError(f"{key}.options: dataloader_drop_last: expected rows for at least one full batch")
         # Fits that test signals take fewer steps than those whose options they inherit; training then warns.
         inherited = key == "evaluation.validity" and "warmup_steps" not in config.evaluation.validity.options
         if (warmup := trainers[key].warmup_steps) >= n and not inherited:

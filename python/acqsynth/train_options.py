@@ -255,11 +255,14 @@ def grpo_steps(config: GRPOConfig, prompts: int) -> int:
 
 
 def optimizer_steps(config: Any, rows: int) -> int:
-    """The optimizer steps of a run over the rows."""
+    """The optimizer steps of a run over the rows. Raises ValueError if these fill no batch and incomplete ones are
+    dropped."""
+    size = config.per_device_train_batch_size * config.world_size
+    batches = rows // size if config.dataloader_drop_last else -(-rows // size)
+    if not batches:
+        raise ValueError(f"dataloader_drop_last: expected at least the {size} rows of one batch, got {rows}")
     if config.max_steps > 0:
         return int(config.max_steps)
-    per_batch = config.per_device_train_batch_size * config.world_size
-    batches = rows // per_batch if config.dataloader_drop_last else -(-rows // per_batch)
     return math.ceil(config.num_train_epochs * -(-batches // config.gradient_accumulation_steps))
 
 

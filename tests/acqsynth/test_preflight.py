@@ -413,11 +413,13 @@ def test_replayed_rows_count_as_steps():
 def test_rows_of_a_batch_left_out_are_no_step():
     config, _ = train_options.configuration("sft", {"num_train_epochs": 2, "dataloader_drop_last": True}, "unused")
     assert [train_options.optimizer_steps(config, rows) for rows in (32, 35, 36, 37)] == [4, 4, 6, 6]
-    few = ["student.rows=[15]", "student.options.dataloader_drop_last=true"]
-    with pytest.raises(
-        ConfigError, match=r"student\.options: dataloader_drop_last: expected rows for at least one full"
-    ):
-        plan(load("arithmetic", few))
+    for steps in (-1, 3):  # a trainer that is given its steps would learn nothing, and say so nowhere
+        few = ["rows=[15]", "options.dataloader_drop_last=true", f"options.max_steps={steps}"]
+        with pytest.raises(
+            ConfigError,
+            match=r"student\.options\.dataloader_drop_last: expected at least the 16 rows of one batch, got 15",
+        ):
+            plan(load("arithmetic", [f"student.{option}" for option in few]))
 
 
 def test_signals_are_tested_without_a_warm_up_that_only_the_students_have_steps_for():
