@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.metadata
+import io
 import os
 import platform
 import sys
@@ -62,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0; 1 if no row could be scored, a block failed or stdout cannot be written; 2 for a usage error;
         130 if interrupted.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # rows and paths may hold what its encoding lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
     options = _parser().parse_args(arguments)
     try:
         return int(options.command(options))

@@ -169,6 +169,15 @@ def test_a_full_disk_under_stdout_is_one_sentence():
     assert result.stderr.startswith("acqcore: error: No space left on device\n")
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_rows_beyond_the_encoding_of_stdout(command, encoding):
+    words = command([{"text": "the fox 😀 is"}, {"text": "is the fox"}])
+    run = [sys.executable, "-m", "acqcore", *words]
+    result = subprocess.run(run, capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": encoding})
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "\\U0001f600" in result.stdout
+
+
 def test_tables_without_rich(capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["info"]) == 0

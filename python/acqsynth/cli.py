@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -80,6 +81,8 @@ class _HelpConfig(argparse.Action):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 0, 1 if a step failed, 2 for wrong usage, a wrong recipe or a
     missing package, 130 after an interrupt."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # rows and paths may hold what its encoding lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
     parser = _parser()
     try:
         options, rest = parser.parse_known_args(arguments)
