@@ -531,7 +531,7 @@ def test_bad_arguments(options, error, message, tiny_model):
 def test_weights_computed_from_others_are_refused(change, tiny_model):
     model = tiny_model("Llama")
     change(model.model.layers[1].mlp.up_proj)
-    message = r"layers: expected weights that are parameters, that of model.layers.1.mlp.up_proj is computed from"
+    message = r"layers: the weight of model.layers.1.mlp.up_proj is computed from other parameters"
     with pytest.raises(ValueError, match=message):
         _score(model, _samples(8), posterior="isotropic")
     with pytest.raises(ValueError, match=message):

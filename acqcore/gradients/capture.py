@@ -246,7 +246,7 @@ class Capture:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> torch.Tensor | None:
         self.half |= torch.is_autocast_enabled(self._device)  # may be the model's own, as accelerate prepares it
-        if self._active:
+        if self._active and self._whole:
             used = self._with_graph if torch.is_grad_enabled() else self._without_graph
             used.update(self.owners[module].values())
         probing = self._failed is not None

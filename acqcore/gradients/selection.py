@@ -98,8 +98,8 @@ def select_linear(student: Student, layers: int | str) -> Selection:
             weight = module._parameters.get("weight")
             if weight is None:
                 raise ValueError(
-                    f"layers: expected weights that are parameters, that of {name} is computed from others (weight "
-                    "norm, pruning); make it a parameter first"
+                    f"layers: the weight of {name} is computed from other parameters, as by weight norm or pruning; "
+                    "make it a parameter first"
                 )
             names[weight] = f"{name}.weight"
     if not names:
