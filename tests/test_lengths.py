@@ -172,6 +172,15 @@ def test_a_trunk_of_unknown_length_runs_no_longer_row_than_given():
     assert_as_alone(lambda: acqcore.Student(trunk, acqcore.Head(torch.ones(96, 16))), (20, 5, 24))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("trunk", [partial(Relative, None), partial(Capacity, 3), partial(Capacity, 8)])
+def test_half_precision_hides_no_dependence(trunk, dtype):
+    """The second row that decides there differs, too."""
+    student = acqcore.Student(trunk().to(dtype), acqcore.Head(torch.ones(96, 16, dtype=dtype)))
+    student.max_length = 64
+    assert len(set(student.length_groups([3, 9, 40]))) == 3
+
+
 def test_others_share_batches(tiny_model):
     student = acqcore.Student.from_model(tiny_model("Llama"))
     assert len(set(student.length_groups([3, 9, 40]))) == 1
