@@ -229,7 +229,8 @@ class Run:
         except json.JSONDecodeError:
             return  # a line is only half written
         self._written = size
-        for name, text in (("json", json.dumps(content, indent=1) + "\n"), ("md", gpu_tables.run_report(content))):
+        texts = {"json": json.dumps(content, indent=1) + "\n", "md": gpu_tables.with_preferences(content)}
+        for name, text in texts.items():
             path = self.out / f"{self.stem}.{name}"
             path.with_suffix(".part").write_text(text)
             path.with_suffix(".part").replace(path)

@@ -58,38 +58,52 @@ def _outcome(stage: Row) -> str:
     return "ok" if stage["ok"] else "failed" if in_time else "stopped"
 
 
+def _detail(stage: Row) -> str:
+    """What ended the stage, once for all its processes: ``stage 0: status 1; stage 1: status 1`` is ``status 1``."""
+    return "; ".join(dict.fromkeys(part.rpartition(": ")[2] for part in stage["detail"].split("; ")))
+
+
 def run_report(content: dict[str, Any]) -> str:
     """One run of ``make gpu-check`` as Markdown."""
     machine = content.get("machine", {})
     parts = [f"## {machine.get('gpu', 'no GPU')}"]
     facts = ", ".join(f"{key} {value}" for key, value in machine.items() if key != "gpu" and value)
-    stages = [(stage["name"], _outcome(stage), stage["detail"], stage["seconds"]) for stage in content["stages"]]
+    stages = [(stage["name"], _outcome(stage), _detail(stage), stage["seconds"]) for stage in content["stages"]]
     parts += [facts, table(("stage", "", "", "s"), stages)]
     if "note" in content:
         parts.append(str(content["note"]))
     parts += [part for part in (_parity(content), _mission(content), _score(content), _tuning(content)) if part]
-    rows = preferences(content)
-    if rows:
-        parts += ["Rows for `acqcore/backends/preference.json`:", "\n".join(f"    {json.dumps(row)}" for row in rows)]
     return "\n\n".join(parts) + "\n"
 
 
+def with_preferences(content: dict[str, Any]) -> str:
+    """The report, and what the run says about ``preference.json``."""
+    rows = "\n".join(f"    {json.dumps(row)}" for row in preferences(content))
+    return run_report(content) + (f"\nRows for `acqcore/backends/preference.json`:\n\n{rows}\n" if rows else "")
+
+
 def _parity(content: dict[str, Any]) -> str:
-    """Counts and worst error by operation, backend and dtype, and a list of failed checks."""
-    found: dict[tuple[str, str, str], list[Row]] = {}
-    for row in content.get("parity", []):
-        found.setdefault((row["op"], row["backend"], row["dtype"]), []).append(row)
-    if not found:
+    """Counts and worst error by operation and backend over all dtypes, and a list of failed checks."""
+    checks = content.get("parity", [])
+    if not checks:
         return ""
-    rows = []
-    for (op, backend, dtype), checks in sorted(found.items()):
-        worst = max((check["worst"] for check in checks if check["worst"] is not None), default=None)
-        good = sum(check["ok"] for check in checks)
-        rows.append((op, backend, dtype, f"{good} of {len(checks)}", worst))
-    lines = ["### Parity with float64", table(("operation", "backend", "dtype", "hold", "worst error / bound"), rows)]
-    failed = [row for row in content["parity"] if not row["ok"]]
-    lines += [f"- {row['op']}, {row['case']}, {row['backend']}, {row['dtype']}: {row['message']}" for row in failed]
-    return "\n\n".join(lines[:2]) + ("\n\n" + "\n".join(lines[2:]) if failed else "")
+    backends = sorted({check["backend"] for check in checks})
+
+    def cell(op: str, backend: str) -> str | None:
+        chosen = [check for check in checks if (check["op"], check["backend"]) == (op, backend)]
+        worst = max((check["worst"] for check in chosen if check["worst"] is not None), default=None)
+        error = "" if worst is None else f", {_cell(worst)}"
+        return f"{sum(check['ok'] for check in chosen)} of {len(chosen)}{error}" if chosen else None
+
+    rows = [(op, *(cell(op, backend) for backend in backends)) for op in sorted({check["op"] for check in checks})]
+    failed = [check for check in checks if not check["ok"]]
+    parts = [
+        "### Parity with float64",
+        "Checks that hold, and the worst error in units of its bound.",
+        table(("operation", *backends), rows),
+        "\n".join(f"- {c['op']}, {c['case']}, {c['backend']}, {c['dtype']}: {c['message']}" for c in failed),
+    ]
+    return "\n\n".join(filter(None, parts))
 
 
 def _mission(content: dict[str, Any]) -> str:
@@ -170,33 +184,34 @@ def preferences(content: dict[str, Any]) -> list[Row]:
 def static_report(content: dict[str, Any]) -> str:
     """The results of ``make gpu-static`` as Markdown."""
     products = {row["op"]: row.get("product_equivalents") for row in content["products"]}
+    vocab = max(row["vocab"] for row in content["calls"])
     parts = [
         "## Without a GPU",
-        f"Compiled by Triton {content['triton']} for sm_90; N={content['rows']}. Product-equivalents count products "
-        "at D=4096; bytes count the arguments of every launch and torch operation once. Memory excludes the "
-        "result.",
+        f"Compiled by Triton {content['triton']} for sm_90; N={content['rows']}, D=4096, V={vocab}. Other shapes and "
+        "architectures are in `benchmarks/results/gpu_static.json`. Bytes count the arguments of every launch and "
+        "torch operation once. Memory excludes the result.",
     ]
     rows = [
         (
-            row["op"], row["dtype"], row["vocab"], row["depth"], products.get(row["op"]),
+            row["op"], row["dtype"], products.get(row["op"]),
             row.get("launches", row.get("fails")), row.get("torch_operations"), row.get("argument_gib"),
             row.get("extra_mib"),
         )
         for row in content["calls"]
-        if row["arch"] == 90
+        if (row["arch"], row["depth"], row["vocab"]) == (90, 4096, vocab)
     ]  # fmt: skip
-    header = ("call", "dtype", "V", "D", "product-equivalents", "launches", "torch operations", "GiB", "extra MiB")
+    header = ("call", "dtype", "product-equivalents", "launches", "torch operations", "GiB", "extra MiB")
     parts.append(table(header, rows))
     kernels = [
         (
-            row["kernel"], row["dtype"], row["vocab"], row["depth"], row.get("registers", row.get("fails")),
+            row["kernel"], row["dtype"], row.get("registers", row.get("fails")),
             row.get("stack_bytes"), row.get("shared_bytes"), row.get("matrix_instructions"), row.get("sass_per_logit"),
         )
         for row in content["kernels"]
-        if row["arch"] == 90
+        if (row["arch"], row["depth"], row["vocab"]) == (90, 4096, vocab)
     ]  # fmt: skip
     kernels = list(dict.fromkeys(kernels))
-    names = ("kernel", "dtype", "V", "D", "registers", "stack, bytes", "shared, bytes", "matrix instructions")
+    names = ("kernel", "dtype", "registers", "stack, bytes", "shared, bytes", "matrix instructions")
     parts.append(table((*names, "SASS per logit"), kernels))
     return "\n\n".join(parts) + "\n"
 
@@ -235,7 +250,7 @@ def main() -> None:
     if arguments.merge:
         content = merged([json.loads(path.read_text()) for path in arguments.merge])
         arguments.merge[0].write_text(json.dumps(content, indent=1) + "\n")
-        print(run_report(content))
+        print(with_preferences(content))
         return
     DOCUMENT.write_text(document())
     print(f"wrote {DOCUMENT.relative_to(ROOT)}")
