@@ -56,6 +56,16 @@ def test_trunk_dropout_is_that_of_single_forwards(kind, layers, tiny_model, drop
         _assert_draws(scores, i, [dropped_logits(model, row, branches, 0.25, k) for k in range(3)])
 
 
+def test_blocks_that_hand_on_more_than_the_stream(small_model, dropped_logits):
+    """Zaya's blocks also return router states, which the next block adds to its own, for every draw."""
+    model, ids = small_model("zaya"), [row % 120 + 8 for row in _ids(7, 3, 12)]
+    branches = [branch for of_block in acqcore.Student.from_model(model).branches for branch in of_block]
+    sites = list(enumerate(branches, 1))[-2:]
+    scores = _score(model, ids, layers=1, draws=3, dropout=0.25)
+    for i, row in enumerate(ids):
+        _assert_draws(scores, i, [dropped_logits(model, row, sites, 0.25, k) for k in range(3)])
+
+
 def test_last_hidden_state(tiny_model, dropped_logits):
     model = tiny_model("Qwen2")
     ids = _ids(6, 11)

@@ -512,6 +512,10 @@ def test_adapters_on_the_head_and_half_of_it_are_named(tiny_model):
     model = lora(tiny_model("Llama"), target_modules=["lm_head", "q_proj"])
     with pytest.raises(ValueError, match=r"no rule covers base_model.model.lm_head.lora_A.default.weight and 1 more"):
         grad_norm(model, make_samples(), "trainable", backend="eager")
+    tied = tiny_model("Llama", tie_word_embeddings=True)
+    nn.utils.parametrizations.spectral_norm(tied.lm_head)
+    with pytest.raises(ValueError, match=r"no rule covers model.embed_tokens.weight: the head's weight is computed"):
+        grad_norm(tied, make_samples(), "all", backend="eager")
     phi = tiny_model("Phi", tie_word_embeddings=False)
     phi.lm_head.weight.requires_grad_(False)
     with pytest.raises(ValueError, match=r"no rule covers lm_head.bias without the head's weight"):

@@ -190,6 +190,25 @@ def test_a_hook_that_needs_the_whole_prompt_keeps_the_graph(tiny_model):
     assert student.cuts_prompts
 
 
+def test_positions_left_by_a_call_with_images():
+    """Qwen2-VL shifts tokens after a cache by what the last images took, also if these came with other samples."""
+    t = pytest.importorskip("transformers")
+    text = {
+        "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "initializer_range": 0.2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+    }  # fmt: skip
+    vision = {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 4}
+    torch.manual_seed(0)
+    model = t.Qwen2VLForConditionalGeneration(t.Qwen2VLConfig(text_config=text, vision_config=vision)).eval()
+    samples = _samples(12, 9, context=5)
+    expected = _score(model, samples, positions="completion")["mutual_information"]
+    for shift in ([[5]], [[7], [1], [2]]):
+        model.model.rope_deltas = torch.tensor(shift)
+        found = _score(model, samples, positions="completion")["mutual_information"]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
+
+
 def test_an_adapter_that_tokens_of_the_prompt_switch_on(tiny_model):
     """From the first token on, it is plain LoRA."""
     peft = pytest.importorskip("peft")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from decimal import Decimal
@@ -10,6 +11,7 @@ from typing import Any, ClassVar
 import numpy
 import pytest
 import torch
+from tokenizers import normalizers
 
 from acqcore.students.samples import Row
 
@@ -284,6 +286,13 @@ BAD_SAMPLES = [
 def test_bad_samples(samples, error, message, encoded):
     with pytest.raises(error, match=re.escape(message)):
         encoded(samples)
+
+
+def test_a_text_without_tokens_has_nothing_to_score(encoded, tokenizer):
+    stripping = copy.deepcopy(tokenizer)
+    stripping.backend_tokenizer.normalizer = normalizers.Strip()
+    with pytest.raises(ValueError, match=r"samples\[1\]: nothing to score"):
+        encoded(["a fox", " "], stripping)
 
 
 def test_bad_tokenizers(encoded, tokenizer, with_template):

@@ -13,6 +13,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from torch.nn.utils import prune
 
 import acqcore
 from acqcore.students.student import as_student
@@ -137,6 +138,15 @@ def test_a_student_follows_new_parts_of_its_model(part, tiny_model, exact):
         model.resize_token_embeddings(40)
     expected = exact(model, samples, list(model.parameters())).norm(dim=1)
     torch.testing.assert_close(acqcore.grad_norm(student, samples, "all").double(), expected, rtol=1e-4, atol=0)
+
+
+def test_a_pruned_head_follows_its_training(tiny_model):
+    """Pruning multiplies weight and mask only when the head is called."""
+    model = tiny_model("Llama")
+    prune.l1_unstructured(model.lm_head, "weight", 0.3)
+    student = acqcore.Student.from_model(model)
+    model.lm_head.weight_orig.data.mul_(1.3)
+    torch.testing.assert_close(student.head.weight, model.lm_head.weight_orig * model.lm_head.weight_mask)
 
 
 def _on_logits(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Any], Any]:

@@ -13,6 +13,7 @@ from torch import nn
 from acqcore import checks
 from acqcore.gradients.rules import is_linear
 from acqcore.head import Head
+from acqcore.students.causal_lm import innermost
 from acqcore.students.student import Student
 
 P = ParamSpec("P")
@@ -77,6 +78,10 @@ def select_parameters(student: Student, head: Head, parameters: str | int) -> Se
         alone, other = (weight, "bias") if bias is None else (bias, "weight")
         raise ValueError(f"parameters: no rule covers {alone} without the head's {other}")
     of_trunk = set(trunk.parameters())
+    layer = getattr(innermost(module), "get_output_embeddings", lambda: None)() if weight is None else None
+    for parameter in () if layer is None else layer.parameters():
+        if parameter in names and parameter in of_trunk:
+            raise ValueError(f"parameters: no rule covers {names[parameter]}: the head's weight is computed from it")
     names = {p: name for p, name in names.items() if p in of_trunk or name not in (weight, bias)}
     return Selection(names, weight)
 

@@ -90,6 +90,8 @@ def _projection(layer: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor | No
         raise ValueError(
             f"model: expected its output embedding to be torch.nn.Linear, got {kind}; use acqcore.Student(trunk, head)"
         )
+    if "weight" not in layer._parameters and layer._forward_pre_hooks:  # of pruning or weight norm, which compute it
+        layer(layer.weight[:0])
     weight: torch.Tensor = layer.weight
     plain = type(weight) in (torch.Tensor, torch.nn.Parameter) or is_dtensor(weight)
     if not plain or not weight.is_floating_point():

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from typing import Any, TypeAlias, TypeGuard, TypeVar
 
@@ -356,7 +356,8 @@ def _tokenized(texts: Sequence[_Text], tokenizer: Any) -> list[Row]:
         alone = tokenizer([text.text[: text.boundary or 0] for text in texts], **options)["input_ids"]
         starts = map(common_length, batch["input_ids"], alone)
     rows = []
-    for text, ids, start in zip(texts, map(torch.tensor, batch["input_ids"]), starts, strict=True):
+    tensors = map(partial(torch.tensor, dtype=torch.int64), batch["input_ids"])
+    for text, ids, start in zip(texts, tensors, starts, strict=True):
         targets = ids.clone()
         targets[: max(start, 1)] = checks.IGNORE_INDEX  # no token predicts the first one
         rows.append(Row(ids, targets, None if text.boundary is None else ids[:start]))

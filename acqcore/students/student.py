@@ -262,7 +262,10 @@ class Student:
         is altered. False for a trunk without a cache, and if hidden states depend on the length of a forward."""
         if self._continued is None or self._module is None or not self._lengths.plain:
             return False
-        adapters = [c for m in self._module.modules() for c in getattr(m, "peft_config", {}).values()]
+        modules = list(self._module.modules())
+        if any(getattr(module, "rope_deltas", None) is not None for module in modules):
+            return False  # left by a call with images, it would shift the positions of tokens after a cache
+        adapters = [c for module in modules for c in getattr(module, "peft_config", {}).values()]
         if any(getattr(adapter, "alora_invocation_tokens", None) for adapter in adapters):
             return False  # it acts from certain tokens on, which the prompt may hold
         if self.max_length is not None and self.max_length < CUT_LENGTH:
