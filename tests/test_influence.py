@@ -153,6 +153,19 @@ def test_a_reference_of_another_student(parameters, tiny_model):
             acqcore.influence(deeper, samples(2), reference)
 
 
+@pytest.mark.parametrize("wrapped", ["data parallel", "compiled", "compiled block"])
+def test_a_reference_of_the_same_student_in_a_wrapper(wrapped, tiny_model):
+    model, rows = tiny_model("Llama"), samples(3)
+    reference = acqcore.influence_reference(model, rows, dim=256)
+    expected = [acqcore.influence(model, rows, reference), acqcore.laplace_posterior(model, rows).factors]
+    if wrapped == "compiled block":
+        model.model.layers[0] = torch.compile(model.model.layers[0], backend="eager")
+    else:
+        model = torch.nn.DataParallel(model) if wrapped == "data parallel" else torch.compile(model, backend="eager")
+    found = [acqcore.influence(model, rows, reference), acqcore.laplace_posterior(model, rows).factors]
+    torch.testing.assert_close(found, expected)
+
+
 def test_a_reference_follows_its_student_in_training(tiny_model):
     model = tiny_model("Llama")
     reference = acqcore.influence_reference(model, samples(2), dim=16)

@@ -13,7 +13,7 @@ from torch import nn
 from acqcore import checks
 from acqcore.gradients.rules import is_linear
 from acqcore.head import Head
-from acqcore.students.causal_lm import innermost
+from acqcore.students.causal_lm import innermost, runnable
 from acqcore.students.student import Student
 
 P = ParamSpec("P")
@@ -56,7 +56,7 @@ def select_parameters(student: Student, head: Head, parameters: str | int) -> Se
         )
     assert isinstance(trunk, nn.Module)
     blocks = student.blocks if isinstance(parameters, int) else []  # first: a forward replaces offloaded parameters
-    names: dict[torch.Tensor, str] = {p: name for name, p in module.named_parameters()}
+    names = _names_of(module)
     if isinstance(parameters, int):
         checks.enough_blocks("parameters", parameters, len(blocks))
         last = {p for block in blocks[-parameters:] for p in block.parameters()}
@@ -97,7 +97,7 @@ def select_linear(student: Student, layers: int | str) -> Selection:
     members = {module for block in blocks[len(blocks) - count :] for module in block.modules()}
     within = set(filter(is_linear, members))
     assert student._module is not None
-    names: dict[torch.Tensor, str] = {}
+    named, names = _names_of(student._module), dict[torch.Tensor, str]()
     for name, module in student._module.named_modules():
         if module in within:
             weight = module._parameters.get("weight")
@@ -106,7 +106,7 @@ def select_linear(student: Student, layers: int | str) -> Selection:
                     f"layers: the weight of {name} is computed from other parameters, as by weight norm or pruning; "
                     "make it a parameter first"
                 )
-            names[weight] = f"{name}.weight"
+            names[weight] = named[weight]
     if not names:
         others = sorted({type(module).__name__ for module in members if isinstance(module, nn.Linear)})
         found = f"only {', '.join(others)} with a custom forward" if others else "none"
@@ -137,6 +137,11 @@ def same_student(made_with: Mapping[str, Sequence[int]], now: Mapping[str, Seque
         if shapes[0] != shapes[1]:
             there, here = ("missing" if shape is None else str(shape) for shape in shapes)
             raise ValueError(f"reference: made with another student: {name} is {there} in the reference, {here} here")
+
+
+def _names_of(module: nn.Module) -> dict[torch.Tensor, str]:
+    """Parameter -> name. Sketches depend on it, so it is the same inside torch.compile and data-parallel wrappers."""
+    return {p: name.replace("_orig_mod.", "") for name, p in runnable(module).named_parameters()}
 
 
 def _name(value: torch.Tensor, names: Mapping[torch.Tensor, str]) -> str | None:

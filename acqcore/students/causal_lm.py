@@ -66,7 +66,7 @@ class CausalLM:
         self.config = causal.config.get_text_config()
         self.data_parallel: DataParallel | None = data_parallel(model)
         # Wrappers that gather parameters must run; torch.compile and DistributedDataParallel can be bypassed.
-        self._root = model if self.data_parallel is not None else _runnable(model)
+        self._root = model if self.data_parallel is not None else runnable(model)
         # A key-value cache would only waste memory.
         accepted = inspect.signature(type(causal).forward).parameters
         self._options = {"use_cache": False} if "use_cache" in accepted else {}
@@ -336,13 +336,13 @@ def _unhooked(layer: torch.nn.Module) -> Iterator[None]:
 def innermost(model: Any) -> Any:
     """The transformers model inside torch.compile, DataParallel, FSDP1, DeepSpeed and PEFT wrappers."""
     while True:
-        model = _runnable(model)
+        model = runnable(model)
         if not hasattr(model, "get_base_model"):
             return model
         model = model.get_base_model()
 
 
-def _runnable(model: Any) -> Any:
+def runnable(model: Any) -> Any:
     """Like :func:`innermost`, but keeps PEFT's wrapper, whose forward may switch adapters per token."""
     while True:
         model = unwrapped(model)
