@@ -258,7 +258,8 @@ def test_logit_stats(dtype, arch, launches):
 @pytest.mark.parametrize("form", ["element", "block"])
 def test_mixture_with_committed_tiles(form, arch, launches, tmp_path):
     """Eight draws of a token meet in one thread's registers. Values spill only outside the loop over depth, which does
-    not access local memory on sm_90: 440 bytes of ``block_fold`` with Triton 3.9, 392 with 3.6."""
+    not access local memory on sm_90: 440 bytes of ``block_fold`` with Triton 3.9, 392 with 3.6;
+    112 of ``block_mixture`` on sm_80 with 3.6."""
     kernel = {"element": "mixture", "block": "block_mixture"}[form]
     for vocab, depth, tiles in _committed(arch, "half", kernel):
         places = _empty(512, of=torch.int64)
@@ -273,7 +274,7 @@ def test_mixture_with_committed_tiles(form, arch, launches, tmp_path):
             names = {"mixture_fold": 8, "gather_draws": 0, "finish_draws": 0, "finish_mixture": 0}
         else:
             block_mixture.block_mixture_stats(hidden, weight, None, places, tiles=tiles, **options)
-            names = {"block_fold": 440, "block_mixture": 32, "write_block_masks": 0}
+            names = {"block_fold": 440, "block_mixture": 112 if arch == 80 else 32, "write_block_masks": 0}
         for name, most in names.items():
             compiled = _compile(launches[name], arch)
             assert compiled.metadata.shared <= SHARED_BYTES[arch]
