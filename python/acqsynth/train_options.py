@@ -20,7 +20,7 @@ import torch
 from datasets import Dataset
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
-from transformers import AutoConfig, AutoModelForCausalLM, Trainer, get_scheduler
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Trainer, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 from trl import DPOConfig, GRPOConfig, SFTConfig
 
@@ -114,6 +114,7 @@ def _check_late(config: Any) -> None:
     checks: dict[str, Callable[[], Any]] = {
         "model_init_kwargs": lambda: dict(**(config.model_init_kwargs or {})),
         "chat_template_kwargs": lambda: dict(**(getattr(config, "chat_template_kwargs", None) or {})),
+        "generation_kwargs": lambda: _check_generation(config),
         "adam_beta1, adam_beta2": lambda: torch.optim.AdamW([zero], betas=(config.adam_beta1, config.adam_beta2)),
         "report_to": lambda: get_reporting_integration_callbacks(config.report_to),
         "lr_scheduler_kwargs": lambda: get_scheduler(
@@ -142,6 +143,15 @@ def _check_late(config: Any) -> None:
         raise ValueError(f"options: model_init_kwargs.dtype: expected one of {', '.join(known)}, got {dtype!r}")
     if getattr(config, "padding_free", False) and not getattr(config, "packing", True):
         raise ValueError("options: padding_free: expected packing with it, as rows would not be cut to max_length")
+
+
+def _check_generation(config: Any) -> None:
+    """Raises ValueError for unknown arguments of transformers' generation, which ignores them, and for invalid ones."""
+    given = getattr(config, "generation_kwargs", None) or {}
+    unknown = GenerationConfig().update(**given) if not getattr(config, "use_vllm", False) else {}
+    for name in unknown:
+        near = difflib.get_close_matches(name, vars(GenerationConfig()), 1)
+        raise ValueError(f"GenerationConfig has no field {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
 
 
 def require(config: Any, lora: Any) -> None:
@@ -273,6 +283,8 @@ def _build(kind: type[T], options: Mapping[str, Any], table: str) -> T:
     """
     entries = {entry.name: entry for entry in dataclasses.fields(kind) if entry.init}  # type: ignore[arg-type]
     hints = get_type_hints(kind)
+    if "fsdp" in hints:
+        hints["fsdp"] |= bool  # true is the documented form, which the annotation lacks
     for name, value in options.items():
         if name not in entries:
             near = difflib.get_close_matches(name, entries, 1)
@@ -285,7 +297,7 @@ def _build(kind: type[T], options: Mapping[str, Any], table: str) -> T:
                 raise ValueError(f"{table}: {name}: unknown {each!r}, expected one of {', '.join(known)}")
         if name in _RANGES and value is not None:
             _check_range(f"{table}: {name}", value, *_RANGES[name])
-        elif not _fits(value, hints[name]):
+        elif not known and not _fits(value, hints[name]):
             wanted = getattr(hints[name], "__name__", None) if isinstance(hints[name], type) else hints[name]
             raise ValueError(f"{table}: {name}: expected {str(wanted).replace('typing.', '')}, got {value!r}")
     try:
@@ -305,10 +317,10 @@ def _choices(entry: dataclasses.Field[Any], hint: Any) -> list[str]:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value fits a field of booleans or numbers. Fields of other types are not checked: their annotations do
-    not cover all that the libraries accept, such as lists for tuples and mappings for configurations."""
+    """Whether a boolean or number fits a field, and any value one of booleans or numbers. Other values are not checked:
+    annotations do not cover all that the libraries accept, such as lists for tuples and mappings for configurations."""
     kinds = set(get_args(hint) or (hint,))
-    if not kinds <= {bool, int, float, type(None)}:
+    if not (kinds <= {bool, int, float, type(None)} or type(value) in (bool, int, float)):
         return True
     return type(value) in kinds or (type(value) is int and float in kinds)
 
@@ -323,6 +335,7 @@ _DESCRIBED = {
 _REFUSED = {
     "assistant_only_loss": "expected false; completion_only_loss, true by default, has the same effect",
     "dataset_kwargs": "expected none, as rows need preparation",
+    "parallelism_config": "expected none; accelerate launch sets it",
     "resume_from_checkpoint": "expected none, as a run resumes from its own checkpoints",
     **dict.fromkeys(("do_train", "do_eval", "do_predict"), "expected false, as it has no effect"),
 }
