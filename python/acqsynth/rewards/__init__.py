@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import acqcore
+from acqcore.acquisitions import REGISTRY
 from acqsynth.rewards.acquisition import (
     AcquisitionReward as AcquisitionReward,
     reward_from_environment as _reward_from_environment,
@@ -35,11 +36,15 @@ from acqsynth.rewards.trl import combined as combined, completion_text as comple
 if not TYPE_CHECKING:  # a type checker should flag misspelt names
 
     def __getattr__(name: str) -> AcquisitionReward:
-        """A ready-made reward for any registered acquisition, including user-defined ones."""
+        """A ready-made reward for any acquisition without required arguments, including user-defined ones."""
         if name in acqcore.acquisitions():
-            return _reward_from_environment(name)
+            try:
+                return _reward_from_environment(name)
+            except ValueError as error:  # it has required arguments
+                raise AttributeError(f"{name} is not ready-made: {error}") from error
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *acqcore.acquisitions()})
+    ready = (name for name in acqcore.acquisitions() if not REGISTRY[name].options.required())
+    return sorted({*globals(), *ready})

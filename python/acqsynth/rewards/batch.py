@@ -146,6 +146,16 @@ class Batch(list[Sample]):
         return self.each((domain, "verified"), self, domain.verify, id)
 
 
+def require_samples(name: str, rows: Sequence[Any]) -> None:
+    """Raises TypeError, naming the row, if a row is not a ``Sample``."""
+    for i, row in enumerate(rows):
+        if not isinstance(row, Sample):
+            raise TypeError(
+                f"{name}[{i}]: expected acqsynth.domains.Sample(question, answer), got {type(row).__name__}; "
+                "Domain.load reads rows as samples"
+            )
+
+
 def numbers(function: Callable[[Any], Any], samples: Sequence[Sample]) -> list[float | None]:
     """A signal's values or standard errors as plain floats in the range of float32; None if there are none, and for NaN
     and infinity."""

@@ -23,6 +23,7 @@ normal form (:mod:`acqsynth.normal_form`).
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 import statistics
@@ -33,7 +34,7 @@ from acqsynth.domains import Domain, Sample
 from acqsynth.domains.base import STATED
 from acqsynth.normal_form import normal_form, visible
 from acqsynth.rewards.answers import SampledAnswers
-from acqsynth.rewards.batch import Batch, sample_length
+from acqsynth.rewards.batch import Batch, require_samples, sample_length
 from acqsynth.rewards.scoring import Scorer
 from acqsynth.rewards.texts import Contamination, NearCopies, words
 
@@ -57,19 +58,29 @@ class Sound:
     """Passes samples in which ``domain.fault`` finds no fault and no field spells a control token like ``<|im_end|>``.
 
     Tokenizers read such text as the token itself, so a question could end the user's turn and answer itself.
+
+    Args:
+        scorer: adds the special tokens of its student. Without it, ``<s>`` and ``</s>``, which are also HTML, count as
+            such.
     """
 
     name = "sound"
 
-    def __init__(self, domain: Domain) -> None:
+    def __init__(self, domain: Domain, scorer: Scorer | None = None) -> None:
         self.domain = domain
+        self.scorer = scorer
 
     def __call__(self, samples: Sequence[Sample]) -> list[bool | None]:
+        control = _control(frozenset({"<s>", "</s>"}) if self.scorer is None else self.scorer.special_tokens())
         return [
-            not any(map(_CONTROL.search, (sample.question, sample.reasoning, sample.answer)))
+            not any(map(control.search, (sample.question, sample.reasoning, sample.answer)))
             and self.domain.fault(sample) is None
             for sample in samples
         ]
+
+    def refresh(self, student: Any) -> None:
+        if self.scorer is not None:
+            self.scorer.refresh(student)
 
 
 class Length:
@@ -345,9 +356,9 @@ class Check:
         return [self.function(sample) for sample in samples]
 
 
-def sample_gates(domain: Domain) -> list[Gate]:
-    """The default gates that need nothing but the sample."""
-    return [Sound(domain), Length(), NoRepetition(), NoLeak(domain)]
+def sample_gates(domain: Domain, scorer: Scorer | None = None) -> list[Gate]:
+    """The default gates that need nothing but the sample; the scorer is that of :class:`Sound`."""
+    return [Sound(domain, scorer), Length(), NoRepetition(), NoLeak(domain)]
 
 
 def default_gates(
@@ -365,27 +376,18 @@ def default_gates(
     ``label``, ``student`` and ``answers``. Arguments are as in :meth:`acqsynth.rewards.ComposedReward.default`;
     ``shown`` are rows besides the seeds that prompts show, so samples may not copy them, and ``options`` are passed to
     :class:`acqsynth.rewards.scoring.Scorer`."""
-    gates: list[Gate] = [*sample_gates(domain), New([*seeds, *shown])]
+    fluent = None if student is None else Fluent(student, seeds, **options)
+    gates: list[Gate] = [*sample_gates(domain, None if fluent is None else fluent.scorer), New([*seeds, *shown])]
     if evaluation:
         gates.append(NotInEvaluation(evaluation))
     if label is not None:
         gates.append(Labelled(label))
-    if student is not None:
-        gates.append(Fluent(student, seeds, **options))
+    if fluent is not None:
+        gates.append(fluent)
     gates.append(Verified(domain))
     if answers is not None:
         gates.append(Answerable(answers))
     return gates
-
-
-def require_samples(name: str, rows: Sequence[Any]) -> None:
-    """Raises TypeError, naming the row, if a row is not a ``Sample``."""
-    for i, row in enumerate(rows):
-        if not isinstance(row, Sample):
-            raise TypeError(
-                f"{name}[{i}]: expected acqsynth.domains.Sample(question, answer), got {type(row).__name__}; "
-                "Domain.load reads rows as samples"
-            )
 
 
 def repetition(text: str) -> float:
@@ -397,9 +399,15 @@ def repetition(text: str) -> float:
     return 1 - len(set(runs)) / len(runs)
 
 
+@functools.lru_cache
+def _control(tokens: frozenset[str]) -> re.Pattern[str]:
+    """Matches these tokens and those of the common chat templates."""
+    return re.compile("|".join([_CONTROL, *map(re.escape, sorted(tokens))]))
+
+
 # Control tokens of the common chat templates; DeepSeek's bars are full-width.
-_CONTROL = re.compile(
-    r"<\|[A-Za-z][\w/.-]{2,40}\|>|<\uff5c[^\n<>]{1,40}\uff5c>|</?s>|<[be]os>|<(?:start|end)_of_turn>|<turn\|>|<\|turn>"
+_CONTROL = (
+    r"<\|[A-Za-z][\w/.-]{2,40}\|>|<\uff5c[^\n<>]{1,40}\uff5c>|<[be]os>|<(?:start|end)_of_turn>|<turn\|>|<\|turn>"
     r"|<end_of_utterance>|\[/?(?:INST|SYSTEM_PROMPT)\]|<</?SYS>>|\[\|(?:system|user|assistant|endofturn)\|\]|<[BE]OS_TOKEN>"
     r"|<seed:[be]os>|<(?:SPECIAL|extra_id)_\d+>"
 )

@@ -33,9 +33,9 @@ import acqcore
 from acqsynth.domains import Domain, Sample
 from acqsynth.engines import Engine
 from acqsynth.rewards.answers import Learnability, SampledAnswers
-from acqsynth.rewards.batch import Batch, BrokenPartError, Entry, Guard, Rewards, numbers, set_floor
+from acqsynth.rewards.batch import Batch, BrokenPartError, Entry, Guard, Rewards, numbers, require_samples, set_floor
 from acqsynth.rewards.fusion import BOUNDED, HISTORY, METHODS, LengthBins, checked_weights, fuse
-from acqsynth.rewards.gates import Gate, Label, default_gates, require_samples
+from acqsynth.rewards.gates import Gate, Label, default_gates
 from acqsynth.rewards.signals import Diversity, Signal, acquisition_signals
 from acqsynth.rewards.texts import Embedder, NgramEmbedder
 from acqsynth.rewards.trl import Completion, Log, TrlReward, completion_text, prompt_key, summary

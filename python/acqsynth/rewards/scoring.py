@@ -17,9 +17,10 @@ import torch
 import acqcore
 from acqcore import Reduction
 from acqcore.acquisitions import REGISTRY
+from acqcore.students.tables import listed
 from acqsynth.domains import Domain, Sample
 from acqsynth.models import load_tokenizer
-from acqsynth.rewards.batch import Batch
+from acqsynth.rewards.batch import Batch, require_samples
 
 logger = logging.getLogger(__name__)
 
@@ -90,12 +91,10 @@ class Scorer:
         self.domain = domain
         self.arguments = dict(arguments or {})
         checked = self._placeheld()
-        # acqcore.score reports missing required arguments on the first call.
-        known = [name for name in acquisitions if name in checked or not REGISTRY[name].options.required()]
         acqcore.check_request(
-            known or "entropy", checked, reduction=reduction, batch_tokens=batch_tokens, backend=backend, device=device
+            acquisitions, checked, reduction=reduction, batch_tokens=batch_tokens, backend=backend, device=device
         )
-        self.arguments = {name: _opened(name, given or {}) for name, given in self.arguments.items()}
+        self.arguments = {name: self._opened(name, given or {}) for name, given in self.arguments.items()}
         self.name = name
         self.reduction = reduction
         self.tokenizer = tokenizer
@@ -117,10 +116,34 @@ class Scorer:
             influence["reference"] = acqcore.Reference(mean, 1, made["parameters"], made["seed"], "mean", {})
         return given
 
+    def _opened(self, acquisition: str, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The arguments with a saved reference or archive in place of its path, so that all calls share it, and with
+        reference samples as a list."""
+        paths = [name for name, value in given.items() if isinstance(value, os.PathLike | str) and name in SAVED]
+        options = REGISTRY[acquisition].options.of(acquisition, given) if paths else None
+        opened = {**given, **{name: getattr(options, name) for name in paths}}
+        if acquisition == "influence" and not isinstance(opened.get("reference"), acqcore.Reference):
+            try:
+                opened["reference"] = listed(opened["reference"])
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"reference: {error}") from None
+            if not opened["reference"]:
+                raise ValueError("reference: expected at least one sample, got none")
+            if self.domain is not None:
+                require_samples("reference", opened["reference"])
+        return opened
+
     def check(self) -> None:
         """Loads the student."""
         with _scoring:
             self._student()
+
+    def special_tokens(self) -> frozenset[str]:
+        """The student's special tokens in brackets; others, such as a padding token ``!``, are also plain text."""
+        with _scoring:
+            tokenizer = self.tokenizer or self._student().tokenizer
+        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        return frozenset(token for token in special if token[0] in "<[" and token[-1] in ">]")
 
     def __call__(self, samples: Sequence[Any]) -> Scored:
         """Scores n samples; callers that pass the same :class:`Batch` share one pass."""
@@ -149,6 +172,7 @@ class Scorer:
         return {**self.__dict__, "_shared": None}  # each process loads its own
 
     def _score(self, samples: Sequence[Any]) -> Scored:
+        samples = listed(samples)
         if not samples:
             return Scored({name: [] for name in self.acquisitions}, [], {})
         with _scoring:
@@ -202,9 +226,9 @@ class Scorer:
             "backend": self.backend,
         }
 
-    def _rows(self, samples: Sequence[Any], tokenizer: Any) -> list[Any]:
+    def _rows(self, samples: Sequence[Any], tokenizer: Any) -> Sequence[Any]:
         if self.domain is None:
-            return list(samples)
+            return samples
         chat = getattr(tokenizer, "chat_template", None) is not None
         return [training_row(self.domain, sample, chat) for sample in samples]
 
@@ -232,13 +256,6 @@ class Scorer:
                 self._shared = load_student(os.fspath(student), self.device)
             return self._shared.student
         return student if isinstance(student, acqcore.Student) else acqcore.Student.from_model(student)
-
-
-def _opened(acquisition: str, given: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The arguments with a saved reference or archive in place of its path, so that all calls share it."""
-    paths = [name for name, value in given.items() if isinstance(value, os.PathLike | str) and name in SAVED]
-    options = REGISTRY[acquisition].options.of(acquisition, given) if paths else None
-    return {**given, **{name: getattr(options, name) for name in paths}}
 
 
 def _placed(

@@ -68,7 +68,7 @@ class AcquisitionSignal:
         name: by default the acquisition's.
 
     Raises:
-        ValueError: an acquisition that is not the scorer's or lacks a required argument, or a scorer without a domain.
+        ValueError: an acquisition that is not the scorer's, or a scorer without a domain.
     """
 
     def __init__(self, scorer: Scorer, acquisition: str, *, name: str | None = None) -> None:
@@ -76,9 +76,6 @@ class AcquisitionSignal:
             raise ValueError(f"acquisition: expected one of the scorer's {scorer.acquisitions}, got {acquisition!r}")
         if scorer.domain is None:
             raise ValueError("scorer: expected one with a domain, got one of plain samples")
-        for argument in REGISTRY[acquisition].options.required():
-            if scorer.arguments.get(acquisition, {}).get(argument) is None:
-                raise ValueError(f"{acquisition}: expected {argument!r} among its arguments")
         self.scorer = scorer
         self.acquisition = acquisition
         self.name = name or acquisition

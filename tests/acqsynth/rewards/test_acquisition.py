@@ -7,6 +7,7 @@ import threading
 from typing import Any, ClassVar
 
 import datasets
+import pandas
 import pytest
 import torch
 import trl
@@ -19,7 +20,7 @@ import acqcore
 from acqcore.acquisitions import REGISTRY
 from acqsynth import rewards
 from acqsynth.parsing import as_text, parse_chat_sample, parse_sample
-from acqsynth.rewards import AcquisitionReward
+from acqsynth.rewards import AcquisitionReward, Scorer
 
 BROKEN = "<question>What is 6 * 7?</question> It is 42."
 COMPLETIONS = [GOOD, BROKEN, LONGER]
@@ -222,6 +223,10 @@ def test_a_parser_that_fails_masks_its_text_alone(student_path):
         ({"acquisition": "influence", "arguments": {"reference": [GOOD], "similarity": "l2"}}, "similarity: unknown"),
         ({"acquisition": "influence", "arguments": {"reference": [GOOD], "dim": 0}}, "dim: expected"),
         ({"acquisition": "influence", "arguments": {"reference": [GOOD], "size": 3}}, "unknown 'size'"),
+        ({"acquisition": "influence"}, "acquisition_args: 'influence' needs 'reference'"),
+        ({"acquisition": "epig"}, "acquisition_args: 'epig' needs 'reference'"),
+        ({"acquisition": "influence", "arguments": {"reference": None}}, "reference: samples: expected a list"),
+        ({"acquisition": "influence", "arguments": {"reference": []}}, "reference: expected at least one sample"),
         ({"reduction": "median"}, "reduction: unknown 'median'"),
         ({"batch_tokens": 0}, "batch_tokens: expected an int >= 1"),
         ({"backend": "gpu"}, "backend: unknown 'gpu'"),
@@ -234,6 +239,23 @@ def test_a_parser_that_fails_masks_its_text_alone(student_path):
 def test_what_a_call_would_refuse_is_refused_before(options, message):
     with pytest.raises((ValueError, TypeError), match=message):
         AcquisitionReward("student", **options)
+
+
+def test_a_reference_may_be_a_table(model, tokenizer):
+    rows = [{"prompt": "What is six?\n", "completion": "It is six."}, {"prompt": "And two?\n", "completion": "Two."}]
+    tables = rows, {key: [row[key] for row in rows] for key in rows[0]}, pandas.DataFrame(rows)
+    made = [
+        AcquisitionReward(model, "influence", arguments={"reference": table}, tokenizer=tokenizer) for table in tables
+    ]
+    first, *others = [Log().call(reward, [GOOD]) for reward in made]
+    assert others == [first, first]
+    scored = [Scorer(model, ["loss"], tokenizer=tokenizer)(table) for table in tables]
+    assert scored[1:] == scored[:1] * 2
+
+
+def test_an_acquisition_with_required_arguments_is_no_ready_made_reward():
+    with pytest.raises(AttributeError, match="influence is not ready-made: acquisition_args: 'influence' needs 'refere"):
+        _ = rewards.influence
 
 
 def test_a_path_is_loaded_once_and_late(student_path, monkeypatch):
@@ -334,19 +356,15 @@ def resolve(names, tmp_path, monkeypatch):
 
 
 def test_every_acquisition_is_a_ready_made_reward(student_path, tmp_path, monkeypatch):
-    names = list(acqcore.acquisitions())
+    names = [name for name in acqcore.acquisitions() if not REGISTRY[name].options.required()]
     assert len(names) >= 10
     found = resolve([f"acqsynth.rewards.{name}" for name in names], tmp_path, monkeypatch)
     assert [get_callable_name(reward) for reward in found] == [f"acquisition_{name}" for name in names]
     monkeypatch.setenv(rewards.STUDENT_VARIABLE, str(student_path))
     for name, reward in zip(names, found, strict=True):
-        if required := REGISTRY[name].options.required():  # no default: needs an AcquisitionReward
-            with pytest.raises(ValueError, match=f"acquisition_args: {name!r} needs {required[0]!r}"):
-                Log().call(reward, [GOOD])
-            continue
         reward = pickle.loads(pickle.dumps(reward))
         assert Log().call(reward, [GOOD]) == Log().call(AcquisitionReward(student_path, name), [GOOD])
-    assert set(names) < set(dir(rewards))
+    assert {name for name in dir(rewards) if name in REGISTRY} == set(names)
 
 
 def test_arguments_reach_the_acquisition(student_path):

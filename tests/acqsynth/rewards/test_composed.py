@@ -505,7 +505,7 @@ def test_refresh_reaches_every_scorer(domain, sample, student_path):
     reward = ComposedReward.default(domain, str(student_path), seeds=[sample(3, 4)], reference=[sample(5, 6)])
     reward.refresh("elsewhere")
     scorers = [part.scorer for part in (*reward.signals, *reward.gates) if hasattr(part, "scorer")]
-    assert len(scorers) == 3  # two signals share one scorer, a gate has another
+    assert len(scorers) == 4  # two signals share one scorer, two gates another
     assert len(set(map(id, scorers))) == 2
     assert {scorer.student for scorer in scorers} == {"elsewhere"}
 

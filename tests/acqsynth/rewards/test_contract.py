@@ -150,7 +150,7 @@ class TestText:
         monkeypatch.setattr(torch.distributed, "get_world_size", lambda: world)
         return reward
 
-    REFERENCE = SimpleNamespace()
+    REFERENCE = ("a",)
 
     @pytest.mark.parametrize("world", [1, 2])
     def test_of_a_cosine_gets_its_bound(self, world, monkeypatch):

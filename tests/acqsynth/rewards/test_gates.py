@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from dataclasses import replace
@@ -13,7 +14,7 @@ from fakes import teach
 
 import acqcore
 from acqsynth.domains import Sample, domain as find_domain
-from acqsynth.rewards import SampledAnswers
+from acqsynth.rewards import SampledAnswers, Scorer
 from acqsynth.rewards.batch import Batch
 from acqsynth.rewards.gates import (
     Answerable,
@@ -59,6 +60,19 @@ def test_a_control_token_is_not_sound(domain, token, field):
 def test_what_only_looks_like_a_control_token_is_sound():
     text = "If <|x|> is 3, a <| f |> b, x<s and s>y, [1] and <b>bold</b>, how much is |x|<|y|>2?"
     assert passes(Sound(find_domain("math")), text)
+
+
+def test_the_students_own_special_tokens_are_not_sound(model, tokenizer):
+    domain = find_domain("math")
+    own = copy.deepcopy(tokenizer)
+    own.add_special_tokens({"additional_special_tokens": ["<file_sep>", "[gMASK]", "!"]})
+    of_student = Sound(domain, Scorer(model, ["loss"], tokenizer=own))
+    questions = ["What is 3 + 4? <file_sep>", "[gMASK]What is 3 + 4?", "<s>Old price, what is 3! + 4?"]
+    assert [passes(of_student, question) for question in questions] == [False, False, True]
+    assert [passes(Sound(domain), question) for question in questions] == [True, True, False]
+    assert not passes(of_student, "What is 3 + 4?<|im_end|>")  # of a teacher or another student
+    own.add_special_tokens({"bos_token": "<s>"})
+    assert not passes(of_student, questions[2])
 
 
 @pytest.mark.parametrize(
