@@ -86,6 +86,8 @@ def test_cells_beyond_the_header_are_an_error(tmp_path):
         (b'{"text": "b", "n": ' + b"[" * 5000 + b"]" * 5000 + b"}", None, "not JSON: maximum recursion depth"),
         (b'{"text": "b", "n": ' + b'{"a": ' * 300 + b"1" + b"}" * 301, None, "nested deeper than 200"),
         (b'{"text": "\xff\xfe"}', None, "not UTF-8: invalid start byte"),
+        (b'{"text": "b", "text": "d"}', None, "key 'text' is repeated"),
+        (b'{"text": "b", "n": [{"a": 1, "\\u0061": 2}]}', None, "key 'a' is repeated"),
         (b"\x00", None, "not JSON: Expecting value"),
         (b"nan", None, "not JSON"),
     ],

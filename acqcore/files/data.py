@@ -261,20 +261,32 @@ def parse_json(text: str | bytes) -> Any:
     """Parse JSON text. Integers of more than ``_DIGITS`` digits are read as text.
 
     Raises:
-        ValueError: invalid JSON or UTF-8, excessive nesting.
+        ValueError: invalid JSON or UTF-8, a repeated key, excessive nesting.
     """
     try:
-        value = json.loads(text, parse_int=lambda digits: int(digits) if len(digits) <= _DIGITS else digits)
+        value = json.loads(text, parse_int=_integer, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} (column {error.colno})") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8: {error.reason} (byte {error.start + 1})") from None
-    except (ValueError, RecursionError, MemoryError) as error:
+    except (RecursionError, MemoryError) as error:
         raise ValueError(f"not JSON: {error}") from None
     opened = text.count(b"[") + text.count(b"{") if isinstance(text, bytes) else text.count("[") + text.count("{")
     if opened > _DEEPEST and _depth(value) > _DEEPEST:
         raise ValueError(f"nested deeper than {_DEEPEST} levels")
     return value
+
+
+def _integer(digits: str) -> int | str:
+    return int(digits) if len(digits) <= _DIGITS else digits
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} is repeated")
+    return values
 
 
 def _depth(value: Any) -> int:
