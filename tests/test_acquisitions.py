@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import dataclass
 from unittest import mock
 
@@ -179,3 +181,9 @@ def test_registering_without_a_docstring():
     with pytest.raises(ValueError, match="nameless: an acquisition function needs a docstring"):
         acqcore.register("nameless")(lambda stats: stats.entropy)
     assert "nameless" not in REGISTRY
+
+
+def test_python_without_docstrings():
+    listing = [sys.executable, "-OO", "-c", "import acqcore; print(*acqcore.acquisitions())"]
+    run = subprocess.run(listing, check=True, capture_output=True, text=True)
+    assert {"entropy", "mutual_information"} < set(run.stdout.split())

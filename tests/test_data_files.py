@@ -8,6 +8,7 @@ import datetime
 import decimal
 import gzip
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,14 @@ def test_cells_beyond_the_header_are_an_error(tmp_path):
     assert [record.error for record in found] == ["expected 2 cells as in the header, got 3", None]
     assert [record.line for record in found] == [1, 2]
     assert found[1].values == {"text": "b", "n": None}
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_a_pipe_is_refused(suffix, tmp_path):
+    path = tmp_path / f"data.{suffix}"
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match=rf"data\.{suffix}: expected a file, which is read several times, got a pipe"):
+        scan(path, 1, None)
 
 
 @pytest.mark.parametrize("block_rows", [1, 2, 10])

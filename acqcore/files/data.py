@@ -228,7 +228,9 @@ def _parquet_batches(path: Path, columns: list[str]) -> Iterator[Any]:
 
 
 def _check_utf8(path: Path) -> None:
-    """Raises ValueError if the first bytes of a file are those of another encoding or a compressed file."""
+    """Raises ValueError for a pipe, or if the first bytes are those of another encoding or a compressed file."""
+    if path.is_fifo():
+        raise ValueError(f"{path}: expected a file, which is read several times, got a pipe")
     with path.open("rb") as file:
         start = file.read(8)
     zeros = "UTF-16 or binary data" if 0 in start[:2] else None

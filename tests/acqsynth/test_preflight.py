@@ -103,7 +103,7 @@ REFUSED = {
     "generator.options.generation_kwargs={num_beam: 2}": "generation_kwargs: GenerationConfig has no field 'num_beam'; "
     "did you mean 'num_beams'?",
     "generator.options.generation_kwargs=[top_k]": "options: generation_kwargs: ",
-    "generator.options.generation_kwargs={cache_implementation: foo}": "options: generation_kwargs: Invalid `cache_impl",
+    "generator.options.generation_kwargs={cache_implementation: foo}": "generation_kwargs: Invalid `cache_impl",
     "student.options.accelerator_config=5": "student.options: accelerator_config: expected dict | str | None, got 5",
     "student.options.accelerator_config=true": "student.options: accelerator_config: expected dict | str | None, got T",
     "student.options.parallelism_config={cp_size: 2}": "student.options: parallelism_config: expected none; accelerate",

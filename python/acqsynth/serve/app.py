@@ -298,6 +298,7 @@ def create_app(service: Service) -> FastAPI:
         """Replaces the student; queued requests keep the previous one."""
         return JSONResponse((await service.reload(body.path)).described())
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", response_model=Health, responses={503: {"model": Health, "description": "stopping"}})
     async def health() -> Response:
         """Whether requests are accepted."""

@@ -254,7 +254,9 @@ def test_a_reference_may_be_a_table(model, tokenizer):
 
 
 def test_an_acquisition_with_required_arguments_is_no_ready_made_reward():
-    with pytest.raises(AttributeError, match="influence is not ready-made: acquisition_args: 'influence' needs 'refere"):
+    with pytest.raises(
+        AttributeError, match="influence is not ready-made: acquisition_args: 'influence' needs 'refere"
+    ):
         _ = rewards.influence
 
 

@@ -168,5 +168,7 @@ def test_wrong_arguments_are_named(domain, model, tokenizer):
     for name, message in (("influence", "'reference'"), ("archive_novelty", "'archive'")):
         with pytest.raises(ValueError, match=f"acquisition_args: '{name}' needs {message}"):
             acquisition_signals(model, [name], domain, tokenizer=tokenizer)
-    with pytest.raises(TypeError, match=r"^reference\[0\]: expected acqsynth\.domains\.Sample\(question, answer\), got dict"):
+    with pytest.raises(
+        TypeError, match=r"^reference\[0\]: expected acqsynth\.domains\.Sample\(question, answer\), got dict"
+    ):
         acquisition_signals(model, {"influence": {"reference": [{}]}}, domain, tokenizer=tokenizer)

@@ -154,7 +154,9 @@ class TestTokens:
         assert forwards == []
 
     def test_health_tells_strangers_that_it_lives_and_no_more(self, ask, serve):
-        assert ask(serve(access=Access("secret")), ("GET", "/health", {}))[0].json() == {"status": "ok"}
+        told, head = ask(serve(access=Access("secret")), ("GET", "/health", {}), ("HEAD", "/health", {}))
+        assert told.json() == {"status": "ok"}
+        assert head.status_code == 200
 
 
 class TestGetReward:
