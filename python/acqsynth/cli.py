@@ -107,15 +107,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def acqcore() -> int:
-    """Runs the command ``acqcore``. Its imports take seconds, so an interrupt may come before its own ``main``."""
-    try:
-        return int(importlib.import_module("acqcore.cli").main())
-    except KeyboardInterrupt:
-        print("acqcore: interrupted", file=sys.stderr)
-        return 130
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="acqsynth", description=_DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"acqsynth {metadata.version('acqcore')}")

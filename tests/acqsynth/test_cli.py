@@ -25,21 +25,6 @@ def test_help_config_lists_every_key(capsys):
     assert "smollm2-math" in printed
 
 
-def test_an_interrupt_during_the_imports_is_one_line():
-    torch_interrupts = """
-import sys
-class Finder:
-    def find_spec(self, name, path, target=None):
-        if name == "torch":
-            raise KeyboardInterrupt
-sys.meta_path.insert(0, Finder())
-from acqsynth.cli import acqcore
-sys.exit(acqcore())
-"""
-    run = subprocess.run([sys.executable, "-c", torch_interrupts], capture_output=True, text=True, check=False)
-    assert (run.returncode, run.stderr) == (130, "acqcore: interrupted\n")
-
-
 @pytest.mark.parametrize("stage", ["run", "train", "report"])
 def test_a_dry_run_tells_and_does_nothing(fakes, recipe, stage, capsys):
     assert main([stage, str(recipe), "--dry-run", "student.seeds=[0]"]) == 0
