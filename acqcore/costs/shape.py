@@ -68,6 +68,7 @@ def shape_of(config: Any, dtype: torch.dtype) -> Shape:
     stored = stored_dtype(config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)  # writes dtype into the copy
+    model.tie_weights()  # transformers 5.0 leaves it out for tensors without data
     student = Student.from_model(model, verify=False)
     text = config.get_text_config()
     blocks = _blocks(model.get_decoder(), text.num_hidden_layers)
