@@ -28,6 +28,15 @@ def describe(value: object) -> str:
     return type(value).__name__
 
 
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, as ``object_pairs_hook`` of ``json.loads``, which by default keeps the last of equal keys."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} is repeated")
+    return values
+
+
 def float_tensor(name: str, value: Any, shape: str, dims: int) -> None:
     """``value`` is a floating-point tensor with ``dims`` dimensions, which the message writes as ``shape``."""
     if not isinstance(value, torch.Tensor):

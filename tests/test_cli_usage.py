@@ -26,6 +26,10 @@ from acqcore.cli import main
         ({"backend": "gpu"}, "backend: unknown 'gpu'"),
         ({"data": "missing.jsonl"}, "missing.jsonl: No such file or directory"),
         ({"data": "missing.parquet"}, "missing.parquet: No such file or directory"),
+        (
+            {"acquisition_args": '{"loss": {}, "loss": {}}'},
+            "expected JSON, got '{\"loss\": {}, \"loss\": {}}': key 'loss' is repeated",
+        ),
         ({"acquisition_args": "{bad"}, "argument --acquisition-args: expected JSON, got '{bad': Expecting property"),
         ({"out": "out.txt"}, "extension of out.txt: unknown '.txt'"),
         ({"out": "."}, "--out: expected a name, got '.'"),

@@ -32,7 +32,7 @@ ARGUMENTS_HELP = (
 def json_value(text: str) -> Any:
     """The value of an option that holds JSON."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=checks.unique_keys)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"expected JSON, got {text!r}: {error}") from None
 

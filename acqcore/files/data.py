@@ -266,7 +266,7 @@ def parse_json(text: str | bytes) -> Any:
         ValueError: invalid JSON or UTF-8, a repeated key, excessive nesting.
     """
     try:
-        value = json.loads(text, parse_int=_integer, object_pairs_hook=_object)
+        value = json.loads(text, parse_int=_integer, object_pairs_hook=checks.unique_keys)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} (column {error.colno})") from None
     except UnicodeDecodeError as error:
@@ -281,14 +281,6 @@ def parse_json(text: str | bytes) -> Any:
 
 def _integer(digits: str) -> int | str:
     return int(digits) if len(digits) <= _DIGITS else digits
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} is repeated")
-    return values
 
 
 def _depth(value: Any) -> int:
