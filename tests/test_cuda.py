@@ -239,6 +239,7 @@ def test_choice_among_gpu_backends(monkeypatch):
     """Triton gets hidden states and cuda gets logits, unless a measurement says otherwise; an explicit name wins."""
     fakes = {name: _Fake(name) for name in ("triton", "cuda")}
     monkeypatch.setattr(sys.modules["acqcore.backends"], "_BACKENDS", fakes)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     device = torch.device("cuda", 0)
 
@@ -267,6 +268,7 @@ def test_the_choice_does_not_break_a_graph(monkeypatch):
     """Properties of the machine are queried once, while the graph is traced."""
     fakes = {name: _Fake(name) for name in ("triton", "cuda")}
     monkeypatch.setattr(sys.modules["acqcore.backends"], "_BACKENDS", fakes)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     device = torch.device("cuda", 0)
 

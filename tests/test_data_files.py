@@ -92,7 +92,7 @@ def test_a_pipe_is_refused(suffix, tmp_path):
         (b'{"text": "b", "n": ' + b"9" * 5000 + b"}", "9" * 5000, None),
         (b'{"text": "b", "n": -' + b"1" * 4400 + b"}", "-" + "1" * 4400, None),
         (b'{"text": "b", "n": 1e400}', float("inf"), None),
-        (b'{"text": "b", "n": ' + b"[" * 5000 + b"]" * 5000 + b"}", None, "not JSON: maximum recursion depth"),
+        (b'{"text": "b", "n": ' + b"[" * 5000 + b"]" * 5000 + b"}", None, "nested deeper than 200"),
         (b'{"text": "b", "n": ' + b'{"a": ' * 300 + b"1" + b"}" * 301, None, "nested deeper than 200"),
         (b'{"text": "\xff\xfe"}', None, "not UTF-8: invalid start byte"),
         (b'{"text": "b", "text": "d"}', None, "key 'text' is repeated"),

@@ -98,7 +98,7 @@ def select(
     if not fitting:
         raise RuntimeError(f"{'; '.join(filter(None, reasons.values()))}. Pass backend='eager' to use plain torch.")
     if len(fitting) > 1 and device.type == "cuda":
-        order = _order(op, _capability(device.index), str(dtypes[0]).removeprefix("torch."), *shape)
+        order = _order(op, _capabilities()[device.index], str(dtypes[0]).removeprefix("torch."), *shape)
         fitting = [candidate for candidate in order if candidate in fitting] or fitting
     return _BACKENDS[fitting[0]]
 
@@ -115,7 +115,8 @@ def _order(op: str, capability: str, dtype: str, rows: int, vocab: int) -> list[
 
 
 @constant_when_compiled
-def _capability(device: int) -> str:
-    """The compute capability of a GPU, as in "9.0"."""
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"{major}.{minor}"
+def _capabilities() -> tuple[str, ...]:
+    """The compute capability of every GPU, as in "9.0". One of them alone would take an argument, which torch.compile
+    of torch 2.14 does not accept."""
+    found = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
+    return tuple(f"{major}.{minor}" for major, minor in found)

@@ -104,6 +104,7 @@ class Scorer:
         self.device = device
         self._reference: acqcore.Reference | None = None
         self._shared: SharedStudent | None = None
+        self._special: frozenset[str] | None = None
 
     def _placeheld(self) -> dict[str, dict[str, Any]]:
         """The arguments, with a placeholder for reference samples, whose gradient is computed on the first call."""
@@ -140,10 +141,11 @@ class Scorer:
 
     def special_tokens(self) -> frozenset[str]:
         """The student's special tokens in brackets; others, such as a padding token ``!``, are also plain text."""
-        with _scoring:
-            tokenizer = self.tokenizer or self._student().tokenizer
-        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-        return frozenset(token for token in special if token[0] in "<[" and token[-1] in ">]")
+        if self._special is None:
+            tokenizer = self.tokenizer or self._tokenizer()
+            special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+            self._special = frozenset(token for token in special if token[0] in "<[" and token[-1] in ">]")
+        return self._special
 
     def __call__(self, samples: Sequence[Any]) -> Scored:
         """Scores n samples; callers that pass the same :class:`Batch` share one pass."""
@@ -166,7 +168,7 @@ class Scorer:
         """Switches to another student; the gradient of reference samples is recomputed."""
         with _scoring:  # a thread may be loading the previous student
             self.student = student
-            self._reference = self._shared = None
+            self._reference = self._shared = self._special = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_shared": None}  # each process loads its own
@@ -243,14 +245,21 @@ class Scorer:
             arguments["influence"] = {**influence, "reference": self._reference}
         return arguments or None
 
+    def _named(self) -> Any:
+        """The student as given, or the one that the environment names."""
+        if self.student is None and not os.environ.get(STUDENT_VARIABLE):
+            raise RuntimeError(
+                f"{STUDENT_VARIABLE} is not set: {self.name!r} expects it to hold the student's path or hub id"
+            )
+        return os.environ[STUDENT_VARIABLE] if self.student is None else self.student
+
+    def _tokenizer(self) -> Any:
+        """The student's own tokenizer; a student that is a path is not loaded for it."""
+        student = self._named()
+        return load_tokenizer(os.fspath(student)) if isinstance(student, str | os.PathLike) else student.tokenizer
+
     def _student(self) -> acqcore.Student:
-        student = self.student
-        if student is None:
-            student = os.environ.get(STUDENT_VARIABLE)
-            if not student:
-                raise RuntimeError(
-                    f"{STUDENT_VARIABLE} is not set: {self.name!r} expects it to hold the student's path or hub id"
-                )
+        student = self._named()
         if isinstance(student, str | os.PathLike):
             if self._shared is None:
                 self._shared = load_student(os.fspath(student), self.device)

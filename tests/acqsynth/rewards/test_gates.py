@@ -72,6 +72,7 @@ def test_the_students_own_special_tokens_are_not_sound(model, tokenizer):
     assert [passes(Sound(domain), question) for question in questions] == [True, True, False]
     assert not passes(of_student, "What is 3 + 4?<|im_end|>")  # of a teacher or another student
     own.add_special_tokens({"bos_token": "<s>"})
+    of_student.refresh(model)
     assert not passes(of_student, questions[2])
 
 

@@ -69,13 +69,13 @@ def test_errors_are_shown_by_their_skills_share(fakes, recipe):
 
 
 @pytest.fixture
-def writing(tmp_path, monkeypatch):
+def writing(tmp_path, monkeypatch, student_path):
     """Writing with a reward that knows how new a question is, and prompts that show held-out rows."""
     monkeypatch.setattr(domains, "DOMAINS", {"sums": "fakes:Sums"})
     write_rows(tmp_path / "seeds.parquet", SEEDS)
     write_rows(tmp_path / "held_out.parquet", [Sample(f"{n}+9", str(n + 9)) for n in range(20, 24)])
     reward = RewardConfig(signals={"diversity": {}}, embedder="ngram", gates=["sound", "new"])
-    scoring = Scoring(reward, "sums", EngineConfig(), "student", *[tmp_path / "seeds.parquet"] * 3)
+    scoring = Scoring(reward, "sums", EngineConfig(), student_path, *[tmp_path / "seeds.parquet"] * 3)
     return Writing(scoring, "generator", SamplingConfig(), 1, False, 8, 0, tmp_path / "held_out.parquet")
 
 
