@@ -10,6 +10,7 @@ import gzip
 import json
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from acqcore.files.data import Block, Reader, Record, choose_columns, records, s
 from acqcore.files.table import join, write_block
 
 ROWS = [{"text": "a\nb", "n": 1}, {"text": 'ç, "d"', "n": 2}, {"text": "", "n": 3}, {"text": "e\r\nf", "n": 4}]
+#: Python 3.13 parses 5,000 levels; earlier ones give up.
+TOO_DEEP = "not JSON: maximum recursion depth" if sys.version_info < (3, 13) else "nested deeper than 200"
 
 
 def read_all(path: Path, block_rows: int = 4096, limit: int | None = None) -> list[Record]:
@@ -92,7 +95,7 @@ def test_a_pipe_is_refused(suffix, tmp_path):
         (b'{"text": "b", "n": ' + b"9" * 5000 + b"}", "9" * 5000, None),
         (b'{"text": "b", "n": -' + b"1" * 4400 + b"}", "-" + "1" * 4400, None),
         (b'{"text": "b", "n": 1e400}', float("inf"), None),
-        (b'{"text": "b", "n": ' + b"[" * 5000 + b"]" * 5000 + b"}", None, "nested deeper than 200"),
+        (b'{"text": "b", "n": ' + b"[" * 5000 + b"]" * 5000 + b"}", None, TOO_DEEP),
         (b'{"text": "b", "n": ' + b'{"a": ' * 300 + b"1" + b"}" * 301, None, "nested deeper than 200"),
         (b'{"text": "\xff\xfe"}', None, "not UTF-8: invalid start byte"),
         (b'{"text": "b", "text": "d"}', None, "key 'text' is repeated"),

@@ -265,20 +265,17 @@ def parse_json(text: str | bytes) -> Any:
     Raises:
         ValueError: invalid JSON or UTF-8, a repeated key, excessive nesting.
     """
-    too_deep = f"nested deeper than {_DEEPEST} levels"
     try:
         value = json.loads(text, parse_int=_integer, object_pairs_hook=checks.unique_keys)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} (column {error.colno})") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8: {error.reason} (byte {error.start + 1})") from None
-    except RecursionError:
-        raise ValueError(too_deep) from None
-    except MemoryError as error:
+    except (RecursionError, MemoryError) as error:
         raise ValueError(f"not JSON: {error}") from None
     opened = text.count(b"[") + text.count(b"{") if isinstance(text, bytes) else text.count("[") + text.count("{")
     if opened > _DEEPEST and _depth(value) > _DEEPEST:
-        raise ValueError(too_deep)
+        raise ValueError(f"nested deeper than {_DEEPEST} levels")
     return value
 
 
