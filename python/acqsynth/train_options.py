@@ -317,8 +317,8 @@ def _choices(entry: dataclasses.Field[Any], hint: Any) -> list[str]:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a boolean or number fits a field, and any value one of booleans or numbers. Other values are not checked:
-    annotations do not cover all that the libraries accept, such as lists for tuples and mappings for configurations."""
+    """Whether a value fits its field, checked if either is of booleans or numbers. Other annotations do not cover all
+    that the libraries accept, such as lists for tuples and mappings for configurations."""
     kinds = set(get_args(hint) or (hint,))
     if not (kinds <= {bool, int, float, type(None)} or type(value) in (bool, int, float)):
         return True

@@ -143,6 +143,8 @@ class Scorer:
         """The student's special tokens in brackets; others, such as a padding token ``!``, are also plain text."""
         if self._special is None:
             tokenizer = self.tokenizer or self._tokenizer()
+            if tokenizer is None:
+                raise ValueError("tokenizer: expected one, as the student has none")
             special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
             self._special = frozenset(token for token in special if token[0] in "<[" and token[-1] in ">]")
         return self._special
@@ -247,11 +249,13 @@ class Scorer:
 
     def _named(self) -> Any:
         """The student as given, or the one that the environment names."""
-        if self.student is None and not os.environ.get(STUDENT_VARIABLE):
+        if self.student is not None:
+            return self.student
+        if not (path := os.environ.get(STUDENT_VARIABLE)):
             raise RuntimeError(
                 f"{STUDENT_VARIABLE} is not set: {self.name!r} expects it to hold the student's path or hub id"
             )
-        return os.environ[STUDENT_VARIABLE] if self.student is None else self.student
+        return path
 
     def _tokenizer(self) -> Any:
         """The student's own tokenizer; a student that is a path is not loaded for it."""

@@ -76,6 +76,13 @@ def test_the_students_own_special_tokens_are_not_sound(model, tokenizer):
     assert not passes(of_student, questions[2])
 
 
+def test_special_tokens_take_a_tokenizer_but_no_student(model, student_path, monkeypatch):
+    monkeypatch.setattr(Scorer, "_student", lambda self: pytest.fail("loaded the student"))
+    assert Scorer(student_path, ["loss"]).special_tokens() == {"</s>", "<pad>"}
+    with pytest.raises(ValueError, match="tokenizer: expected one, as the student has none"):
+        Scorer(acqcore.Student.from_model(model), ["loss"]).special_tokens()
+
+
 @pytest.mark.parametrize(
     "make", [New, NotInEvaluation, lambda rows: Fluent(None, rows)], ids=["new", "evaluation", "fluent"]
 )
