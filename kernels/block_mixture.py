@@ -30,7 +30,6 @@ import torch
 import triton
 import triton.language as tl
 
-from acqcore.kernels.config import Tiles
 from acqcore.kernels.fold import LOG2E, SCALE, merge, widen
 from acqcore.kernels.mixture import FINISH_TOKENS, LOWEST, Masks, draw_sums, finish_draws, finish_mixture, mixture_terms
 from acqcore.kernels.philox import keep_mask
@@ -379,33 +378,23 @@ def block_mixture(
 
 
 def block_mixture_stats(
+    product: Product,
     hidden: torch.Tensor,  # [N, D]
-    weight: torch.Tensor,  # [V, D]
-    bias: torch.Tensor | None,  # [V]
     targets: torch.Tensor | None,  # [N] int64, -100 ignored
-    *,
     draws: int,
     masks: Masks,
-    softcap: float | None,
-    scale: float,
-    vocab_start: int,
     state: torch.Tensor,  # [6, N] float64, written
     votes: torch.Tensor,  # [K, N] int64, written
-    tiles: Tiles,
-    precision: str = "ieee",
-    upcast: bool = False,
 ) -> None:
     """:func:`acqcore.kernels.mixture.mixture_stats` for column blocks that :func:`serves` accepts."""
     n, depth = hidden.shape
     if n == 0:
         return
-    bias = None if bias is None else (bias.double() * masks.kept).float().contiguous()
-    product = Product(weight, bias, softcap, scale / masks.kept, 1.0, vocab_start, tiles, precision, upcast)
     padded = triton.next_power_of_2(draws)
     blocks = max(triton.cdiv(depth, masks.width), 1)
-    of_draws = padded * (32 * tiles.split(len(weight))[0] + 68)
+    of_draws = padded * (32 * product.tiles.split(len(product.weight))[0] + 68)
     row_bytes = (depth + 8) * product.dtype(hidden).itemsize + of_draws + blocks + 4
-    at_once = chunk_rows(n, row_bytes, tiles.block_m, SCRATCH_BYTES)
+    at_once = chunk_rows(n, row_bytes, product.tiles.block_m, SCRATCH_BYTES)
     for first in range(0, n, at_once):
         part = slice(first, first + at_once)
         of_part = None if targets is None else targets[part].contiguous()

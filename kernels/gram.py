@@ -261,31 +261,20 @@ def pack(lengths: Sequence[int]) -> list[list[int]]:
 
 
 def row_stats_and_grams(
+    product: Product,  # in GramTiles
     hidden: torch.Tensor,  # [N, D] float32, bfloat16 or float16
-    weight: torch.Tensor,  # [V, D]
-    bias: torch.Tensor | None,  # [V]
     targets: torch.Tensor,  # [N] int64, -100 ignored
     bounds: tuple[tuple[int, int], ...],  # [begin, end) rows of each sample, at most BLOCK
     starts: tuple[int, ...],  # first element of each sample's matrix in ``products``
-    *,
-    softcap: float | None,
-    scale: float,
-    temperature: float,
-    vocab_start: int,
     state: torch.Tensor,  # [7, N] float64, written in the samples' rows
     index: torch.Tensor,  # [N] int64, written in the samples' rows
     products: torch.Tensor,  # [sum T^2] float32, written
-    tiles: GramTiles,
-    precision: str = "ieee",
-    upcast: bool = False,
 ) -> None:
-    """Fill the states of the samples' rows and ``products`` of ``acqcore.backends.base.Gram``.
-
-    Arguments are trusted; the other arguments are as in :func:`acqcore.kernels.row_stats.row_stats`.
-    """
-    bias = None if bias is None else bias.float().contiguous()
-    product = Product(weight, bias, softcap, scale, temperature, vocab_start, tiles, precision, upcast)
-    most = most_blocks(hidden.shape[1], product.dtype(hidden).itemsize, tiles.even_split(len(weight))[0])
+    """Fill the states of the samples' rows and ``products`` of ``acqcore.backends.base.Gram``; arguments are
+    trusted."""
+    tiles = product.tiles
+    assert isinstance(tiles, GramTiles)
+    most = most_blocks(hidden.shape[1], product.dtype(hidden).itemsize, tiles.even_split(len(product.weight))[0])
     for part in parts(bounds, starts, most, hidden.device):
         _chunk(product, tiles, hidden, targets, part, state, index, products)
 

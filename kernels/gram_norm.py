@@ -25,7 +25,7 @@ import triton.language as tl
 
 from acqcore.kept import kept, on_device
 from acqcore.kernels.fold import LOG2E, widen
-from acqcore.kernels.product import TABLES, tanh as exact_tanh
+from acqcore.kernels.product import TABLES, Product, tanh as exact_tanh
 
 #: Tile size for samples of at most SHORT rows, and for longer ones.
 SHORT, LONG = 16, 64
@@ -219,35 +219,27 @@ def sum_tiles(
 
 
 def gram_norm(
+    product: Product,
     hidden: torch.Tensor,  # [N, D]
-    weight: torch.Tensor,  # [V, D]
-    bias: torch.Tensor | None,  # [V]
     targets: torch.Tensor,  # [N] int64, -100 ignored
     bounds: tuple[tuple[int, int], ...],  # [begin, end) rows of each sample
     starts: tuple[int, ...],  # first element of each sample's matrix in ``products``
-    *,
-    softcap: float | None,
-    scale: float,
-    temperature: float,
-    vocab_start: int,
     state: torch.Tensor,  # [7, N] float64, of the whole vocabulary
     index: torch.Tensor,  # [N] int64, of the whole vocabulary
     products: torch.Tensor,  # [sum T^2] float32
     local_max: torch.Tensor,  # [N] float64: reference of ``products``
     weights: torch.Tensor,  # [N] float64
     squared: torch.Tensor,  # [samples] float64, written
-    upcast: bool = False,
 ) -> None:
     """``Backend.gram_norm``; arguments are trusted."""
-    depth, n = hidden.shape[1], len(hidden)
-    bias = None if bias is None else bias.float().contiguous()
+    weight, bias, (n, depth) = product.weight, product.bias, hidden.shape
     targets = targets.contiguous()
     cut = cuts(bounds, starts, hidden.device)
     keys, delta = products.new_empty((2, len(products)))
     programs_of_short = cut.short.shape[1]
     parts = products.new_empty(programs_of_short + cut.long.shape[1], dtype=torch.float64)
-    slope = scale / temperature
-    upcast = upcast or hidden.dtype != weight.dtype
+    slope = product.scale / product.temperature
+    upcast = product.upcast or hidden.dtype != weight.dtype
     block_k = 16 if torch.float32 in (hidden.dtype, weight.dtype) else 64
     halves = (cut.short, SHORT, parts[:programs_of_short]), (cut.long, LONG, parts[programs_of_short:])
     for tiles, tile, part in halves:
@@ -256,10 +248,9 @@ def gram_norm(
             continue
         target_delta[(programs,)](
             hidden, weight, bias, targets, state, index, weights, tiles, cut.samples, keys, delta, n, len(bounds),
-            programs, len(weight), depth, *hidden.stride(), *weight.stride(), vocab_start,
-            scale / (softcap or temperature), (softcap or 1.0) / temperature, slope, HAS_BIAS=bias is not None,
-            HAS_CAP=softcap is not None, EVEN_K=depth % block_k == 0, UPCAST=upcast, TILE=tile, BLOCK_K=block_k,
-            num_warps=4, num_stages=3, enable_fp_fusion=True,
+            programs, len(weight), depth, *hidden.stride(), *weight.stride(), product.vocab_start, *product.factors,
+            slope, HAS_BIAS=bias is not None, HAS_CAP=product.softcap is not None, EVEN_K=depth % block_k == 0,
+            UPCAST=upcast, TILE=tile, BLOCK_K=block_k, num_warps=4, num_stages=3, enable_fp_fusion=True,
         )  # fmt: skip
         contract[(programs,)](
             products, keys, delta, targets, state, local_max, weights, tiles, cut.samples, part, n, len(bounds),

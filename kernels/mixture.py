@@ -21,7 +21,6 @@ import torch
 import triton
 import triton.language as tl
 
-from acqcore.kernels.config import Tiles
 from acqcore.kernels.fold import LOG2E, merge
 from acqcore.kernels.philox import keep_mask, keep_units
 from acqcore.kernels.product import (
@@ -56,14 +55,16 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @dataclass(frozen=True)
 class Masks:
-    """Inverted dropout that ``gather_draws`` applies to hidden states ``[N, D]``."""
+    """Dropout that ``gather_draws`` applies to hidden states ``[N, D]``.
+
+    The product's scale holds the factor of kept columns, as dividing half-precision states by it would round them.
+    """
 
     samples: torch.Tensor  # [N] int64
     positions: torch.Tensor  # [N] int64
     width: int  # columns that drop together
     seed: int
     threshold: int  # floor(p 2^32)
-    kept: float  # 1 - p
 
     def of_rows(self, part: slice) -> Masks:
         return replace(self, samples=self.samples[part].contiguous(), positions=self.positions[part].contiguous())
@@ -436,42 +437,22 @@ class Layout:
 
 
 def mixture_stats(
+    first_visit: Product,
+    second_visit: Product,  # the same in its own tiles, whose ``block_m`` counts packed rows
     hidden: torch.Tensor,  # [N, D] with masks, else [K, N, D]
-    weight: torch.Tensor,  # [V, D]
-    bias: torch.Tensor | None,  # [V]
     targets: torch.Tensor | None,  # [N] int64, -100 ignored
-    *,
     draws: int,
     masks: Masks | None,
-    softcap: float | None,
-    scale: float,
-    vocab_start: int,
     state: torch.Tensor,  # [6, N] float64, written
     votes: torch.Tensor,  # [K, N] int64, written
-    fold_tiles: Tiles,
-    tiles: Tiles,
-    precision: str = "ieee",
-    upcast: bool = False,
 ) -> None:
-    """Fill ``state`` and ``votes`` of ``acqcore.bayes.BayesStats``; arguments are trusted, nothing is read back.
-
-    Dropout's factor goes into ``scale``, as dividing half-precision states by it would round them.
-
-    Args:
-        fold_tiles, tiles: tiles of the first and second visit; ``block_m`` counts packed rows.
-        precision, upcast: as in :func:`acqcore.kernels.row_stats.row_stats`.
-    """
+    """Fill ``state`` and ``votes`` of ``acqcore.bayes.BayesStats``; arguments are trusted, nothing is read back."""
     n, depth = hidden.shape[-2:]
     if n == 0:
         return
-    if masks is not None:
-        bias = None if bias is None else bias.double() * masks.kept
-        scale /= masks.kept
-    bias = None if bias is None else bias.float().contiguous()
-    layout = Layout.of(draws, tiles.block_m)
-    first_visit = Product(weight, bias, softcap, scale, 1.0, vocab_start, fold_tiles, precision, upcast)
-    second_visit = replace(first_visit, tiles=replace(tiles, block_m=layout.rows))
-    splits = max(fold_tiles.split(len(weight))[0], tiles.split(len(weight))[0])
+    layout = Layout.of(draws, second_visit.tiles.block_m)
+    second_visit = replace(second_visit, tiles=replace(second_visit.tiles, block_m=layout.rows))
+    splits = max(visit.tiles.split(len(visit.weight))[0] for visit in (first_visit, second_visit))
     row_bytes = (depth + 8) * first_visit.dtype(hidden).itemsize + 32 * splits + 68
     at_once = chunk_rows(n, row_bytes * layout.padded, layout.plane, SCRATCH_BYTES)
     for first in range(0, n, at_once):

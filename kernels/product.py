@@ -222,7 +222,7 @@ def descriptor(matrix: torch.Tensor, rows: int, columns: int) -> TensorDescripto
 
 @dataclass(frozen=True, eq=False)
 class Product:
-    """A head, and how kernels form its product with hidden states."""
+    """A head and the tiles (:func:`acqcore.kernels.config.tiles_for`) in which its product with rows is formed."""
 
     weight: torch.Tensor  # [V, D]
     bias: torch.Tensor | None  # [V] float32, contiguous
@@ -231,7 +231,7 @@ class Product:
     temperature: float
     vocab_start: int
     tiles: Tiles
-    precision: str  # of float32 products, as in ``triton.language.dot``
+    precision: str  # of float32 products, as in ``triton.language.dot``: ieee, tf32 or tf32x3
     upcast: bool  # multiply in float32 for any dtypes, as is always done if they differ
 
     @property

@@ -17,7 +17,6 @@ import torch
 import triton
 import triton.language as tl
 
-from acqcore.kernels.config import Tiles
 from acqcore.kernels.fold import empty_state, fold, holds_target, merge, store_state
 from acqcore.kernels.product import Product, chunk_rows, gathered, has_descriptor, logit_tile, place
 
@@ -89,37 +88,20 @@ def product_fold(
 
 
 def row_stats(
+    product: Product,
     hidden: torch.Tensor,  # [N, D] float32, bfloat16 or float16
-    weight: torch.Tensor,  # [V, D]
-    bias: torch.Tensor | None,  # [V]
     targets: torch.Tensor | None,  # [N] int64, -100 ignored
-    *,
-    softcap: float | None,
-    scale: float,
-    temperature: float,
-    vocab_start: int,
-    state: torch.Tensor,  # [7, N] float64, written
-    index: torch.Tensor,  # [N] int64, written
-    tiles: Tiles,
+    state: torch.Tensor,  # [7, rows] float64, columns first_row to first_row + N written
+    index: torch.Tensor,  # [rows] int64, written in the same range
     first_row: int = 0,
-    precision: str = "ieee",
-    upcast: bool = False,
 ) -> None:
     """Fill ``state`` and ``index`` of ``acqcore.row_stats.RowStats``; arguments are trusted.
 
     Nothing is read back from the device, so calls can be captured in a CUDA graph.
-
-    Args:
-        first_row: first column of ``state`` and ``index`` for these rows.
-        tiles: tiling of the product (:func:`acqcore.kernels.config.tiles_for`).
-        precision: of float32 products, as in ``triton.language.dot``: ``ieee``, ``tf32``, ``tf32x3``.
-        upcast: multiply in float32 for any dtypes, as is always done if they differ.
     """
-    bias = None if bias is None else bias.float().contiguous()
-    product = Product(weight, bias, softcap, scale, temperature, vocab_start, tiles, precision, upcast)
     n, depth = hidden.shape
-    row_bytes = (depth + 8) * product.dtype(hidden).itemsize + 32 * tiles.split(len(weight))[0]
-    at_once = chunk_rows(n, row_bytes, tiles.block_m, SCRATCH_BYTES)
+    row_bytes = (depth + 8) * product.dtype(hidden).itemsize + 32 * product.tiles.split(len(product.weight))[0]
+    at_once = chunk_rows(n, row_bytes, product.tiles.block_m, SCRATCH_BYTES)
     for first in range(0, n, at_once):
         part = slice(first, first + at_once)
         of_part = None if targets is None else targets[part].contiguous()

@@ -19,7 +19,6 @@ import torch
 import triton
 import triton.language as tl
 
-from acqcore.kernels.config import Tiles
 from acqcore.kernels.fold import INV_SCALE, LOWEST, empty_state, fold, holds_target, merge, store_state
 from acqcore.kernels.product import Product, chunk_rows, gathered, place, product_tile, tanh
 
@@ -232,38 +231,23 @@ def finish_hash(
 
 
 def hashed_delta(
+    product: Product,  # whose ``tiles.splits`` is the minimum number of programs that share the vocabulary
     hidden: torch.Tensor,  # [N, D] float32, bfloat16 or float16
-    weight: torch.Tensor,  # [V, D]
-    bias: torch.Tensor | None,  # [V]
     targets: torch.Tensor,  # [N] int64, -100 ignored
     places: torch.Tensor,  # [V] int32, from ``acqcore.signs.rotated_places``, columns from vocab_start on
-    *,
-    softcap: float | None,
-    scale: float,
-    temperature: float,
-    vocab_start: int,
     state: torch.Tensor,  # [7, N] float64, read; written if ``fill``
     index: torch.Tensor,  # [N] int64, read; written if ``fill``
     fill: bool,
     out: torch.Tensor,  # [N, dim] float32, written
-    tiles: Tiles,
-    precision: str = "ieee",
-    upcast: bool = False,
 ) -> None:
-    """``Backend.delta_hash``; ``fill`` also writes the state and index of ``row_stats`` from the same pass.
-
-    Args:
-        tiles: tiling of the product; ``splits`` is the minimum number of programs that share the vocabulary.
-        precision, upcast: as in :func:`acqcore.kernels.row_stats.row_stats`.
-    """
+    """``Backend.delta_hash``; ``fill`` also writes the state and index of ``row_stats`` from the same pass."""
     n, depth = hidden.shape
     if n == 0:
         return
-    bias = None if bias is None else bias.float().contiguous()
-    product = Product(weight, bias, softcap, scale, temperature, vocab_start, tiles, precision, upcast)
-    dim = out.shape[1]
+    tiles, dim = product.tiles, out.shape[1]
     classes = triton.cdiv(dim, tiles.block_n)
-    first_group, last_group = vocab_start // dim, triton.cdiv(vocab_start + len(weight), dim)
+    first_group = product.vocab_start // dim
+    last_group = triton.cdiv(product.vocab_start + len(product.weight), dim)
     groups = last_group - first_group
     share_groups = triton.cdiv(groups, min(triton.cdiv(tiles.splits, classes), groups))
     shares = triton.cdiv(groups, share_groups)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from triton.runtime.errors import OutOfResources
 
 from acqcore.kernels.config import ARCHITECTURES, FOLDER, Strips, Tiles, file_name
 from acqcore.kernels.logit_stats import logit_stats
+from acqcore.kernels.product import Product
 from acqcore.kernels.row_stats import row_stats
 
 #: Weights of SmolLM2 135M, Qwen3 0.6B and 4B, Gemma 2 2B, and the usual benchmark shape of fused heads.
@@ -81,10 +83,8 @@ def tune_row_stats(product: str, vocab: int, depth: int, fallback: Tiles, major:
 
     def run(tiles: Tiles) -> torch.Tensor:
         state, index = outputs(ROWS)
-        row_stats(
-            hidden, weight, None, targets, softcap=None, scale=1.0, temperature=1.0, vocab_start=0, state=state,
-            index=index, tiles=tiles, precision="tf32" if product == "tf32" else "ieee",
-        )  # fmt: skip
+        precision = "tf32" if product == "tf32" else "ieee"
+        row_stats(Product(weight, None, None, 1.0, 1.0, 0, tiles, precision, False), hidden, targets, state, index)
         return state
 
     # The number of splits and the program order come last, as they matter least.
@@ -145,20 +145,8 @@ def why_not() -> str | None:
 
 def write(path: Path, tables: dict[str, Any]) -> None:
     """Write a file of tiles, one entry per line."""
-    lines = []
-    for kernel, content in tables.items():
-        if isinstance(content, str):
-            lines.append(f"  {json.dumps(kernel)}: {json.dumps(content)}")
-            continue
-        groups = content.items() if isinstance(content, dict) else [(None, content)]
-        parts = []
-        for name, entries in groups:
-            indent = " " * (6 if name else 4)
-            rows = ",\n".join(indent + json.dumps(entry) for entry in entries)
-            parts.append(f"    {json.dumps(name)}: [\n{rows}\n    ]" if name else rows)
-        opening, closing = ("{", "}") if isinstance(content, dict) else ("[", "]")
-        lines.append(f"  {json.dumps(kernel)}: {opening}\n" + ",\n".join(parts) + f"\n  {closing}")
-    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    text = json.dumps(tables, indent=2)
+    path.write_text(re.sub(r"{[^{}]*}", lambda entry: json.dumps(json.loads(entry[0])), text) + "\n")
 
 
 def shape(text: str) -> tuple[int, int]:

@@ -178,7 +178,7 @@ if INTERPRETED:
         from acqcore.kernels import row_stats
 
         asked = []
-        monkeypatch.setattr(row_stats, "row_stats", lambda *_, precision, **__: asked.append(precision))
+        monkeypatch.setattr(row_stats, "row_stats", lambda product, *_: asked.append(product.precision))
         case = random_case(2, 4, 8)
         case.run("triton")
         monkeypatch.setenv("ACQCORE_TF32", "1")
@@ -194,7 +194,7 @@ if INTERPRETED:
         from acqcore.kernels import row_stats
 
         asked = []
-        monkeypatch.setattr(row_stats, "row_stats", lambda *_, precision, **__: asked.append(precision))
+        monkeypatch.setattr(row_stats, "row_stats", lambda product, *_: asked.append(product.precision))
         monkeypatch.setattr(triton, "_device", lambda _: ("interpreter", 10))
         case = random_case(2, 4, 8)
         half = acqcore.Head(case.head.weight.half())

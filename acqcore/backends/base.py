@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -99,6 +99,14 @@ class Dropout:
     def width(self) -> int:
         """Columns that drop together."""
         return self.block if self.form == "block" else 1
+
+    def of_head(self, head: Head) -> Head:
+        """The head that gives a draw's logits from hidden states whose dropped columns are 0.
+
+        Its scale is divided by ``1 - p`` instead of the kept columns, which would round half-precision states.
+        """
+        bias = None if head.bias is None else head.bias.double() * (1 - self.p)
+        return replace(head, bias=bias, scale=head.scale / (1 - self.p))
 
 
 @dataclass(frozen=True, eq=False)

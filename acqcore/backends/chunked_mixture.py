@@ -94,10 +94,7 @@ def _mixture(
 
 
 def _drawn(backend: Backend, rows: DrawRows, part: slice) -> tuple[torch.Tensor, tuple[Head, ...]]:
-    """Hidden states ``[K, n, D]`` of every draw, and the heads that give their logits.
-
-    The head's scale is divided by ``1 - p`` instead of the kept columns, which would round half-precision states.
-    """
+    """Hidden states ``[K, n, D]`` of every draw, and the heads that give their logits."""
     dropout = rows.dropout
     if dropout is None:
         return rows.hidden[:, part], rows.heads
@@ -108,11 +105,7 @@ def _drawn(backend: Backend, rows: DrawRows, part: slice) -> tuple[torch.Tensor,
     of_part = replace(dropout, samples=dropout.samples[part], positions=dropout.positions[part])
     backend.dropout_mask(of_part, 0, keep)
     keep = keep.repeat_interleave(dropout.width, dim=2)[:, :, :depth]
-    (head,) = rows.heads
-    bias = head.bias
-    if bias is not None:
-        bias = bias.double() * (1 - dropout.p)
-    return hidden.where(keep, 0), (replace(head, bias=bias, scale=head.scale / (1 - dropout.p)),)
+    return hidden.where(keep, 0), (dropout.of_head(rows.heads[0]),)
 
 
 def _vocab_chunks(head: Head, n: int) -> Iterator[slice]:

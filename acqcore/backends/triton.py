@@ -13,8 +13,8 @@ import math
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -27,8 +27,8 @@ from acqcore.kept import on_device
 from acqcore.philox import threshold
 
 if TYPE_CHECKING:
-    from acqcore.kernels.config import Tiles
     from acqcore.kernels.factors import Factors
+    from acqcore.kernels.product import Product
 
 #: Triton reads this when a kernel is defined, so it is fixed for the process.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
@@ -74,28 +74,19 @@ class Triton(Chunked):
         from acqcore.kernels.gram import BLOCK, row_stats_and_grams
         from acqcore.kernels.row_stats import row_stats
 
-        head = rows.head
-        plan = _plan(rows.hidden, head)
-        arguments = _head_arguments(rows) | {
-            "state": rows.state,
-            "index": rows.index,
-            "precision": plan.precision,
-            "upcast": plan.upcast,
-        }
+        of_grams, of_rows = _products(rows.hidden, rows.head, rows.temperature, "gram", "row_stats")
         short, long = (None, None) if gram is None else gram.split(BLOCK)
         with _launching(rows.hidden):
             if short is not None:
+                assert rows.targets is not None
                 row_stats_and_grams(
-                    rows.hidden, head.weight, head.bias, rows.targets, short.bounds, short.starts,
-                    products=short.products, tiles=plan.tiles("gram"), **arguments,
+                    of_grams, rows.hidden, rows.targets, short.bounds, short.starts, rows.state, rows.index,
+                    short.products,
                 )  # fmt: skip
             for begin, end in _gaps(() if short is None else short.bounds, len(rows.hidden)):
                 part = slice(begin, end)
                 targets = None if rows.targets is None else rows.targets[part]
-                row_stats(
-                    rows.hidden[part], head.weight, head.bias, targets, first_row=begin, tiles=plan.tiles("row_stats"),
-                    **arguments,
-                )  # fmt: skip
+                row_stats(of_rows, rows.hidden[part], targets, rows.state, rows.index, begin)
         if long is not None:
             self.fill_gram(rows, long)
 
@@ -131,11 +122,12 @@ class Triton(Chunked):
     ) -> None:
         from acqcore.kernels.gram_norm import gram_norm
 
+        assert rows.targets is not None
+        [product] = _products(rows.hidden, rows.head, rows.temperature, "row_stats")
         with _launching(rows.hidden):
             gram_norm(
-                rows.hidden, rows.head.weight, rows.head.bias, rows.targets, gram.bounds, gram.starts,
-                state=rows.state, index=rows.index, products=gram.products, local_max=local_max, weights=weights,
-                squared=squared, upcast=INTERPRETED, **_head_arguments(rows),
+                product, rows.hidden, rows.targets, gram.bounds, gram.starts, rows.state, rows.index, gram.products,
+                local_max, weights, squared,
             )  # fmt: skip
 
     def head_grad_norm(
@@ -228,14 +220,10 @@ class Triton(Chunked):
     def _hash(self, rows: HeadRows, places: torch.Tensor, fill: bool, out: torch.Tensor) -> None:
         from acqcore.kernels.sketch import hashed_delta
 
-        plan = _plan(rows.hidden, rows.head)
         assert rows.targets is not None
+        [product] = _products(rows.hidden, rows.head, rows.temperature, "sketch")
         with _launching(rows.hidden):
-            hashed_delta(
-                rows.hidden, rows.head.weight, rows.head.bias, rows.targets, places, state=rows.state,
-                index=rows.index, fill=fill, out=out, tiles=plan.tiles("sketch"), precision=plan.precision,
-                upcast=plan.upcast, **_head_arguments(rows),
-            )  # fmt: skip
+            hashed_delta(product, rows.hidden, rows.targets, places, rows.state, rows.index, fill, out)
 
     def dropout_mask(
         self,
@@ -256,70 +244,44 @@ class Triton(Chunked):
         if len(rows.heads) > 1:
             super().mixture_stats(rows)
             return
-        (head,) = rows.heads
-        plan = _plan(rows.hidden, head)
-        masks = None
+        (head,), masks = rows.heads, None
         if rows.dropout is not None:
-            d = rows.dropout
-            masks = Masks(d.samples, d.positions, d.width, d.seed, threshold(d.p), 1 - d.p)
-        options: dict[str, Any] = {
-            "draws": rows.draws,
-            "masks": masks,
-            "softcap": head.softcap,
-            "scale": head.scale,
-            "vocab_start": head.vocab_start,
-            "state": rows.state,
-            "votes": rows.votes,
-            "precision": plan.precision,
-            "upcast": plan.upcast,
-        }
-        inputs = rows.hidden, head.weight, head.bias, rows.targets
+            d, head = rows.dropout, rows.dropout.of_head(head)
+            masks = Masks(d.samples, d.positions, d.width, d.seed, threshold(d.p))
+        inputs = rows.hidden, rows.targets, rows.draws
         with _launching(rows.hidden):
             if masks is not None and serves(masks.width, rows.hidden.shape[1], rows.draws):
-                block_mixture_stats(*inputs, tiles=plan.tiles("block_mixture"), **options)
+                [product] = _products(rows.hidden, head, 1.0, "block_mixture")
+                block_mixture_stats(product, *inputs, masks, rows.state, rows.votes)
             else:
-                tiles = {"fold_tiles": plan.tiles("row_stats"), "tiles": plan.tiles("mixture")}
-                mixture_stats(*inputs, **tiles, **options)
+                visits = _products(rows.hidden, head, 1.0, "row_stats", "mixture")
+                mixture_stats(*visits, *inputs, masks, rows.state, rows.votes)
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """How the product of hidden states with a weight is computed."""
+def _products(hidden: torch.Tensor, head: Head, temperature: float, *kernels: str) -> list[Product]:
+    """The product of hidden states with the head in the tiles of each kernel."""
+    from acqcore.kernels.config import tiles_for
+    from acqcore.kernels.product import Product
 
-    device: str
-    major: int  # compute capability
-    product: str  # key of the tile tables
-    precision: str  # as triton.language.dot names it
-    upcast: bool
-    shape: torch.Size  # of the weight
-
-    def tiles(self, kernel: str) -> Tiles:
-        from acqcore.kernels.config import tiles_for
-
-        return tiles_for(self.device, self.major, self.product, *self.shape, kernel)
-
-
-def _plan(hidden: torch.Tensor, head: Head) -> _Plan:
     device, major = _device(hidden)
     dtype = torch.promote_types(hidden.dtype, head.weight.dtype)
-    product, precision = ("ieee" if dtype == torch.float32 else "half"), "ieee"
+    kind, precision = ("ieee" if dtype == torch.float32 else "half"), "ieee"
     if dtype == torch.float32 and _tf32():
-        product = precision = "tf32"
+        kind = precision = "tf32"
     elif major >= MIXED_SPLIT_FROM and head.weight.dtype != dtype:
         precision = "tf32x3"
-    upcast = INTERPRETED and dtype == torch.bfloat16  # numpy has no bfloat16 products
-    return _Plan(device, major, product, precision, upcast, head.weight.shape)
+    bias = None if head.bias is None else head.bias.float().contiguous()
+    of_head = head.weight, bias, head.softcap, head.scale, temperature, head.vocab_start
+    tiles = [tiles_for(device, major, kind, *head.weight.shape, kernel) for kernel in kernels]
+    # numpy has no bfloat16 products, so the interpreter multiplies in float32.
+    return [Product(*of_head, of_kernel, precision, upcast=INTERPRETED) for of_kernel in tiles]
 
 
 def _factors(rows: HeadRows) -> Factors:
     from acqcore.kernels.factors import Factors
 
-    head, plan = rows.head, _plan(rows.hidden, rows.head)
-    bias = None if head.bias is None else head.bias.float().contiguous()
-    return Factors(
-        head.weight, bias, head.softcap, head.scale, rows.temperature, head.vocab_start,
-        plan.tiles("row_stats"), plan.precision, INTERPRETED, _multiprocessors(rows.hidden),
-    )  # fmt: skip
+    [product] = _products(rows.hidden, rows.head, rows.temperature, "row_stats")
+    return Factors(**vars(product), multiprocessors=_multiprocessors(rows.hidden))
 
 
 def _groups(bounds: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -347,17 +309,6 @@ def _take(rows: HeadRows, bounds: Sequence[tuple[int, int]]) -> HeadRows:
         rows, hidden=rows.hidden[part], targets=rows.targets[part].contiguous(), state=rows.state[:, part].contiguous(),
         index=rows.index[part],
     )  # fmt: skip
-
-
-def _head_arguments(rows: HeadRows) -> dict[str, Any]:
-    """Kernel arguments that describe a head, besides its tensors."""
-    head = rows.head
-    return {
-        "softcap": head.softcap,
-        "scale": head.scale,
-        "temperature": rows.temperature,
-        "vocab_start": head.vocab_start,
-    }
 
 
 def _gaps(bounds: tuple[tuple[int, int], ...], n: int) -> list[tuple[int, int]]:

@@ -29,6 +29,7 @@ from acqcore.kernels import (
     sketch,
 )
 from acqcore.kernels.config import ARCHITECTURES, FOLDER, GramTiles, Strips, Tiles, table, tiles_for
+from acqcore.kernels.product import Product
 from benchmarks.ahead_of_time import MAJORS, SHARED_BYTES, THINNED, Launch, compiled as _compile, recorded
 
 MATRIX = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
@@ -56,14 +57,21 @@ def _empty(*shape: int, of: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=of, device="meta")
 
 
+def _product(tiles: Tiles, dtype: torch.dtype, vocab: int, depth: int, **options: Any) -> Product:
+    """The product with a weight without storage."""
+    given = {
+        "bias": None, "softcap": None, "scale": 1.0, "temperature": 1.0, "vocab_start": 0, "precision": "ieee",
+        "upcast": False, **options,
+    }  # fmt: skip
+    return Product(_empty(vocab, depth, of=dtype), tiles=tiles, **given)
+
+
 def _row_stats(tiles: Tiles, dtype: torch.dtype, vocab: int, depth: int, **options: Any) -> None:
     """Launches ``row_stats`` of 1000 rows with targets on tensors without storage."""
-    arguments: dict[str, Any] = {"softcap": None, "scale": 1.0, "temperature": 1.0, "vocab_start": 0, **options}
-    bias = _empty(vocab, of=dtype) if arguments.pop("bias", False) else None
     index = _empty(1000, of=torch.int64)
     row_stats.row_stats(
-        _empty(1000, depth, of=dtype), _empty(vocab, depth, of=dtype), bias, index,
-        state=_empty(7, 1000, of=torch.float64), index=index, tiles=tiles, **arguments,
+        _product(tiles, dtype, vocab, depth, **options), _empty(1000, depth, of=dtype), index,
+        _empty(7, 1000, of=torch.float64), index,
     )  # fmt: skip
 
 
@@ -80,26 +88,21 @@ def _committed(arch: int, product: str, kernel: str = "row_stats") -> list[tuple
     return entries
 
 
-def _gram(tiles: GramTiles, dtype: torch.dtype, vocab: int, depth: int, bias: bool = False, **options: Any) -> None:
+def _gram(tiles: GramTiles, dtype: torch.dtype, vocab: int, depth: int, **options: Any) -> None:
     """Launches ``row_stats_and_grams`` and ``gram_norm`` of samples of 8, 32 and 128 rows."""
     bounds, starts = ((0, 8), (8, 40), (40, 168)), (0, 64, 1088)
-    named: dict[str, Any] = {
-        "softcap": None, "scale": 1.0, "temperature": 1.0, "vocab_start": 0, "products": _empty(17472),
-        "state": _empty(7, 168, of=torch.float64), "index": _empty(168, of=torch.int64), **options,
-    }  # fmt: skip
-    tensors = (
-        _empty(168, depth, of=dtype), _empty(vocab, depth, of=dtype), _empty(vocab) if bias else None,
-        _empty(168, of=torch.int64),
+    index, of_rows = _empty(168, of=torch.int64), _empty(168, of=torch.float64)
+    arguments = (
+        _product(tiles, dtype, vocab, depth, **options), _empty(168, depth, of=dtype), index, bounds, starts,
+        _empty(7, 168, of=torch.float64), index, _empty(17472),
     )  # fmt: skip
-    gram.row_stats_and_grams(*tensors, bounds, starts, tiles=tiles, **named)
-    of_rows = _empty(168, of=torch.float64)
-    squared = _empty(3, of=torch.float64)
-    gram_norm.gram_norm(*tensors, bounds, starts, local_max=of_rows, weights=of_rows, squared=squared, **named)
+    gram.row_stats_and_grams(*arguments)
+    gram_norm.gram_norm(*arguments, of_rows, of_rows, _empty(3, of=torch.float64))
 
 
 def _factors(tiles: Tiles, dtype: torch.dtype, vocab: int, depth: int, plain: bool) -> factors.Factors:
-    bias, softcap = (None, None) if plain else (_empty(vocab), 30.0)
-    return factors.Factors(_empty(vocab, depth, of=dtype), bias, softcap, 1.0, 1.0, 0, tiles, "ieee", False, 132)
+    options = {} if plain else {"bias": _empty(vocab), "softcap": 30.0}
+    return factors.Factors(**vars(_product(tiles, dtype, vocab, depth, **options)), multiprocessors=132)
 
 
 def _second_visit(how: factors.Factors, dtype: torch.dtype, depth: int) -> None:
@@ -167,7 +170,7 @@ def test_gradients(plain, dtype, arch, launches, tmp_path):
     _, _, plain_tiles = _committed(arch, product)[0]
     if not plain:
         vocab, depth = 50257, 2001
-    _gram(tiles, dtype, vocab, depth, bias=not plain, softcap=None if plain else 30.0)
+    _gram(tiles, dtype, vocab, depth, **({} if plain else {"bias": _empty(vocab), "softcap": 30.0}))
     _second_visit(_factors(plain_tiles, dtype, vocab, depth, plain), dtype, depth)
     for name, multiplies in GRADIENTS.items():
         compiled = _compile(launches[name], arch)
@@ -207,7 +210,7 @@ def test_random_cotangents(plain, dtype, arch, launches, tmp_path):
 def test_product_with_all_that_a_head_has(dtype, arch, launches):
     """With a bias, a cap, a scale, and a vocabulary and depth that no tile divides."""
     _, _, tiles = _committed(arch, "half" if dtype != torch.float32 else "ieee")[0]
-    _row_stats(tiles, dtype, 50257, 2001, bias=True, softcap=30.0, scale=0.5, temperature=0.7)
+    _row_stats(tiles, dtype, 50257, 2001, bias=_empty(50257), softcap=30.0, scale=0.5, temperature=0.7)
     compiled = _compile(launches["product_fold"], arch)
     assert compiled.metadata.shared <= SHARED_BYTES[arch]
     assert "cp.async.bulk.tensor" not in compiled.asm["ptx"]  # rows of 2001 are not 16-byte aligned
@@ -219,11 +222,8 @@ def test_product_of_mixed_dtypes_is_not_rounded(arch, launches):
     """Products run in float32 or, where Triton would use TF32 regardless, as three products of split operands."""
     _, _, tiles = _committed(arch, "ieee")[0]
     split = MAJORS[arch] >= MIXED_SPLIT_FROM
-    row_stats.row_stats(
-        _empty(100, 512), _empty(32000, 512, of=torch.bfloat16), None, None, softcap=None, scale=1.0, temperature=1.0,
-        vocab_start=0, state=_empty(7, 100, of=torch.float64), index=_empty(100, of=torch.int64), tiles=tiles,
-        precision="tf32x3" if split else "ieee",
-    )  # fmt: skip
+    how = _product(tiles, torch.bfloat16, 32000, 512, precision="tf32x3" if split else "ieee")
+    row_stats.row_stats(how, _empty(100, 512), None, _empty(7, 100, of=torch.float64), _empty(100, of=torch.int64))
     assert "gather_scored" not in launches  # every row is scored and well laid out: nothing to pack
     compiled = _compile(launches["product_fold"], arch)
     if split:
@@ -263,17 +263,15 @@ def test_mixture_with_committed_tiles(form, arch, launches, tmp_path):
     kernel = {"element": "mixture", "block": "block_mixture"}[form]
     for vocab, depth, tiles in _committed(arch, "half", kernel):
         places = _empty(512, of=torch.int64)
-        masks = mixture.Masks(places, places, 64 if form == "block" else 1, 3, 2**28, 0.9)
-        options = {
-            "draws": 8, "masks": masks, "softcap": None, "scale": 1.0, "vocab_start": 0,
-            "state": _empty(6, 512, of=torch.float64), "votes": _empty(8, 512, of=torch.int64),
-        }  # fmt: skip
-        hidden, weight = (_empty(n, depth, of=torch.bfloat16) for n in (512, vocab))
+        masks = mixture.Masks(places, places, 64 if form == "block" else 1, 3, 2**28)
+        how = _product(tiles, torch.bfloat16, vocab, depth, scale=1 / 0.9)
+        state, votes = _empty(6, 512, of=torch.float64), _empty(8, 512, of=torch.int64)
+        inputs = _empty(512, depth, of=torch.bfloat16), places, 8, masks, state, votes
         if form == "element":
-            mixture.mixture_stats(hidden, weight, None, places, fold_tiles=tiles, tiles=tiles, **options)
+            mixture.mixture_stats(how, how, *inputs)
             names = {"mixture_fold": 8, "gather_draws": 0, "finish_draws": 0, "finish_mixture": 0}
         else:
-            block_mixture.block_mixture_stats(hidden, weight, None, places, tiles=tiles, **options)
+            block_mixture.block_mixture_stats(how, *inputs)
             names = {"block_fold": 440, "block_mixture": 112 if arch == 80 else 32, "write_block_masks": 0}
         for name, most in names.items():
             compiled = _compile(launches[name], arch)
@@ -287,11 +285,9 @@ def test_mixture_with_committed_tiles(form, arch, launches, tmp_path):
 def test_sketch_with_committed_tiles(arch, launches, tmp_path):
     for vocab, depth, tiles in _committed(arch, "half", "sketch"):
         sketch.hashed_delta(
-            _empty(512, depth, of=torch.bfloat16), _empty(vocab, depth, of=torch.bfloat16), None,
-            _empty(512, of=torch.int64), _empty(vocab, of=torch.int32),
-            softcap=None, scale=1.0, temperature=1.0, vocab_start=0,
-            state=_empty(7, 512, of=torch.float64), index=_empty(512, of=torch.int64), fill=True,
-            out=_empty(512, 4096, of=torch.float32), tiles=tiles,
+            _product(tiles, torch.bfloat16, vocab, depth), _empty(512, depth, of=torch.bfloat16),
+            _empty(512, of=torch.int64), _empty(vocab, of=torch.int32), _empty(7, 512, of=torch.float64),
+            _empty(512, of=torch.int64), True, _empty(512, 4096),
         )  # fmt: skip
         compiled = _compile(launches["sketch_fold"], arch)
         assert compiled.metadata.shared <= SHARED_BYTES[arch]

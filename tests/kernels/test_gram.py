@@ -14,6 +14,7 @@ from acqcore.backends.base import Gram, HeadRows
 from acqcore.head import Head
 from acqcore.kernels import gram, gram_norm
 from acqcore.kernels.config import GramTiles
+from acqcore.kernels.product import Product
 from acqcore.row_stats import RowStats
 from acqcore.testing import CASES, Case, assert_close_to_oracle, case_from_logits, random_case
 
@@ -32,16 +33,21 @@ def _starts(bounds: Bounds) -> tuple[int, ...]:
     return tuple(itertools.accumulate(((end - begin) ** 2 for begin, end in bounds), initial=0))
 
 
+def _product(case: Case, tiles: GramTiles) -> Product:
+    head, bias = case.head, None if case.head.bias is None else case.head.bias.float()
+    return Product(
+        head.weight, bias, head.softcap, head.scale, case.temperature, head.vocab_start, tiles, "ieee", True
+    )  # fmt: skip
+
+
 def _run(case: Case, bounds: Bounds, tiles: GramTiles = TILES) -> tuple[RowStats, Gram]:
-    n, starts, head = len(case.hidden), _starts(bounds), case.head
+    n, starts = len(case.hidden), _starts(bounds)
     state = torch.full((7, n), 123.0, dtype=torch.float64)
     index = torch.full((n,), 123)
     products = torch.full((starts[-1],), 123.0)
     gram.row_stats_and_grams(
-        case.hidden, head.weight, head.bias, case.targets, bounds, starts[:-1], softcap=head.softcap, scale=head.scale,
-        temperature=case.temperature, vocab_start=head.vocab_start, state=state, index=index, products=products,
-        tiles=tiles, upcast=case.hidden.dtype == torch.bfloat16,
-    )  # fmt: skip
+        _product(case, tiles), case.hidden, case.targets, bounds, starts[:-1], state, index, products
+    )
     norm = torch.linalg.vector_norm(case.hidden, dim=1, dtype=torch.float32).where(case.targets != -100, torch.nan)
     return RowStats(state, index, case.targets, norm), Gram(tuple(bounds), starts[:-1], products)
 
@@ -237,12 +243,9 @@ def _norms(case: Case, bounds: Bounds) -> tuple[torch.Tensor, torch.Tensor]:
     factor = torch.full_like(products, 0.5).exp()
     scaled = Gram(tuple(bounds), starts, products * factor)
     eager.Eager().gram_norm(_rows(exact, stats), scaled, local_max, weights, expected)
-    head = case.head
     gram_norm.gram_norm(
-        case.hidden, head.weight, head.bias, case.targets, bounds, starts, softcap=head.softcap, scale=head.scale,
-        temperature=case.temperature, vocab_start=head.vocab_start, state=stats.state, index=stats.max_index,
-        products=(products * factor).float(), local_max=local_max, weights=weights, squared=got,
-        upcast=case.hidden.dtype == torch.bfloat16,
+        _product(case, TILES), case.hidden, case.targets, bounds, starts, stats.state, stats.max_index,
+        (products * factor).float(), local_max, weights, got,
     )  # fmt: skip
     return got, expected
 

@@ -19,6 +19,7 @@ from acqcore.kernels import block_mixture, mixture
 from acqcore.kernels.block_mixture import block_mixture_stats
 from acqcore.kernels.config import Tiles
 from acqcore.kernels.mixture import Layout, Masks, mixture_stats
+from acqcore.kernels.product import Product
 from acqcore.philox import keep_mask, threshold
 from acqcore.testing import Case, random_case
 
@@ -31,17 +32,16 @@ def _run(case: Case, draws: int, width: int, tiles: Tiles, p: float = 0.3) -> tu
     """State ``[6, N]`` and votes ``[K, N]`` from the kernels, in the block form unless ``width`` is 1."""
     n = len(case.hidden)
     positions = torch.arange(n)
-    masks = Masks(torch.full_like(positions, 4), positions, width, 11, threshold(p), 1 - p)
+    samples = torch.full_like(positions, 4)
+    masks = Masks(samples, positions, width, 11, threshold(p))
     state, votes = torch.empty(6, n, dtype=torch.float64), torch.empty(draws, n, dtype=torch.int64)
-    head = case.head
-    options: dict[str, Any] = {
-        "draws": draws, "masks": masks, "softcap": head.softcap, "scale": head.scale, "vocab_start": 0,
-        "state": state, "votes": votes, "upcast": True,
-    }  # fmt: skip
+    head = Dropout(p, "block", width, 11, samples, positions).of_head(case.head)
+    how = Product(head.weight, head.bias.float(), head.softcap, head.scale, 1.0, 0, tiles, "ieee", True)
+    inputs = case.hidden, case.targets, draws, masks, state, votes
     if width == 1:
-        mixture_stats(case.hidden, head.weight, head.bias, case.targets, fold_tiles=tiles, tiles=tiles, **options)
+        mixture_stats(how, how, *inputs)
     else:
-        block_mixture_stats(case.hidden, head.weight, head.bias, case.targets, tiles=tiles, **options)
+        block_mixture_stats(how, *inputs)
     return state, votes
 
 
@@ -130,14 +130,11 @@ def test_packed_rows(draws, width, monkeypatch):
     monkeypatch.setattr(mixture, "launch_fold", stop)
     positions = torch.arange(21) * 3
     samples = torch.arange(21) // 4
-    masks = Masks(samples, positions, width, 2**62 + 5, threshold(0.4), 0.6)
-    tiles = _tiles(64, 16)
+    masks = Masks(samples, positions, width, 2**62 + 5, threshold(0.4))
+    how = Product(case.head.weight, None, None, 1.0, 1.0, 0, _tiles(64, 16), "ieee", False)
+    state, votes = torch.empty(6, 21, dtype=torch.float64), torch.empty(draws, 21).long()
     with pytest.raises(EnoughError):
-        mixture_stats(
-            case.hidden, case.head.weight, None, case.targets, draws=draws, masks=masks, softcap=None, scale=1.0,
-            vocab_start=0, state=torch.empty(6, 21, dtype=torch.float64), votes=torch.empty(draws, 21).long(),
-            fold_tiles=tiles, tiles=tiles,
-        )  # fmt: skip
+        mixture_stats(how, how, case.hidden, case.targets, draws, masks, state, votes)
     layout = Layout.of(draws, 64)
     scored = (case.targets != -100).nonzero()[:, 0]
     packed = seen[0].view(-1, layout.padded, layout.plane, 45)

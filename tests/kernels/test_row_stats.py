@@ -10,6 +10,7 @@ import torch
 
 from acqcore.kernels import product, row_stats as kernels
 from acqcore.kernels.config import Tiles
+from acqcore.kernels.product import Product
 from acqcore.row_stats import RowStats
 from acqcore.testing import CASES, Case, assert_close_to_oracle, random_case
 
@@ -27,11 +28,11 @@ def _run(case: Case, tiles: Tiles, rows: slice = slice(None)) -> RowStats:
     targets = None if case.targets is None else case.targets[rows]
     state = torch.full((7, len(hidden)), 123.0, dtype=torch.float64)
     index = torch.full((len(hidden),), 123)
-    head = case.head
-    kernels.row_stats(
-        hidden, head.weight, head.bias, targets, softcap=head.softcap, scale=head.scale, temperature=case.temperature,
-        vocab_start=head.vocab_start, state=state, index=index, tiles=tiles, upcast=hidden.dtype == torch.bfloat16,
+    head, bias = case.head, None if case.head.bias is None else case.head.bias.float()
+    how = Product(
+        head.weight, bias, head.softcap, head.scale, case.temperature, head.vocab_start, tiles, "ieee", True
     )  # fmt: skip
+    kernels.row_stats(how, hidden, targets, state, index)
     norm = torch.linalg.vector_norm(hidden, dim=1, dtype=torch.float32)
     if targets is not None:
         norm = norm.where(targets != -100, torch.nan)

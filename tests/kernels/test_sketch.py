@@ -17,6 +17,7 @@ from acqcore.backends.triton import Triton
 from acqcore.head import Head
 from acqcore.kernels import sketch
 from acqcore.kernels.config import Tiles
+from acqcore.kernels.product import Product
 from acqcore.signs import rotated_places
 from acqcore.testing import CASES, Case, case_from_logits, random_case
 
@@ -29,11 +30,11 @@ def _run(case: Case, dim: int, tiles: Tiles = TILES) -> tuple[torch.Tensor, torc
     state, index = torch.empty(7, n, dtype=torch.float64), torch.empty(n, dtype=torch.int64)
     out = torch.empty(n, dim)
     places = rotated_places(len(head.weight), dim, 3, 0, head.vocab_start)
-    sketch.hashed_delta(
-        case.hidden, head.weight, head.bias, case.targets, places, softcap=head.softcap, scale=head.scale,
-        temperature=case.temperature, vocab_start=head.vocab_start, state=state, index=index, fill=True, out=out,
-        tiles=tiles, upcast=True,
+    bias = None if head.bias is None else head.bias.float()
+    how = Product(
+        head.weight, bias, head.softcap, head.scale, case.temperature, head.vocab_start, tiles, "ieee", True
     )  # fmt: skip
+    sketch.hashed_delta(how, case.hidden, case.targets, places, state, index, True, out)
     return out, state, index
 
 
