@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import wraps
-from typing import Concatenate, ParamSpec
 
 import torch
 from torch import nn
@@ -16,8 +14,6 @@ from acqcore.head import Head
 from acqcore.students.causal_lm import innermost, runnable
 from acqcore.students.student import Student
 
-P = ParamSpec("P")
-
 
 @dataclass(frozen=True, eq=False)
 class Selection:
@@ -27,18 +23,6 @@ class Selection:
     head: str | None  # name of the head's weight if head and bias are selected, else None
 
 
-def _alone(select: Callable[Concatenate[Student, P], Selection]) -> Callable[Concatenate[Student, P], Selection]:
-    """``select``, while no other thread scores with the student: a backward replaces the parameters of norms."""
-
-    @wraps(select)
-    def alone(student: Student, *args: P.args, **kwargs: P.kwargs) -> Selection:
-        with student.alone():
-            return select(student, *args, **kwargs)
-
-    return alone
-
-
-@_alone
 def select_parameters(student: Student, head: Head, parameters: str | int) -> Selection:
     """The parameters specified by ``parameters``; see :func:`acqcore.grad_norm`."""
     if parameters == "head":
@@ -55,64 +39,65 @@ def select_parameters(student: Student, head: Head, parameters: str | int) -> Se
             "(tensor parallel, FSDP, ZeRO-3) only 'head' is supported"
         )
     assert isinstance(trunk, nn.Module)
-    blocks = student.blocks if isinstance(parameters, int) else []  # first: a forward replaces offloaded parameters
-    names = _names_of(module)
-    if isinstance(parameters, int):
-        checks.enough_blocks("parameters", parameters, len(blocks))
-        last = {p for block in blocks[-parameters:] for p in block.parameters()}
-        names = {p: name for p, name in names.items() if p in last}
+    with student.alone():  # a backward of another thread replaces the parameters of norms
+        blocks = student.blocks if isinstance(parameters, int) else []  # first: a forward replaces offloaded parameters
+        names = _names_of(module)
+        if isinstance(parameters, int):
+            checks.enough_blocks("parameters", parameters, len(blocks))
+            last = {p for block in blocks[-parameters:] for p in block.parameters()}
+            names = {p: name for p, name in names.items() if p in last}
+            checks.differentiable(names)
+            return Selection(names, None)
+        if module is trunk:  # a head passed separately is not part of the module
+            for name, value in (("head.weight", head.weight), ("head.bias", head.bias)):
+                if value is not None and _name(value, names) is None:
+                    names[value] = name
+        if parameters == "trainable":
+            names = {p: name for p, name in names.items() if p.requires_grad}
+        if not names:
+            raise ValueError(f"parameters: {parameters!r}: no parameter of the student has requires_grad=True")
         checks.differentiable(names)
-        return Selection(names, None)
-    if module is trunk:  # a head passed separately is not part of the module
-        for name, value in (("head.weight", head.weight), ("head.bias", head.bias)):
-            if value is not None and _name(value, names) is None:
-                names[value] = name
-    if parameters == "trainable":
-        names = {p: name for p, name in names.items() if p.requires_grad}
-    if not names:
-        raise ValueError(f"parameters: {parameters!r}: no parameter of the student has requires_grad=True")
-    checks.differentiable(names)
-    weight = _name(head.weight, names)
-    bias = None if head.bias is None else _name(head.bias, names)
-    if head.bias is not None and (weight is None) != (bias is None):
-        alone, other = (weight, "bias") if bias is None else (bias, "weight")
-        raise ValueError(f"parameters: no rule covers {alone} without the head's {other}")
-    of_trunk = set(trunk.parameters())
-    layer = getattr(innermost(module), "get_output_embeddings", lambda: None)() if weight is None else None
-    for parameter in () if layer is None else layer.parameters():
-        if parameter in names and parameter in of_trunk:
-            raise ValueError(f"parameters: no rule covers {names[parameter]}: the head's weight is computed from it")
-    names = {p: name for p, name in names.items() if p in of_trunk or name not in (weight, bias)}
-    return Selection(names, weight)
+        weight = _name(head.weight, names)
+        bias = None if head.bias is None else _name(head.bias, names)
+        if head.bias is not None and (weight is None) != (bias is None):
+            alone, other = (weight, "bias") if bias is None else (bias, "weight")
+            raise ValueError(f"parameters: no rule covers {alone} without the head's {other}")
+        of_trunk = set(trunk.parameters())
+        layer = getattr(innermost(module), "get_output_embeddings", lambda: None)() if weight is None else None
+        for parameter in () if layer is None else layer.parameters():
+            if parameter in names and parameter in of_trunk:
+                name = names[parameter]
+                raise ValueError(f"parameters: no rule covers {name}: the head's weight is computed from it")
+        return Selection({p: name for p, name in names.items() if p in of_trunk or name not in (weight, bias)}, weight)
 
 
-@_alone
 def select_linear(student: Student, layers: int | str) -> Selection:
     """The weights of the linear layers in the last ``layers`` blocks, or in every block (``"all"``)."""
-    blocks = student.blocks
-    checks.some_blocks(len(blocks))
-    whole_parameters(student)
-    count = len(blocks) if isinstance(layers, str) else layers
-    checks.enough_blocks("layers", count, len(blocks))
-    members = {module for block in blocks[len(blocks) - count :] for module in block.modules()}
-    within = set(filter(is_linear, members))
-    assert student._module is not None
-    named, names = _names_of(student._module), dict[torch.Tensor, str]()
-    for name, module in student._module.named_modules():
-        if module in within:
-            weight = module._parameters.get("weight")
-            if weight is None:
-                raise ValueError(
-                    f"layers: the weight of {name} is computed from other parameters, as by weight norm or pruning; "
-                    "make it a parameter first"
-                )
-            names[weight] = named[weight]
-    if not names:
-        others = sorted({type(module).__name__ for module in members if isinstance(module, nn.Linear)})
-        found = f"only {', '.join(others)} with a custom forward" if others else "none"
-        raise ValueError(f"layers: expected linear layers in the student's blocks, found {found}")
-    checks.differentiable(names)
-    return Selection(names, None)
+    with student.alone():  # a backward of another thread replaces the parameters of norms
+        blocks = student.blocks
+        checks.some_blocks(len(blocks))
+        whole_parameters(student)
+        count = len(blocks) if isinstance(layers, str) else layers
+        checks.enough_blocks("layers", count, len(blocks))
+        members = {module for block in blocks[len(blocks) - count :] for module in block.modules()}
+        within = set(filter(is_linear, members))
+        assert student._module is not None
+        named, names = _names_of(student._module), dict[torch.Tensor, str]()
+        for name, module in student._module.named_modules():
+            if module in within:
+                weight = module._parameters.get("weight")
+                if weight is None:
+                    raise ValueError(
+                        f"layers: the weight of {name} is computed from other parameters, as by weight norm or "
+                        "pruning; make it a parameter first"
+                    )
+                names[weight] = named[weight]
+        if not names:
+            others = sorted({type(module).__name__ for module in members if isinstance(module, nn.Linear)})
+            found = f"only {', '.join(others)} with a custom forward" if others else "none"
+            raise ValueError(f"layers: expected linear layers in the student's blocks, found {found}")
+        checks.differentiable(names)
+        return Selection(names, None)
 
 
 def whole_parameters(student: Student) -> None:
