@@ -82,10 +82,9 @@ class Capture:
         parameters = [p for module in self.modules for p in module._parameters.values() if p is not None]
         self.half = any(p.dtype in (torch.float16, torch.bfloat16) for p in parameters)
         self.used: set[str] = set()  # names of parameters whose gradient exceeds rounding
-        #: Parameter -> name, for gradients left to autograd; a batch that reaches one must hold one sample.
+        #: Parameter -> name, for gradients left to autograd, as those on which the probe tested no rule; a batch that
+        #: reaches one must hold one sample.
         self.by_autograd: dict[torch.Tensor, str] = {}
-        #: Parameter -> name, for those that got no gradient in the probe, so that no rule was tested on them.
-        self.unseen: dict[torch.Tensor, str] = {}
         self.forms: dict[nn.Module, set[tuple[str, str]]] = {}  # of modules' inputs and outputs
         self._failed: set[str] | None = None  # during the probe: names that fit no rule
         # State of a forward.
@@ -121,12 +120,11 @@ class Capture:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Context with hooks installed and ``requires_grad`` set only on parameters left to autograd or unseen."""
+        """Context with hooks installed and ``requires_grad`` set only on parameters left to autograd."""
         places = [(m, key, p.requires_grad) for m in self.modules for key, p in m._parameters.items() if p is not None]
         with ExitStack() as stack:
-            whole = {*self.by_autograd, *self.unseen}
             for module, key, required in places:  # not by parameter: a forward replaces offloaded ones
-                wanted = module._parameters[key] in whole
+                wanted = module._parameters[key] in self.by_autograd
                 if required != wanted:
                     _require(module, key, wanted)
                     stack.callback(_require, module, key, required)
@@ -190,8 +188,7 @@ class Capture:
         """Pass each parameter's piece to ``of_parameters`` as soon as it is complete, and each site's gradient to
         ``of_sites``; ``last`` frees the graph."""
         self._of_sites, self._reached_site = of_sites, False
-        whole = self.by_autograd | self.unseen
-        self.run_backward(hidden, gradient, of_parameters, last, whole, self._after_autograd)
+        self.run_backward(hidden, gradient, of_parameters, last, self.by_autograd, self._after_autograd)
         if self._sites and not self._reached_site:
             raise ValueError(
                 "layers: the modules that dropout acts on got no gradient, which the linear form needs; is the trunk's "
@@ -250,7 +247,7 @@ class Capture:
             used = self._with_graph if torch.is_grad_enabled() else self._without_graph
             used.update(self.owners[module].values())
         probing = self._failed is not None
-        left_out = set() if probing else {*self.by_autograd.values(), *self.unseen.values()}
+        left_out = set() if probing else set(self.by_autograd.values())
         names = {key: name for key, name in self.owners[module].items() if name not in left_out}
         if not names:
             return None

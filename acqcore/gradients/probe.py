@@ -105,7 +105,8 @@ class Probe:
             if failed is None or failed:
                 self.take_one_by_one()
             self._refuse_unseen()
-            self._leave_unseen()
+            # Samples may use parameters outside their modules, where no rule sees them.
+            capture.by_autograd |= {p: name for p, name in capture.names.items() if name not in self.touched}
             # Otherwise later samples may still reach the parameters, or a gate that is 0 for now may open.
             if capture.used and self.touched <= self._nonzero:
                 if len(known) == KEPT_FINDINGS:
@@ -123,29 +124,18 @@ class Probe:
             failed = capture.used = self.touched = self._nonzero = set(capture.names.values())
             self._require_graph()
         ruled = {name for m, own in capture.owners.items() if is_linear(m) or is_embedding(m) for name in own.values()}
-        capture.by_autograd = {p: name for p, name in capture.names.items() if name in failed or name not in ruled}
-        self._leave_unseen()
-
-    def _leave_unseen(self) -> None:
-        """Let autograd find uses, outside their modules, of parameters that the probe did not reach."""
-        capture = self._capture
-        capture.unseen = {p: name for p, name in capture.names.items() if name not in self.touched}
+        kept = (ruled & self.touched) - failed
+        capture.by_autograd = {p: name for p, name in capture.names.items() if name not in kept}
 
     def _findings(self) -> _Findings:
         capture = self._capture
         forms = {i: frozenset(capture.forms[m]) for i, m in enumerate(capture.modules) if m in capture.forms}
-        return _Findings(
-            self.one_by_one,
-            frozenset(capture.by_autograd.values()),
-            frozenset(capture.used),
-            frozenset(self.touched),
-            forms,
-        )
+        by_autograd = frozenset(capture.by_autograd.values())
+        return _Findings(self.one_by_one, by_autograd, frozenset(capture.used), frozenset(self.touched), forms)
 
     def _restore(self, found: _Findings) -> None:
         capture = self._capture
         self.one_by_one, capture.used, self.touched = found.one_by_one, set(found.used), set(found.touched)
-        self._leave_unseen()
         capture.by_autograd = {p: name for p, name in capture.names.items() if name in found.by_autograd}
         capture.forms = {capture.modules[i]: set(forms) for i, forms in found.forms.items()}
 
