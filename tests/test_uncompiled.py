@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import acqcore
-from acqcore.students.uncompiled import uncompiled
+from acqcore.students.student import uncompiled
 
 IDS = torch.randint(3, 320, (3, 10), generator=torch.Generator().manual_seed(0))
 SAMPLES = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "labels": IDS}

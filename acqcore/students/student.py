@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -12,14 +13,13 @@ from weakref import WeakKeyDictionary
 import torch
 
 from acqcore import checks
-from acqcore.defaults import standard_defaults
+from acqcore.defaults import ProcessSetting, standard_defaults
 from acqcore.head import Head
 from acqcore.students.blocks import blocks_of, branches_of, skippable
 from acqcore.students.causal_lm import CausalLM, innermost
 from acqcore.students.loading import check_request, load_model, load_tokenizer
 from acqcore.students.packing import Lengths
 from acqcore.students.sharding import DataParallel, altered, gathered, is_dtensor
-from acqcore.students.uncompiled import uncompiled
 
 #: Length of the test row that decides whether prompts may run separately, and the position of its cut.
 CUT_LENGTH, CUT = 8, 3
@@ -343,6 +343,20 @@ class Student:
             finally:
                 for module, flag in zip(modules, flags, strict=True):
                     module.training = flag
+
+
+def _force_eager() -> Callable[[], None]:
+    stance = torch.compiler.set_stance("force_eager")
+    return lambda: stance.__exit__(None, None, None)
+
+
+_eager = ProcessSetting(_force_eager)
+
+
+def uncompiled() -> AbstractContextManager[None]:
+    """Re-entrant context in which compiled code runs eagerly: once compiled, a module ignores hooks added to it."""
+    # Without torch._dynamo nothing is compiled, and importing it takes a second.
+    return _eager() if "torch._dynamo" in sys.modules else nullcontext()
 
 
 StudentLike: TypeAlias = Student | torch.nn.Module | str | os.PathLike[str]
