@@ -205,11 +205,15 @@ def test_bad_reference_samples(tiny_model):
         acqcore.influence_reference(student, samples(2), parameters="head", dim=16)
 
 
-def test_bad_influence_arguments(tiny_model):
+def test_bad_influence_arguments(tiny_model, tmp_path):
     model = tiny_model("Llama")
     reference = acqcore.influence_reference(model, samples(2), parameters="head", dim=16)
     with pytest.raises(TypeError, match=r"expected a result of acqcore\.influence_reference\(\), got float32"):
         acqcore.influence(model, samples(2), reference.mean)
+    path = tmp_path / "reference.pt"
+    reference.save(path)
+    with pytest.raises(TypeError, match=r"expected a result of acqcore\.influence_reference\(\), got \w*Path"):
+        acqcore.influence(model, samples(2), path)
     with pytest.raises(ValueError, match="similarity: unknown 'l2', expected one of cosine, dot"):
         acqcore.influence(model, samples(2), reference, similarity="l2")
     with pytest.raises(TypeError, match="student: expected"):

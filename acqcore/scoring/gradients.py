@@ -277,6 +277,7 @@ def influence(
         TypeError: reference is not a Reference. ValueError: it was made with another student (names the difference),
             an unknown similarity. Otherwise as :func:`acqcore.grad_sketch`.
     """
+    checks.instance("reference", reference, Reference, "a result of acqcore.influence_reference()")
     options = InfluenceOptions(reference, similarity)
     need = sketch(options)
     runner = Runner(student, (need,), batch_tokens, backend)
