@@ -116,20 +116,18 @@ def fisher_visit(
         torch.empty((probes.count, n), dtype=torch.float64, device=hidden.device),
         torch.empty(n, dtype=torch.float64, device=hidden.device),
     )
-    state, index = empty_state(hidden)
     trusted = checks.targets_in_range(targets, head.vocab_size)
-    rows = HeadRows(hidden, head, trusted, temperature, state, index)
+    rows = HeadRows(hidden, head, trusted, temperature, *empty_state(hidden))
     backend.fisher_sums(rows, probes, found)
-    stats = stats_of(hidden, targets, state, index, dtype)
     expected = torch.empty(n, dtype=torch.float64, device=hidden.device)
-    tops = index.clamp_min(0)  # -1 in ignored rows
+    tops = rows.index.clamp_min(0)  # -1 in ignored rows
     of_tops = signs_of(probes.samples, probes.positions, tops, probes.seed, probes.count)
     at_once = max(FINISHED_ELEMENTS // max(columns, 1), 1)
     for begin in range(0, n, at_once):
         part = slice(begin, begin + at_once)
-        few = HeadRows(hidden[part], head, targets[part], temperature, state[:, part], tops[part])
+        few = HeadRows(hidden[part], head, targets[part], temperature, rows.state[:, part], tops[part])
         expected[part] = _finished(few, of_tops[:, part], found.of_rows(part))
-    return stats, FisherGrads(found.sums[1:], expected)
+    return stats_of(rows, targets), FisherGrads(found.sums[1:], expected)
 
 
 def _finished(

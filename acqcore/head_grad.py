@@ -16,7 +16,7 @@ over those columns, so the ranks add up D numbers for dL/dh, one for the squared
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from typing import TypeAlias
 
@@ -88,16 +88,15 @@ def hidden_grad(
     temperature = checks.positive("temperature", temperature)
     chosen = checked_backend(hidden, head, targets, backend, "hidden_grad")
     trusted = checks.targets_in_range(targets, head.vocab_size)
-    dtype = compute_dtype(hidden.dtype, head.weight.dtype)
-    state, index = empty_state(hidden)
-    sums = torch.empty(hidden.shape, dtype=dtype, device=hidden.device)
+    rows = HeadRows(hidden, head, trusted, temperature, *empty_state(hidden))
+    sums = hidden.new_empty(hidden.shape, dtype=compute_dtype(hidden.dtype, head.weight.dtype))
     if len(head.weight):
-        chosen.delta_sums(HeadRows(hidden, head, trusted, temperature, state, index), sums)
+        chosen.delta_sums(rows, sums)
     else:  # a shard may be empty; backends never see an empty one
-        no_vocabulary(trusted, state, index)
+        no_vocabulary(trusted, rows.state, rows.index)
         sums.zero_()
-    stats = over_vocabulary(stats_of(hidden, targets, state, index, dtype), head)
-    return summed(_normalised(sums, head, stats, state[MAX], temperature), head.group)
+    stats = over_vocabulary(stats_of(rows, targets), head)
+    return summed(_normalised(sums, head, stats, rows.state[MAX], temperature), head.group)
 
 
 def _normalised(
@@ -193,7 +192,8 @@ def head_grad_norm(
     temperature = checks.positive("temperature", temperature)
     chosen = checked_backend(hidden, head, targets, backend, "head_grad_norm")
     bounds = checks.offsets(offsets, targets)
-    weights, check_scored = _loss_weights(targets, bounds, loss, token_weights)
+    weights, counts = loss_weights(targets, bounds, loss, token_weights)
+    check_scored = checks.scored_tokens(counts)
     norm = visit(hidden, head, targets, bounds, temperature, chosen, form).grad_norm(weights)
     check_scored()
     return norm
@@ -241,7 +241,8 @@ def grad_sketch(
     temperature = checks.positive("temperature", temperature)
     chosen = checked_backend(hidden, head, targets, backend, "delta_hash")
     bounds = checks.offsets(offsets, targets)
-    weights, check_scored = _loss_weights(targets, bounds, loss, token_weights)
+    weights, counts = loss_weights(targets, bounds, loss, token_weights)
+    check_scored = checks.scored_tokens(counts)
     if head.group is None and len(head.weight):
         sketches = delta_visit(hidden, head, targets, bounds, weights, temperature, chosen, sketch=(dim, seed))[2]
         assert sketches is not None
@@ -256,45 +257,27 @@ def loss_weights(
     targets: torch.Tensor,  # [N]
     bounds: Bounds,
     loss: str,
-) -> torch.Tensor:
-    """Weight of each token's gradient within its sample's, ``[N]`` float64; zero for ignored tokens."""
-    weights, check_scored = _loss_weights(targets, bounds, loss)
-    check_scored()
-    return weights
-
-
-def _loss_weights(
-    targets: torch.Tensor,  # [N]
-    bounds: Bounds,
-    loss: str,
     token_weights: torch.Tensor | None = None,  # [N]
-) -> tuple[torch.Tensor, Callable[[], None]]:
-    """:func:`loss_weights`, and a check that every sample has a scored token, to be run once all work is queued."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight of each token's gradient within its sample's, ``[N]`` float64, zero for ignored tokens; and the number of
+    each sample's scored tokens, ``[B]`` int64."""
     scored = targets != checks.IGNORE_INDEX
-    edges = on_device(torch.tensor([0, *(end for _, end in bounds)]), targets.device)
-    through = torch.nn.functional.pad(scored.cumsum(0), (1, 0))[edges]
-    counts = through[1:] - through[:-1]
-    check_scored = checks.scored_tokens(counts)
+    samples = sample_of_rows(bounds, targets.device)
+    counts = samples.new_zeros(len(bounds)).index_add_(0, samples, scored.long())
     weights = scored.double()
     if token_weights is not None:
         checks.token_weights(token_weights, targets)
         weights = token_weights.double().where(scored, 0)  # an ignored token's may be NaN
     if loss == "mean":
-        weights = weights / counts[_samples(edges, len(targets))]
-    return weights, check_scored
+        weights = weights / counts[samples]
+    return weights, counts
 
 
 def sample_of_rows(bounds: Bounds, device: torch.device) -> torch.Tensor:
     """Sample index of each row, ``[N]`` int64."""
-    edges = on_device(torch.tensor([0, *(end for _, end in bounds)]), device)
-    return _samples(edges, bounds[-1][1] if bounds else 0)
-
-
-def _samples(
-    edges: torch.Tensor,  # [B + 1]
-    n: int,
-) -> torch.Tensor:
-    return torch.searchsorted(edges[1:], torch.arange(n, device=edges.device), right=True)
+    lengths = on_device(torch.tensor([end - begin for begin, end in bounds], dtype=torch.int64), device)
+    n = bounds[-1][1] if bounds else 0  # given, lest the host wait for a GPU
+    return torch.arange(len(bounds), device=device).repeat_interleave(lengths, output_size=n)
 
 
 def hidden_grad_from(
@@ -312,21 +295,6 @@ def hidden_grad_from(
     if len(head.weight):  # a shard may be empty; backends never see an empty one
         chosen.fill_hidden_grad(HeadRows(hidden, head, stats.targets, 1.0, state, stats.max_index), sums)
     return summed(_normalised(sums, head, stats, state[MAX], 1.0), head.group)
-
-
-def head_grad_norm_from(
-    hidden: torch.Tensor,  # [N, D]
-    head: Head,
-    stats: RowStats,
-    bounds: Bounds,
-    weights: torch.Tensor,  # [N] float64
-    backend: str | None,
-) -> torch.Tensor:
-    """:func:`head_grad_norm` from known statistics of unscaled logits, in a second pass, ``[B]``; arguments
-    are trusted."""
-    assert stats.targets is not None
-    chosen = chosen_backend(hidden, head, backend, "head_grad_norm")
-    return visit(hidden, head, stats.targets, bounds, 1.0, chosen, known=stats).grad_norm(weights)
 
 
 def grad_sketch_from(
@@ -362,23 +330,22 @@ def delta_visit(
 ) -> tuple[HeadVisit, torch.Tensor | None, torch.Tensor | None]:
     """Statistics of the rows with inputs for :func:`head_grad_norm`, :func:`hidden_grad` ``[N, D]`` and
     :func:`grad_sketch` ``[B, dim]``, as asked, in one pass over the weights on a CPU; arguments are trusted."""
-    state, index = empty_state(hidden)
     trusted = checks.targets_in_range(targets, head.vocab_size)
     assert trusted is not None
     weights = weights.where(trusted == targets, torch.nan)
-    dtype = compute_dtype(hidden.dtype, head.weight.dtype)
     short, gram = empty_gram(hidden, head, bounds, backend) if norms else ((), None)
-    values = torch.empty(hidden.shape, dtype=dtype, device=hidden.device) if with_hidden else None
-    rows = HeadRows(hidden, head, trusted, temperature, state, index)
+    dtype = compute_dtype(hidden.dtype, head.weight.dtype)
+    values = hidden.new_empty(hidden.shape, dtype=dtype) if with_hidden else None
+    rows = HeadRows(hidden, head, trusted, temperature, *empty_state(hidden))
     sketches = None
     if sketch is None:
         backend.delta_sums(rows, values, None, None, gram)
     else:
         sketches = _sketches(rows, False, values, gram, bounds, weights, backend, *sketch)
-    stats = stats_of(hidden, targets, state, index, dtype)
+    stats, largest = stats_of(rows, targets), rows.state[MAX]
     if values is not None:
-        values = _normalised(values, head, stats, state[MAX], temperature)
-    return HeadVisit(hidden, head, temperature, backend, stats, bounds, short, gram, state[MAX]), values, sketches
+        values = _normalised(values, head, stats, largest, temperature)
+    return HeadVisit(hidden, head, temperature, backend, stats, bounds, short, gram, largest), values, sketches
 
 
 def _sketches(

@@ -100,9 +100,9 @@ def visit(
     short, gram = empty_gram(hidden, head, bounds, backend, form)
     own = known
     if draws is not None:
-        state, index = empty_state(hidden)
-        backend.stats_and_mixture(HeadRows(hidden, head, draws.targets, temperature, state, index), draws, gram)
-        own = stats_of(hidden, targets, state, index, compute_dtype(hidden.dtype, head.weight.dtype))
+        rows = HeadRows(hidden, head, draws.targets, temperature, *empty_state(hidden))
+        backend.stats_and_mixture(rows, draws, gram)
+        own = stats_of(rows, targets)
     elif own is None or gram is not None:
         own = own_stats(hidden, head, targets, temperature, backend, gram)
     stats = known if known is not None else over_vocabulary(own, head)

@@ -262,19 +262,16 @@ def own_stats(
         hidden, weight, bias, targets, head.softcap, head.scale, temperature, head.vocab_start, head.vocab_size,
         backend.name, flat, state, index, products,
     )  # fmt: skip
-    return stats_of(hidden, targets, state, index, compute_dtype(hidden.dtype, weight.dtype))
+    return stats_of(HeadRows(hidden, head, targets, temperature, state, index), targets)
 
 
 def stats_of(
-    hidden: torch.Tensor,  # [N, D]
-    targets: torch.Tensor | None,  # [N]
-    state: torch.Tensor,  # [7, N]
-    index: torch.Tensor,  # [N]
-    dtype: torch.dtype,
+    rows: HeadRows,  # their state filled
+    targets: torch.Tensor | None,  # [N], as the caller gave them
 ) -> RowStats:
-    """RowStats of a filled state."""
-    norm = torch.linalg.vector_norm(hidden, dim=1, dtype=dtype).where(~state[R].isnan(), torch.nan)
-    return RowStats(state, index, targets, norm, dtype)
+    dtype = compute_dtype(rows.hidden.dtype, rows.head.weight.dtype)
+    norm = torch.linalg.vector_norm(rows.hidden, dim=1, dtype=dtype).where(~rows.state[R].isnan(), torch.nan)
+    return RowStats(rows.state, rows.index, targets, norm, dtype)
 
 
 def over_vocabulary(own: RowStats, head: Head) -> RowStats:

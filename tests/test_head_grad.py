@@ -14,7 +14,8 @@ from acqcore import checks
 from acqcore.backends import HeadRows, get
 from acqcore.backends.cpu import Cpu
 from acqcore.backends.triton import INTERPRETED
-from acqcore.head_grad import SKETCH_ROWS, grad_sketch_from, head_grad_norm_from, hidden_grad_from, loss_weights
+from acqcore.head_grad import SKETCH_ROWS, grad_sketch_from, hidden_grad_from, loss_weights
+from acqcore.head_visit import visit
 from acqcore.signs import rotated_places
 from acqcore.testing import Case, case_from_logits, exact_hidden_grad, random_case
 
@@ -418,7 +419,7 @@ def test_ignored_rows_may_hold_anything(dtype, implementation):
     targets[ignored] = -100
     offsets = torch.tensor([0, 3, 20, 60])
     bounds = checks.offsets(offsets, targets)
-    weights = loss_weights(targets, bounds, "mean")
+    weights, _ = loss_weights(targets, bounds, "mean")
     found = []
     for values in ([0.0], [torch.nan, torch.inf, 1e38]):
         hidden = case.hidden.clone()
@@ -433,13 +434,14 @@ def test_ignored_rows_may_hold_anything(dtype, implementation):
         sketch = acqcore.grad_sketch(*arguments, offsets, dim=32, backend=implementation)
         stats = acqcore.row_stats(*arguments, backend=implementation)
         known = hidden, case.head, stats
+        visited = visit(*arguments, bounds, 1.0, get(implementation), known=stats)
         found.append(
             [
                 *norms,
                 gradient,
                 sketch,
                 hidden_grad_from(*known, implementation),
-                head_grad_norm_from(*known, bounds, weights, implementation),
+                visited.grad_norm(weights),
                 grad_sketch_from(*known, bounds, weights, 1.0, implementation, 32, 0),
             ]
         )

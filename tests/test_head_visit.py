@@ -350,7 +350,7 @@ def test_gradients_share_the_pass(backend, monkeypatch):
     offsets = torch.tensor([0, 40, 70, 71, 201, 501, 520])
     assert 130 < get_backend("cpu").longest_gram(48) < 300
     bounds = tuple(itertools.pairwise(offsets.tolist()))
-    weights = loss_weights(case.targets, bounds, "mean")
+    weights, _ = loss_weights(case.targets, bounds, "mean")
     rows = case.hidden, case.head, case.targets
     visited, hidden_grads, sketches = delta_visit(
         *rows, bounds, weights, 1.0, get_backend(backend), norms=True, with_hidden=True, sketch=(64, 5)
@@ -374,7 +374,7 @@ def test_a_long_sample_does_not_keep_the_other_threads_waiting(longest, own_pass
     case = random_case(120, 32, 400)
     offsets = torch.tensor([0, longest, 120])
     bounds = tuple(itertools.pairwise(offsets.tolist()))
-    weights = loss_weights(case.targets, bounds, "mean")
+    weights, _ = loss_weights(case.targets, bounds, "mean")
     rows = case.hidden, case.head, case.targets
     visited, hidden_grads, _ = delta_visit(
         *rows, bounds, weights, 1.0, get_backend("cpu"), norms=True, with_hidden=True
@@ -390,7 +390,7 @@ def test_samples_that_are_too_long_take_the_other_form(monkeypatch):
     case = _case("repeated targets")
     cpu = get_backend("cpu")
     monkeypatch.setattr(type(cpu), "longest_gram", lambda *_: 17)
-    weights = loss_weights(case.targets, BOUNDS, "sum")
+    weights, _ = loss_weights(case.targets, BOUNDS, "sum")
     visited = visit(case.hidden, case.head, case.targets, BOUNDS, 1.0, cpu)
     assert visited.short == (0, 1, 2, 5)
     torch.testing.assert_close(visited.grad_norm(weights).double(), _autograd(case, weights), rtol=1e-4, atol=0)

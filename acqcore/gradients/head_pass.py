@@ -11,11 +11,11 @@ from acqcore.backends import Probes
 from acqcore.defaults import float32_products
 from acqcore.fisher import FisherGrads, fisher_visit
 from acqcore.head import Head
-from acqcore.head_grad import Bounds, grad_sketch_from, head_grad_norm_from, hidden_grad_from, loss_weights
-from acqcore.head_visit import HeadVisit
+from acqcore.head_grad import Bounds, grad_sketch_from, hidden_grad_from, loss_weights
+from acqcore.head_visit import HeadVisit, visit
 from acqcore.kept import on_device
 from acqcore.literals import Loss
-from acqcore.row_stats import MAX, R, RowStats, checked_backend, predicted_targets
+from acqcore.row_stats import MAX, R, RowStats, checked_backend, chosen_backend, predicted_targets
 
 #: Entries of the logits' gradient, in float64, or of gathered weights held at a time.
 PRODUCT_ELEMENTS = 1 << 20
@@ -43,7 +43,7 @@ class HeadPass:
     def weights(self) -> torch.Tensor:
         """Weight of each token in its sample's loss, ``[N]`` float64."""
         assert self.stats.targets is not None
-        return loss_weights(self.stats.targets, self.bounds, self.loss)
+        return loss_weights(self.stats.targets, self.bounds, self.loss)[0]
 
     def excess(self, carried: FisherGrads) -> torch.Tensor:
         """Relative excess of each probe's squared gradient norm over its expectation, ``[B, P]``.
@@ -68,11 +68,12 @@ class HeadPass:
     def squared_norm(self) -> torch.Tensor:
         """Squared norm of each sample's head gradient, ``[B]`` float64."""
         if None not in self.found:
-            if self.visited is not None:
-                norm = self.visited.grad_norm(self.weights)
-            else:
-                norm = head_grad_norm_from(self.hidden, self.head, self.stats, self.bounds, self.weights, self.backend)
-            self.found[None] = norm.double().square()
+            visited, targets = self.visited, self.stats.targets
+            assert targets is not None
+            if visited is None:  # a second pass over the weights
+                chosen = chosen_backend(self.hidden, self.head, self.backend, "head_grad_norm")
+                visited = visit(self.hidden, self.head, targets, self.bounds, 1.0, chosen, known=self.stats)
+            self.found[None] = visited.grad_norm(self.weights).double().square()
         return self.found[None]
 
     def sketch(self, dim: int, seed: int) -> torch.Tensor:

@@ -38,7 +38,6 @@ WIDTH = 256
 #: Most entries of the embedding's hashed rows held at a time (16 MiB in float32).
 HASHED_ELEMENTS = 1 << 22
 
-
 #: Hashes of embeddings' rows that stay on a device.
 KEPT_EMBEDDINGS = 8
 
@@ -285,11 +284,9 @@ class SiteSquares:
         self,
         head: HeadPass,
         sites: Mapping[nn.Module, float],
-        first: torch.Tensor | None = None,  # [B] int64
-        length: int | None = None,
+        first: torch.Tensor | None,  # [B] int64, each sample's first token that counts; None if all do
+        length: int,  # tokens that have a gradient
     ) -> None:
-        """``first``: index of each sample's first token that counts, among the ``length`` tokens that have a
-        gradient."""
         self._head = head
         self._sites = sites
         self._first = first

@@ -67,9 +67,9 @@ class Runner:
         self._draws = {
             need: Draws(student, head, need, batch_tokens, backend) for need in needs if isinstance(need, DrawOptions)
         }
-        students = [student, *(member for draws in self._draws.values() for member in draws.members)]
+        self._students = [student, *(member for draws in self._draws.values() for member in draws.members)]
         #: Maximum tokens per sample that the student and all members of ensembles take; None for no limit.
-        self.limit = min((s.max_length for s in students if s.max_length is not None), default=None)
+        self.limit = min((s.max_length for s in self._students if s.max_length is not None), default=None)
         gradients = [need for need in needs if isinstance(need, GradientNeed | ProbeNeed)]
         self._gradients = SampleGradients(student, head, gradients) if gradients else None
 
@@ -110,8 +110,7 @@ class Runner:
         if scored and self._gradients is not None:
             probed = (scored * 2)[: max(2, min(PROBED_ROWS, len(scored)))]
             self._gradients.prepare(Batch.of([rows[i] for i in probed]).input_ids)
-        students = [self.student, *(member for draws in self._draws.values() for member in draws.members)]
-        groups = list(zip(*(student.length_groups(lengths) for student in students), strict=True))
+        groups = list(zip(*(student.length_groups(lengths) for student in self._students), strict=True))
         repeats = 0 if self._gradients is None or not scored else self._gradients.backwards_of_completions
         starts = [rows[i].first for i in scored] if repeats else None
         for picked in partition(lengths, self._batch_tokens, overhead, groups, starts, repeats):
@@ -203,7 +202,7 @@ class Runner:
             rows, results[self._joined_draws] = self._draws[self._joined_draws].rows_of_hidden(batch, hidden)
         with_hidden, sketch = self._sums
         if gradients is not None and (with_hidden or sketch is not None):
-            weights = loss_weights(targets, batch.bounds, loss)
+            weights, _ = loss_weights(targets, batch.bounds, loss)
             visited, hidden_grads, sketches = delta_visit(
                 hidden, head, targets, batch.bounds, weights, 1.0, chosen("delta_hash"), norms=gradients.of_head,
                 with_hidden=with_hidden, sketch=sketch,
