@@ -34,7 +34,6 @@ from acqcore.literals import Form
 from acqcore.vocab_parallel import check_tiling, group_ranks
 
 #: Rows of ``BayesStats.state``.
-STATE_ROWS = ("expected_entropy", "information", "reverse", "log_target", "sum_sq", "spread")
 ENTROPY, INFORMATION, REVERSE, LOG_TARGET, SUM_SQ, SPREAD = range(6)
 
 #: Statistics that every backend must provide; the parity tests iterate over this list.
@@ -56,7 +55,7 @@ class BayesStats:
     Rows whose target is -100, and rows without a finite logit, hold NaN. ``logprob`` is None without targets.
 
     Attributes:
-        state: ``[6, N]`` float64, rows as in ``STATE_ROWS``.
+        state: ``[6, N]`` float64: expected entropy, information, reverse, log target, sum of squares, spread.
         votes: ``[K, N]`` int64, the most likely token of each draw.
         targets: ``[N]`` int64 or None.
         dtype: dtype of the fields.
@@ -228,7 +227,7 @@ def _empty(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Uninitialised ``state [6, N]`` and ``votes [K, N]``."""
     n = hidden.shape[-2]
-    state = torch.empty((len(STATE_ROWS), n), dtype=torch.float64, device=hidden.device)
+    state = torch.empty((6, n), dtype=torch.float64, device=hidden.device)
     return state, torch.empty((draws, n), dtype=torch.int64, device=hidden.device)
 
 

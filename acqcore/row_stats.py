@@ -25,9 +25,6 @@ from acqcore.head import Head, compute_dtype
 from acqcore.vocab_parallel import check_tiling, gathered
 
 #: Rows of ``RowStats.state``.
-STATE_ROWS = (
-    "max_logit", "second_logit", "sum_exp", "sum_exp_x", "sum_exp_sq", "sum_exp_x_sq", "target_logit",
-)  # fmt: skip
 MAX, SECOND, R, S1, S2, S11, TARGET = range(7)
 
 #: Statistics that every backend must provide; the parity tests iterate over this list.
@@ -45,7 +42,7 @@ class RowStats:
     (``logprob``, ``residual_norm``) are None without targets; ``hidden_norm`` is None if only logits were given.
 
     Attributes:
-        state: ``[7, N]`` float64, rows as in ``STATE_ROWS``.
+        state: ``[7, N]`` float64: largest and second largest logit, R, S1, S2, S11, the target's logit.
         max_index: ``[N]`` int64, index of the largest logit in the whole vocabulary, the lowest on ties.
         targets: ``[N]`` int64 or None.
         hidden_norm: ``[N]``, Euclidean norm of the hidden state, or None.
@@ -324,7 +321,7 @@ def logit_stats(
 def empty_state(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Uninitialised ``state [7, N]`` float64 and ``max_index [N]`` int64 on the device of ``rows [N, ...]``."""
     n = rows.shape[0]
-    state = torch.empty((len(STATE_ROWS), n), dtype=torch.float64, device=rows.device)
+    state = torch.empty((7, n), dtype=torch.float64, device=rows.device)
     return state, torch.empty(n, dtype=torch.int64, device=rows.device)
 
 
