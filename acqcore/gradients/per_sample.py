@@ -201,13 +201,7 @@ class SampleGradients:
         for k, gradient in enumerate(carried.gradients):
             asked = [need for need in measured if k < need.probes]
             of_weights = {need: self._weights_measure(need, head_pass) for need in asked if need.of == "weights"}
-            sites = {need: self._sites.get(need, {}) for need in asked if need.of == "sites"}
-            of_sites = {
-                need: SiteSquares(
-                    head_pass, modules, self._first if need.positions == "completion" else None, self._length
-                )
-                for need, modules in sites.items()
-            }
+            of_sites = {need: self._site_squares(need, head_pass) for need in asked if need.of == "sites"}
             if any(need.layers != 0 for need in asked):
                 whole = spread(gradient, hidden, positions)
                 takers: list[PieceTaker] = [*of_weights.values(), *(marginals[n] for n in asked if n in marginals)]
@@ -255,6 +249,10 @@ class SampleGradients:
 
     def _reaches_trunk(self, needs: Sequence[GradientNeed]) -> bool:
         return any(self._selections[need.parameters].names for need in needs)
+
+    def _site_squares(self, need: ProbeNeed, head_pass: HeadPass) -> SiteSquares:
+        first = self._first if need.positions == "completion" else None
+        return SiteSquares(head_pass, self._sites.get(need, {}), first, self._length)
 
     def _weights_measure(self, need: ProbeNeed, head_pass: HeadPass) -> _Measured:
         names = frozenset(self._linear[need.layers].names.values())

@@ -96,23 +96,17 @@ class ModuleCall:
         if self._input._version != self._version:
             raise self._uncovered("the input of its module was changed in place")
         if is_linear(self.module):
-            return self._linear(self._rows(gradient), self._rows(self._input))
+            gradient, value = self._rows(gradient), self._rows(self._input)  # [B, T, out], [B, T, in]
+            dtype = compute_dtype(gradient.dtype)
+            return {
+                key: OuterGrad(gradient, value) if key == "weight" else DenseGrad(gradient.sum(1, dtype=dtype))
+                for key in self.names
+            }
         if is_embedding(self.module):
             return {"weight": self._embedding(self._tokens(gradient))}
         if is_norm(self.module):
             return self._norm(self._tokens(gradient))
         return self._other(gradient)
-
-    def _linear(
-        self,
-        gradient: torch.Tensor,  # [B, T, out]
-        value: torch.Tensor,  # [B, T, in]
-    ) -> dict[str, GradPiece]:
-        dtype = compute_dtype(gradient.dtype)
-        return {
-            key: OuterGrad(gradient, value) if key == "weight" else DenseGrad(gradient.sum(1, dtype=dtype))
-            for key in self.names
-        }
 
     def _embedding(
         self,
