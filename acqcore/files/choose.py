@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
+import statistics
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -83,14 +84,12 @@ def run(options: argparse.Namespace) -> int:
     Rows that cannot be read or scored are reported on stderr and skipped. Ties go to the earlier row. Everything that
     does not depend on the student is checked before it is loaded.
     """
-    names = _check(options)
+    _check(options)
     with tempfile.TemporaryDirectory(prefix="acqcore-") as folder:
         data = data_files.local_file(options.data, options.data_config, options.split, Path(folder))
-        if ".parquet" in (data.suffix, options.out.suffix):
-            checks.installed("pyarrow", "parquet", "train")
         pool = _read(options, data)
-        if names:
-            _score(options, pool, names)
+        if options.student is not None and options.signal is not None:
+            _score(options, pool)
         picked = _pick(options, pool)
         _write(options, data, pool, picked)
     _report(options, pool, picked)
@@ -101,7 +100,7 @@ def run(options: argparse.Namespace) -> int:
 class _Pool:
     """All rows of the data; ``indices`` are those that can be chosen, and ``rows`` and ``signal`` belong to them.
 
-    Without a student, ``rows``, ``student`` and ``shown`` are not set.
+    Without a student, ``rows``, ``student`` and ``shown`` are not set; without --signal, ``signal`` stays empty.
     """
 
     records: list[Record]
@@ -109,14 +108,13 @@ class _Pool:
     errors: dict[int, str] = field(default_factory=dict)
     indices: list[int] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
-    signal: torch.Tensor | None = None  # [len(indices)]
-    column: list[Any] = field(default_factory=list)  # the signal as it is in the data, if it is a column
+    signal: list[Any] = field(default_factory=list)  # finite numbers
     student: Student = field(init=False)
     shown: str = field(init=False)  # column of the scored text
 
 
-def _check(options: argparse.Namespace) -> tuple[str, ...]:
-    """Check what does not depend on the data; returns the acquisitions to compute, one or none."""
+def _check(options: argparse.Namespace) -> None:
+    """Check what does not depend on the data."""
     checks.positive_int("n", options.n)
     checks.literal("method", options.method, Method)
     checks.seed(options.seed)
@@ -138,20 +136,16 @@ def _check(options: argparse.Namespace) -> tuple[str, ...]:
             raise ValueError(f"{name}: requires --student")
     if options.limit is not None:
         checks.positive_int("limit", options.limit)
-    names: tuple[str, ...] = ()
     if options.student is not None:
         if options.signal is not None:
             checks.one_of("signal", options.signal, REGISTRY)
-        plan = Plan.of(
-            ["entropy" if options.signal is None else options.signal], options.acquisition_args or {},
-            reduction=options.reduction, topk=options.topk, batch_tokens=options.batch_tokens,
-            backend=options.backend,
+        Plan.of(
+            options.signal or "entropy", options.acquisition_args,
+            reduction=options.reduction, topk=options.topk, batch_tokens=options.batch_tokens, backend=options.backend,
         )  # fmt: skip
-        names = () if options.signal is None else plan.names
     check_output(options.out, options.data, options.overwrite)
     if not options.out.suffix:
         raise ValueError(f"out: expected a name with an extension, got {options.out}")
-    return names
 
 
 def _read(options: argparse.Namespace, data: Path) -> _Pool:
@@ -182,29 +176,25 @@ def _read_column(options: argparse.Namespace, pool: _Pool) -> None:
             f"signal: no column {name!r} in the data (columns: {', '.join(pool.columns) or 'none'}); "
             "pass --student to compute it"
         )
-    values = []
     for index, record in enumerate(pool.records):
         message = record_error(record, {name: "score"})
-        try:
-            exact = math.nan if message else _number(record.values[name])
-            value = float(exact)
-        except (TypeError, ValueError, OverflowError):
-            value = math.nan
-        if math.isfinite(value):
-            pool.indices.append(index)
-            values.append(value)
-            pool.column.append(exact)
-        else:
+        number = None if message else _number(record.values[name])
+        if number is None:
             pool.errors[index] = message or f"{name}: expected a finite number, got {record.values[name]!r:.60}"
-    pool.signal = torch.tensor(values, dtype=torch.float64)
+        else:
+            pool.indices.append(index)
+            pool.signal.append(number)
 
 
 def _number(value: Any) -> Any:
-    """Ints and decimals unchanged, because floats round beyond 2**53; anything else as a float."""
+    """The value as a finite number, else None. Ints and decimals are kept, because floats round beyond 2**53."""
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
-            return int(value)
-    return value if isinstance(value, int | Decimal) else float(value)
+            value = int(value)
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        number = value if isinstance(value, int | Decimal) else float(value)
+        return number if math.isfinite(number) else None
+    return None
 
 
 def _tokenize(options: argparse.Namespace, pool: _Pool) -> None:
@@ -218,11 +208,10 @@ def _tokenize(options: argparse.Namespace, pool: _Pool) -> None:
     pool.student = load_student(options.student, options.dtype, options.device)
     runner = Runner(pool.student, (), options.batch_tokens, options.backend)
     rows = encode_records(pool.records, columns, runner, options.max_length, pool.errors)
-    for index, record in enumerate(pool.records):
-        if index not in pool.errors and of_label is not None:
-            label = record.values.get(of_label)
-            if _label(label) is None:
-                pool.errors[index] = f"{of_label}: expected a string or an int, got {label!r:.60}"
+    for index, record in enumerate(pool.records if of_label is not None else ()):
+        label = record.values.get(of_label)
+        if index not in pool.errors and _label(label) is None:
+            pool.errors[index] = f"{of_label}: expected a string or an int, got {label!r:.60}"
     pool.indices = [i for i in range(len(rows)) if i not in pool.errors]
     pool.rows = [rows[i] for i in pool.indices]
 
@@ -240,48 +229,40 @@ def _print_errors(options: argparse.Namespace, pool: _Pool, errors: Mapping[int,
         print(located(options.data, pool.records[index].line, message), file=sys.stderr)
 
 
-def _score(options: argparse.Namespace, pool: _Pool, names: Sequence[str]) -> None:
+def _score(options: argparse.Namespace, pool: _Pool) -> None:
     """Compute the signal; rows without a finite value can no longer be chosen."""
     errors: dict[int, str] = {}
     scores = score(
-        pool.student, pool.rows, names,
-        acquisition_args=options.acquisition_args or {}, reduction=options.reduction, topk=options.topk,
+        pool.student, pool.rows, options.signal,
+        acquisition_args=options.acquisition_args, reduction=options.reduction, topk=options.topk,
         batch_tokens=options.batch_tokens, backend=options.backend, errors=errors,
     )  # fmt: skip
-    signal = scores[options.signal]
-    nan = signal.isnan().nonzero()[:, 0].tolist()
+    values = scores[options.signal].tolist()
+    nan = [i for i, value in enumerate(values) if math.isnan(value)]
     bad = {pool.indices[i]: errors.get(i, "a value is not finite") for i in nan}
-    if bad:
-        _print_errors(options, pool, bad)
-        pool.errors |= bad
-        keep = [i for i, index in enumerate(pool.indices) if index not in bad]
-        pool.indices, pool.rows = [pool.indices[i] for i in keep], [pool.rows[i] for i in keep]
-        checks.at_most("n", options.n, len(keep), "the number of rows with a finite value")
-        signal = signal[keep]
-    pool.signal = signal
+    _print_errors(options, pool, bad)
+    pool.errors |= bad
+    keep = [i for i, index in enumerate(pool.indices) if index not in bad]
+    pool.indices, pool.rows = [pool.indices[i] for i in keep], [pool.rows[i] for i in keep]
+    pool.signal = [values[i] for i in keep]
+    checks.at_most("n", options.n, len(keep), "the number of rows with a finite value")
 
 
 def _pick(options: argparse.Namespace, pool: _Pool) -> list[int]:
     """Chosen positions among the rows that can be chosen, in order of choice."""
-    signal = pool.signal
+    ranked = sorted(range(len(pool.signal)), key=pool.signal.__getitem__, reverse=True)  # keeps the order of equals
     if options.method != "top_k":
-        among = list(range(len(pool.indices)))
-        if signal is not None:
-            most = min(options.among or POOL_FACTOR * options.n, len(signal))
-            among = sorted(select(signal, most).tolist())  # ties are broken by the order of the data
+        most = options.among or POOL_FACTOR * options.n
+        among = sorted(ranked[:most]) if pool.signal else list(range(len(pool.indices)))
         vectors = badge_embedding(
             pool.student, [pool.rows[i] for i in among], batch_tokens=options.batch_tokens, backend=options.backend
         )
         return [among[i] for i in select(vectors, options.n, options.method, seed=options.seed).tolist()]
-    if options.student is None:
-        ranked = sorted(range(len(pool.column)), key=pool.column.__getitem__, reverse=True)  # keeps the order of equals
-        return ranked[: options.n]
-    assert signal is not None
     if options.label_column is None:
-        return select(signal, options.n).tolist()
-    names = [_label(pool.records[i].values[options.label_column]) for i in pool.indices]
-    number = {name: i for i, name in enumerate(dict.fromkeys(sorted(filter(None, names))))}
-    labels = torch.tensor([number[name] for name in names if name is not None])
+        return ranked[: options.n]
+    names = [str(_label(pool.records[i].values[options.label_column])) for i in pool.indices]
+    number = {name: i for i, name in enumerate(sorted(set(names)))}
+    labels = torch.tensor([number[name] for name in names])
     vectors = prompt_embedding(
         pool.student, pool.rows, batch_tokens=options.batch_tokens, max_length=options.max_length
     )
@@ -289,13 +270,13 @@ def _pick(options: argparse.Namespace, pool: _Pool) -> list[int]:
     agree = int((trust > 0).sum())
     rest = f"; {options.n - agree} of the chosen rows are not trusted" if agree < options.n else ""
     print(f"{agree} of {len(trust)} labels agree with those of similar prompts{rest}", file=sys.stderr)
-    return select(signal, options.n, labels=labels, trust=trust).tolist()
+    return select(torch.tensor(pool.signal), options.n, labels=labels, trust=trust).tolist()
 
 
 def _write(options: argparse.Namespace, data: Path, pool: _Pool, picked: Sequence[int]) -> None:
     extra: dict[int, dict[str, Any]] = {}
     for place, i in enumerate(picked, 1):
-        value = {} if pool.signal is None or options.student is None else {options.signal: float(pool.signal[i])}
+        value = {} if options.student is None or not pool.signal else {options.signal: pool.signal[i]}
         extra[pool.indices[i]] = {**value, _RANK: place}
     number = [] if "row" in pool.columns else ["row"]
     rows = [{**dict.fromkeys(number, i), **pool.records[i].values, **extra[i]} for i in sorted(extra)]
@@ -307,17 +288,16 @@ def _report(options: argparse.Namespace, pool: _Pool, picked: Sequence[int]) -> 
     if pool.errors:
         title += f"; {len(pool.errors)} row{'s' if len(pool.errors) > 1 else ''} with an error"
     title += f"; written to {options.out}"
-    signal = pool.signal
-    if signal is None:
+    if not pool.signal:
         print_table(title, ("rows", "number"), [("chosen", str(len(picked))), ("pool", str(len(pool.indices)))])
         return
-    lines = [
-        (name, str(len(values)), *(f"{figure:.4g}" for figure in (values.mean(), values.min(), values.max())))
-        for name, values in (("chosen", signal[list(picked)].double()), ("pool", signal.double()))
-    ]
+    lines = []
+    for name, values in (("chosen", [pool.signal[i] for i in picked]), ("pool", pool.signal)):
+        figures = statistics.fmean(values), min(values), max(values)
+        lines.append((name, str(len(values)), *(f"{float(figure):.4g}" for figure in figures)))
     print_table(title, (options.signal, "rows", "mean", "min", "max"), lines)
     if options.student is not None:
-        first = [(pool.indices[i], float(signal[i])) for i in picked[:TOP_ROWS]]
+        first = [(pool.indices[i], pool.signal[i]) for i in picked[:TOP_ROWS]]
         print_table(
             "first choices",
             ("row", options.signal, pool.shown),

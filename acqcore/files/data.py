@@ -121,6 +121,7 @@ def scan(path: Path, block_rows: int, limit: int | None) -> tuple[list[Block], l
 
 
 def _scan_parquet(path: Path, block_rows: int, limit: int | None) -> tuple[list[Block], list[str]]:
+    checks.installed("pyarrow", "parquet", "train")
     import pyarrow.parquet
 
     with _named(path), pyarrow.parquet.ParquetFile(path) as file:

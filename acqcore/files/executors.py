@@ -95,39 +95,34 @@ class Ray:
     def run(self, job: Job, blocks: Sequence[Block], on_rows: Callable[[int], None]) -> None:
         if not blocks:
             return
-        address = self.address or os.environ.get("RAY_ADDRESS")
-        with _connected(address, Parts(job.out).folder):
-            for rows, failure in self._completed(job, blocks):
-                if failure:
-                    raise RuntimeError(failure)
-                on_rows(rows)
-
-    def _completed(self, job: Job, blocks: Sequence[Block]) -> Iterator[tuple[int, str]]:
         import ray
         import ray.data
 
-        total = ray.cluster_resources()
-        cores, gpus = max(1, int(total.get("CPU", 1))), int(total.get("GPU", 0))
-        on_gpu = gpus > 0 and job.device in (None, "cuda")
-        threads = min(torch.get_num_threads(), max(1, cores // (self.workers or 1)))
-        workers = min(self.workers or (gpus if on_gpu else cores // threads), len(blocks))
-        if on_gpu:
-            threads = 1
-            job = dataclasses.replace(job, device="cuda")
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
-        results = ray.data.from_items(
-            [dataclasses.asdict(block) for block in blocks], override_num_blocks=len(blocks)
-        ).map_batches(
-            _Actor,
-            fn_constructor_kwargs={"job": job, "threads": threads},
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),
-            num_cpus=threads,
-            num_gpus=1 if on_gpu else None,
-        )
-        for batch in results.iter_batches(batch_size=None, prefetch_batches=0):
-            yield from zip(batch["rows"].tolist(), batch["failure"].tolist(), strict=True)
+        with _connected(self.address or os.environ.get("RAY_ADDRESS"), Parts(job.out).folder):
+            total = ray.cluster_resources()
+            cores, gpus = max(1, int(total.get("CPU", 1))), int(total.get("GPU", 0))
+            on_gpu = gpus > 0 and job.device in (None, "cuda")
+            threads = min(torch.get_num_threads(), max(1, cores // (self.workers or 1)))
+            workers = min(self.workers or (gpus if on_gpu else cores // threads), len(blocks))
+            if on_gpu:
+                threads = 1
+                job = dataclasses.replace(job, device="cuda")
+            ray.data.DataContext.get_current().enable_progress_bars = False
+            results = ray.data.from_items(
+                [dataclasses.asdict(block) for block in blocks], override_num_blocks=len(blocks)
+            ).map_batches(
+                _Actor,
+                fn_constructor_kwargs={"job": job, "threads": threads},
+                batch_size=1,
+                compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),
+                num_cpus=threads,
+                num_gpus=1 if on_gpu else None,
+            )
+            for batch in results.iter_batches(batch_size=None, prefetch_batches=0):
+                for rows, failure in zip(batch["rows"].tolist(), batch["failure"].tolist(), strict=True):
+                    if failure:
+                        raise RuntimeError(failure)
+                    on_rows(rows)
 
 
 class _Actor:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from acqcore import checks
 from acqcore.files.data import SUFFIXES
 from acqcore.files.table import atomically, holds_parts_alone
 
@@ -57,15 +58,11 @@ class Parts:
             ValueError: the folder belongs to another run (the message names the difference), to no run, or to a process
                 that is still running.
         """
-        path = self.folder / _MANIFEST
+        path, folder = self.folder / _MANIFEST, self.folder
         text = json.dumps(manifest, indent=1)
-        if (
-            not self.begun
-            and self.folder.exists()
-            and (not self.folder.is_dir() or any(map(_foreign, self.folder.iterdir())))
-        ):
-            raise ValueError(f"out: {self.folder} exists and was not left by a run; rename it or choose another output")
-        self.folder.mkdir(exist_ok=True)
+        if folder.exists() and not self.begun and (not folder.is_dir() or any(map(_foreign, folder.iterdir()))):
+            raise ValueError(f"out: {folder} exists and was not left by a run; rename it or choose another output")
+        folder.mkdir(exist_ok=True)
         self._lock()
         if self.begun:
             found, wanted = _manifest(path), json.loads(text)
@@ -73,14 +70,14 @@ class Parts:
                 if found.get(key) != wanted.get(key):
                     self.release()
                     raise ValueError(
-                        f"out: {self.folder} holds an interrupted run with different {key} ({_short(found.get(key))} "
-                        f"there, {_short(wanted.get(key))} here); repeat its command to finish it, or remove the folder"
+                        f"out: {folder} holds an interrupted run with different {key} ({found.get(key)!r:.60} there, "
+                        f"{wanted.get(key)!r:.60} here); repeat its command to finish it, or remove the folder"
                     )
         else:
             self._clear("block-")  # of a run that was killed while it removed its files
             _write(path, text)
         for pattern in ("*.attempts", "*.failure"):
-            for left in self.folder.glob(pattern):
+            for left in folder.glob(pattern):
                 left.unlink()
 
     def release(self) -> None:
@@ -221,6 +218,8 @@ def check_output(out: Path, data: Path, overwrite: bool) -> None:
         raise ValueError(f"out: {out} is a folder; for a folder of parquet files, use a name without an extension")
     if not out.suffix and out.is_file():
         raise ValueError(f"out: {out} is a file; a name without an extension means a folder of parquet files")
+    if out.suffix in ("", ".parquet"):
+        checks.installed("pyarrow", "parquet", "train")
     check_replaceable(out, data, overwrite)
 
 
@@ -249,11 +248,6 @@ def _manifest(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except ValueError as error:
         raise ValueError(f"out: {path} is not readable; remove its folder to start over") from error
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _write(path: Path, text: str) -> None:

@@ -29,7 +29,7 @@ class Summary:
         self._workers: set[str] = set()
 
     def add(self, report: Mapping[str, Any], new: bool) -> None:
-        """Add a report (fields of ``acqcore.files.worker.Report``); ``new`` if this run finished the block."""
+        """Add a report of ``acqcore.files.worker``; ``new`` if this run finished the block."""
         self.rows += report["rows"]
         self.valid += report["valid"]
         self.errors += len(report["errors"])

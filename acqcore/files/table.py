@@ -62,10 +62,9 @@ def write_block(path: Path, table: Mapping[str, Sequence[Any]], types: Mapping[s
     empty cell). ``types`` are those of parquet columns, see :func:`column_types`; the others are inferred."""
     with atomically(path) as temporary:
         if path.suffix == ".parquet":
-            kinds = types or {}
             import pyarrow.parquet
 
-            columns = {_text(name): _arrow(values, kinds.get(name)) for name, values in table.items()}
+            columns = {_text(name): _arrow(values, (types or {}).get(name)) for name, values in table.items()}
             pyarrow.parquet.write_table(pyarrow.table(columns), temporary)
             return
         with temporary.open("w", newline="", encoding="utf-8") as file:
@@ -236,8 +235,7 @@ def _common_schema(blocks: Sequence[Path]) -> tuple[Any, set[str]]:
             field = pyarrow.unify_schemas(ones, promote_options="permissive").field(name)
             for block, one in zip(blocks, ones, strict=True):
                 if one.field(name).type != field.type:
-                    with pyarrow.parquet.ParquetFile(block) as file:
-                        _cast(file.read(columns=[name]).column(0), field.type)
+                    _cast(_table(block, [name]).column(0), field.type)
         except (ValueError, TypeError):  # includes pyarrow's errors
             field = pyarrow.field(name, pyarrow.string())
             as_text.add(name)
@@ -245,13 +243,19 @@ def _common_schema(blocks: Sequence[Path]) -> tuple[Any, set[str]]:
     return pyarrow.schema(fields), as_text
 
 
-def _read_part(path: Path, schema: Any, as_text: set[str]) -> Any:
-    """The part as a pyarrow table. ``read_table`` would turn folders named ``key=value`` into columns."""
-    import pyarrow
+def _table(path: Path, columns: list[str] | None = None) -> Any:
+    """A part as a pyarrow table. ``read_table`` would turn folders named ``key=value`` into columns."""
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(path) as file:
-        table = file.read()
+        return file.read(columns)
+
+
+def _read_part(path: Path, schema: Any, as_text: set[str]) -> Any:
+    """The part as a pyarrow table with the given schema."""
+    import pyarrow
+
+    table = _table(path)
     for name in as_text:
         texts = [_text(_plain(value)) for value in table.column(name).to_pylist()]
         table = table.set_column(table.schema.get_field_index(name), name, pyarrow.array(texts, pyarrow.string()))
@@ -299,40 +303,22 @@ def keep_top(blocks: Sequence[Path], k: int, name: str, columns: Sequence[str]) 
         return [_write_rows_of(blocks[b], sorted(rows)) for b, rows in sorted(kept.items())]
 
 
-def _numbers(block: Path, name: str, columns: Sequence[str]) -> Iterator[float]:
+def _numbers(block: Path, name: str, columns: Sequence[str]) -> list[float]:
     """The values of a column, NaN where missing."""
     if block.suffix == ".parquet":
-        import pyarrow.parquet
-
-        with pyarrow.parquet.ParquetFile(block) as file:
-            cells: list[Any] = file.read(columns=[name]).column(0).to_pylist()
-        yield from (math.nan if cell is None else cell for cell in cells)
-        return
-    place = list(columns).index(name)
-    for row in _texts(block):
-        if block.suffix == ".jsonl":
-            value = json.loads(row)[name]
-            yield math.nan if value is None else value
-        else:
-            yield float(next(csv.reader([row]))[place] or "nan")
+        cells = _table(block, [name]).column(0).to_pylist()
+    elif block.suffix == ".jsonl":
+        cells = [json.loads(line)[name] for line in _rows(block)]
+    else:
+        place = list(columns).index(name)
+        cells = [row[place] or None for row in _rows(block)]
+    return [math.nan if cell is None else float(cell) for cell in cells]
 
 
-def _texts(block: Path) -> Iterator[str]:
-    """The text of each row; a csv row may span several lines."""
+def _rows(block: Path) -> list[Any]:
+    """The lines of a jsonl, or the cells of each row of a csv."""
     with block.open(newline="", encoding="utf-8") as file:
-        if block.suffix == ".jsonl":
-            yield from file
-            return
-        held: list[str] = []
-
-        def lines() -> Iterator[str]:
-            for line in file:
-                held.append(line)
-                yield line
-
-        for _ in csv.reader(lines()):
-            yield "".join(held)
-            held.clear()
+        return list(csv.reader(file) if block.suffix == ".csv" else file)
 
 
 def _write_rows_of(block: Path, rows: list[int]) -> Path:
@@ -340,10 +326,10 @@ def _write_rows_of(block: Path, rows: list[int]) -> Path:
     if block.suffix == ".parquet":
         import pyarrow.parquet
 
-        with pyarrow.parquet.ParquetFile(block) as file:
-            pyarrow.parquet.write_table(file.read().take(rows), out)
+        pyarrow.parquet.write_table(_table(block).take(rows), out)
         return out
-    wanted = set(rows)
-    with out.open("w", newline="", encoding="utf-8") as text:
-        text.writelines(row for i, row in enumerate(_texts(block)) if i in wanted)
+    every = _rows(block)
+    with out.open("w", newline="", encoding="utf-8") as file:
+        write = csv.writer(file).writerows if block.suffix == ".csv" else file.writelines
+        write(every[i] for i in rows)
     return out

@@ -10,7 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -97,22 +97,6 @@ class Job:
         return [*self.plan.names, *(f"{name}_stderr" for name in self.plan.estimated)]
 
 
-@dataclass(frozen=True)
-class Report:
-    """Summary of a finished block."""
-
-    rows: int
-    valid: int  # rows with a finite value of every acquisition
-    errors: list[tuple[int, str]]  # line (or row) in the data and message, for rows that could not be scored
-    stats: dict[str, tuple[float, float, float]]  # acquisition -> sum, minimum, maximum over valid rows, if any
-    top: list[tuple[float, int, str]]  # highest rows by the first acquisition: value, row of the data from 0, text
-    new_rows: int  # scored since the last interruption
-    new_tokens: int
-    started: float  # seconds since the epoch
-    ended: float
-    worker: str  # host and process
-
-
 class BlockScorer:
     """Scores the blocks of a job."""
 
@@ -179,31 +163,31 @@ class BlockScorer:
         lists: dict[str, Sequence[Any]] = {}
         if job.keep_tokens:
             ids = [row.scored.tolist() for row in rows]
-            of_names = ([row_tokens[a] for row_tokens in tokens] for a in range(len(job.of_tokens)))
-            lists = dict(zip(job.token_columns, (ids, *of_names), strict=True))
+            lists = dict(zip(job.token_columns, (ids, *zip(*tokens, strict=True)), strict=True))
         table = _table(job, block, records, figures, lists, n_tokens, errors)
         write_block(self.parts.path(block.index), table, job.types)
         values = figures[:, : len(job.plan.names)]
         valid = np.flatnonzero(np.isfinite(values).all(axis=1))
         top = valid[np.argsort(-values[valid, 0], kind="stable")][:TOP_ROWS]
         columns = values[valid].astype(np.float64).T
-        report = Report(
-            rows=len(records),
-            valid=len(valid),
-            errors=[(records[i].line, message) for i, message in sorted(errors.items())],
-            stats={
+        report = {
+            "rows": len(records),
+            "valid": len(valid),  # rows with a finite value of every acquisition
+            "errors": [(records[i].line, message) for i, message in sorted(errors.items())],
+            "stats": {  # acquisition -> sum, minimum, maximum over valid rows, if any
                 name: (float(column.sum()), float(column.min()), float(column.max()))
                 for name, column in zip(job.plan.names, columns, strict=True)
                 if len(valid)
             },
-            top=[(float(values[i, 0]), block.start + int(i), shorten(records[i].values[job.shown])) for i in top],
-            new_rows=new_rows,
-            new_tokens=new_tokens,
-            started=started,
-            ended=time.time(),
-            worker=f"{platform.node()}:{os.getpid()}",
-        )
-        self.parts.finish(block.index, asdict(report))
+            # The highest rows by the first acquisition: value, row of the data from 0, text.
+            "top": [(float(values[i, 0]), block.start + int(i), shorten(records[i].values[job.shown])) for i in top],
+            "new_rows": new_rows,  # scored since the last interruption
+            "new_tokens": new_tokens,
+            "started": started,  # seconds since the epoch
+            "ended": time.time(),
+            "worker": f"{platform.node()}:{os.getpid()}",
+        }
+        self.parts.finish(block.index, report)
 
 
 def load_student(source: str, dtype: str | None, device: str | None) -> Student:
