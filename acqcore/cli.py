@@ -29,7 +29,7 @@ from acqcore.files.summary import Summary
 from acqcore.files.table import join, keep_top
 from acqcore.files.worker import ATTEMPTS, Job, write_failed
 from acqcore.literals import Reduction
-from acqcore.progress import Progress, print_table
+from acqcore.progress import print_table, progress_bar
 from acqcore.scoring.plan import Plan
 from acqcore.students.loading import DTYPES
 
@@ -231,7 +231,7 @@ def _run(
 ) -> int:
     pending = [block for block in blocks if not parts.finished(block.index)]
     n_rows, left = sum(block.rows for block in blocks), sum(block.rows for block in pending)
-    with Progress(n_rows, None if executor.reports else False, "rows") as bar:
+    with progress_bar(n_rows, None if executor.reports else False, "rows") as bar:
         bar.update(n_rows - left)
         try:
             executor.run(job, pending, bar.update)
@@ -293,8 +293,6 @@ def _prepare(options: argparse.Namespace) -> tuple[Job, list[Block], dict[str, A
         raise ValueError(f"student: expected a folder or hub id, {options.student} is a file")
     check_output(options.out, options.data, options.overwrite)
     data = data_files.local_file(options.data, options.data_config, options.split, Parts(options.out).folder)
-    if ".parquet" in (data.suffix, options.out.suffix or ".parquet"):
-        checks.installed("pyarrow", "parquet", "train")
     blocks, present = data_files.scan(data, options.block_rows, options.limit)
     if not blocks:
         raise ValueError(f"data: {options.data} has no rows")

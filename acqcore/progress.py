@@ -3,65 +3,52 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 _DELAY_S = 3.0  # delay before the bar appears by default
 
 
-class Progress:
-    """Reports progress on stderr.
+def progress_bar(total: int, show: bool | None, unit: str = "tokens") -> Any:
+    """A context whose ``update(done)`` counts ``done`` more units of work and reports the progress on stderr.
 
     Args:
         total: units of work.
         show: True or False; None shows the bar on terminals only, after a few seconds.
         unit: name of the unit.
     """
+    wanted = sys.stderr.isatty() if show is None else show
+    delay = _DELAY_S if show is None else 0.0
+    if wanted and importlib.util.find_spec("tqdm"):
+        from tqdm import tqdm  # type: ignore[import-untyped]
 
-    def __init__(self, total: int, show: bool | None, unit: str = "tokens") -> None:
-        wanted = sys.stderr.isatty() if show is None else show
-        delay = _DELAY_S if show is None else 0.0
-        self._bar: _Plain | None = None
-        if wanted and importlib.util.find_spec("tqdm"):
-            from tqdm import tqdm  # type: ignore[import-untyped]
-
-            self._bar = tqdm(total=total, desc="scoring", unit=f" {unit}", unit_scale=True, delay=delay)
-        elif wanted:
-            self._bar = _Plain(total, delay, unit)
-
-    def update(self, done: int) -> None:
-        """Count ``done`` more units."""
-        if self._bar is not None:
-            self._bar.update(done)
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        return tqdm(total=total, desc="scoring", unit=f" {unit}", unit_scale=True, delay=delay)
+    return _Plain(total, delay if wanted else math.inf, unit)
 
 
 class _Plain:
-    """One line, rewritten in place."""
+    """One line, rewritten in place, from ``delay`` seconds on."""
 
     def __init__(self, total: int, delay: float, unit: str) -> None:
-        self.total, self.unit, self.done, self.written = total, unit, 0, False
-        self.start = time.monotonic()
-        self.visible_from = self.start + delay
+        self.total, self.delay, self.unit = total, delay, unit
+        self.done, self.start, self.written = 0, time.monotonic(), False
 
     def update(self, done: int) -> None:
         self.done += done
-        now = time.monotonic()
-        if now >= self.visible_from:
-            rate = self.done / max(now - self.start, 1e-9)
-            print(
-                f"\rscoring: {self.done}/{self.total} {self.unit}, {rate:.0f}/s ", end="", file=sys.stderr, flush=True
-            )
+        seconds = time.monotonic() - self.start
+        if seconds >= self.delay:
+            rate = self.done / max(seconds, 1e-9)
+            line = f"\rscoring: {self.done}/{self.total} {self.unit}, {rate:.0f}/s "
+            print(line, end="", file=sys.stderr, flush=True)
             self.written = True
 
-    def close(self) -> None:
+    def __enter__(self) -> _Plain:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         if self.written:
             print(file=sys.stderr)
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from acqcore.progress import Progress
+from acqcore.progress import progress_bar
 
 
 @pytest.fixture(params=["tqdm", "plain"])
@@ -19,7 +19,7 @@ def bar(request, monkeypatch):
 
 
 def test_shown_when_asked(bar, capsys):
-    with Progress(200, True, "rows") as progress:
+    with progress_bar(200, True, "rows") as progress:
         progress.update(150)
         progress.update(50)
     error = capsys.readouterr().err
@@ -29,17 +29,17 @@ def test_shown_when_asked(bar, capsys):
 
 def test_silent_when_not_asked_or_no_terminal(bar, capsys):
     for show in (False, None):
-        with Progress(2, show) as progress:
+        with progress_bar(2, show) as progress:
             progress.update(2)
     assert capsys.readouterr().err == ""
 
 
 def test_on_a_terminal_only_what_takes_long(bar, capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with Progress(2, None) as progress:
+    with progress_bar(2, None) as progress:
         progress.update(2)
     assert capsys.readouterr().err == ""
     monkeypatch.setattr("acqcore.progress._DELAY_S", 0.0)
-    with Progress(2, None) as progress:
+    with progress_bar(2, None) as progress:
         progress.update(2)
     assert "scoring" in capsys.readouterr().err

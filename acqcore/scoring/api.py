@@ -11,7 +11,7 @@ from acqcore import checks
 from acqcore.backends import backends
 from acqcore.defaults import standard_defaults
 from acqcore.literals import Reduction
-from acqcore.progress import Progress
+from acqcore.progress import progress_bar
 from acqcore.scores import Scores
 from acqcore.scoring.plan import AcquisitionArgs, Plan
 from acqcore.students.samples import Sample, Samples, check_errors, in_chunks
@@ -104,7 +104,7 @@ def score(
         tokens: dict[str, list[torch.Tensor]] = {name: [torch.empty(0)] * len(rows) for name in plan.of_tokens}
         sketches = {need: torch.zeros(len(rows), *need.shape) for need in plan.set_needs}
         stderr = {name: torch.full((len(rows),), torch.nan) for name in plan.estimated}
-        with Progress(sum(len(row.ids) for row in rows), progress) as bar:
+        with progress_bar(sum(len(row.ids) for row in rows), progress) as bar:
             for batch in plan.batches(runner, rows):
                 values[:, batch.indices] = batch.values
                 for need, of_samples in batch.sketches.items():
