@@ -74,14 +74,11 @@ def from_runs(shape: Shape, work: Work, runs: Sequence[Run], devices: int, on_cp
     ]
     blocks, rest = _row_seconds(runs, shape.blocks)
     start, loads = runs[0].start_seconds, [run.load_seconds for run in runs if run.load_seconds is not None]
-    if loads:
-        load = _at(depths, shape.blocks, loads)
-        loading = Figure("loading", load, "s", source, measured.split(",")[0])
-    else:
-        load, loading = None, Figure("loading", None, "s", "not known", "no local weights")
+    load = _at(depths, shape.blocks, loads) if loads else None
+    of_loading = (source, measured.split(",")[0]) if loads else ("not known", "no local weights")
     time = [
         Figure("start", start, "s", MEASURED, "Python and the libraries"),
-        loading,
+        Figure("loading", load, "s", *of_loading),
         Figure("a batch, in the blocks", blocks * work.batch_rows, "s", source, measured),
         Figure("a batch, in embedding and head", rest * work.batch_rows, "s", source, measured),
     ]

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import tempfile
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from acqcore.costs import worker
 from acqcore.costs.shape import Shape, shape_of, with_blocks
 from acqcore.costs.work import Work, activation_bytes, passes
 
@@ -48,32 +46,41 @@ def measure(source: str, config: Any, shape: Shape, work: Work, device: str, thr
     Raises:
         ValueError: the two do not fit into free memory. RuntimeError: a measurement failed.
     """
+    if device == "cpu" and not Path("/proc/self/clear_refs").exists():
+        raise RuntimeError(
+            "memory is measured through Linux's /proc, which is not here; give the device's --flops and --bandwidth"
+        )
     dtype = getattr(torch, shape.dtype)
     low = work.fewest_blocks
     depths = [low] if low == shape.blocks else [low, _deeper(config, shape, work, device)]
     shapes = [shape_of(with_blocks(config, blocks), dtype) for blocks in depths]
+    work = replace(work)  # without its plan, which may not pickle
+    spawn = get_context("spawn")
     with ExitStack() as stack:
-        workers = []
+        models, loaded = [], []
         for small in shapes:
-            worker = _Worker(source, small, work, device, threads)
-            stack.callback(worker.close)
-            worker.loaded()  # one after the other, because loading is timed
-            workers.append(worker)
-        for worker in workers:
-            worker.score(1)  # to warm up
-        per_row = sum(worker.score(1)[0] for worker in workers)
+            model, other = spawn.Pipe()
+            models.append(stack.enter_context(model))  # closing it ends the process
+            arguments = other, source, small, work, device, threads, time.time()
+            spawn.Process(target=worker.serve, args=arguments, daemon=True).start()
+            other.close()
+            loaded.append(_reply(model))  # one after the other, because loading is timed
+        for model in models:
+            _score(model, 1)  # to warm up
+        per_row = sum(_score(model, 1)[0] for model in models)
         rows = min(work.batch_rows, max(2, int(BUDGET_S / TURNS / per_row)))
         fewer_rows = max(1, rows // 2)
-        fewer_peaks = [worker.score(fewer_rows)[1] for worker in workers]
-        turns = [[worker.score(rows) for worker in workers] for _ in range(TURNS)]
+        fewer_peaks = [_score(model, fewer_rows)[1] for model in models]
+        turns = [[_score(model, rows) for model in models] for _ in range(TURNS)]
         # A full batch, if the budget allows; with the smaller model only, unless blocks keep activations.
-        full = workers if passes(shape, work).kept_blocks else workers[:1]
+        full = len(models) if passes(shape, work).kept_blocks else 1
         if rows == work.batch_rows or per_row * work.batch_rows > BUDGET_S:
-            full = []
-        full_peaks = {worker: worker.score(work.batch_rows)[1] for worker in full}
+            full = 0
+        full_peaks = [_score(model, work.batch_rows)[1] for model in models[:full]]
     runs = []
-    for i, (small, worker) in enumerate(zip(shapes, workers, strict=True)):
+    for i, small in enumerate(shapes):
         peak = max(turn[i][1] for turn in turns)
+        full_peak = full_peaks[i] if i < full else None
         runs.append(
             Run(
                 blocks=small.blocks,
@@ -82,14 +89,29 @@ def measure(source: str, config: Any, shape: Shape, work: Work, device: str, thr
                 peak=peak,
                 fewer_rows=fewer_rows,
                 fewer_peak=fewer_peaks[i],
-                full_peak=peak if rows == work.batch_rows else full_peaks.get(worker),
+                full_peak=peak if rows == work.batch_rows else full_peak,
                 weight_bytes=small.weight_bytes,
-                libraries=worker.libraries,
-                start_seconds=worker.start_seconds,
-                load_seconds=worker.load_seconds,
+                **loaded[i],
             )
         )
     return runs
+
+
+def _score(model: Connection, rows: int) -> tuple[float, int]:
+    """Seconds and peak bytes of scoring ``rows`` rows."""
+    model.send(rows)
+    seconds, peak = _reply(model)
+    return seconds, peak
+
+
+def _reply(model: Connection) -> Any:
+    try:
+        reply = model.recv()
+    except EOFError:
+        raise RuntimeError("measuring failed: a process died, usually for lack of memory") from None
+    if isinstance(reply, str):
+        raise RuntimeError(f"measuring failed: {reply}")
+    return reply
 
 
 def _deeper(config: Any, shape: Shape, work: Work, device: str) -> int:
@@ -118,88 +140,4 @@ def free_bytes(device: str) -> int:
     """Bytes that can still be allocated on a device."""
     if device != "cpu":
         return torch.cuda.mem_get_info(device)[0]
-    return bytes_of("meminfo", "MemAvailable")
-
-
-class _Worker:
-    """The process of one small model."""
-
-    def __init__(self, source: str, shape: Shape, work: Work, device: str, threads: int | None) -> None:
-        spec = {
-            "source": source,
-            "weights": any(Path(source).glob("*.safetensors")),  # a local directory's
-            "blocks": shape.blocks,
-            "dtype": shape.dtype,
-            "device": device,
-            **{key: value for key, value in asdict(work).items() if key != "rows"},
-        }
-        environment = dict(os.environ)
-        if threads is not None:
-            environment["OMP_NUM_THREADS"] = str(threads)
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        self._start = time.time()
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "acqcore.costs.worker", json.dumps(spec)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, env=environment,
-        )  # fmt: skip
-
-    def loaded(self) -> None:
-        """Wait for the model."""
-        facts = self._reply()
-        self.libraries = int(facts["libraries"])
-        self.load_seconds: float | None = facts["load_seconds"]
-        self.start_seconds = float(facts["imported_at"]) - self._start
-
-    def score(self, rows: int) -> tuple[float, int]:
-        """Seconds and peak bytes of scoring ``rows`` rows."""
-        assert self._process.stdin is not None
-        print(rows, file=self._process.stdin, flush=True)
-        facts = self._reply()
-        return facts["seconds"], facts["peak"]
-
-    def _reply(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            self._errors.seek(0)
-            said = self._errors.read().strip().splitlines()
-            raise RuntimeError(
-                f"the measuring process ended with status {self._process.wait()}"
-                + (f": {said[-1]}" if said else "; on Linux, -9 usually means out of memory")
-            )
-        facts: dict[str, Any] = json.loads(line)
-        if "error" in facts:
-            raise RuntimeError(f"measuring failed: {facts['error']}")
-        return facts
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.communicate()
-        self._errors.close()
-
-
-def bytes_of(file: str, field: str) -> int:
-    """A field of ``meminfo`` or ``self/status``."""
-    try:
-        lines = (Path("/proc", file)).read_text().splitlines()
-    except OSError as error:
-        raise _unmeasured(error) from error
-    for line in lines:
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/{file} has no {field}")
-
-
-def reset_peak() -> None:
-    """Reset the peak of resident memory to the current value."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError as error:
-        raise _unmeasured(error) from error
-
-
-def _unmeasured(error: OSError) -> RuntimeError:
-    return RuntimeError(
-        f"memory is measured through Linux's /proc, which failed ({error.strerror}); give the device's --flops and "
-        "--bandwidth instead"
-    )
+    return worker.bytes_of("meminfo", "MemAvailable")
