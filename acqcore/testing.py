@@ -7,7 +7,7 @@ contract and do not depend on the input dtype, because products always accumulat
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -54,10 +54,7 @@ class Case:
             return out.copy_(tensor)
 
         bias = None if self.head.bias is None else self.head.bias.to(device)
-        head = Head(
-            convert(self.head.weight), bias, self.head.softcap, self.head.scale,
-            self.head.vocab_start, self.head.vocab_size,
-        )  # fmt: skip
+        head = replace(self.head, weight=convert(self.head.weight), bias=bias)
         targets = None if self.targets is None else self.targets.to(device)
         return Case(convert(self.hidden), head, targets, self.temperature)
 
@@ -125,7 +122,7 @@ def _absent_columns(v: int, begin: int, end: int) -> Case:
     assert case.head.bias is not None
     assert case.targets is not None
     case.head.bias[begin:end] = -torch.inf
-    return Case(case.hidden, case.head, torch.where((case.targets >= begin) & (case.targets < end), 0, case.targets))
+    return replace(case, targets=case.targets.where((case.targets < begin) | (case.targets >= end), 0))
 
 
 def _strided() -> Case:

@@ -28,10 +28,10 @@ TOO_DEEP = "not JSON: maximum recursion depth" if sys.version_info < (3, 13) els
 
 def read_all(path: Path, block_rows: int = 4096, limit: int | None = None) -> list[Record]:
     """The file's rows, read block by block from the last block to the first."""
-    blocks, columns = scan(path, block_rows, limit)
+    blocks, _ = scan(path, block_rows, limit)
     assert [block.index for block in blocks] == list(range(len(blocks)))
     assert [block.start for block in blocks] == [i * block_rows for i in range(len(blocks))]
-    reader = Reader(path, columns)
+    reader = Reader(path)
     pieces = [reader.read(block) for block in reversed(blocks)]
     assert [len(piece) for piece in pieces] == [block.rows for block in reversed(blocks)]
     return [record for piece in reversed(pieces) for record in piece]
@@ -193,22 +193,22 @@ def test_a_damaged_parquet_is_read_or_names_itself(tmp_path):
 
 
 def test_parquet_blocks_in_any_order(tmp_path, monkeypatch):
-    """Blocks span row groups and decoded batches; only the requested columns are read."""
+    """Blocks span row groups and decoded batches."""
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     monkeypatch.setattr("acqcore.files.data._READ_ROWS", 3)
     table = pyarrow.table({"text": [str(i) for i in range(20)], "other": list(range(20))})
     parquet.write_table(table, tmp_path / "data.parquet", row_group_size=7)
-    reader = Reader(tmp_path / "data.parquet", ["text"])
+    reader = Reader(tmp_path / "data.parquet")
     for start, rows in ((5, 11), (16, 4), (17, 2), (0, 20), (18, 1)):
         records = reader.read(Block(index=0, start=start, rows=rows, line=start + 1, offset=0))
-        assert records == [Record(i + 1, {"text": str(i)}) for i in range(start, start + rows)]
+        assert records == [Record(i + 1, {"text": str(i), "other": i}) for i in range(start, start + rows)]
 
 
 def test_a_parquet_is_read_again_after_an_error(tmp_path, monkeypatch):
     pytest.importorskip("pyarrow")
     write_block(tmp_path / "data.parquet", {"text": [str(i) for i in range(5)]})
-    reader = Reader(tmp_path / "data.parquet", ["text"])
+    reader = Reader(tmp_path / "data.parquet")
     blocks, _ = scan(tmp_path / "data.parquet", 2, None)
     assert [record.values["text"] for record in reader.read(blocks[0])] == ["0", "1"]
     with monkeypatch.context() as patch:
@@ -344,10 +344,10 @@ def test_equal_names_of_columns(suffix, block_rows, tmp_path):
 def test_a_file_that_lost_rows(content, tmp_path):
     path = tmp_path / ("data.csv" if content[0] == "t" else "data.jsonl")
     path.write_text(content + content)
-    [block], columns = scan(path, 10, None)
+    [block], _ = scan(path, 10, None)
     path.write_text(content)
     with pytest.raises(ValueError, match=r"data\.(csv|jsonl): has fewer rows than when the run began"):
-        Reader(path, columns).read(block)
+        Reader(path).read(block)
 
 
 @pytest.mark.parametrize("block_rows", [1, 2, 10])

@@ -124,16 +124,13 @@ def _deeper(config: Any, shape: Shape, work: Work, device: str) -> int:
         both = [shape_of(with_blocks(config, n), dtype) for n in (low, blocks)]
         return sum(small.weight_bytes + activation_bytes(small, work, device == "cpu") for small in both)
 
-    for blocks in range(min(low + 3, shape.blocks), low + 1, -1):
+    for blocks in range(min(low + 3, shape.blocks), low, -1):
         if needed(blocks) <= room:
             return blocks
-    if needed(low + 1) > room:
-        raise ValueError(
-            f"plan: measuring models of {low} and {low + 1} blocks with a batch needs {needed(low + 1) / 2**30:.2f} "
-            f"GiB, but {room / 2**30:.2f} GiB are available; lower --batch-tokens, or give a device's --flops and "
-            "--bandwidth"
-        )
-    return low + 1
+    raise ValueError(
+        f"plan: measuring models of {low} and {low + 1} blocks with a batch needs {needed(low + 1) / 2**30:.2f} GiB, "
+        f"but {room / 2**30:.2f} GiB are available; lower --batch-tokens, or give a device's --flops and --bandwidth"
+    )
 
 
 def free_bytes(device: str) -> int:

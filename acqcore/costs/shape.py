@@ -71,7 +71,9 @@ def shape_of(config: Any, dtype: torch.dtype) -> Shape:
     model.tie_weights()  # transformers 5.0 leaves it out for tensors without data
     student = Student.from_model(model, verify=False)
     text = config.get_text_config()
-    blocks = _blocks(model.get_decoder(), text.num_hidden_layers)
+    # A model without weights cannot run to find its blocks.
+    lists = (module for module in model.get_decoder().modules() if isinstance(module, torch.nn.ModuleList))
+    blocks = list(next((modules for modules in lists if len(modules) == text.num_hidden_layers), []))
     checks.some_blocks(len(blocks))
     head = student.head.weight
     per_block = [sum(p.numel() for p in block.parameters()) for block in blocks]
@@ -96,11 +98,3 @@ def shape_of(config: Any, dtype: torch.dtype) -> Shape:
         head_bytes=head.numel() * head.element_size(),
         tied=model.get_output_embeddings().weight is model.get_input_embeddings().weight,
     )
-
-
-def _blocks(trunk: torch.nn.Module, count: int) -> list[torch.nn.Module]:
-    """The module list with ``count`` entries, because a model without weights cannot run to find its blocks."""
-    for module in trunk.modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
-            return list(module)
-    return []

@@ -158,7 +158,7 @@ def _read(options: argparse.Namespace, data: Path) -> _Pool:
     for column in (_RANK, *([options.signal] if options.student is not None else [])):
         if column in present:
             raise ValueError(f"data: the column {column!r} has the name of an output column; rename it")
-    reader = data_files.Reader(data, present)
+    reader = data_files.Reader(data)
     pool = _Pool([record for block in blocks for record in reader.read(block)], present)
     if options.student is None:
         _read_column(options, pool)

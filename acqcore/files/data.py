@@ -143,21 +143,16 @@ def records(path: str | os.PathLike[str]) -> Iterator[Record]:
         with _open(path) as (found, _):
             yield from found
         return
-    blocks, columns = _scan_parquet(path, _READ_ROWS, None)
-    reader = Reader(path, columns)
-    for block in blocks:
+    reader = Reader(path)
+    for block in _scan_parquet(path, _READ_ROWS, None)[0]:
         yield from reader.read(block)
 
 
 class Reader:
-    """Reads blocks of a file. Parquet blocks are cheapest to read in order, as skipped rows are decoded too.
+    """Reads blocks of a file. Parquet blocks are cheapest to read in order, as skipped rows are decoded too."""
 
-    Args:
-        columns: columns to read from parquet; other formats are read in full.
-    """
-
-    def __init__(self, path: Path, columns: Collection[str]) -> None:
-        self.path, self.columns = path, list(columns)
+    def __init__(self, path: Path) -> None:
+        self.path = path
         self._batches: Iterator[Any] | None = None
         self._batch: Any = None  # last decoded parquet batch
         self._first = 0  # its first row
@@ -178,7 +173,7 @@ class Reader:
 
     def _read_parquet(self, block: Block) -> list[Record]:
         if self._batches is None or block.start < self._first:
-            self._batches = _parquet_batches(self.path, self.columns)
+            self._batches = _parquet_batches(self.path)
             self._first, self._batch = 0, next(self._batches)
         records: list[Record] = []
         while len(records) < block.rows:
@@ -214,17 +209,13 @@ def _parquet_records(batch: Any, line: int) -> list[Record]:
         return [record for i in range(batch.num_rows) for record in _parquet_records(batch.slice(i, 1), line + i)]
 
 
-def _parquet_batches(path: Path, columns: list[str]) -> Iterator[Any]:
+def _parquet_batches(path: Path) -> Iterator[Any]:
     import pyarrow.parquet
 
     # Without both settings a row group's whole column is kept: 98 MiB instead of 4 for a million 100-byte texts.
     with _named(path), pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=_READ_BYTES) as file:
-        names = distinct(file.schema_arrow.names)
-        if names == file.schema_arrow.names:
-            yield from file.iter_batches(_READ_ROWS, columns=columns)
-        else:  # duplicate names cannot be selected before renaming
-            for batch in file.iter_batches(_READ_ROWS):
-                yield batch.rename_columns(names).select(columns)
+        for batch in file.iter_batches(_READ_ROWS):
+            yield batch.rename_columns(distinct(batch.schema.names))
     raise ValueError(f"{path}: not readable: it has fewer rows than its metadata says")
 
 

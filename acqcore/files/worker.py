@@ -108,7 +108,7 @@ class BlockScorer:
             raise ValueError(f"student: the tokenizer of {job.student} has no chat template, which messages require")
         self.runner = job.plan.runner(self.student)
         checks.max_length(job.max_length, self.runner.limit)
-        self.reader = Reader(job.data, job.kept)
+        self.reader = Reader(job.data)
 
     def complete(self, block: Block, on_rows: Callable[[int], None] = lambda n: None) -> None:
         """Complete a block, or give it up after ``ATTEMPTS`` attempts, including those of killed processes.
@@ -205,7 +205,7 @@ def load_student(source: str, dtype: str | None, device: str | None) -> Student:
 def write_failed(job: Job, block: Block, reason: str) -> None:
     """Write the rows of a block that was given up, without values."""
     try:
-        records = Reader(job.data, job.kept).read(block)
+        records = Reader(job.data).read(block)
     except Exception:  # possibly the reason why the block failed
         records = [Record(block.line + i, {}) for i in range(block.rows)]
     figures = np.full((block.rows, len(job.measured)), np.nan, dtype=np.float32)
