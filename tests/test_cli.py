@@ -208,6 +208,9 @@ def test_the_highest_rows(suffix, command, tmp_path, capsys, read):
     expected = sorted(highest, key=lambda row: int(row["row"]))
     assert [(int(row["row"]), row["text"]) for row in read(top)] == [(int(row["row"]), row["text"]) for row in expected]
     assert list(read(top)[0]) == list(expected[0])
+    none = tmp_path / f"none.{suffix}"
+    assert main(command(rows[1:2], out=none, top_k=3)) == 1
+    assert read(none) == []
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv"])

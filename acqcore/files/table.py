@@ -326,7 +326,7 @@ def _write_rows_of(block: Path, rows: list[int]) -> Path:
     if block.suffix == ".parquet":
         import pyarrow.parquet
 
-        pyarrow.parquet.write_table(_table(block).take(rows), out)
+        pyarrow.parquet.write_table(_table(block).take(pyarrow.array(rows, pyarrow.int64())), out)  # also of no rows
         return out
     every = _rows(block)
     with out.open("w", newline="", encoding="utf-8") as file:
