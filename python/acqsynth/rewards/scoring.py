@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -90,7 +90,7 @@ class Scorer:
         self.acquisitions = tuple(acquisitions)
         self.domain = domain
         self.arguments = dict(arguments or {})
-        checked = self._placeheld()
+        checked = self._arguments(_placeholder)
         acqcore.check_request(
             acquisitions, checked, reduction=reduction, batch_tokens=batch_tokens, backend=backend, device=device
         )
@@ -106,15 +106,13 @@ class Scorer:
         self._shared: SharedStudent | None = None
         self._special: frozenset[str] | None = None
 
-    def _placeheld(self) -> dict[str, dict[str, Any]]:
-        """The arguments, with a placeholder for reference samples, whose gradient is computed on the first call."""
+    def _arguments(self, reference: Callable[..., acqcore.Reference]) -> dict[str, dict[str, Any]]:
+        """The arguments for ``acqcore.score``; ``reference`` maps influence's reference samples and their options."""
         given = {name: dict(options) for name, options in self.arguments.items() if options}
         influence = given.get("influence", {})
         if "reference" in influence and not isinstance(influence["reference"], acqcore.Reference):
-            made: dict[str, Any] = {"parameters": "all", "dim": 1, "seed": 0}
-            made |= {name: influence.pop(name) for name in REFERENCE if name in influence}
-            mean = torch.ones(max(0, made["dim"]) if isinstance(made["dim"], int) else 0)
-            influence["reference"] = acqcore.Reference(mean, 1, made["parameters"], made["seed"], "mean", {})
+            options = {name: influence.pop(name) for name in REFERENCE if name in influence}
+            influence["reference"] = reference(influence["reference"], **options)
         return given
 
     def _opened(self, acquisition: str, given: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -179,48 +177,39 @@ class Scorer:
         samples = listed(samples)
         if not samples:
             return Scored({name: [] for name in self.acquisitions}, [], {})
+        errors: dict[int, str] = {}
         with _scoring:
             student = self._student()
             tokenizer = self.tokenizer or student.tokenizer
             passes = self._passes(student, tokenizer)
-            rows, scorable = self._encoded(samples, student, tokenizer, passes["max_length"])
+            rows = self._rows(samples, tokenizer)
+
+            def reference(samples: Sequence[Any], **options: Any) -> acqcore.Reference:
+                if self._reference is None:
+                    aim = self._rows(samples, tokenizer)
+                    self._reference = acqcore.influence_reference(student, aim, **options, **passes)
+                return self._reference
+
             scores = acqcore.score(
                 student,
-                [rows[i] for i in scorable],
+                rows,
                 self.acquisitions,
-                acquisition_args=self._arguments(student, tokenizer),
+                acquisition_args=self._arguments(reference),
                 reduction=self.reduction,
                 progress=False,
+                errors=errors,
                 **passes,
             )
-        n = len(samples)
-        counts = dict(zip(scorable, scores.n_tokens.tolist(), strict=True))
-        return Scored(
-            {name: _placed(scores[name], scorable, n) for name in self.acquisitions},
-            [counts.get(i, 0) for i in range(n)],
-            {name: _placed(errors, scorable, n) for name, errors in scores.stderr.items()},
-        )
-
-    def _encoded(
-        self, samples: Sequence[Any], student: acqcore.Student, tokenizer: Any, max_length: int
-    ) -> tuple[list[acqcore.Row], list[int]]:
-        """Rows of n samples, and the indices of those that can be scored."""
-        given = self._rows(samples, tokenizer)
-        errors: dict[int, str] = {}
-        rows = acqcore.encode(
-            given,
-            tokenizer,
-            vocab_size=student.head.vocab_size,
-            limit=student.max_length,
-            max_length=max_length,
-            errors=errors,
-        )
         for i, message in errors.items():
             if message.startswith("tokenizer: "):
                 raise ValueError(message)
-            if not isinstance(given[i], str):  # plain text of one token has nothing to score
+            if not isinstance(rows[i], str):  # plain text of one token has nothing to score
                 logger.warning("%s: samples[%d] cannot be scored: %s", self.name, i, message)
-        return rows, [i for i in range(len(rows)) if i not in errors]
+        return Scored(
+            {name: finite(scores[name]) for name in self.acquisitions},
+            scores.n_tokens.tolist(),
+            {name: finite(column) for name, column in scores.stderr.items()},
+        )
 
     def _passes(self, student: acqcore.Student, tokenizer: Any) -> dict[str, Any]:
         return {
@@ -235,17 +224,6 @@ class Scorer:
             return samples
         chat = getattr(tokenizer, "chat_template", None) is not None
         return [training_row(self.domain, sample, chat) for sample in samples]
-
-    def _arguments(self, student: acqcore.Student, tokenizer: Any) -> dict[str, Mapping[str, Any]] | None:
-        arguments = {name: given for name, given in self.arguments.items() if given}
-        influence = dict(arguments.get("influence", {}))
-        if influence and not isinstance(influence["reference"], acqcore.Reference):
-            made = {name: influence.pop(name) for name in REFERENCE if name in influence}
-            if self._reference is None:
-                rows = self._rows(influence["reference"], tokenizer)
-                self._reference = acqcore.influence_reference(student, rows, **made, **self._passes(student, tokenizer))
-            arguments["influence"] = {**influence, "reference": self._reference}
-        return arguments or None
 
     def _named(self) -> Any:
         """The student as given, or the one that the environment names."""
@@ -271,15 +249,17 @@ class Scorer:
         return student if isinstance(student, acqcore.Student) else acqcore.Student.from_model(student)
 
 
-def _placed(
-    values: torch.Tensor,  # [m]
-    indices: Sequence[int],  # [m]
-    n: int,
+def _placeholder(samples: Any, parameters: Any = "all", dim: Any = 1, seed: Any = 0) -> acqcore.Reference:
+    """Carries the options of a reference whose gradient is computed on the first call, so that they can be checked."""
+    mean = torch.ones(max(0, dim) if isinstance(dim, int) else 0)
+    return acqcore.Reference(mean, 1, parameters, seed, "mean", {})
+
+
+def finite(
+    column: torch.Tensor,  # [n]
 ) -> list[float | None]:
-    """Places the values at their indices in a list of n; None elsewhere and where not finite."""
-    found: dict[int, float] = dict(zip(indices, values.tolist(), strict=True))
-    columns = (found.get(i, math.nan) for i in range(n))
-    return [value if math.isfinite(value) else None for value in columns]
+    """The values; None where not finite."""
+    return [value if math.isfinite(value) else None for value in column.tolist()]
 
 
 def training_row(domain: Domain, sample: Sample, chat: bool) -> dict[str, Any]:

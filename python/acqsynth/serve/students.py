@@ -6,7 +6,6 @@ import asyncio
 import functools
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import acqcore
 from acqcore import Reduction
 from acqcore.students.samples import EMPTY
 from acqcore.students.tables import kind_of
+from acqsynth.rewards.scoring import finite
 from acqsynth.serve.middleware import ServiceError
 from acqsynth.serve.options import Limits
 
@@ -59,33 +59,19 @@ class Loaded:
             if (other := kind_of_sample(sample)) not in (None, kind):
                 expected, got = (" and ".join(keys or ()) or "a string" for keys in (kind, other))
                 errors.setdefault(i, f"expected {expected} as in the samples before it, got {got}")
-        rows = [EMPTY] * len(samples)
-
-        def encode(picked: list[int]) -> None:
-            faults: dict[int, str] = {}
-            found = acqcore.encode(
-                [samples[i] for i in picked],
-                self.student.tokenizer,
-                vocab_size=self.vocab_size,
-                limit=limit,
-                max_length=None if max_length is None else min(max_length, limit),
-                errors=faults,
-            )
-            for k, i in enumerate(picked):
-                rows[i] = found[k]
-                if k in faults:
-                    errors[i] = faults[k]
-
         fit = [i for i in range(len(samples)) if i not in errors]
-        try:
-            encode(fit)
-        except Exception:  # templates and tokenizers raise arbitrary exceptions
-            for i in fit:
-                try:
-                    encode([i])
-                except Exception as error:
-                    errors[i] = f"{type(error).__name__}: {error}"[:500]
-        return rows, errors
+        faults: dict[int, str] = {}
+        found = acqcore.encode(
+            [samples[i] for i in fit],
+            self.student.tokenizer,
+            vocab_size=self.vocab_size,
+            limit=limit,
+            max_length=None if max_length is None else min(max_length, limit),
+            errors=faults,
+        )
+        errors |= {fit[k]: message for k, message in faults.items()}
+        rows = dict(zip(fit, found, strict=True))
+        return [rows.get(i, EMPTY) for i in range(len(samples))], errors
 
 
 def kind_of_sample(sample: Any) -> Kind | None:
@@ -122,18 +108,12 @@ class Question:
             backend=backend,
             progress=False,
         )
-        columns = [_finite(scores[name]) for name in self.acquisitions]
-        errors = {name: _finite(column) for name, column in scores.stderr.items()}
+        columns = [finite(scores[name]) for name in self.acquisitions]
+        errors = {name: finite(column) for name, column in scores.stderr.items()}
         return [
             Values(row, {name: column[i] for name, column in errors.items()})
             for i, row in enumerate(zip(*columns, strict=True))
         ]
-
-
-def _finite(
-    column: torch.Tensor,  # [n]
-) -> list[float | None]:
-    return [value if math.isfinite(value) else None for value in column.tolist()]
 
 
 class Students:
