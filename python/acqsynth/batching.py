@@ -15,7 +15,8 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 from weakref import WeakSet
@@ -37,20 +38,15 @@ class _Job:
     future: Future[list[Any]]
     results: list[Any]
     left: int
-    finished: bool = False
 
     def finish(self, error: BaseException | None = None) -> None:
-        """Resolves the future unless it was cancelled. Only the first call counts: a second batch of the request may
-        fail before its queued items are dropped."""
-        if self.finished:
-            return
-        self.finished = True
-        if not self.future.set_running_or_notify_cancel():
-            return
-        if error is None:
-            self.future.set_result(self.results)
-        else:
-            self.future.set_exception(error)
+        """Resolves the future, unless it was cancelled or a batch of the request failed before: a second one may fail
+        before its queued items are dropped."""
+        with suppress(InvalidStateError):
+            if error is None:
+                self.future.set_result(self.results)
+            else:
+                self.future.set_exception(error)
 
 
 @dataclass(order=True)

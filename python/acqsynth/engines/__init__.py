@@ -6,7 +6,7 @@ import inspect
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import Any, ClassVar
 
@@ -192,14 +192,16 @@ def where_room(
     ids: list[list[int]],
     limit: int | None,
     sampling: Sampling,
-    draw: Callable[[list[list[int]]], list[list[Completion]]],
+    draw: Callable[[list[list[int]], Sampling], list[list[Completion]]],
 ) -> list[list[Completion]]:
-    """``draw``'s completions of the prompts that leave room for one; empty, unfinished ones of the others."""
+    """``draw``'s completions of the prompts that leave room for one; empty, unfinished ones of the others. Greedy ones
+    are drawn once and repeated."""
+    once = replace(sampling, n=1) if sampling.temperature == 0 else sampling
     fits = leave_room(ids, 1, limit)
     rows = [row for row, fit in zip(ids, fits, strict=True) if fit]
-    drawn = iter(draw(rows) if rows else [])
-    empty = Completion("", [], False, *(([], []) if sampling.top2 else ()))
-    return [next(drawn) if fit else [empty] * sampling.n for fit in fits]
+    drawn = iter(draw(rows, once) if rows else [])
+    empty = [Completion("", [], False, *(([], []) if sampling.top2 else ()))] * once.n
+    return [(next(drawn) if fit else empty) * (sampling.n // once.n) for fit in fits]
 
 
 def eos_ids(tokenizer: Any, generation_config: Any) -> list[int]:

@@ -84,7 +84,7 @@ class TransformersEngine(Engine):
             ValueError: an empty prompt, or a token outside the model's vocabulary.
         """
         limit = self._limit()
-        return where_room(self._encoded(prompts), limit, sampling, partial(self._draw, sampling, limit))
+        return where_room(self._encoded(prompts), limit, sampling, partial(self._draw, limit))
 
     def _encoded(self, prompts: Sequence[str | Messages]) -> list[list[int]]:
         ids = encode(self.tokenizer, prompts)
@@ -94,10 +94,8 @@ class TransformersEngine(Engine):
     def _limit(self) -> int | None:
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
-    def _draw(self, sampling: Sampling, limit: int | None, ids: list[list[int]]) -> list[list[Completion]]:
-        greedy = sampling.temperature == 0
-        draws = 1 if greedy else sampling.n
-        rows = [row for row in ids for _ in range(draws)]
+    def _draw(self, limit: int | None, ids: list[list[int]], sampling: Sampling) -> list[list[Completion]]:
+        rows = [row for row in ids for _ in range(sampling.n)]
         room = [min(sampling.max_tokens, limit - len(row)) if limit else sampling.max_tokens for row in rows]
         eos = eos_ids(self.tokenizer, self.model.generation_config)
         done: dict[int, Completion] = {}
@@ -106,8 +104,7 @@ class TransformersEngine(Engine):
                 torch.manual_seed(derived_seed(sampling.seed, number))
                 drawn = self._batch([rows[i] for i in batch], room[batch[0]], sampling, eos)
                 done.update(zip(batch, drawn, strict=True))
-        groups = [[done[i * draws + draw] for draw in range(draws)] for i in range(len(ids))]
-        return [group * sampling.n for group in groups] if greedy else groups
+        return [[done[i * sampling.n + draw] for draw in range(sampling.n)] for i in range(len(ids))]
 
     def logprobs(self, prompts: Sequence[str | Messages], texts: Sequence[str], at_once: int = 32) -> list[list[float]]:
         """Log-probability of each of m texts, including the end token, as the completion of each of n prompts. The end

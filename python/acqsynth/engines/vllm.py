@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,20 +72,19 @@ class VllmEngine(Engine):
     def generate(self, prompts: Sequence[str | Messages], sampling: Sampling) -> list[list[Completion]]:
         """As in :class:`Engine`."""
         limit = self.llm.llm_engine.model_config.max_model_len
-        return where_room(encode(self.tokenizer, prompts), limit, sampling, partial(self._draw, sampling))
+        return where_room(encode(self.tokenizer, prompts), limit, sampling, self._draw)
 
-    def _draw(self, sampling: Sampling, ids: list[list[int]]) -> list[list[Completion]]:
+    def _draw(self, ids: list[list[int]], sampling: Sampling) -> list[list[Completion]]:
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
 
         # vLLM varies the seed across the draws of one prompt, but two prompts with equal seeds would share their draws.
         seeds = numpy.random.SeedSequence(sampling.seed).generate_state(len(ids)).tolist()
-        greedy = sampling.temperature == 0
         outputs = self.llm.generate(
             [TokensPrompt(prompt_token_ids=row) for row in ids],
             [
                 SamplingParams(
-                    n=1 if greedy else sampling.n,  # vLLM rejects several greedy draws
+                    n=sampling.n,
                     temperature=sampling.temperature,
                     top_p=sampling.top_p,
                     max_tokens=sampling.max_tokens,
@@ -100,14 +98,13 @@ class VllmEngine(Engine):
             use_tqdm=False,
             lora_request=self.lora,
         )
-        groups = [
+        return [
             [
                 completion(self.tokenizer, draw.token_ids, self.eos, *_logprobs(draw.token_ids, draw.logprobs))
                 for draw in output.outputs
             ]
             for output in outputs
         ]
-        return [group * sampling.n for group in groups] if greedy else groups
 
     def reload(self, weights: str | os.PathLike[str] | Mapping[str, torch.Tensor]) -> None:
         """As in :class:`Engine`; a path is a folder with safetensors. Cached prefixes of the old weights are

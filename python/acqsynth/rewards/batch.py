@@ -146,8 +146,10 @@ class Batch(list[Sample]):
         return self.each((domain, "verified"), self, domain.verify, id)
 
 
-def require_samples(name: str, rows: Sequence[Any]) -> None:
-    """Raises TypeError, naming the row, if a row is not a ``Sample``."""
+def require_samples(name: str, rows: Sequence[Any], *, some: bool = False) -> None:
+    """Raises TypeError, naming the row, if a row is not a ``Sample``; with ``some``, ValueError if there are none."""
+    if some and not rows:
+        raise ValueError(f"{name}: expected at least one sample")
     for i, row in enumerate(rows):
         if not isinstance(row, Sample):
             raise TypeError(

@@ -247,9 +247,7 @@ class Fluent:
     name = "fluent"
 
     def __init__(self, student: Any, seeds: Sequence[Sample], *, deviations: float = 4.0, **options: Any) -> None:
-        if not seeds:
-            raise ValueError("seeds: expected at least one sample")
-        require_samples("seeds", seeds)
+        require_samples("seeds", seeds, some=True)
         self.scorer = Scorer(student, ("loss",), **(options | {"reduction": "mean"}))
         self.seeds = seeds
         self.deviations = deviations

@@ -53,17 +53,16 @@ class PaperReward(ComposedReward):
 
     def _score(self, texts: Sequence[str | None], groups: Sequence[Hashable], update: bool, by_runs: bool) -> Rewards:
         """As :meth:`ComposedReward.score`; ``update`` only counts, as the paper's signals always update."""
-        rewards = Rewards([], [], {signal.name: [] for signal in self.signals}, {"parses": []})
         self.scored += len(texts) if update else 0
-        for text in texts:
-            sample, value, total = self._released(text)
-            rewards.total.append(total)
-            rewards.samples.append(sample)
-            rewards.gates["parses"].append(sample is not None)
-            rewards.lengths.append(len(text or ""))
-            for column in rewards.components.values():
-                column.append(value)
-        return rewards
+        found = [self._released(text) for text in texts]
+        samples = [sample for sample, _, _ in found]
+        return Rewards(
+            [total for _, _, total in found],
+            samples,
+            {signal.name: [value for _, value, _ in found] for signal in self.signals},
+            {"parses": [sample is not None for sample in samples]},
+            [len(text or "") for text in texts],
+        )
 
     def _released(self, text: str | None) -> tuple[Sample | None, float | None, float]:
         """Sample, signal value and total of one text."""

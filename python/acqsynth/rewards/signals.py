@@ -23,7 +23,7 @@ import acqcore
 from acqcore.acquisitions import REGISTRY
 from acqsynth import checks
 from acqsynth.domains import Domain, Sample
-from acqsynth.rewards.batch import Batch
+from acqsynth.rewards.batch import Batch, require_samples
 from acqsynth.rewards.scoring import Scorer
 from acqsynth.rewards.texts import Embedder
 
@@ -154,8 +154,7 @@ class Gradient(Published):
     def __init__(
         self, student: Any, domain: Domain, seeds: Sequence[Sample] = (), *, paper_compat: bool = False, **options: Any
     ) -> None:
-        if not seeds:
-            raise ValueError("seeds: expected at least one sample")
+        require_samples("seeds", seeds, some=True)
         self.seeds = seeds
         arguments = {"grad_norm": {"parameters": "all", "loss": "mean"}}
         self.scorer = Scorer(student, ("grad_norm",), domain=domain, arguments=arguments, **options)
@@ -212,8 +211,7 @@ class Proximity(Published):
         seed: int = 0,
         paper_compat: bool = False,
     ) -> None:
-        if not seeds:
-            raise ValueError("seeds: expected at least one sample")
+        require_samples("seeds", seeds, some=True)
         checks.positive_int("clusters", clusters)
         self.embed = embed
         self.texts = [sample.question for sample in seeds]

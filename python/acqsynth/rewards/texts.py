@@ -10,7 +10,7 @@ import functools
 import itertools
 import os
 import re
-from collections import Counter, deque
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -244,13 +244,12 @@ class NearCopies:
         self.n = n
         self.capacity = capacity
         self.same_numbers = same_numbers
-        self._texts: dict[int, _Held] = {}
+        self._texts: OrderedDict[int, _Held] = OrderedDict()  # number -> text, oldest first
         self._forms: set[str] = set()
         self._holders: dict[str, set[int]] = {}  # shingle -> texts
         self._with_number: dict[Fraction, set[int]] = {}  # number or reading -> texts
         self._by_number: dict[Fraction | None, set[int]] = {}  # a number of the text, the rarest, or None -> texts
-        self._order: deque[int] = deque()
-        self._next = 0
+        self._ids = itertools.count()
 
     def __len__(self) -> int:
         return len(self._texts)
@@ -264,16 +263,15 @@ class NearCopies:
             new = _read(text, self.n)
             if new.form in self._forms:
                 continue
-            if len(self._order) == self.capacity:
-                self._drop(self._order.popleft())
-            self._texts[self._next] = new
+            if len(self._texts) == self.capacity:
+                self._drop_oldest()
+            i = next(self._ids)
+            self._texts[i] = new
             self._forms.add(new.form)
             rarest = min(new.numbers, key=lambda number: len(self._with_number.get(number, ())), default=None)
-            _enter(self._by_number, [rarest], self._next)
-            _enter(self._with_number, new.values, self._next)
-            _enter(self._holders, new.shingles, self._next)
-            self._order.append(self._next)
-            self._next += 1
+            _enter(self._by_number, [rarest], i)
+            _enter(self._with_number, new.values, i)
+            _enter(self._holders, new.shingles, i)
 
     def find(self, text: str) -> str | None:
         """The most similar stored text that ``text`` is a near copy of, or None."""
@@ -309,7 +307,7 @@ class NearCopies:
 
     def texts(self) -> list[str]:
         """The stored texts, oldest first."""
-        return [self._texts[i].text for i in self._order]
+        return [held.text for held in self._texts.values()]
 
     def _alike(self, new: _Held) -> set[int]:
         """The texts that may be copies of ``new``, which has numbers: those with all of its numbers, those with no
@@ -319,8 +317,8 @@ class NearCopies:
         fewer = {i for i in fewer if self._texts[i].distinct <= new.values}
         return more | fewer | self._by_number.get(None, set())
 
-    def _drop(self, i: int) -> None:
-        old = self._texts.pop(i)
+    def _drop_oldest(self) -> None:
+        i, old = self._texts.popitem(last=False)
         self._forms.discard(old.form)
         _leave(self._holders, old.shingles, i)
         _leave(self._with_number, old.values, i)

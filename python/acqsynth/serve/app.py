@@ -25,7 +25,7 @@ import acqcore
 from acqsynth.batching import Batcher
 from acqsynth.integrations.openrlhf import response_of
 from acqsynth.parsing import parse_sample
-from acqsynth.serve.middleware import Access, Gate, JsonRoute, Metrics, ServiceError, answered, error_response
+from acqsynth.serve.middleware import ERRORS, Access, Gate, JsonRoute, Metrics, ServiceError, answered, error_response
 from acqsynth.serve.options import Limits
 from acqsynth.serve.schema import (
     ErrorBody,
@@ -136,14 +136,11 @@ class Service:
 
     def _admit(self, tokens: int) -> None:
         """Checks that the queue accepts a request of this size."""
-        if self.batcher.closed:
-            raise ServiceError("stopping", "the server is stopping")
         most, waiting = self.limits.queue_tokens, self.batcher.waiting
         if tokens > most:
             raise ServiceError(
                 "too_large", f"the request has {tokens} tokens, but the queue holds at most {most}: send fewer samples"
             )
-        # Small requests still fit into a queue that others have filled.
         if waiting + tokens > most + (most // _RESERVE if tokens <= most // _RESERVE else 0):
             raise ServiceError(
                 "busy", f"{waiting} tokens are queued, at most {most} are allowed", self.batcher.seconds_for(waiting)
@@ -160,10 +157,11 @@ class Service:
         masked samples; they get the mean of the scored samples of the request, else of the last request with any."""
         responses = [response_of(query, prompt) for query, prompt in zip(queries, prompts, strict=True)]
         samples = [None if response is None else parse_sample(response) for response in responses]
-        parsed = [i for i, sample in enumerate(samples) if sample is not None]
+        parsed = [sample for sample in samples if sample is not None]
         question = Question((self.acquisition,), "mean", "{}")
-        _, scored, _, _ = await self.score([samples[i] for i in parsed], question, self.limits.max_length)
-        values = dict(zip(parsed, (row.values[0] for row in scored), strict=True))
+        _, scored, _, _ = await self.score(parsed, question, self.limits.max_length)
+        left = iter(scored)
+        values = [None if sample is None else next(left).values[0] for sample in samples]
         if responses and not parsed and not self._parsed:
             logger.warning(
                 "/get_reward: none of %d responses has the form <question>...</question><answer>...</answer>, so each "
@@ -171,20 +169,20 @@ class Service:
                 len(responses),
             )
         self._parsed |= bool(responses)  # or the warning was logged
-        if known := [value for value in values.values() if value is not None]:
+        if known := [value for value in values if value is not None]:
             self._typical = statistics.fmean(known)
             self._least = min(self._least, *known)
-        masked = [response is None or values.get(i, 0.0) is None for i, response in enumerate(responses)]
-        gated = [i not in values and not hidden for i, hidden in enumerate(masked)]
-        known_or_least = [self._least if out else values.get(i) for i, out in enumerate(gated)]
-        rewards = [self._typical if reward is None else reward for reward in known_or_least]
+        gated = [response is not None and sample is None for response, sample in zip(responses, samples, strict=True)]
+        masked = [value is None and not out for value, out in zip(values, gated, strict=True)]
+        missing = [self._least if out else self._typical for out in gated]
+        rewards = [other if value is None else value for value, other in zip(values, missing, strict=True)]
         return {
             "rewards": rewards,
             "scores": torch.tensor(rewards, dtype=torch.float64).sigmoid().tolist(),
             "extra_logs": {
                 "masked": [float(x) for x in masked],
                 "gated": [float(x) for x in gated],
-                self.acquisition: [values.get(i) or 0.0 for i in range(len(samples))],
+                self.acquisition: [value or 0.0 for value in values],
             },
         }
 
@@ -201,24 +199,12 @@ class Service:
         return loaded
 
 
-_ERRORS = {
-    400: "the body is not JSON",
-    401: "missing or wrong token",
-    403: "the server was started without an admin token or a student root",
-    408: "the body arrived too slowly",
-    409: "another student is being loaded",
-    413: "the body, the samples or their tokens are too large",
-    422: "a field is missing or invalid",
-    429: "too many requests; retry after Retry-After seconds",
-    503: "the server is stopping",
-    504: "no answer before the deadline",
-}
 _OF_BODIES = (400, 401, 408, 413, 422, 429, 503, 504)
 
 
 def _documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The errors that a route may return."""
-    return {status: {"model": ErrorBody, "description": _ERRORS[status]} for status in statuses}
+    return {status: {"model": ErrorBody, "description": text} for status, text in ERRORS.values() if status in statuses}
 
 
 def create_app(service: Service) -> FastAPI:
@@ -293,7 +279,7 @@ def create_app(service: Service) -> FastAPI:
             )
         return JSONResponse(await answered(request, service.rewards(body.query, body.prompts), service.limits.timeout))
 
-    @bodies.post("/student", response_model=StudentInfo, responses=_documented(*sorted((*_OF_BODIES, 403, 409))))
+    @bodies.post("/student", response_model=StudentInfo, responses=_documented(*_OF_BODIES, 403, 409))
     async def student(body: StudentRequest, request: Request) -> Response:
         """Replaces the student; queued requests keep the previous one."""
         return JSONResponse((await service.reload(body.path)).described())

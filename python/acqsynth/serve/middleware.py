@@ -32,20 +32,20 @@ ROUTES = frozenset({"/score", "/get_reward", "/student", "/health", "/metrics", 
 OPEN = frozenset({"/health"})  #: routes that reveal nothing and need no token
 ADMIN = frozenset({"/student"})  #: routes that need the admin token
 
-#: Error type -> HTTP status.
-STATUS = {
-    "bad_request": 400,
-    "unauthorized": 401,
-    "forbidden": 403,
-    "slow_body": 408,
-    "reload_in_progress": 409,
-    "too_large": 413,
-    "invalid_request": 422,
-    "busy": 429,
-    "client_closed": 499,  # as in nginx; the answer is never read and only shows in the metrics
-    "internal": 500,
-    "stopping": 503,
-    "deadline_exceeded": 504,
+#: Error type -> HTTP status and, for the schema, its description.
+ERRORS = {
+    "bad_request": (400, "the body is not JSON"),
+    "unauthorized": (401, "missing or wrong token"),
+    "forbidden": (403, "the server was started without an admin token or a student root"),
+    "slow_body": (408, "the body arrived too slowly"),
+    "reload_in_progress": (409, "another student is being loaded"),
+    "too_large": (413, "the body, the samples or their tokens are too large"),
+    "invalid_request": (422, "a field is missing or invalid"),
+    "busy": (429, "too many requests; retry after Retry-After seconds"),
+    "client_closed": (499, "as in nginx; the answer is never read and only shows in the metrics"),
+    "internal": (500, "the scorer failed"),
+    "stopping": (503, "the server is stopping"),
+    "deadline_exceeded": (504, "no answer before the deadline"),
 }
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -62,7 +62,7 @@ class ServiceError(Exception):
     """A failed request.
 
     Args:
-        kind: the error's type, a key of ``STATUS``.
+        kind: the error's type, a key of ``ERRORS``.
         message: sent with kind in the body, ``{"error": {"type", "message"}}``.
         retry_after: whole seconds to wait before a retry.
     """
@@ -74,7 +74,7 @@ class ServiceError(Exception):
 
     @property
     def status(self) -> int:
-        return STATUS[self.kind]
+        return ERRORS[self.kind][0]
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ class Gate:
             await self.app(scope, receive, send)
             return
         begin = time.monotonic()
-        status = STATUS["client_closed"]
+        status, _ = ERRORS["client_closed"]
 
         async def counted(message: Message) -> None:
             nonlocal status
