@@ -6,6 +6,7 @@ import asyncio
 import functools
 import importlib
 import logging
+import math
 import os
 import statistics
 import threading
@@ -79,20 +80,19 @@ class TextScorer:
         found = []
         for i, ((_, group), passed) in enumerate(zip(items, rewards.passed, strict=True)):
             total = rewards.total[i]
-            values = {name: rewards.components[name][i] for name in names}
             found.append(
                 Scored(
                     statistics.fmean(known.get(group, [self._typical])) if total is None else total,
                     total is None,
                     not passed,
-                    {name: float("nan") if value is None else value for name, value in values.items()},
+                    {name: math.nan if (x := rewards.components[name][i]) is None else x for name in names},
                 )
             )
         return found
 
     def masked(self, names: Sequence[str]) -> Scored:
         """The result of a text that could not be scored."""
-        return Scored(self._typical, True, False, dict.fromkeys(names, float("nan")))
+        return Scored(self._typical, True, False, dict.fromkeys(names, math.nan))
 
 
 #: Many threads may make their first request at the same time.

@@ -246,10 +246,16 @@ class RemoteAcquisitionReward(AcquisitionReward):
         Raises:
             acqsynth.serve.client.ScorerError: the server rejects the request: an invalid token or acquisition.
         """
+        rewards: Any = super().__call__(prompts, completions, log_extra, log_metric)
+        return list(await rewards)
+
+    async def _reward(  # type: ignore[override]
+        self, prompts: Sequence[Any], completions: Sequence[Completion], log: Log
+    ) -> list[float | None]:
         samples = [self._sample(completion) for completion in completions]
         given = [sample for sample in samples if _parsed(sample)]
         scored = await self.client.score(given, (self.acquisition,), **self._spec)
-        return self._rewards(prompts, samples, scored, Log(log_extra, log_metric))
+        return self._rewards(prompts, samples, scored, log)
 
     def rewards(self, prompts: Sequence[Any], completions: Sequence[Completion]) -> list[float | None]:
         """As :meth:`AcquisitionReward.rewards`; blocks, whereas calling the reward returns a coroutine."""

@@ -1,15 +1,5 @@
 """Signals based on the student's own answers: k per question, drawn once per call for all signals and gates.
 
-====================  =================================================================================================
-``confidence``        mean of ``1 - (p1 - p2)`` over the tokens of sampled answers, p1 and p2 the two largest
-                      probabilities; 0 = certain, 1 = undecided. Measures the *lack* of confidence, like the paper's
-                      reward of that name. Source: margin sampling, Scheffer et al. 2001
-``answer_variance``   number of distinct answers divided by k
-``semantic_entropy``  entropy of the shares of the distinct answers, nats (Farquhar et al. 2024)
-``learnability``      ``p (1 - p)``, p the share of the k answers that equal the sample's own (Florensa et al. 2018;
-                      Foster et al. 2025); 0 if all of them do, or none
-====================  =================================================================================================
-
 Answers are distinct if :func:`acqsynth.label.cluster` separates them: ``18`` and ``18 eggs`` are the same answer.
 """
 
@@ -144,7 +134,10 @@ def _extra(sample: Sample) -> str:
 
 
 class Confidence(Published):
-    """Mean of ``1 - (p1 - p2)`` over the tokens of the student's own answers, in [0, 1]; None without tokens.
+    """Mean of ``1 - (p1 - p2)`` over the tokens of the student's own answers, p1 and p2 the two largest probabilities.
+
+    In [0, 1]: 0 = certain, 1 = undecided, so it measures the *lack* of confidence, like the paper's reward of that
+    name; None without tokens. Source: margin sampling, Scheffer et al. 2001.
 
     Raises:
         ValueError: answers drawn without ``top2``.
@@ -174,7 +167,10 @@ class AnswerVariance(Published):
 
 
 class SemanticEntropy:
-    """Entropy of the distinct answers in nats, 0 to log k; None if no completion has an answer."""
+    """Entropy of the shares of the distinct answers in nats, 0 to log k; None if no completion has an answer.
+
+    Source: Farquhar et al. 2024.
+    """
 
     name = "semantic_entropy"
 
@@ -192,6 +188,8 @@ class Learnability:
         verified: return 0 unless ``domain.verify`` confirms the sample's own answer, as a question whose answer is a
             coin toss gets the largest value. For domains that cannot prove answers (mathematics, medicine), 0 unless
             the majority of the student's answers agrees with it; ``logged`` records this as ``by_majority``.
+
+    Source: Florensa et al. 2018; Foster et al. 2025.
     """
 
     name = "learnability"

@@ -194,6 +194,7 @@ class New:
         require_samples("seeds", seeds)
         self.seeds = NearCopies(**(options | {"capacity": max(1, len(seeds))}))
         self.seeds.add(sample.question for sample in seeds)
+        self._options = options
         self.archive = NearCopies(**options)
 
     def __call__(self, samples: Sequence[Sample]) -> list[bool | None]:
@@ -209,8 +210,7 @@ class New:
         return {"texts": self.archive.texts()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        empty = self.archive
-        self.archive = NearCopies(empty.threshold, n=empty.n, capacity=empty.capacity, same_numbers=empty.same_numbers)
+        self.archive = NearCopies(**self._options)
         self.archive.add(state["texts"])
 
 
@@ -257,7 +257,8 @@ class Fluent:
         fields = [(i, field, text) for i, sample in enumerate(samples) for field, text in _prose(sample)]
         passes: list[bool | None] = [True] * len(samples)
         limits = self.limits()
-        for (i, field, _), loss in zip(fields, self._losses([text for _, _, text in fields]), strict=True):
+        losses = self.scorer([text for _, _, text in fields]).values["loss"]
+        for (i, field, _), loss in zip(fields, losses, strict=True):
             if loss is None:
                 passes[i] = None
             elif passes[i] and loss > limits.get(field, limits["question"]):
@@ -273,7 +274,8 @@ class Fluent:
         if self._limits is None:
             losses: dict[str, list[float]] = {}
             fields = [pair for sample in self.seeds for pair in _prose(sample)]
-            for (field, _), loss in zip(fields, self._losses([text for _, text in fields]), strict=True):
+            found = self.scorer([text for _, text in fields]).values["loss"]
+            for (field, _), loss in zip(fields, found, strict=True):
                 if loss is not None:
                     losses.setdefault(field, []).append(loss)
             if "question" not in losses:
@@ -283,9 +285,6 @@ class Fluent:
                 mean = statistics.fmean(values)
                 self._limits[field] = mean + self.deviations * max(statistics.pstdev(values), 0.1 * mean)
         return self._limits
-
-    def _losses(self, texts: list[str]) -> list[float | None]:
-        return self.scorer(texts).values["loss"]
 
 
 class Labelled:

@@ -160,9 +160,6 @@ class ComposedReward(TrlReward):
             weights: signal -> weight that replaces the one in ``DEFAULT_WEIGHTS``.
             options: other options of ComposedReward.
         """
-        require_samples("seeds", seeds)
-        if reference is not None and not isinstance(reference, acqcore.Reference):
-            require_samples("reference", reference)
         require_samples("evaluation", evaluation)
         drawn = None if engine is None else SampledAnswers(engine, domain, **(answers or {}))
         passes = dict(scoring or {})

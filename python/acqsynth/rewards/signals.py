@@ -1,12 +1,5 @@
 """Signals: each is one measure of how much samples are worth to a student.
 
-==================  ===================================================================================================
-any of ``acqcore``  the acquisition's value for the solution, given the prompt (:class:`AcquisitionSignal`)
-``gradient``        norm of the gradient in all parameters, scaled by the root of the token count (:class:`Gradient`)
-``proximity``       similarity of the question to the seeds' topics
-``diversity``       novelty of the question relative to an archive and within the call
-==================  ===================================================================================================
-
 :mod:`acqsynth.rewards.answers` has the signals based on the student's own answers. ``paper_compat=True`` selects the
 released form of the paper's signals, see :mod:`acqsynth.rewards.paper`.
 """
@@ -60,7 +53,7 @@ class Published:
 
 
 class AcquisitionSignal:
-    """One acquisition of ``acqcore``.
+    """One acquisition of ``acqcore``: its value for the solution, given the prompt.
 
     Args:
         scorer: a scorer with a domain; signals with the same scorer share its pass.

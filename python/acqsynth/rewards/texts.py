@@ -156,10 +156,6 @@ class _Held:
     readings: Counter[Fraction]
 
     @functools.cached_property
-    def distinct(self) -> frozenset[Fraction]:
-        return frozenset(self.numbers)
-
-    @functools.cached_property
     def values(self) -> frozenset[Fraction]:
         """The values that its numbers may have."""
         return frozenset([*self.numbers, *self.readings])
@@ -314,7 +310,7 @@ class NearCopies:
         others, and those without numbers."""
         more = set.intersection(*(self._with_number.get(number, set()) for number in new.numbers))
         fewer = {i for number in new.values for i in self._by_number.get(number, ())}
-        fewer = {i for i in fewer if self._texts[i].distinct <= new.values}
+        fewer = {i for i in fewer if self._texts[i].numbers.keys() <= new.values}
         return more | fewer | self._by_number.get(None, set())
 
     def _drop_oldest(self) -> None:

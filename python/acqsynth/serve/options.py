@@ -8,17 +8,14 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TypeVar
-
-T = TypeVar("T")
+from typing import Any
 
 TOKEN_VARIABLE = "ACQSYNTH_TOKEN"
 ADMIN_TOKEN_VARIABLE = "ACQSYNTH_ADMIN_TOKEN"
 
 
-def _limit(default: T, help: str) -> T:
-    limit: T = field(default=default, metadata={"help": help})
-    return limit
+def _limit(default: float, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)

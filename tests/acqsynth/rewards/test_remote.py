@@ -92,6 +92,12 @@ def test_a_server_that_is_down_masks_and_counts(monkeypatch):
     assert metrics["acquisition_entropy/masked"] == 0.75
 
 
+@pytest.mark.parametrize(("prompts", "completions"), [("a", [GOOD]), (["a"], GOOD)])
+def test_a_string_is_no_list(prompts, completions):
+    with pytest.raises(TypeError, match="expected a list with one entry for each completion, got a string"):
+        AcquisitionReward(url=URL).rewards(prompts, completions)
+
+
 def test_an_acquisition_that_the_server_does_not_know_is_raised(url):
     with pytest.raises(ScorerError, match=r"422 acquisitions\.0: .*unknown 'influence', expected one of loss"):
         asyncio.run(call(AcquisitionReward(url=url, acquisition="influence")))
