@@ -69,18 +69,12 @@ def response_of(query: str, prompt: str) -> str | None:
     begin = query.find(prompt.strip())
     if begin >= 0:
         return query[begin + len(prompt.strip()) :]
-    # Ignore white space: skip as many non-space characters as the prompt has.
-    plain = "".join(prompt.split())
+    plain = "".join(prompt.split())  # ignore white space
     begin = "".join(query.split()).find(plain)
-    if begin < 0 or not plain:
+    if begin < 0:
         return None
-    left = begin + len(plain)
-    for i, character in enumerate(query):
-        if not character.isspace():
-            left -= 1
-            if left == 0:
-                return query[i + 1 :]
-    return None
+    ends = [i + 1 for i, character in enumerate(query) if not character.isspace()]
+    return query[ends[begin + len(plain) - 1] :]
 
 
 def _scored(scorer: TextScorer, queries: Sequence[str], prompts: Sequence[str], names: Sequence[str]) -> list[Scored]:

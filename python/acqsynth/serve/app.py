@@ -253,12 +253,11 @@ def create_app(service: Service) -> FastAPI:
         loaded, values, n_tokens, errors = await answered(
             request, service.score(body.samples, question, body.max_length), service.limits.timeout
         )
-        columns = [list(column) for column in zip(*(row.values for row in values), strict=True)] or [[] for _ in names]
         estimated = [name for name in names if any(name in row.stderr for row in values)]
         return JSONResponse(
             {
                 "student": loaded.described(),
-                "values": dict(zip(names, columns, strict=True)),
+                "values": {name: [row.values[k] for row in values] for k, name in enumerate(names)},
                 "stderr": {name: [row.stderr.get(name) for row in values] for name in estimated},
                 "n_tokens": n_tokens,
                 "valid": [None not in row.values for row in values],
