@@ -240,12 +240,11 @@ class NearCopies:
         self.n = n
         self.capacity = capacity
         self.same_numbers = same_numbers
-        self._texts: OrderedDict[int, _Held] = OrderedDict()  # number -> text, oldest first
+        self._texts: OrderedDict[int, _Held] = OrderedDict()  # id -> text, oldest first
         self._forms: set[str] = set()
         self._holders: dict[str, set[int]] = {}  # shingle -> texts
         self._with_number: dict[Fraction, set[int]] = {}  # number or reading -> texts
         self._by_number: dict[Fraction | None, set[int]] = {}  # a number of the text, the rarest, or None -> texts
-        self._ids = itertools.count()
 
     def __len__(self) -> int:
         return len(self._texts)
@@ -261,7 +260,7 @@ class NearCopies:
                 continue
             if len(self._texts) == self.capacity:
                 self._drop_oldest()
-            i = next(self._ids)
+            i = next(reversed(self._texts), -1) + 1
             self._texts[i] = new
             self._forms.add(new.form)
             rarest = min(new.numbers, key=lambda number: len(self._with_number.get(number, ())), default=None)
