@@ -36,7 +36,6 @@ LAYOUT = 3  #: version of ``stage.json``
 
 _MANIFEST = "stage.json"
 _WORK = "work"
-_CHECKS = ("settings.replay", "settings.per_batch")  # of the step that reads rows
 T = TypeVar("T")
 
 
@@ -197,10 +196,9 @@ class Store:
         expected = self._made_from(step)
         if manifest is None:
             begun = _read_stage(self._partial(step))
-            resumes = begun is not None and _first_change(begun["made_from"], expected) is None
-            return "was interrupted, resumes" if resumes else "never ran"
-        if (changed := _first_change(manifest["made_from"], expected)) is not None:
-            return changed
+            return "was interrupted, resumes" if begun and begun["made_from"] == expected else "never ran"
+        if manifest["made_from"] != expected:
+            return f"{_first_change(manifest['made_from'], expected).split('.', 1)[-1]} changed"
         last = self.path(step) / _MANIFEST
         written = newest = last.stat().st_mtime_ns
         for name, (size, digest) in manifest["artefacts"].items():
@@ -234,7 +232,7 @@ class Store:
         begun = {"layout": LAYOUT, "made_from": made_from}
         with self._user_errors(step):
             earlier = _read_stage(partial)
-            if earlier is None or _first_change(earlier["made_from"], made_from) is not None:
+            if earlier is None or earlier["made_from"] != made_from:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
                 write_json(partial / _MANIFEST, begun)
@@ -342,8 +340,7 @@ def _replaced(value: Any, leaf: Callable[[Any], Any]) -> Any:
     if isinstance(value, list | tuple):
         return [_replaced(part, leaf) for part in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        parts = {entry.name: getattr(value, entry.name) for entry in dataclasses.fields(value)}
-        return dataclasses.replace(value, **_replaced(parts, leaf))
+        return dataclasses.replace(value, **_replaced(vars(value), leaf))
     if isinstance(value, BaseModel):  # a section may hold sources; it is returned unchanged
         for name in type(value).model_fields:
             _replaced(getattr(value, name), leaf)
@@ -364,9 +361,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        # A field at its default is omitted, so that runs from before it existed stay valid.
-        parts = ((entry, getattr(value, entry.name)) for entry in dataclasses.fields(value))
-        return {entry.name: _plain(part) for entry, part in parts if part != entry.default}
+        value = vars(value)
     if isinstance(value, Mapping):
         return {str(key): _plain(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
@@ -421,22 +416,11 @@ def _stamp(name: str) -> Any:
     return _sha256(path) if path.is_file() else None
 
 
-def _first_change(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> str | None:
-    """The first difference between two manifests, as a reason. A missing key equals an empty value, and missing checks
-    are ignored (they change no artefact), so that runs from before an option or a check existed stay valid."""
-    for key in [*now, *(key for key in before if key not in now)]:
-        old, new = before.get(key), now.get(key)
-        inner = f"{path}{key}"
-        added_or_removed = key not in before or key not in now
-        if old == new or (added_or_removed and (inner in _CHECKS or {**before, **now}[key] in ([], {}))):
-            continue
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            if (found := _first_change(old, new, f"{inner}.")) is not None:
-                return found
-            continue
-        section, _, name = inner.partition(".")
-        return f"{name or section} changed"
-    return None
+def _first_change(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The dotted key at which two unequal mappings first differ."""
+    key = next(key for key in [*now, *before] if [key in before, before.get(key)] != [key in now, now.get(key)])
+    old, new = before.get(key), now.get(key)
+    return f"{key}.{_first_change(old, new)}" if isinstance(old, Mapping) and isinstance(new, Mapping) else key
 
 
 def _disk_is_full(error: BaseException) -> bool:

@@ -132,13 +132,11 @@ def test_repeated_rows_of_an_evaluation_set_are_noted(fakes, recipe, monkeypatch
     )
 
 
-def test_settings_omit_what_a_recipe_does_not_use(tmp_path):
-    """So that a run begun before an option existed stays valid without it."""
+def test_settings_name_earlier_rounds_and_models_of_the_reward(tmp_path):
     plan = plan_of("arithmetic", "rounds=2", f"output={tmp_path}")
     first, second = plan.of("generate")[:2]
     settings = [step.settings()["writing"] for step in (first, second)]
-    assert "earlier" not in settings[0]
-    assert settings[1]["earlier"] == [f"{first}/samples.parquet"]
-    assert all("models" not in each["scoring"] for each in settings)
+    assert [each["earlier"] for each in settings] == [[], [f"{first}/samples.parquet"]]
+    assert [each["scoring"]["models"] for each in settings] == [[], []]
     plan = plan_of("arithmetic", f"reward.embedder={tmp_path}", f"output={tmp_path}")
     assert plan.of("train")[0].settings()["scoring"]["models"] == [str(tmp_path)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import shutil
@@ -17,7 +16,6 @@ from fake_run import run
 import acqsynth.train  # noqa: F401  (before processes are forked)
 from acqsynth.artefacts import read_json, read_table
 from acqsynth.cli import main
-from acqsynth.steps import Store
 
 
 @pytest.fixture(scope="module")
@@ -124,24 +122,6 @@ def test_a_changed_key_runs_only_what_reads_it(fakes, done, override, stages):
         assert not any("grpo" in step or "no_rl" in step for step in ran)
     if override.startswith("student.seeds"):
         assert all(step.endswith("-s2") or "report" in step for step in ran)
-
-
-def test_a_finished_run_from_before_its_options_stays_valid(fakes, recipe):
-    """Earlier records list empty options, and lack the checks for shortages."""
-    plan, store, _ = run(recipe, "baselines=[best_of_n]", "student.replay=0.2")
-    for step in plan.steps:
-        path = store.path(step) / "stage.json"
-        record = read_json(path)
-        settings = record["made_from"]["settings"]
-        for section in (settings, settings.get("writing", {})):
-            if "scoring" in section:
-                section["scoring"]["models"] = []
-        if "writing" in settings:
-            settings["writing"]["earlier"] = []
-        if step.stage == "seeds":
-            del settings["replay"], settings["per_batch"]
-        path.write_text(json.dumps(record))
-    assert [Store(store.output).reason(step) for step in plan.steps] == [None] * len(plan.steps)
 
 
 KILLED = ["train-checkpoint 1", "write 2", "label 1", "fit 3", "generate 9", "best 2"]

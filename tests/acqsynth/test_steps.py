@@ -87,6 +87,7 @@ def test_a_step_runs_its_inputs_first_and_once(tmp_path):
         ({"value": "x"}, {"value": "x", "options": Options()}, "options changed"),
         ({"value": "x", "gates": []}, {"value": "x", "gates": None}, "gates changed"),
         ({"value": "x", "more": {"a": [], "b": 1}}, {"value": "x", "more": {"b": 2}}, "more.b changed"),
+        ({"value": "x", "more": {}}, {"value": "x"}, "more changed"),
         ({"value": "x", "replay": 1}, {"value": "x", "replay": 2}, "replay changed"),
     ],
 )
@@ -311,22 +312,6 @@ def test_finished_chunks_are_not_done_again(tmp_path):
     assert ran["chunk"] == 4
     assert json.loads((tmp_path / "00-seeds/a/doubled.json").read_text()) == [2 * n for n in range(10)]
     assert not (tmp_path / "00-seeds/a/work").exists()
-
-
-def test_partial_work_from_before_an_option_is_taken(tmp_path):
-    def killed(context, **options):
-        (context.folder / "half.txt").write_text("done")
-        raise KeyboardInterrupt
-
-    def resumed(context, **options):
-        assert (context.folder / "half.txt").read_text() == "done"
-
-    resumed.__qualname__ = killed.__qualname__
-    with pytest.raises(KeyboardInterrupt):
-        Store(tmp_path).run(Step("seeds", "a", killed, {"value": "x", "earlier": []}))
-    step = Step("seeds", "a", resumed, {"value": "x"})
-    assert Store(tmp_path).reason(step) == "was interrupted, resumes"
-    assert Store(tmp_path).run(step)
 
 
 def test_partial_work_of_other_settings_is_not_taken(tmp_path):
