@@ -31,21 +31,9 @@ from acqsynth import preflight
 from acqsynth.config import Config
 from acqsynth.report import Arm as Arm, write_report
 from acqsynth.report.metrics import IN_DISTRIBUTION, STUDENT
-from acqsynth.stages import (
-    Replay,
-    Scoring,
-    Writing,
-    answer_rows,
-    collect_rows,
-    filter_rows,
-    fit_student,
-    label_questions,
-    measure_validity,
-    random_rows,
-    select_questions,
-    train_generator,
-    write_questions,
-)
+from acqsynth.stages.questions import Writing, label_questions, select_questions, train_generator, write_questions
+from acqsynth.stages.rows import Scoring, collect_rows, filter_rows, random_rows
+from acqsynth.stages.students import Replay, answer_rows, fit_student, measure_validity
 from acqsynth.steps import Model, Step
 
 
@@ -89,14 +77,12 @@ def plan(config: Config) -> Plan:
         return known[key]
 
     n = max(config.student.rows)
-    # Omitted when off, so that the step need not run again when its unused settings change.
-    needed: dict[str, Any] = {"replay": (config.student.replay, n)} if config.student.replay else {}
-    if config.evaluation.validity.batches:
-        needed["per_batch"] = config.evaluation.validity.rows
+    validity = config.evaluation.validity
     rows = step(
         "seeds", "rows", collect_rows,
         domain=config.domain, data=config.data, others=config.evaluation.others, limit=config.evaluation.rows,
-        **needed,
+        replay=(config.student.replay, n) if config.student.replay else None,
+        per_batch=validity.rows if validity.batches else 0,
     )  # fmt: skip
     questions = config.generator.questions or n
     own_student = Model(config.student.model)
@@ -113,14 +99,12 @@ def plan(config: Config) -> Plan:
             tuple(Model(name) for name in (teacher, embedder) if name), tuple(other_evaluation),
         )  # fmt: skip
 
-    # Omitted when off, so that earlier runs without the option stay valid.
-    likelihood: dict[str, Any] = {"likelihood": True} if config.evaluation.likelihood else {}
-
     def answer(name: str, model: Any, sets: Mapping[str, str] | None = None) -> Step:
         asked = {f"evaluation-{key}": domain for key, domain in found.sets.items()} if sets is None else sets
         return step(
             "evaluate", name, answer_rows,
-            model=model, engine=config.engine, max_tokens=config.evaluation.max_tokens, seed=config.seed, **likelihood,
+            model=model, engine=config.engine, max_tokens=config.evaluation.max_tokens, seed=config.seed,
+            likelihood=config.evaluation.likelihood,
             sets={key.removeprefix("evaluation-"): (domain, rows / f"{key}.parquet") for key, domain in asked.items()},
         )  # fmt: skip
 
@@ -228,10 +212,10 @@ def plan(config: Config) -> Plan:
                         fitted = fit(learnt, key, student, size, seed, ranked=name == "filtered_real")
                         arm.fits[student, size, generator, seed] = fitted
                         arm.answers[student, size, generator, seed] = answer(key, fitted / "model")
-    if config.evaluation.validity.batches:
+    if validity.batches:
         found.validity = step(
             "evaluate", "validity", measure_validity,
-            scoring=scoring(), student=own_student, validity=config.evaluation.validity, options=config.student.options,
+            scoring=scoring(), student=own_student, validity=validity, options=config.student.options,
             max_tokens=config.evaluation.max_tokens, seed=config.seed, real=rows / "real.parquet",
             base=found.base[STUDENT] / f"answers-{IN_DISTRIBUTION}.parquet",
         )  # fmt: skip

@@ -13,7 +13,7 @@ from acqsynth.config import DataConfig
 from acqsynth.domains import Sample, domain
 from acqsynth.domains.classification import Classification
 from acqsynth.rewards.gates import default_gates
-from acqsynth.stages import collect_rows
+from acqsynth.stages.rows import collect_rows
 from acqsynth.steps import StepContext
 
 LABELS = ["card", "card_arrival", 'say "hi", then go', "Refund_not_showing_up", "reverted_card_payment?"]

@@ -6,7 +6,7 @@ from fakes import SEEDS
 from acqsynth import domains
 from acqsynth.artefacts import write_rows
 from acqsynth.config import EngineConfig, RewardConfig
-from acqsynth.stages import Scoring
+from acqsynth.stages.rows import Scoring
 
 
 @pytest.fixture

@@ -15,11 +15,13 @@ import pytest
 from fake_run import plan_of, run
 from fakes import SEEDS, TRAINER, Sums, written
 
-from acqsynth import domains, engines, label, stages, write
+from acqsynth import domains, engines, label, write
 from acqsynth.artefacts import read_json, read_rows, write_rows
 from acqsynth.config import EngineConfig, LabellingConfig, RewardConfig, SamplingConfig
 from acqsynth.domains import Sample
-from acqsynth.stages import Scoring, Writing, questions
+from acqsynth.stages import questions
+from acqsynth.stages.questions import Writing
+from acqsynth.stages.rows import Scoring
 from acqsynth.steps import StepContext, StepError, Store
 
 
@@ -27,7 +29,7 @@ def test_a_generator_learns_from_a_student_that_moves(scoring, student_path, tmp
     said = []
     options = TRAINER | {"num_generations": 2, "per_device_train_batch_size": 2, "max_completion_length": 4}
     arguments = {"generator": student_path, "prompts": 4, "shown": 2, "turns": False, "seed": 0}
-    stages.train_generator(
+    questions.train_generator(
         StepContext(tmp_path, said.append),
         scoring=scoring,
         method="grpo",
@@ -41,7 +43,7 @@ def test_a_generator_learns_from_a_student_that_moves(scoring, student_path, tmp
     assert [line for line in said if "scores with" in line] == ["the reward scores with checkpoint-1"]
     # DPO draws its candidates first; random bytes never parse.
     with pytest.raises(ValueError, match="expected a prompt whose best candidate passes the gates"):
-        stages.train_generator(
+        questions.train_generator(
             StepContext(tmp_path / "dpo"), scoring=scoring, method="dpo", options=TRAINER,
             candidates=(SamplingConfig(max_tokens=4), 2), **arguments,
         )  # fmt: skip
@@ -50,7 +52,7 @@ def test_a_generator_learns_from_a_student_that_moves(scoring, student_path, tmp
 @pytest.mark.parametrize("log", [{"logging_steps": 3}, {"log_completions": False}])
 def test_completions_are_counted_however_they_are_logged(scoring, student_path, tmp_path, log):
     options = TRAINER | {"num_generations": 2, "per_device_train_batch_size": 2, "max_completion_length": 4} | log
-    stages.train_generator(
+    questions.train_generator(
         StepContext(tmp_path), scoring=scoring, method="grpo", generator=student_path, prompts=4, shown=2,
         turns=False, candidates=None, options=options, seed=0,
     )  # fmt: skip
@@ -79,7 +81,7 @@ def writing(tmp_path, monkeypatch, student_path):
     return Writing(scoring, "generator", SamplingConfig(), 1, False, 8, 0, tmp_path / "held_out.parquet")
 
 
-@pytest.fixture(params=[stages.write_questions, partial(stages.select_questions, candidates=2, spent=())])
+@pytest.fixture(params=[questions.write_questions, partial(questions.select_questions, candidates=2, spent=())])
 def ask(request):
     """Writes or selects questions."""
     return request.param
@@ -106,7 +108,7 @@ def test_a_round_asks_no_question_of_an_earlier_one(writing, tmp_path, monkeypat
         drawn = itertools.count(50)
         engine = scripted(lambda prompt, i, seed: written(f"{next(drawn)}+9", 1))
         monkeypatch.setattr(engines, "load", lambda *arguments: engine)
-        stages.write_questions(StepContext(tmp_path / name), writing=writing)
+        questions.write_questions(StepContext(tmp_path / name), writing=writing)
         return [sample.question for sample in read_rows(tmp_path / name / "samples.parquet")]
 
     assert asked("one", writing) == [f"{n}+9" for n in range(50, 58)]
@@ -226,7 +228,7 @@ def test_a_label_that_the_question_gives_away_is_dropped(tmp_path, monkeypatch, 
     monkeypatch.setattr(domains, "DOMAINS", {"sums": "fakes:Sums"})
     write_rows(tmp_path / "asked.parquet", asked)
     write_rows(tmp_path / "seeds.parquet", SEEDS)
-    stages.label_questions(
+    questions.label_questions(
         StepContext(tmp_path), domain="sums", engine=EngineConfig(), labelling=LabellingConfig(method="computed"),
         model=None, gates=gates, seeds=tmp_path / "seeds.parquet", samples=tmp_path / "asked.parquet", seed=0,
     )  # fmt: skip
@@ -243,9 +245,9 @@ def test_a_label_that_no_seed_has_is_dropped(tmp_path, monkeypatch, scripted, ga
     monkeypatch.setattr(engines, "load", lambda *arguments: engine)
     labelled = [Sample("my parcel is due", "card_arrival"), Sample("my phone was taken", "Lost_phone")]
     write_rows(tmp_path / "seeds.parquet", labelled)
-    questions = ("gone with the wind", "late is my envelope", "stolen on the train")
-    write_rows(tmp_path / "asked.parquet", [Sample(each, "lost", "", {"skill": "lost"}) for each in questions])
-    stages.label_questions(
+    texts = ("gone with the wind", "late is my envelope", "stolen on the train")
+    write_rows(tmp_path / "asked.parquet", [Sample(each, "lost", "", {"skill": "lost"}) for each in texts])
+    questions.label_questions(
         StepContext(tmp_path), domain="classification", engine=EngineConfig(), labelling=LabellingConfig(k=2),
         model="student", gates=gates, seeds=tmp_path / "seeds.parquet", samples=tmp_path / "asked.parquet", seed=0,
     )  # fmt: skip

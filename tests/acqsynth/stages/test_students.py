@@ -5,18 +5,18 @@ from __future__ import annotations
 import pytest
 from fakes import SEEDS, TRAINER
 
-from acqsynth import stages
 from acqsynth.artefacts import read_json, read_table, write_rows
 from acqsynth.config import EngineConfig
 from acqsynth.domains import Sample
-from acqsynth.stages import Replay
+from acqsynth.stages import students
+from acqsynth.stages.students import Replay
 from acqsynth.steps import StepContext
 
 
 def test_a_student_learns_rows_and_replay(scoring, student_path, tmp_path):
     write_rows(tmp_path / "samples.parquet", SEEDS[:4])
     said = []
-    stages.fit_student(
+    students.fit_student(
         StepContext(tmp_path, said.append), domain="sums", student=str(student_path), n=3, options=TRAINER, seed=0,
         samples=[tmp_path / "samples.parquet"], replay=Replay(0.5, "sums", tmp_path / "seeds.parquet"),
     )  # fmt: skip
@@ -24,7 +24,7 @@ def test_a_student_learns_rows_and_replay(scoring, student_path, tmp_path):
     assert (tmp_path / "model/config.json").is_file()
     assert said[-1].startswith("step 3 of 3: loss ")
     with pytest.raises(ValueError, match=r"replay: expected 9 rows for a share of 0\.75 beside 3 samples, got 8"):
-        stages.fit_student(
+        students.fit_student(
             StepContext(tmp_path), domain="sums", student=str(student_path), n=3, options=TRAINER, seed=0,
             samples=[tmp_path / "samples.parquet"], replay=Replay(0.75, "sums", tmp_path / "seeds.parquet"),
         )  # fmt: skip
@@ -33,7 +33,7 @@ def test_a_student_learns_rows_and_replay(scoring, student_path, tmp_path):
 def test_a_student_tells_the_rows_it_did_not_learn(scoring, student_path, tmp_path):
     write_rows(tmp_path / "samples.parquet", [*SEEDS[:3], Sample("1+" * 30 + "1", "31")])
     said = []
-    stages.fit_student(
+    students.fit_student(
         StepContext(tmp_path, said.append), domain="sums", student=str(student_path), n=4, replay=None, seed=0,
         options=TRAINER | {"max_length": 50}, samples=[tmp_path / "samples.parquet"],
     )  # fmt: skip
@@ -43,7 +43,7 @@ def test_a_student_tells_the_rows_it_did_not_learn(scoring, student_path, tmp_pa
         (False, 2),
         (True, 3),
     ):  # the fourth row is drawn, but it does not rank among the first three
-        stages.fit_student(
+        students.fit_student(
             StepContext(tmp_path / str(ranked)), domain="sums", student=str(student_path), n=3, replay=None, seed=0,
             options=TRAINER | {"max_length": 50}, samples=[tmp_path / "samples.parquet"], ranked=ranked,
         )  # fmt: skip
@@ -55,7 +55,7 @@ def test_answers_by_likelihood(student_path, tmp_path):
     rows = [Sample(f"text {i}", label) for i in range(3) for label in ("card", "card_arrival", "a, b")]
     write_rows(tmp_path / "rows.parquet", rows)
     said = []
-    stages.answer_rows(
+    students.answer_rows(
         StepContext(tmp_path, said.append), sets={"test": ("classification", tmp_path / "rows.parquet")},
         model=student_path, engine=EngineConfig(), max_tokens=4, seed=0, likelihood=True,
     )  # fmt: skip
