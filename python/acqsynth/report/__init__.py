@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import chain
@@ -54,22 +55,21 @@ def write_report(
     from acqsynth.train import read_log
 
     level = recipe["evaluation"]["level"]
+    fits: defaultdict[tuple[str, str, int], metrics.Fits] = defaultdict(metrics.Fits)
+    for arm in arms.values():
+        for (student, n, generator, seed), folder in arm.answers.items():
+            each = fits[arm.name, student, n]
+            each.generators.append(generator)
+            each.seeds.append(seed)
+            each.learnt.append(read_json(arm.fits[student, n, generator, seed] / "counts.json")["rows"])
+            for name in sets:
+                each.right.setdefault(name, []).append(_answers(folder, name).right)
     found = metrics.collect(
         sets=sets,
         main=main,
         descriptions={name: DESCRIPTIONS[name] for name in arms},
         base={(student, name): _answers(folder, name) for student, folder in base.items() for name in sets},
-        answers={
-            (arm.name, *key, name): _answers(folder, name)
-            for arm in arms.values()
-            for key, folder in arm.answers.items()
-            for name in sets
-        },
-        learnt={
-            (arm.name, *key): read_json(folder / "counts.json")["rows"]
-            for arm in arms.values()
-            for key, folder in arm.fits.items()
-        },
+        fits=fits,
         level=level,
     )
     found["recipe"] = recipe

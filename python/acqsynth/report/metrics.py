@@ -9,7 +9,7 @@ import os
 import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from typing import Any
 
@@ -33,17 +33,13 @@ class Answers:
 
 
 @dataclass(frozen=True)
-class _Fits:
+class Fits:
     """The S fits of an arm's student on one number of rows."""
 
-    generators: list[int]  #: [S], seeds of the generators that wrote the rows
-    seeds: list[int]  #: [S]
-    right: dict[str, npt.NDArray[np.float64]]  #: set -> [S, N]
-
-    @property
-    def drawn(self) -> list[tuple[int, int]]:
-        """The generator's seed and the fit's own seed, for each fit."""
-        return list(zip(self.generators, self.seeds, strict=True))
+    generators: list[int] = field(default_factory=list)  #: [S], seeds of the generators that wrote the rows
+    seeds: list[int] = field(default_factory=list)  #: [S]
+    learnt: list[int] = field(default_factory=list)  #: [S], rows actually learnt
+    right: dict[str, list[Any]] = field(default_factory=dict)  #: set -> [S, N], as in :class:`Answers`
 
 
 def collect(
@@ -52,8 +48,7 @@ def collect(
     main: str,
     descriptions: Mapping[str, str],
     base: Mapping[tuple[str, str], Answers],
-    answers: Mapping[tuple[str, str, int, int, int, str], Answers],
-    learnt: Mapping[tuple[str, str, int, int, int], int],
+    fits: Mapping[tuple[str, str, int], Fits],
     level: float,
 ) -> dict[str, Any]:
     """Accuracies, changes against the base student, comparisons of arms, and the verdict.
@@ -63,8 +58,7 @@ def collect(
         main: the arm of the recipe's own method.
         descriptions: arm -> description, in order.
         base: (student, set) -> answers of the base student.
-        answers: (arm, student, rows, generator's seed, seed, set) -> answers of a fitted student.
-        learnt: (arm, student, rows, generator's seed, seed) -> number of rows actually learnt.
+        fits: (arm, student, rows) -> its fits.
         level: confidence level of the intervals, and of the verdict as a whole.
     """
     found: dict[str, Any] = {"main": main, "level": level}
@@ -72,15 +66,6 @@ def collect(
         name: {"domain": domain, "rows": len(base[STUDENT, name].right), "in_distribution": name == IN_DISTRIBUTION}
         for name, domain in sets.items()
     }
-    fits: dict[tuple[str, str, int], _Fits] = {}
-    for arm, student, n, generator, seed, name in answers:
-        if name == IN_DISTRIBUTION:
-            of_arm = fits.setdefault((arm, student, n), _Fits([], [], {}))
-            of_arm.generators.append(generator)
-            of_arm.seeds.append(seed)
-    for key, each in fits.items():
-        for name in sets:
-            each.right[name] = np.stack([answers[*key, *fit, name].right for fit in each.drawn])
     found["base"] = {
         student: {
             name: _accuracy(np.array([base[student, name].right]), None, base[student, name].skills, level)
@@ -88,33 +73,19 @@ def collect(
         }
         for student in dict.fromkeys(student for student, _ in base)
     }
-    found["arms"] = {}
-    for arm, description in descriptions.items():
-        results = []
-        for (other, student, n), each in fits.items():
-            if other != arm:
-                continue
-            per_set = {}
-            for name in sets:
-                right, before = each.right[name], base[student, name]
-                others: dict[str, Any] = {"generators": each.generators, "learnt": False, "level": level}
-                per_set[name] = _accuracy(right, each.generators, before.skills, level) | {
-                    "per_seed": [float(row.mean()) for row in right],
-                    "change": asdict(change(right, np.array([before.right]), **others)),
-                    "known": _forgotten(right, before, **others),
-                }
-            rows = [learnt[arm, student, n, *fit] for fit in each.drawn]
-            results.append(
-                {
-                    "student": student,
-                    "rows_wanted": n,
-                    "rows": min(rows),
-                    "generators": each.generators,
-                    "seeds": each.seeds,
-                    "sets": per_set,
-                }
-            )
-        found["arms"][arm] = {"description": description, "results": results}
+    found["arms"] = {arm: {"description": description, "results": []} for arm, description in descriptions.items()}
+    for (arm, student, n), each in fits.items():
+        per_set = {}
+        for name in sets:
+            right, before = np.array(each.right[name]), base[student, name]
+            others: dict[str, Any] = {"generators": each.generators, "learnt": False, "level": level}
+            per_set[name] = _accuracy(right, each.generators, before.skills, level) | {
+                "per_seed": right.mean(axis=1).tolist(),
+                "change": asdict(change(right, np.array([before.right]), **others)),
+                "known": _forgotten(right, before, **others),
+            }
+        result = {"student": student, "rows_wanted": n, "rows": min(each.learnt), "generators": each.generators}
+        found["arms"][arm]["results"].append({**result, "seeds": each.seeds, "sets": per_set})
     found["comparisons"] = _comparisons(main, fits, level)
     found["verdict"] = verdict(found)
     return found
@@ -344,14 +315,13 @@ def _forgotten(right: npt.NDArray[np.float64], base: Answers, **options: Any) ->
     return {"change": asdict(found), "skills": {name: (was, after[name][0]) for name, was in known.items()}}
 
 
-def _comparisons(main: str, fits: Mapping[tuple[str, str, int], _Fits], level: float) -> list[dict[str, Any]]:
+def _comparisons(main: str, fits: Mapping[tuple[str, str, int], Fits], level: float) -> list[dict[str, Any]]:
     found = []
     for (arm, student, n), other in fits.items():
         if arm != main:
             own = fits[main, student, n]
             difference = change(
-                own.right[IN_DISTRIBUTION],
-                other.right[IN_DISTRIBUTION],
+                *(np.array(each.right[IN_DISTRIBUTION]) for each in (own, other)),
                 generators=own.generators,
                 other_generators=other.generators,
                 level=level,

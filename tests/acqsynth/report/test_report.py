@@ -13,7 +13,7 @@ import pytest
 
 import acqcore
 from acqsynth.report import metrics as measures, page as pages, render
-from acqsynth.report.metrics import Answers
+from acqsynth.report.metrics import Answers, Fits
 
 SKILLS = ["add", "sort"] * 20
 BOOTSTRAP = {"resamples": 400, "level": 0.95, "seed": 0}
@@ -23,24 +23,27 @@ def answers(n_right):
     return Answers(np.array([1.0] * n_right + [0.0] * (40 - n_right)), SKILLS)
 
 
+def fits_of(right, learnt, generators=(0,)):
+    seeds = list(range(len(right["in_distribution"])))
+    return Fits([generators[seed % len(generators)] for seed in seeds], seeds, [learnt] * len(seeds), right)
+
+
 def collected(generators=(0, 0, 0), **right):
     """Metrics of the given arms, with one number of right answers out of 40 per fit; on the other set all arms and the
     base student have 10. ``generators``: the generator of each fit."""
     arms = right or {"grpo": (30, 32, 31), "no_rl": (20, 20, 21)}
     found = {}
     for arm, numbers in arms.items():
-        for seed, number in enumerate(numbers):
-            for rows in (10, 100):
-                fit = (arm, "student", rows, generators[seed % len(generators)], seed)
-                found[*fit, "in_distribution"] = answers(number - (rows == 10))
-                found[*fit, "other"] = answers(10)
+        for rows in (10, 100):
+            right = {"in_distribution": [answers(number - (rows == 10)).right for number in numbers]}
+            right["other"] = [answers(10).right] * len(numbers)
+            found[arm, "student", rows] = fits_of(right, 90 if (arm, rows) == ("no_rl", 100) else rows, generators)
     return measures.collect(
         sets={"in_distribution": "sums", "other": "letters"},
         main="grpo",
         descriptions={arm: f"the arm {arm}" for arm in arms},
         base={("student", "in_distribution"): answers(20), ("student", "other"): answers(10)},
-        answers=found,
-        learnt={key[:5]: 90 if key[2] == 100 and key[0] == "no_rl" else key[2] for key in found},
+        fits=found,
         level=0.95,
     )
 
@@ -274,11 +277,7 @@ def test_identical_values_give_no_interval(rows, kind):
         main="grpo",
         descriptions={"grpo": "grpo"},
         base={("student", "in_distribution"): Answers([0.0] * rows, [None] * rows)},
-        answers={
-            ("grpo", "student", 9, 0, seed, "in_distribution"): Answers([1.0] * rows, [None] * rows)
-            for seed in range(3)
-        },
-        learnt={("grpo", "student", 9, 0, seed): 9 for seed in range(3)},
+        fits={("grpo", "student", 9): fits_of({"in_distribution": [[1.0] * rows] * 3}, 9)},
         level=0.95,
     )["verdict"]
     assert said["kind"] == kind
@@ -331,7 +330,7 @@ def test_what_the_base_student_knew_is_shown_for_every_arm():
     strong = Answers(np.array([1.0, 0.0] * 20), SKILLS)  # can add, cannot sort
 
     def fitted(adds):
-        return Answers(np.array([1.0 if i < adds else 0.0 for i in range(20)]).repeat(2), SKILLS)
+        return np.array([1.0 if i < adds else 0.0 for i in range(20)]).repeat(2)
 
     arms = {"grpo": (8, 9, 10), "no_rl": (20, 20, 20)}
     found = measures.collect(
@@ -339,12 +338,10 @@ def test_what_the_base_student_knew_is_shown_for_every_arm():
         main="grpo",
         descriptions={arm: arm for arm in arms},
         base={("student", "in_distribution"): strong},
-        answers={
-            (arm, "student", 10, 0, seed, "in_distribution"): fitted(n)
+        fits={
+            (arm, "student", 10): fits_of({"in_distribution": list(map(fitted, numbers))}, 10)
             for arm, numbers in arms.items()
-            for seed, n in enumerate(numbers)
         },
-        learnt={(arm, "student", 10, 0, seed): 10 for arm in arms for seed in range(3)},
         level=0.95,
     )
     known = {arm: found["arms"][arm]["results"][0]["sets"]["in_distribution"]["known"] for arm in arms}
