@@ -67,63 +67,48 @@ def render(metrics: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
+    arms = {arm: largest(metrics, arm) for arm in metrics["arms"]}
+    # Per arm, student and size, the recipe's own student first.
+    table = [{"arm": arm, **result} for arm, entry in metrics["arms"].items() for result in entry["results"]]
+    table.sort(key=lambda line: (line["student"] != STUDENT, line["student"], line["rows_wanted"]))
+    own = [metrics["base"][STUDENT], *(result["sets"] for result in arms.values())]
+    skills = {
+        skill: (entry["rows"], [each[IN_DISTRIBUTION]["skills"][skill]["accuracy"] for each in own])
+        for skill, entry in metrics["base"][STUDENT][IN_DISTRIBUTION]["skills"].items()
+    }
+    after = 1 + list(arms).index(metrics["main"])
+    moved = [(skill, shares[0], shares[after]) for skill, (_, shares) in skills.items()]
     environment.filters |= {"percent": percent, "points": points, "span": span, "tint": _tint, "seconds": _seconds}
     return environment.get_template("page.html.jinja").render(
         metrics=metrics,
         main=metrics["main"],
         recipe=yaml.safe_dump(metrics["recipe"], sort_keys=False, allow_unicode=True),
-        largest=_largest(metrics),
-        table=_table(metrics),
-        skills=_skills(metrics),
-        moved=_moved(metrics),
+        largest=arms,
+        table=table,
+        skills=skills,
+        moved=sorted(moved, key=lambda entry: entry[2] - entry[1]),
         machine=metrics.get("machine"),
-        figures=_figures(metrics),
+        figures=_figures(metrics, arms, table),
         in_distribution=IN_DISTRIBUTION,
         student=STUDENT,
         known_from=KNOWN,
         # Whether every arm's fits count as independent draws (:func:`acqsynth.evaluate.accuracy_interval`).
-        few_generators=all(len(set(line.get("generators") or [0])) < FEWEST for line in _table(metrics)),
+        few_generators=all(len(set(line.get("generators") or [0])) < FEWEST for line in table),
         fewest=FEWEST,
     )
 
 
-def _largest(metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    return {arm: largest(metrics, arm) for arm in metrics["arms"]}
-
-
-def _table(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row per arm, student and size, the recipe's own student first."""
-    lines = [{"arm": arm, **result} for arm, entry in metrics["arms"].items() for result in entry["results"]]
-    return sorted(lines, key=lambda line: (line["student"] != STUDENT, line["student"], line["rows_wanted"]))
-
-
-def _skills(metrics: Mapping[str, Any]) -> list[tuple[str, int, list[float | None]]]:
-    """Each skill with its number of rows and the accuracies of the base student and each arm."""
-    base = metrics["base"][STUDENT][IN_DISTRIBUTION]["skills"]
-    arms = [result["sets"][IN_DISTRIBUTION]["skills"] for result in _largest(metrics).values()]
-    return [
-        (skill, entry["rows"], [entry["accuracy"], *(arm[skill]["accuracy"] for arm in arms)])
-        for skill, entry in base.items()
-    ]
-
-
-def _moved(metrics: Mapping[str, Any]) -> list[tuple[str, float, float]]:
-    """Each skill with its accuracy before and after the main arm, largest loss first."""
-    base = metrics["base"][STUDENT][IN_DISTRIBUTION]["skills"]
-    after = _largest(metrics)[metrics["main"]]["sets"][IN_DISTRIBUTION]["skills"]
-    moved = [(skill, entry["accuracy"], after[skill]["accuracy"]) for skill, entry in base.items()]
-    return sorted(moved, key=lambda entry: entry[2] - entry[1])
-
-
 @matplotlib.rc_context(_STYLE)
-def _figures(metrics: Mapping[str, Any]) -> dict[str, str | None]:
+def _figures(
+    metrics: Mapping[str, Any], arms: Mapping[str, Any], table: Sequence[Mapping[str, Any]]
+) -> dict[str, str | None]:
     """Name -> SVG; None if there is nothing to show."""
     main = metrics["main"]
     base = metrics["base"][STUDENT][IN_DISTRIBUTION]["accuracy"]
     bars = [("base student", base)]
-    bars += [(arm, result["sets"][IN_DISTRIBUTION]["accuracy"]) for arm, result in _largest(metrics).items()]
+    bars += [(arm, result["sets"][IN_DISTRIBUTION]["accuracy"]) for arm, result in arms.items()]
     curves: dict[str, list[tuple[int, Any]]] = {}
-    for line in _table(metrics):
+    for line in table:
         if line["student"] == STUDENT:
             point = (line["rows_wanted"], line["sets"][IN_DISTRIBUTION]["accuracy"])
             curves.setdefault(line["arm"], []).append(point)

@@ -146,7 +146,7 @@ def page(found, figures=False):
     """The parsed page; figures take a second or two, so they are rendered only on request."""
     with pytest.MonkeyPatch.context() as patch:
         if not figures:
-            patch.setattr(pages, "_figures", lambda metrics: defaultdict(lambda: None))
+            patch.setattr(pages, "_figures", lambda *given: defaultdict(lambda: None))
         return Page(render(json.loads(json.dumps(found))))
 
 

@@ -222,7 +222,7 @@ def install(put, figures=False):
     put(build, "build", lambda config, domain, student, engine, **rows: Reward(student))
     put(labels, "label", label)
     if not figures:
-        put(page, "_figures", lambda metrics: defaultdict(lambda: None))
+        put(page, "_figures", lambda *given: defaultdict(lambda: None))
     for module, functions in ((writing, (deal, write, best)), (train, (grpo, sft))):
         for function in functions:
             put(module, function.__name__, function)
