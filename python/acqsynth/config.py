@@ -369,10 +369,9 @@ def documented(section: type[Section] = Config, prefix: str = "") -> Iterator[tu
         elif not field.is_required():
             default = yaml.safe_dump(default, default_flow_style=True).removesuffix("...\n").strip()
         yield prefix + name, _type_name(field.annotation), default, " ".join((field.description or "").split())
-        kinds = [kind for kind in _parts(field.annotation) if isinstance(kind, type) and issubclass(kind, Section)]
-        for kind in kinds:
+        if inner := _section_in(field.annotation):
             place = f"{prefix}{name}.<name>" if get_origin(field.annotation) is dict else prefix + name
-            yield from documented(kind, f"{place}.")
+            yield from documented(inner, f"{place}.")
 
 
 class _Loader(yaml.SafeLoader):
@@ -509,10 +508,10 @@ def _generic(key: str) -> str:
     return re.sub(r"^(evaluation\.others)\.[^.]+", r"\1.<name>", key)
 
 
-def _parts(annotation: Any) -> list[Any]:
-    """The annotation and the types within it."""
-    inner = get_args(annotation) if get_origin(annotation) is not Literal else ()
-    return [annotation, *(part for each in inner for part in _parts(each))]
+def _section_in(annotation: Any) -> type[Section] | None:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next(filter(None, map(_section_in, get_args(annotation))), None)
 
 
 def _type_name(annotation: Any) -> str:

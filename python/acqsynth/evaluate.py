@@ -8,7 +8,7 @@ fit noise half of the time. Changes between two students are paired row by row.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -173,45 +173,31 @@ def accuracy_by_skill(right: Right, skills: Sequence[str | None]) -> dict[str, t
 
 
 def signal_validity(
-    scores: Mapping[str, Sequence[float]],
-    gains: Sequence[float],
-    *,
-    resamples: int = 2000,
-    level: float = 0.95,
-    seed: int = 0,
-) -> dict[str, Interval | None]:
-    """Spearman's rank correlation of each signal with the students' gains.
+    scores: Sequence[float], gains: Sequence[float], *, resamples: int = 2000, level: float = 0.95, seed: int = 0
+) -> Interval | None:
+    """Spearman's rank correlation of a signal with the students' gains.
 
     Args:
-        scores: signal -> mean value of each of B batches.
+        scores: the signal's mean value of each of B batches.
         gains: B changes in accuracy (or any other measure) after a student learnt one batch.
         resamples, level, seed: for the bootstrap interval over batches; resamples with a constant side are discarded.
 
     Returns:
-        signal -> correlation; None if it is undefined, with fewer than three batches or a constant side.
+        None if it is undefined, with fewer than three batches or a constant side.
 
     Raises:
-        ValueError: a column does not have B values.
+        ValueError: scores and gains differ in length.
     """
     from scipy.stats import rankdata
 
-    y = np.asarray(gains, dtype=np.float64)
-    picks = np.random.default_rng(seed).integers(0, max(len(y), 1), (resamples, len(y)))
-    found: dict[str, Interval | None] = {}
-    for name, column in scores.items():
-        x = np.asarray(column, dtype=np.float64)
-        if x.shape != y.shape:
-            raise ValueError(f"scores: expected {len(y)} values of {name!r}, one per batch, got {len(x)}")
-        whole = _correlation(rankdata(x)[None], rankdata(y)[None]) if len(y) >= 3 else np.array([np.nan])
-        found[name] = None
-        if np.isnan(whole[0]):
-            continue
-        draws = _correlation(rankdata(x[picks], axis=1), rankdata(y[picks], axis=1))
-        draws = draws[~np.isnan(draws)]
-        if len(draws):
-            low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
-            found[name] = Interval(float(whole[0]), float(low), float(high))
-    return found
+    if (whole := rank_correlation(scores, gains)) is None:
+        return None
+    picks = np.random.default_rng(seed).integers(0, len(gains), (resamples, len(gains)))
+    draws = _correlation(*(rankdata(np.array(column)[picks], axis=1) for column in (scores, gains)))
+    if np.isnan(draws).all():
+        return None
+    low, high = np.nanquantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(whole, float(low), float(high))
 
 
 def rank_correlation(before: Sequence[float | None], after: Sequence[float | None]) -> float | None:

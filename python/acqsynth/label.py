@@ -88,12 +88,8 @@ class Labeller:
             if name != "max_tokens":
                 raise ValueError(f"options: unknown {name!r}, expected max_tokens")
         Sampling(max_tokens=config.options.get("max_tokens", 1))
-        self.options: dict[str, Any] = {
-            "k": config.k,
-            "temperature": config.temperature,
-            "threshold": config.threshold,
-            **config.options,
-        }
+        own: dict[str, Any] = {name: getattr(config, name) for name in ("k", "temperature", "threshold")}
+        self.options = own | config.options
         self.engine = None if config.method == "computed" else engine()
         self._moves = config.method == "majority"
 

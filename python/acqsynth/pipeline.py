@@ -34,7 +34,7 @@ from acqsynth.report.metrics import IN_DISTRIBUTION, STUDENT
 from acqsynth.stages.questions import Writing, label_questions, select_questions, train_generator, write_questions
 from acqsynth.stages.rows import Scoring, collect_rows, filter_rows, random_rows
 from acqsynth.stages.students import Replay, answer_rows, fit_student, measure_validity
-from acqsynth.steps import Model, Step
+from acqsynth.steps import Artefact, Model, Step
 
 
 @dataclass
@@ -84,6 +84,7 @@ def plan(config: Config) -> Plan:
         replay=(config.student.replay, n) if config.student.replay else None,
         per_batch=validity.rows if validity.batches else 0,
     )  # fmt: skip
+    evaluation = {name: (domain, rows / f"evaluation-{name}.parquet") for name, domain in found.sets.items()}
     questions = config.generator.questions or n
     own_student = Model(config.student.model)
 
@@ -92,20 +93,18 @@ def plan(config: Config) -> Plan:
 
     def scoring(student: Any = None) -> Scoring:
         scorer = student or Model(config.reward.student or config.student.model)
-        evaluation, *other_evaluation = (rows / f"evaluation-{name}.parquet" for name in found.sets)
+        own_rows, *other_rows = (path for _, path in evaluation.values())
         reference = rows / ("reference.parquet" if config.data.reference else "seeds.parquet")
         return Scoring(
-            config.reward, config.domain, config.engine, scorer, rows / "seeds.parquet", evaluation, reference,
-            tuple(Model(name) for name in (teacher, embedder) if name), tuple(other_evaluation),
+            config.reward, config.domain, config.engine, scorer, rows / "seeds.parquet", own_rows, reference,
+            tuple(Model(name) for name in (teacher, embedder) if name), tuple(other_rows),
         )  # fmt: skip
 
-    def answer(name: str, model: Any, sets: Mapping[str, str] | None = None) -> Step:
-        asked = {f"evaluation-{key}": domain for key, domain in found.sets.items()} if sets is None else sets
+    def answer(name: str, model: Any, sets: Mapping[str, tuple[str, Artefact]] = evaluation) -> Step:
         return step(
             "evaluate", name, answer_rows,
             model=model, engine=config.engine, max_tokens=config.evaluation.max_tokens, seed=config.seed,
-            likelihood=config.evaluation.likelihood,
-            sets={key.removeprefix("evaluation-"): (domain, rows / f"{key}.parquet") for key, domain in asked.items()},
+            likelihood=config.evaluation.likelihood, sets=sets,
         )  # fmt: skip
 
     def fit(rows_of: list[Step], name: str, student: str, n: int, seed: int, ranked: bool = False) -> Step:
@@ -187,7 +186,7 @@ def plan(config: Config) -> Plan:
                     spent=[each / "counts.json" for each in of_seed],
                 )  # fmt: skip
             case "error_driven":
-                answers = answer("base-held-out", own_student, {"held_out": config.domain})
+                answers = answer("base-held-out", own_student, {"held_out": (config.domain, rows / "held_out.parquet")})
                 mistakes = answers / "answers-held_out.parquet"
                 written = step("generate", name, write_questions, writing=writing(seed), mistakes=mistakes)
             case _:

@@ -145,7 +145,8 @@ def _check_sources(config: Config, domain: Domain) -> None:
         if source.source.startswith(BUNDLED):
             _checked(f"{key}.source", _bundled, _domain_of(config, source), source)
     validity, key = config.evaluation.validity, "data.real" if config.data.real else "data.seeds"
-    most = _most_rows(domain, config.data.real or config.data.seeds)
+    real = config.data.real or config.data.seeds
+    most = len(load_source(domain, real)) if real.source.startswith(BUNDLED) else real.limit
     if validity.batches and most is not None and validity.rows > most:
         raise ConfigError(f"evaluation.validity.rows: expected at most the {most} rows of {key}, got {validity.rows}")
 
@@ -210,11 +211,6 @@ def _bundled(domain: Domain, source: Source) -> None:
     faults = [domain.fault(row) for row in load_source(domain, source)]
     if all(faults):
         raise ValueError(f"{source.source} has no rows of the domain {domain.name}: {faults[0]}")
-
-
-def _most_rows(domain: Domain, source: Source) -> int | None:
-    """The number of rows of a bundled source, the limit of any other."""
-    return len(load_source(domain, source)) if source.source.startswith(BUNDLED) else source.limit
 
 
 def _first_row(domain: Domain, source: Source) -> None:

@@ -318,12 +318,9 @@ class Store:
             raise
 
 
-def seconds_of(path: Path) -> float:
-    """Seconds from the last start to the end of the step that made an artefact; 0 if unknown."""
-    for folder in (path, *path.parents):
-        if (manifest := _read_manifest(folder)) is not None:
-            return float(manifest["seconds"])
-    return 0.0
+def seconds_of(folder: Path) -> float:
+    """Seconds from the last start to the end of the step that filled the folder."""
+    return float(read_json(folder / _MANIFEST)["seconds"])
 
 
 # --- arguments and manifests ------------------------------------------------------------------------------------------

@@ -104,7 +104,10 @@ def sft(
     check_ids("samples", trainer.train_dataset["input_ids"], tokenizer, trainer.model.config)
     learnt = _learnt(trainer.train_dataset, rows[: len(samples)], tokenizer, config)
     ends = eos_ids(tokenizer, trainer.model.generation_config)
-    learnt["endless"] = not set(ends) & set(_answer_tokens(tokenizer, rows[0]))
+    # The tokens with which the chat template closes an answer count.
+    asked = _tokens(tokenizer, rows[0]["prompt"], add_generation_prompt=True)
+    whole = _tokens(tokenizer, [*rows[0]["prompt"], *rows[0]["completion"]])
+    learnt["endless"] = set(ends).isdisjoint(whole[len(asked) :])
     if learnt["endless"]:
         logger.warning("the chat template closes answers with no token that stops the student: it learns no end")
     _run(trainer, output, optimizer_steps(config, len(trainer.train_dataset)))
@@ -143,12 +146,6 @@ def _learnt(prepared: Any, rows: Sequence[Row], tokenizer: Any, config: Any) -> 
         raise ValueError(f"samples: expected a prompt that leaves room in max_length = {most} tokens")
     cut = sum(length == most for length in lengths)
     return {"learnt": len(lengths), "dropped": len(rows) - len(lengths), "cut": cut, "max_length": most}
-
-
-def _answer_tokens(tokenizer: Any, row: Row) -> list[int]:
-    """The completion's tokens, including those with which the chat template closes it."""
-    prompt = _tokens(tokenizer, row["prompt"], add_generation_prompt=True)
-    return _tokens(tokenizer, [*row["prompt"], *row["completion"]])[len(prompt) :]
 
 
 def _tokens(tokenizer: Any, messages: Messages, **options: Any) -> list[int]:

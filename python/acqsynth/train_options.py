@@ -19,7 +19,6 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 import torch
 from datasets import Dataset
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Trainer, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 from trl import DPOConfig, GRPOConfig, SFTConfig
@@ -127,11 +126,6 @@ def _check_late(config: Any) -> None:
             config.torch_compile
             and torch.compile(torch.nn.Identity(), backend=config.torch_compile_backend, mode=config.torch_compile_mode)
         ),
-        "dataloader_persistent_workers": lambda: DataLoader(
-            TensorDataset(zero),
-            num_workers=config.dataloader_num_workers,
-            persistent_workers=config.dataloader_persistent_workers,
-        ),
     }
     for names, make in checks.items():
         try:
@@ -141,6 +135,8 @@ def _check_late(config: Any) -> None:
     dtype, known = (config.model_init_kwargs or {}).get("dtype"), ("auto", "float32", "float16", "bfloat16")
     if not (dtype is None or isinstance(dtype, torch.dtype) or dtype in known):
         raise ValueError(f"options: model_init_kwargs.dtype: expected one of {', '.join(known)}, got {dtype!r}")
+    if config.dataloader_persistent_workers and not config.dataloader_num_workers:
+        raise ValueError("options: dataloader_persistent_workers: persistent_workers option needs num_workers > 0")
     if getattr(config, "padding_free", False) and not getattr(config, "packing", True):
         raise ValueError("options: padding_free: expected packing with it, as rows would not be cut to max_length")
 

@@ -75,7 +75,7 @@ def test_a_step_runs_its_inputs_first_and_once(tmp_path):
     assert list(manifest) == ["layout", "made_from", "artefacts", "seconds"]
     assert manifest["artefacts"]["text.txt"][0] == 1
     assert manifest["made_from"]["settings"]["value"] == "x"
-    assert seconds_of(tmp_path / "01-train/b/upper/text.txt") >= 0
+    assert seconds_of(tmp_path / "01-train/b") == read_json(tmp_path / "01-train/b/stage.json")["seconds"] >= 0
     assert store.path(second / "upper") == tmp_path / "01-train/b/upper"
 
 

@@ -89,19 +89,21 @@ def write_report(
     found["training"] = metrics.training([read_log(model) for model in first]) if first else None
     tables = [read_table(path) for model in trained for path in sorted(model.glob("completions/*.parquet"))]
     found["samples"] = metrics.samples(tables or [read_table(each / "samples.parquet") for each in arms[main].written])
+    notes = []
     for name, arm in arms.items():
         drawn = metrics.sum_counts([read_json(folder / "counts.json") for folder in arm.trained or arm.written])
         if (share := metrics.unscored(drawn)) > metrics.MANY:
-            said = f"{name}: {metrics.percent(share)} of the completions could not be scored and counted for nothing."
-            found["verdict"].append({"kind": "note", "text": said})
+            notes.append(
+                f"{name}: {metrics.percent(share)} of the completions could not be scored and counted for nothing."
+            )
     if constant := metrics.constant_signals(tables):
-        said = f"{', '.join(constant)} gave every completion the same value and did not affect the reward."
-        found["verdict"].append({"kind": "note", "text": said})
+        notes.append(f"{', '.join(constant)} gave every completion the same value and did not affect the reward.")
     for name in sets:
         asked = read_table(base[metrics.STUDENT] / f"answers-{name}.parquet")["question"]
         if repeated := len(asked) - len(set(asked)):
-            said = f"{repeated} of the {len(asked)} rows of {name} repeat a question, so its intervals are too narrow."
-            found["verdict"].append({"kind": "note", "text": said})
+            rows = f"{repeated} of the {len(asked)} rows of {name}"
+            notes.append(f"{rows} repeat a question, so its intervals are too narrow.")
+    found["verdict"] += [{"kind": "note", "text": text} for text in notes]
     bootstrap = {"resamples": recipe["evaluation"]["resamples"], "level": level, "seed": recipe["seed"]}
     found["validity"] = metrics.validity(read_json(validity / "batches.json"), **bootstrap) if validity else None
     context.write("metrics.json", found)

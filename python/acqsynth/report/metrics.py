@@ -191,7 +191,7 @@ def validity(batches: Sequence[Mapping[str, Any]], **bootstrap: Any) -> dict[str
     signals = {}
     for name in names:
         scored = [(b["scores"][name], b["gain"], b["skill"]) for b in batches if b["scores"][name] is not None]
-        interval = signal_validity({name: [s for s, _, _ in scored]}, [g for _, g, _ in scored], **bootstrap)[name]
+        interval = signal_validity([s for s, _, _ in scored], [g for _, g, _ in scored], **bootstrap)
         signals[name] = {
             "correlation": None if interval is None else asdict(interval),
             "batches": len(scored),
