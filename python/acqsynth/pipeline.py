@@ -93,11 +93,10 @@ def plan(config: Config) -> Plan:
 
     def scoring(student: Any = None) -> Scoring:
         scorer = student or Model(config.reward.student or config.student.model)
-        own_rows, *other_rows = (path for _, path in evaluation.values())
         reference = rows / ("reference.parquet" if config.data.reference else "seeds.parquet")
         return Scoring(
-            config.reward, config.domain, config.engine, scorer, rows / "seeds.parquet", own_rows, reference,
-            tuple(Model(name) for name in (teacher, embedder) if name), tuple(other_rows),
+            config.reward, config.domain, config.engine, scorer, rows / "seeds.parquet",
+            [path for _, path in evaluation.values()], reference, [Model(name) for name in (teacher, embedder) if name],
         )  # fmt: skip
 
     def answer(name: str, model: Any, sets: Mapping[str, tuple[str, Artefact]] = evaluation) -> Step:

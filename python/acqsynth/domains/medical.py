@@ -183,7 +183,6 @@ class _Token(NamedTuple):
 
 
 _Texts = list[tuple[str, list[str]]]  # letters and the words of their options
-_Found = tuple[_Token, int]  # a token and the index of the piece after it
 
 
 def _choice(plain: str, options: Mapping[str, str]) -> str | None:
@@ -257,11 +256,9 @@ def _tokens(answer: str, options: Mapping[str, str]) -> list[_Token]:
     tokens: list[_Token] = []
     at, listed = 0, True  # listed: no word or verb since the last choice or stop
     while at < len(pieces) - 2:
-        token, at = (
-            _option(pieces, at, texts, listed)
-            or _letter(pieces, at, tokens, listed)
-            or _decision(pieces, at, tokens)
-            or (_Token(_kind(pieces[at])), at + 1)
+        token, at = _option(pieces, at, texts, listed) or (
+            _letter(pieces, at, tokens, listed) or _decision(pieces, at, tokens) or _Token(_kind(pieces[at])),
+            at + 1,
         )
         if token.kind == "end":
             break
@@ -274,8 +271,9 @@ def _tokens(answer: str, options: Mapping[str, str]) -> list[_Token]:
     return tokens
 
 
-def _option(pieces: list[str], at: int, texts: _Texts, listed: bool) -> _Found | None:
-    """ "B) aspirin", "B aspirin"; in a list, "aspirin", but not "aspirin poisoning" or a text that is a letter."""
+def _option(pieces: list[str], at: int, texts: _Texts, listed: bool) -> tuple[_Token, int] | None:
+    """Choice and next index: "B) aspirin", "B aspirin"; in a list, "aspirin", but not "aspirin poisoning" or a text
+    that is a letter."""
     letter, marked = _mark(pieces, at)
     for owner, words in texts:
         if owner == letter and (marked or len(words[0]) > 1) and (end := _end_of(words, pieces, at + 1)):
@@ -288,7 +286,7 @@ def _option(pieces: list[str], at: int, texts: _Texts, listed: bool) -> _Found |
     return None
 
 
-def _letter(pieces: list[str], at: int, before: list[_Token], listed: bool) -> _Found | None:
+def _letter(pieces: list[str], at: int, before: list[_Token], listed: bool) -> _Token | None:
     """ "B", "(b)", "A is wrong", but not "hepatitis B", "a fever" or, after the first choice, "B. anthracis"."""
     letter, marked = _mark(pieces, at)
     if not letter or not (listed or marked) or (before and before[-1].kind == "word"):
@@ -296,19 +294,19 @@ def _letter(pieces: list[str], at: int, before: list[_Token], listed: bool) -> _
     follower, second = pieces[at + 1 : at + 3]
     article = letter == "A" and not marked and _kind(follower) == "word" and len(_bare(follower)) > 1
     genus = before and follower == "." and second.islower() and _kind(second) == "word" and len(second) > 1
-    return None if article or genus else (_Token("choice", letter, marked), at + 1)
+    return None if article or genus else _Token("choice", letter, marked)
 
 
-def _decision(pieces: list[str], at: int, before: list[_Token]) -> _Found | None:
+def _decision(pieces: list[str], at: int, before: list[_Token]) -> _Token | None:
     """ "yes", "no, ...", "no maybe", but not "no fever" or, after a letter, "maybe"."""
     word, follower = pieces[at].lower(), pieces[at + 1].lower()
     if word not in DECISIONS:
         return None
     if before and before[0].choice in LETTERS:
-        return _Token("praise"), at + 1
+        return _Token("praise")
     if word == "no" and _kind(follower) == "word" and follower not in DECISIONS:
         return None
-    return _Token("choice", word, sure=_kind(follower) in ("pause", "stop", "end")), at + 1
+    return _Token("choice", word, sure=_kind(follower) in ("pause", "stop", "end"))
 
 
 def _kind(piece: str) -> str:

@@ -32,10 +32,9 @@ class Scoring:
     engine: EngineConfig
     student: Any  #: the model that scores
     seeds: Any  #: rows shown to the generator in training
-    evaluation: Any  #: rows for in-distribution accuracy, which no sample may repeat
+    evaluation: Sequence[Any]  #: rows of each evaluation set, the recipe's own first, which no sample may repeat
     reference: Any  #: rows whose loss should fall, for influence
     models: Sequence[Any] = ()  #: the other models that it loads, so that a change of their files is noticed
-    other_evaluation: Sequence[Any] = ()  #: the rows of the other evaluation sets, which no sample may repeat either
 
     def find_domain(self) -> Domain:
         """The domain, completed by the seeds."""
@@ -51,7 +50,7 @@ class Scoring:
             str(self.student),
             self.engine,
             seeds=read_rows(self.seeds),
-            evaluation=[row for path in (self.evaluation, *self.other_evaluation) for row in read_rows(path)],
+            evaluation=[row for path in self.evaluation for row in read_rows(path)],
             reference=read_rows(self.reference),
             shown=shown,
         )

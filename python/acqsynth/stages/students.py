@@ -137,7 +137,7 @@ def measure_validity(
     by a separate student that learnt it. A batch has rows of one skill if the rows have skills."""
     from acqsynth import train
 
-    domain, gold = find_domain(scoring.domain), read_rows(scoring.evaluation)
+    domain, gold = find_domain(scoring.domain), read_rows(scoring.evaluation[0])
     reward = replace(scoring, reward=validity_reward(scoring.reward, validity)).build()
     before = fmean(read_table(base)["right"])
     batches = _batches(read_rows(real), validity.batches, validity.rows, seed)

@@ -15,4 +15,5 @@ def scoring(student_path, tmp_path, monkeypatch):
     monkeypatch.setattr(domains, "DOMAINS", {"sums": "fakes:Sums"})
     write_rows(tmp_path / "seeds.parquet", SEEDS)
     reward = RewardConfig(answers={"k": 2, "max_tokens": 4}, refresh_steps=2)
-    return Scoring(reward, "sums", EngineConfig(), student_path, *[tmp_path / "seeds.parquet"] * 3)
+    seeds = tmp_path / "seeds.parquet"
+    return Scoring(reward, "sums", EngineConfig(), student_path, seeds, [seeds], seeds)

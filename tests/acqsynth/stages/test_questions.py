@@ -77,7 +77,8 @@ def writing(tmp_path, monkeypatch, student_path):
     write_rows(tmp_path / "seeds.parquet", SEEDS)
     write_rows(tmp_path / "held_out.parquet", [Sample(f"{n}+9", str(n + 9)) for n in range(20, 24)])
     reward = RewardConfig(signals={"diversity": {}}, embedder="ngram", gates=["sound", "new"])
-    scoring = Scoring(reward, "sums", EngineConfig(), student_path, *[tmp_path / "seeds.parquet"] * 3)
+    seeds = tmp_path / "seeds.parquet"
+    scoring = Scoring(reward, "sums", EngineConfig(), student_path, seeds, [seeds], seeds)
     return Writing(scoring, "generator", SamplingConfig(), 1, False, 8, 0, tmp_path / "held_out.parquet")
 
 
