@@ -16,11 +16,7 @@ from acqsynth.domains import Sample
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes ``content`` to ``path``, completely or not at all.
-
-    Raises:
-        ValueError: a number that is not finite.
-    """
+    """Writes ``content`` to ``path``, completely or not at all; ValueError for a number that is not finite."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", encoding="utf-8") as file:
         json.dump(content, file, indent=1, ensure_ascii=False, allow_nan=False)

@@ -20,11 +20,8 @@ from acqsynth.steps import Step, StepError, Store
 
 
 def main(recipe: str, overrides: Sequence[str], stage: str, dry: bool, traceback: bool) -> int:
-    """Runs ``stage`` of a recipe, or all stages (``run``); with ``dry`` prints what would run.
-
-    Returns:
-        The exit code: 0, 1 if a step failed, 2 for a wrong recipe.
-    """
+    """Runs ``stage`` of a recipe, or all stages (``run``); with ``dry`` prints what would run. Returns the exit code:
+    0, 1 if a step failed, 2 for a wrong recipe."""
     try:
         plan = pipeline.plan(config.load(recipe, overrides))
         preflight.on_this_machine(plan.config)

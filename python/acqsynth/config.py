@@ -349,11 +349,7 @@ def load(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def from_mapping(values: Mapping[str, Any]) -> Config:
-    """Validates nested mappings, as read from YAML.
-
-    Raises:
-        ConfigError: an unknown key, a value of the wrong type or out of range.
-    """
+    """Validates nested mappings, as read from YAML; ConfigError as in :func:`load`."""
     try:
         return Config.model_validate(values)
     except ValidationError as error:

@@ -100,11 +100,7 @@ def packaged(model: str, package: str, file: str, kind: str = "model") -> Path:
 
 
 def load_tokenizer(path: str) -> Any:
-    """Loads the tokenizer of a model.
-
-    Raises:
-        ValueError: the model has no tokenizer, or it does not load.
-    """
+    """Loads the tokenizer of a model; ValueError if it has none, or it does not load."""
     tokenizer = acqcore.load_tokenizer(path)
     if tokenizer is None:
         raise ValueError(f"{path} has no tokenizer, which is needed for texts")

@@ -24,11 +24,8 @@ from acqsynth.seeds import BUNDLED, load_source
 
 
 def check(config: Config) -> None:
-    """Checks the options and values of a recipe.
-
-    Raises:
-        ConfigError: an unknown option of a library, the domain or the reward, or a value it rejects; names the key.
-    """
+    """Checks the options and values of a recipe. ConfigError names the key of an unknown option of a library, the
+    domain or the reward, or of a value it rejects."""
     domain = _checked("domain", find_domain, config.domain)
     _checked("engine", engines.check, config.engine.name, config.engine.options)
     for key, options in (("generator", config.generator.options), ("student", config.student.options)):
@@ -152,12 +149,8 @@ def _check_sources(config: Config, domain: Domain) -> None:
 
 
 def on_this_machine(config: Config) -> None:
-    """Checks that this machine has what a recipe needs.
-
-    Raises:
-        ConfigError: a required device, package, model or file is missing, or the output cannot be written; names the
-            key.
-    """
+    """Checks that this machine has what a recipe needs. ConfigError names the key of a device, package, model or file
+    that is missing, or of an output that cannot be written."""
     from acqsynth.train_options import check_model, require
 
     engine = config.engine

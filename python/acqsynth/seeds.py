@@ -57,11 +57,7 @@ def bundled(name: str) -> list[Sample]:
 
 
 def load_source(domain: Domain, source: Source) -> list[Sample]:
-    """The rows of a source, in file order.
-
-    Raises:
-        ValueError: no rows are left, or as :meth:`Domain.load`. OSError, ImportError: as :meth:`Domain.load`.
-    """
+    """The rows of a source, in file order; ValueError if none are left, and errors as in :meth:`Domain.load`."""
     limit = None if source.limit is None or source.per_label else source.skip + source.limit
     if source.source.startswith(BUNDLED):
         if source.columns or source.split != type(source).model_fields["split"].default:

@@ -21,11 +21,7 @@ DOMAINS: dict[str, str] = {
 
 
 def domain(name: str, **options: Any) -> Domain:
-    """Creates a domain by name, with the options of its class.
-
-    Raises:
-        ValueError: an unknown name.
-    """
+    """Creates a domain by name, with the options of its class; ValueError for an unknown name."""
     if name not in DOMAINS:
         raise ValueError(f"domain: unknown {name!r}, expected one of {', '.join(DOMAINS)}")
     module, _, kind = DOMAINS[name].partition(":")

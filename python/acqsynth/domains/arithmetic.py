@@ -194,11 +194,7 @@ class Arithmetic(Domain):
         return found
 
     def answered(self, question: str, rng: random.Random) -> Sample:
-        """The question with its solution; ``rng`` tosses the coin.
-
-        Raises:
-            ValueError: not a question of this world.
-        """
+        """The question with its solution, for which ``rng`` tosses the coin; ValueError for other text."""
         read = _read(question)
         if read is None:
             raise ValueError(f"question: expected the word of a skill and its numbers, got {question!r:.60}")
