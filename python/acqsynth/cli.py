@@ -70,9 +70,6 @@ class _Parser(argparse.ArgumentParser):
 class _HelpConfig(argparse.Action):
     """Prints every key of a recipe and exits."""
 
-    def __init__(self, option_strings: Sequence[str], dest: str, **options: Any) -> None:
-        super().__init__(option_strings, dest, nargs=0, **options)
-
     def __call__(self, parser: argparse.ArgumentParser, *rest: Any) -> None:
         _load("acqsynth.commands", "--help-config", "train").print_help_config()
         parser.exit()
@@ -118,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
         add("overrides", nargs="*", default=[], metavar="key=value", help="dotted recipe key and its value")
         add("--dry-run", action="store_true", help="print what would run, and why")
         add("--traceback", action="store_true", help="print the traceback of a failed step")
-        add("--help-config", action=_HelpConfig, help="list every key of a recipe")
+        add("--help-config", action=_HelpConfig, nargs=0, help="list every key of a recipe")
     push = commands.add_parser("push", help="publish the rows and the student of a finished run, each with a card")
     add = push.add_argument
     add("run", type=Path, help="output folder of the run")

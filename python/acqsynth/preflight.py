@@ -233,9 +233,7 @@ def _models(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def _sources(config: Config) -> Iterator[tuple[str, Source]]:
-    for name in type(config.data).model_fields:
-        if (source := getattr(config.data, name)) is not None:
-            yield f"data.{name}", source
+    yield from ((f"data.{name}", source) for name, source in config.data if source is not None)
     yield from ((f"evaluation.others.{name}", other) for name, other in config.evaluation.others.items())
 
 

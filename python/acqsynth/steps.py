@@ -162,6 +162,7 @@ class StepContext:
         write_json(self.folder / name, content)
 
 
+@dataclass(eq=False)
 class Store:
     """The folder of a run: runs steps and tracks which are done.
 
@@ -170,13 +171,11 @@ class Store:
         say, status: as in :class:`StepContext`.
     """
 
-    def __init__(
-        self, output: Path, say: Callable[[str], None] = _nothing, status: Callable[[str], None] = _nothing
-    ) -> None:
-        self.output = output
-        self.say = say
-        self.status = status
-        self._reasons: dict[Step, str | None] = {}  # valid because only this process writes to the folder
+    output: Path
+    say: Callable[[str], None] = _nothing
+    status: Callable[[str], None] = _nothing
+    # Valid because only this process writes to the folder.
+    _reasons: dict[Step, str | None] = field(default_factory=dict, init=False)
 
     def path(self, artefact: Step | Artefact) -> Path:
         """Path of a finished step's folder or of one of its artefacts."""
@@ -339,8 +338,8 @@ def _replaced(value: Any, leaf: Callable[[Any], Any]) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.replace(value, **_replaced(vars(value), leaf))
     if isinstance(value, BaseModel):  # a section may hold sources; it is returned unchanged
-        for name in type(value).model_fields:
-            _replaced(getattr(value, name), leaf)
+        for _, part in value:
+            _replaced(part, leaf)
     return value
 
 

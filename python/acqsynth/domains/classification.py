@@ -54,9 +54,6 @@ def _layout(question: str, label: str) -> Layout:
     return Layout((question, label), read)
 
 
-LAYOUTS = (_layout("text", "label"), _layout("text", "intent"), _layout("question", "answer"))
-
-
 class Classification(Domain):
     """Texts with a closed set of labels.
 
@@ -69,7 +66,7 @@ class Classification(Domain):
 
     name: ClassVar[str] = "classification"
     answer_tokens: ClassVar[int] = 32
-    layouts = LAYOUTS
+    layouts = (_layout("text", "label"), _layout("text", "intent"), _layout("question", "answer"))
     class_names: ClassVar[bool] = True
 
     def __init__(self, labels: Sequence[str] | None = None) -> None:

@@ -96,11 +96,6 @@ assert two_pass()
 """
 _IDLE_RUNS = 4  # times a job's wall-clock limit, for the tests with constants
 
-LAYOUTS = (
-    Layout(("text", "code", "test_list"), _mbpp, ("test_setup_code",)),
-    Layout(("prompt", "canonical_solution", "test", "entry_point"), _humaneval),
-)
-
 
 class Code(Domain):
     """Python functions, which are right if they pass their tests.
@@ -112,7 +107,10 @@ class Code(Domain):
     """
 
     name: ClassVar[str] = "code"
-    layouts = LAYOUTS
+    layouts = (
+        Layout(("text", "code", "test_list"), _mbpp, ("test_setup_code",)),
+        Layout(("prompt", "canonical_solution", "test", "entry_point"), _humaneval),
+    )
 
     def __init__(
         self,

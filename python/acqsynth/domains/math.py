@@ -78,9 +78,6 @@ def _numina(row: Row) -> Sample | None:
     return None if final is None else Sample(text(row, "problem"), final, solution)
 
 
-LAYOUTS = (Layout(("problem", "solution"), _numina), Layout(("question", "answer"), _worked, ("reasoning",)))
-
-
 class Math(Domain):
     """Questions with one final answer, a number or an expression.
 
@@ -90,7 +87,7 @@ class Math(Domain):
     """
 
     name: ClassVar[str] = "math"
-    layouts = LAYOUTS
+    layouts = (Layout(("problem", "solution"), _numina), Layout(("question", "answer"), _worked, ("reasoning",)))
     proves: ClassVar[bool] = False
 
     def __init__(self, checker: MathChecker | None = None) -> None:

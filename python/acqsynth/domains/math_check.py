@@ -17,11 +17,11 @@ import re
 import resource
 import selectors
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from subprocess import PIPE, Popen
 from typing import Any
 
 from acqsynth import checks
@@ -112,12 +112,7 @@ class _Worker:
         self.seconds = seconds
         # Run as a file, so that neither this package nor the caller's main module is imported again; -P because this
         # folder contains a math.py.
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", __file__, str(seconds)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
+        self.process = Popen([sys.executable, "-P", __file__, str(seconds)], stdin=PIPE, stdout=PIPE, stderr=PIPE)
         if self._line(START_SECONDS) is None:
             self.process.kill()
             _, errors = self.process.communicate()

@@ -76,19 +76,16 @@ def _plain(row: Row) -> Sample:
     return Sample(question, text(row, "answer"), optional(row, "reasoning"), extra)
 
 
-LAYOUTS = (
-    Layout(("question", "opa", "opb", "opc", "opd", "cop"), _medmcqa, ("exp",)),
-    Layout(("question", "contexts", "long_answer", "final_decision"), _pubmedqa),
-    Layout(("question", "context", "long_answer", "final_decision"), _pubmedqa),
-    Layout(("question", "answer"), _plain, ("reasoning",)),
-)
-
-
 class Medical(Domain):
     """Questions answered by the letter of an option, or by yes, no or maybe."""
 
     name: ClassVar[str] = "medical"
-    layouts = LAYOUTS
+    layouts = (
+        Layout(("question", "opa", "opb", "opc", "opd", "cop"), _medmcqa, ("exp",)),
+        Layout(("question", "contexts", "long_answer", "final_decision"), _pubmedqa),
+        Layout(("question", "context", "long_answer", "final_decision"), _pubmedqa),
+        Layout(("question", "answer"), _plain, ("reasoning",)),
+    )
     proves: ClassVar[bool] = False  # verify only refutes
 
     def generator_prompt(self, shown: Sequence[Sample]) -> Messages:
