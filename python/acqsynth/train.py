@@ -49,13 +49,8 @@ Reward = Callable[..., Any]  #: a TRL reward function
 
 def training_rows(domain: Domain, samples: Sequence[Sample]) -> list[Row]:
     """Training rows for the student: the domain's prompt, with the solution as its completion."""
-    return [
-        {
-            "prompt": domain.student_prompt(sample.question),
-            "completion": [{"role": "assistant", "content": domain.solution(sample)}],
-        }
-        for sample in samples
-    ]
+    learnt = ((domain.student_prompt(sample.question), domain.solution(sample)) for sample in samples)
+    return [{"prompt": asked, "completion": [{"role": "assistant", "content": said}]} for asked, said in learnt]
 
 
 def sft(
@@ -91,14 +86,8 @@ def sft(
     rows = training_rows(domain, samples)
     if replay:
         rows += sample_replay(replay, replay_share, rows, config.seed)
-    own = [i < len(samples) for i in range(len(rows))]
-    trainer = SFTTrainer(
-        model=student,
-        args=config,
-        train_dataset=datasets.Dataset.from_list(rows).add_column("own", own),
-        peft_config=lora,
-        callbacks=list(callbacks),
-    )
+    data = datasets.Dataset.from_list(rows).add_column("own", [i < len(samples) for i in range(len(rows))])
+    trainer = SFTTrainer(model=student, args=config, train_dataset=data, peft_config=lora, callbacks=[*callbacks])
     # A multimodal student has a processor, which holds the tokenizer.
     tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
     check_ids("samples", trainer.train_dataset["input_ids"], tokenizer, trainer.model.config)
@@ -210,14 +199,9 @@ def grpo(
     _keep_within(generator, config, "max_completion_length", max(map(len, encoded)))
     rewards = list(reward) if isinstance(reward, Sequence) else [reward]
     clock = StepClock()
-    trainer = GRPOTrainer(
-        model=generator,
-        reward_funcs=[clock.timed(function) for function in rewards],
-        args=config,
-        train_dataset=datasets.Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
-        peft_config=lora,
-        callbacks=list(callbacks),
-    )
+    timed = [clock.timed(function) for function in rewards]
+    data = datasets.Dataset.from_list([{"prompt": prompt} for prompt in prompts])
+    trainer = GRPOTrainer(generator, timed, args=config, train_dataset=data, peft_config=lora, callbacks=[*callbacks])
     trainer.add_callback(WholeGenerations(trainer))
     # These run first, so that trackers see the entries they add to the log.
     trainer.callback_handler.callbacks[:0] = [clock, *([refresh] if refresh is not None else [])]
@@ -270,13 +254,8 @@ def dpo(
         masked = sum(candidate.total is None for group in groups for candidate in group)
         write_json(output / PAIRS, {"pairs": len(rows), "masked": masked})  # last: the table is complete
     data = datasets.Dataset.from_parquet(str(table), keep_in_memory=True)
-    trainer = DPOTrainer(
-        model=generator,
-        args=config,
-        train_dataset=data.select_columns(["prompt", "chosen", "rejected"]),
-        peft_config=lora,
-        callbacks=list(callbacks),
-    )
+    data = data.select_columns(["prompt", "chosen", "rejected"])
+    trainer = DPOTrainer(model=generator, args=config, train_dataset=data, peft_config=lora, callbacks=[*callbacks])
     if not (kept := len(trainer.train_dataset)):
         raise ValueError(f"prompts: expected one that leaves room in max_length = {config.max_length} tokens")
     if kept < len(data):
@@ -301,15 +280,9 @@ def pairs(groups: Sequence[Sequence[Candidate]]) -> list[dict[str, Any]]:
         best, chosen = max(passing, key=lambda entry: entry[0])
         worst, rejected = min(totals, key=lambda entry: entry[0])
         if best > worst:
-            rows.append(
-                {
-                    "prompt": chosen.prompt,
-                    "chosen": [{"role": "assistant", "content": chosen.text}],
-                    "rejected": [{"role": "assistant", "content": rejected.text}],
-                    "chosen_total": best,
-                    "rejected_total": worst,
-                }
-            )
+            won, lost = ([{"role": "assistant", "content": each.text}] for each in (chosen, rejected))
+            pair = {"prompt": chosen.prompt, "chosen": won, "rejected": lost}
+            rows.append({**pair, "chosen_total": best, "rejected_total": worst})
     return rows
 
 

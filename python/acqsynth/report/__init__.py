@@ -64,14 +64,9 @@ def write_report(
             each.learnt.append(read_json(arm.fits[student, n, generator, seed] / "counts.json")["rows"])
             for name in sets:
                 each.right.setdefault(name, []).append(_answers(folder, name).right)
-    found = metrics.collect(
-        sets=sets,
-        main=main,
-        descriptions={name: DESCRIPTIONS[name] for name in arms},
-        base={(student, name): _answers(folder, name) for student, folder in base.items() for name in sets},
-        fits=fits,
-        level=level,
-    )
+    descriptions = {name: DESCRIPTIONS[name] for name in arms}
+    before = {(student, name): _answers(folder, name) for student, folder in base.items() for name in sets}
+    found = metrics.collect(sets=sets, main=main, descriptions=descriptions, base=before, fits=fits, level=level)
     found["recipe"] = recipe
     found["machine"] = metrics.machine()
     for name, arm in arms.items():

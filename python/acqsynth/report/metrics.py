@@ -66,13 +66,10 @@ def collect(
         name: {"domain": domain, "rows": len(base[STUDENT, name].right), "in_distribution": name == IN_DISTRIBUTION}
         for name, domain in sets.items()
     }
-    found["base"] = {
-        student: {
-            name: _accuracy(np.array([base[student, name].right]), None, base[student, name].skills, level)
-            for name in sets
-        }
-        for student in dict.fromkeys(student for student, _ in base)
-    }
+    found["base"] = {}
+    for (student, name), before in base.items():
+        accuracy = _accuracy(np.array([before.right]), None, before.skills, level)
+        found["base"].setdefault(student, {})[name] = accuracy
     found["arms"] = {arm: {"description": description, "results": []} for arm, description in descriptions.items()}
     for (arm, student, n), each in fits.items():
         per_set = {}
@@ -128,14 +125,8 @@ def verdict(found: Mapping[str, Any]) -> list[dict[str, str]]:
     result = largest(found, main)
     here = result["sets"][IN_DISTRIBUTION]
     before = found["base"][STUDENT][IN_DISTRIBUTION]["accuracy"]["mean"]
-    judged = [
-        (
-            here["change"],
-            f"{main} over the base student in distribution: {percent(before)} to {percent(here['accuracy']['mean'])} "
-            f"after {result['rows']} rows",
-            _HERE,
-        )
-    ]
+    learnt = f"{percent(before)} to {percent(here['accuracy']['mean'])} after {result['rows']} rows"
+    judged = [(here["change"], f"{main} over the base student in distribution: {learnt}", _HERE)]
     for comparison in found["comparisons"]:
         if comparison["student"] == STUDENT and comparison["rows_wanted"] == result["rows_wanted"]:
             judged.append((comparison["difference"], f"{main} over {comparison['against']} at equal rows", _HERE))
@@ -320,12 +311,9 @@ def _comparisons(main: str, fits: Mapping[tuple[str, str, int], Fits], level: fl
     for (arm, student, n), other in fits.items():
         if arm != main:
             own = fits[main, student, n]
-            difference = change(
-                *(np.array(each.right[IN_DISTRIBUTION]) for each in (own, other)),
-                generators=own.generators,
-                other_generators=other.generators,
-                level=level,
-            )
+            right, others = (np.array(each.right[IN_DISTRIBUTION]) for each in (own, other))
+            drawn = other.generators
+            difference = change(right, others, generators=own.generators, other_generators=drawn, level=level)
             found.append({"student": student, "rows_wanted": n, "against": arm, "difference": asdict(difference)})
     return found
 

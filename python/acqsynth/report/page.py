@@ -60,12 +60,9 @@ def render(metrics: Mapping[str, Any]) -> str:
         metrics: from :func:`acqsynth.report.metrics.collect`, with ``recipe``, ``training``, ``samples`` and
             ``validity``, the last three None if the run has none, and ``machine`` if known.
     """
+    loader, undefined = jinja2.PackageLoader("acqsynth", "report"), jinja2.StrictUndefined
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("acqsynth", "report"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
+        loader=loader, undefined=undefined, autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     arms = {arm: largest(metrics, arm) for arm in metrics["arms"]}
     # Per arm, student and size, the recipe's own student first.

@@ -7,6 +7,7 @@ import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,19 +64,11 @@ def train_generator(
     seeds = read_rows(scoring.seeds)
     asked = write.prompts(scoring.find_domain(), seeds, prompts, shown=shown, turns=turns, seed=seed)
     output = context.folder / "model"
-    options = {"seed": seed, "disable_tqdm": True, **options}
+    arguments = (str(generator), asked, reward, output, {"seed": seed, "disable_tqdm": True, **options})
     callbacks = [Progress(context.say, context.status)]
     if candidates is not None:
-        train.dpo(
-            str(generator),
-            asked,
-            reward,
-            output,
-            options,
-            sampling=_sampling(*candidates, seed),
-            engine=lambda: load_engine(scoring.engine, generator),
-            callbacks=callbacks,
-        )
+        engine = partial(load_engine, scoring.engine, generator)
+        train.dpo(*arguments, sampling=_sampling(*candidates, seed), engine=engine, callbacks=callbacks)
         drawn, masked = prompts * candidates[1], read_json(output / train.PAIRS)["masked"]
     else:
         refresh = None
@@ -85,14 +78,12 @@ def train_generator(
                 context.say(f"the reward scores with {path.name}")
                 reward.refresh(str(path))
 
-            refresh = Refresh(
-                scoring.reward.refresh_steps,
-                Path(scoring.reward.refresh_from or output),
-                context.scratch / "students",
-                use,
-                lambda: fused(signal_values(reward, seeds[:_PROBE]), reward, seeds[:_PROBE]),
-            )
-        train.grpo(str(generator), asked, reward, output, options, refresh=refresh, callbacks=callbacks)
+            def probe() -> list[float | None]:
+                return fused(signal_values(reward, seeds[:_PROBE]), reward, seeds[:_PROBE])
+
+            source = Path(scoring.reward.refresh_from or output)
+            refresh = Refresh(scoring.reward.refresh_steps, source, context.scratch / "students", use, probe)
+        train.grpo(*arguments, refresh=refresh, callbacks=callbacks)
         drawn, masked = reward.scored, reward.masked
     context.write("counts.json", {"completions": drawn, "masked": masked})
 

@@ -48,16 +48,13 @@ def fit_student(
 
     pool = [row for path in samples for row in read_rows(path)]
     picked = pool[:n] if ranked else random.Random(seed).sample(pool, min(n, len(pool)))
-    model = train.sft(
-        student,
-        find_domain(domain),
-        picked,
-        context.folder / "model",
-        {"seed": seed, "disable_tqdm": True, **options},
-        replay=train.training_rows(find_domain(replay.domain), read_rows(replay.rows)) if replay else [],
-        replay_share=replay.share if replay else 0.0,
-        callbacks=[Progress(context.say, context.status)],
-    )
+    replayed: dict[str, Any] = {}
+    if replay is not None:
+        again = train.training_rows(find_domain(replay.domain), read_rows(replay.rows))
+        replayed = {"replay": again, "replay_share": replay.share}
+    arguments = (student, find_domain(domain), picked, context.folder / "model")
+    options = {"seed": seed, "disable_tqdm": True, **options}
+    model = train.sft(*arguments, options, **replayed, callbacks=[Progress(context.say, context.status)])
     learnt = read_json(model / train.ROWS)
     if learnt["dropped"] or learnt["cut"]:
         context.say(
@@ -100,18 +97,10 @@ def answer_rows(
             likely = {"likeliest": chosen["answers"], "likeliest_right": chosen["right"]}
             written, best = fmean(columns["right"]), fmean(chosen["right"])
             context.say(f"{name}: {written:.1%} right as written, {best:.1%} by the likeliest of {len(labels)} labels")
-        write_table(
-            context.folder / f"answers-{name}.parquet",
-            {
-                "question": [sample.question for sample in gold],
-                "gold": [sample.answer for sample in gold],
-                "skill": [sample.extra.get("skill") for sample in gold],
-                "completion": columns["completions"],
-                "answer": columns["answers"],
-                "right": columns["right"],
-                **likely,
-            },
-        )
+        said = {"completion": columns["completions"], "answer": columns["answers"], "right": columns["right"]}
+        asked = {"question": [sample.question for sample in gold], "gold": [sample.answer for sample in gold]}
+        skills = {"skill": [sample.extra.get("skill") for sample in gold]}
+        write_table(context.folder / f"answers-{name}.parquet", {**asked, **skills, **said, **likely})
 
 
 def _evaluated(
