@@ -12,8 +12,10 @@ import torch
 import acqcore
 from acqcore import _core
 from acqcore.backends import PREFERENCE, HeadRows, LogitRows, cuda, select as select_backend
+from acqcore.backends.chunked import Chunked
 from acqcore.backends.cuda import Cuda
 from acqcore.backends.extension import matrix, pointer
+from acqcore.backends.triton import Triton
 from acqcore.testing import assert_close_to_oracle, assert_logits_match, random_case
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -160,6 +162,16 @@ def test_out_of_memory_is_one_sentence(monkeypatch):
     monkeypatch.setattr(Cuda, "_fold", exhausted)
     with pytest.raises(torch.OutOfMemoryError, match=r"^cuda logit_stats: .* space: CUDA out of memory$"):
         Cuda().logit_stats(LogitRows(torch.zeros(1, 2), None, 1.0, torch.zeros(7, 1), torch.zeros(1)))
+
+
+@pytest.mark.parametrize("operation", sorted(n for n in {*vars(Chunked), "gram_norm"} & {*vars(Triton)} if n[0] != "_"))
+def test_operations_without_a_cuda_kernel_run_in_tritons(operation, monkeypatch):
+    monkeypatch.setattr(Triton, "unavailable", lambda _: None)
+    monkeypatch.setattr(Triton, operation, lambda _, *arguments: arguments)
+    assert getattr(Cuda(), operation)(1, 2) == (1, 2)
+    monkeypatch.setattr(Triton, "unavailable", lambda _: "not here")
+    monkeypatch.setattr(Chunked, operation, lambda _, *arguments: ("chunked", *arguments))
+    assert getattr(Cuda(), operation)(1, 2) == ("chunked", 1, 2)
 
 
 @needs_no_driver

@@ -1,7 +1,7 @@
 """The CUDA C++ backend: a kernel for statistics of logits, and on Hopper one for hidden states, fused with the product.
 
 On other GPUs, and where the fused kernel does not fit, torch multiplies block by block, followed by the logits kernel.
-Operations that use the statistics run in Triton's kernels or, without Triton, in chunked torch.
+The other operations run in Triton's kernels or, without Triton, in chunked torch.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ _TRITON = Triton()
 def _by_triton(operation: str) -> Any:
     """A method that runs in Triton's kernels or, without Triton, in chunked torch."""
 
-    def run(self: Cuda, *arguments: Any) -> None:
+    def run(self: Cuda, *arguments: Any) -> Any:
         serving = _TRITON if _TRITON.unavailable() is None else super(Cuda, self)
-        getattr(serving, operation)(*arguments)
+        return getattr(serving, operation)(*arguments)
 
     return run
 
@@ -50,9 +50,15 @@ class Cuda(Chunked):
     devices = ("cuda",)
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
 
+    longest_gram = _by_triton("longest_gram")
+    fill_gram = _by_triton("fill_gram")
     gram_norm = _by_triton("gram_norm")
+    head_grad_norm = _by_triton("head_grad_norm")
     fill_hidden_grad = _by_triton("fill_hidden_grad")
     fill_fisher_sums = _by_triton("fill_fisher_sums")
+    delta_hash = _by_triton("delta_hash")
+    dropout_mask = _by_triton("dropout_mask")
+    mixture_stats = _by_triton("mixture_stats")
 
     def unavailable(self) -> str | None:
         return extension.missing() or _no_device()
