@@ -13,6 +13,7 @@ from torch import nn
 import acqcore
 from acqcore import grad_norm, grad_sketch
 from acqcore.gradients import head_pass, measures
+from acqcore.scoring.plan import Plan
 
 KINDS = ["Llama", "Qwen2", "Qwen3", "Gemma2", "Gemma3", "GPT2", "Cohere", "Phi"]
 LENGTHS = (17, 9, 12, 5, 14)
@@ -285,6 +286,52 @@ def test_the_model_is_left_as_found(parameters, tiny_model):
     with pytest.raises(RuntimeError, match="out of memory"):
         grad_norm(acqcore.Student.from_model(model, verify=False), samples, parameters, backend="eager")
     assert state(model) == before
+
+
+def test_hooks_that_use_the_weight_of_their_layer(exact, with_logits):
+    """Such uses change the gradient by little, or turn it round without changing its norm."""
+    samples, weight = make_samples(), torch.randn(320, 16)
+    trunk = Trunk()
+    trunk.layer.register_forward_hook(lambda module, _, output: output * module.weight.sum())
+    student = acqcore.Student(trunk, acqcore.Head(weight))
+    gradients = exact(with_logits(trunk, weight), samples, [*trunk.parameters(), weight])
+    assert_norms(grad_norm(student, samples, "all", backend="eager"), gradients)
+    turned, reference = Trunk(), Trunk()
+    turned.layer.register_forward_hook(lambda m, args, out: out - 2 * nn.functional.linear(args[0], m.weight))
+    layer = reference.layer
+    layer.forward = lambda x: nn.functional.linear(x, -layer.weight, layer.bias)  # type: ignore[method-assign]
+    found, expected = (
+        grad_sketch(acqcore.Student(each, acqcore.Head(weight)), samples, "all", backend="eager")
+        for each in (turned, reference)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_out_of_memory_while_the_rules_are_tested_leaves_no_rule_untested(exact, with_logits, monkeypatch):
+    """A layer that acts on its output alone fits no rule, which a second call with the same runner must still find."""
+    trunk, weight = Trunk(), torch.randn(320, 16)
+    trunk.layer.register_forward_hook(lambda module, _, output: output * module.weight.sum())
+    samples = make_samples()
+    gradients = exact(with_logits(trunk, weight), samples, [*trunk.parameters(), weight])
+    plan = Plan.of("grad_norm", {"grad_norm": {"parameters": "all"}}, backend="eager")
+    runner = plan.runner(acqcore.Student(trunk, acqcore.Head(weight)))
+    rows = runner.encode(samples, None, None)
+
+    exhausted = [True]
+
+    def fail_once(*_):
+        if exhausted and torch.is_grad_enabled():
+            exhausted.clear()
+            raise torch.OutOfMemoryError("out of memory")
+
+    trunk.norm.register_forward_hook(fail_once)
+    with pytest.raises(torch.OutOfMemoryError):
+        list(plan.batches(runner, rows))
+    found = list(plan.batches(runner, rows))
+    norms = torch.empty(len(rows))
+    for batch in found:
+        norms[batch.indices] = batch.values[0]
+    assert_norms(norms, gradients)
 
 
 def test_under_no_grad_and_inference_mode(tiny_model):

@@ -325,6 +325,14 @@ class Capture:
             if len(self._pending[name]) == self._uses[name]:
                 self._finish(name)
 
+    def unfinished(self, name: str) -> GradPiece | None:
+        """The sum of a parameter's pieces if the outputs of some of its uses got no gradient."""
+        return merged(self._pending[name]) if name in self._pending else None
+
+    def transposed(self, parameter: torch.Tensor) -> bool:
+        """Whether the parameter is the weight of a linear layer whose rows are inputs."""
+        return not self._linear.get(parameter, True)
+
     def _after_autograd(self, parameter: torch.Tensor, gradient: torch.Tensor) -> None:
         if self._shape[0] > 1:
             raise OneByOne

@@ -79,6 +79,19 @@ def merged(pieces: Sequence[GradPiece]) -> GradPiece | None:
     return None
 
 
+def of_sample(piece: GradPiece, sample: int, shape: torch.Size, transposed: bool) -> torch.Tensor:
+    """One sample's gradient in the parameter's ``shape``; a linear layer's weight is ``transposed`` if its rows are
+    inputs."""
+    if isinstance(piece, OuterGrad):
+        dtype = compute_dtype(piece.left.dtype)
+        gradient = piece.left[sample].T.to(dtype) @ piece.right[sample].to(dtype)
+        return gradient.T if transposed else gradient
+    if isinstance(piece, RowGrad):
+        values = piece.values[sample]
+        return values.new_zeros(shape).index_add_(0, piece.ids[sample], values)
+    return piece.values[sample].reshape(shape)
+
+
 def scaled(
     piece: RowGrad | DenseGrad,
     factor: torch.Tensor | None,  # [B]

@@ -1,13 +1,13 @@
 """Tests on a few tokens how the gradients of a student's parameters can be captured.
 
 The captured pieces are compared with autograd's gradients, parameter by parameter and sample by sample. If they differ
-or a module fits no rule, batches hold one sample and autograd computes the gradients of the parameters in question.
-Mixture-of-experts layers need this, as an expert only sees the tokens routed to it.
+in size or direction, or a module fits no rule, batches hold one sample and autograd computes the gradients of the
+parameters in question. Mixture-of-experts layers need this, as an expert only sees the tokens routed to it.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+import math
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,8 +17,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from acqcore.defaults import float32_products
 from acqcore.gradients.capture import Capture
-from acqcore.gradients.measures import GradPiece, SquaredNorm
+from acqcore.gradients.measures import GradPiece, SquaredNorm, of_sample
 from acqcore.gradients.rules import is_embedding, is_linear
 from acqcore.head import compute_dtype
 from acqcore.students.sharding import alterations
@@ -30,8 +31,9 @@ SHAPE = (2, 8)
 #: Most findings kept per model; a training run may change its state any number of times.
 KEPT_FINDINGS = 16
 
-#: Largest error of a parameter's gradient norm against autograd's, relative to that norm and to the norm over all
-#: parameters. The latter covers gradients that are zero up to rounding (a key's bias) and have no relative error.
+#: Largest norm of the difference between a parameter's gradient and autograd's, relative to autograd's norm and to that
+#: over all parameters. The latter covers gradients that are zero up to rounding (a key's bias) and have no relative
+#: error.
 TOLERANCE = {
     torch.float64: (1e-6, 1e-9),
     torch.float32: (2e-3, 1e-5),
@@ -90,28 +92,35 @@ class Probe:
         capture, student = self._capture, self._student
         if self._done or not capture.names:
             return
-        self._done = True
         assert student._module is not None
         known = _KNOWN.setdefault(student._module, {})
         with student.alone():  # so that no hooks of another thread are in the state
             state = (frozenset(capture.names.values()), *map(_state, capture.modules))
             if state in known:
                 self._restore(known[state])
-                return
+            else:
+                self._find(input_ids.to(student.device))
+                # Otherwise later samples may still reach the parameters, or a gate that is 0 for now may open.
+                if capture.used and self.touched <= self._nonzero:
+                    if len(known) == KEPT_FINDINGS:
+                        known.clear()
+                    known[state] = self._findings()
+        self._done = True  # not if memory ran out: a smaller batch may be tried next
+
+    def _find(
+        self,
+        input_ids: torch.Tensor,  # [n, T] int64 of real samples
+    ) -> None:
+        capture = self._capture
+        failed = self._compare(self._tokens)
+        if failed is not None and not capture.used:
+            self._tokens = input_ids
             failed = self._compare(self._tokens)
-            if failed is not None and not capture.used:
-                self._tokens = input_ids.to(student.device)
-                failed = self._compare(self._tokens)
-            if failed is None or failed:
-                self.take_one_by_one()
-            self._refuse_unseen()
-            # Samples may use parameters outside their modules, where no rule sees them.
-            capture.by_autograd |= {p: name for p, name in capture.names.items() if name not in self.touched}
-            # Otherwise later samples may still reach the parameters, or a gate that is 0 for now may open.
-            if capture.used and self.touched <= self._nonzero:
-                if len(known) == KEPT_FINDINGS:
-                    known.clear()
-                known[state] = self._findings()
+        if failed is None or failed:
+            self.take_one_by_one()
+        self._refuse_unseen()
+        # Samples may use parameters outside their modules, where no rule sees them.
+        capture.by_autograd |= {p: name for p, name in capture.names.items() if name not in self.touched}
 
     def take_one_by_one(self) -> None:
         """Use batches of one sample from now on, and leave parameters that fit no rule to autograd."""
@@ -147,17 +156,7 @@ class Probe:
         rejects the batch or its modules' outputs cannot be tapped."""
         capture, student, batch = self._capture, self._student, len(ids)
         generator = torch.Generator().manual_seed(0)
-        squares: defaultdict[str, float] = defaultdict(float)
         bad: set[str] = set()
-
-        def receive(parameter: torch.Tensor, gradient: torch.Tensor) -> None:
-            self.touched.add(capture.names[parameter])
-            scale = 1.0 if capture.factor is None else float(capture.factor[sample])
-            square = float((gradient.double() * scale).square().sum())
-            squares[capture.names[parameter]] += square
-            if square:
-                self._nonzero.add(capture.names[parameter])
-
         try:
             with (
                 torch.inference_mode(False),
@@ -171,21 +170,18 @@ class Probe:
                 for sample in range(batch):
                     noise = torch.zeros(hidden.shape, dtype=compute_dtype(hidden.dtype))
                     noise[sample] = torch.randn(hidden.shape[1:], generator=generator)
-                    squares.clear()
-                    pieces = _Norms(batch, student.device)
+                    both = _Comparison(capture, batch, sample)
                     last = sample == batch - 1
-                    capture.run_backward(hidden, noise.to(hidden.device), [pieces], last, capture.names, receive)
-                    total, reached = sum(squares.values()) ** 0.5, set(squares)
-                    for name in capture.names.values():
-                        expected = torch.zeros(batch, dtype=torch.float64)
-                        expected[sample] = size = squares[name] ** 0.5
-                        error = float((pieces.norms.get(name, torch.zeros(batch)) - expected).abs().max())
-                        # No piece of a parameter that autograd reaches: its gradient may be 0 only for now, such as
-                        # that of a LoRA factor whose partner is 0.
-                        missed = name in reached and name not in pieces.norms
-                        if missed or not error <= tolerance * size + floor * total:
+                    capture.run_backward(hidden, noise.to(hidden.device), [both], last, capture.names, both.receive)
+                    self.touched |= both.norms.keys()
+                    self._nonzero |= {name for name, norm in both.norms.items() if norm}
+                    total = math.hypot(*both.norms.values())
+                    for name, error in both.errors().items():
+                        # A gradient may be 0 only for now, such as that of a LoRA factor whose partner is 0.
+                        norm = both.norms.get(name, 0.0)
+                        if not error <= tolerance * norm + floor * total:
                             bad.add(name)
-                        if size > floor * total:
+                        if norm > floor * total:
                             capture.used.add(name)
         except torch.OutOfMemoryError:
             raise
@@ -234,21 +230,55 @@ class Probe:
             raise ValueError(f"parameters: no rule covers {seen[0]}{more}: it is part of the student's head")
 
 
-class _Norms:
-    """Norms of each sample's gradient per parameter, ``norms``: name -> ``[B]`` float64."""
+class _Comparison:
+    """The gradients of one sample as pieces and by autograd, in a backward that starts from that sample alone."""
 
-    def __init__(self, batch: int, device: torch.device) -> None:
+    def __init__(self, capture: Capture, batch: int, sample: int) -> None:
+        self._capture = capture
         self._batch = batch
-        self._device = device
-        self.norms: dict[str, torch.Tensor] = {}
+        self._sample = sample
+        self._pieces: dict[str, GradPiece] = {}
+        self.norms: dict[str, float] = {}  # name -> norm of autograd's gradient
+        self._errors: dict[str, float] = {}
 
     def takes(self, name: str) -> bool:
         return True
 
     def add(self, name: str, piece: GradPiece, factor: torch.Tensor | None) -> None:
-        measure = SquaredNorm(self._batch, self._device)
-        measure.add(name, piece, factor)
-        self.norms[name] = measure.values.sqrt().cpu()
+        self._pieces[name] = piece
+
+    @float32_products()
+    def receive(
+        self,
+        parameter: torch.Tensor,
+        gradient: torch.Tensor,  # by autograd, in the parameter's shape
+    ) -> None:
+        """Compare autograd's gradient, which arrives after the pieces of all uses, with their sum."""
+        name, factor = self._capture.names[parameter], self._capture.factor
+        scale = 1.0 if factor is None else float(factor[self._sample])
+        gradient = gradient.double()
+        self.norms[name] = scale * float(gradient.norm())
+        piece = self._pieces.pop(name, None) or self._capture.unfinished(name)
+        if piece is None:
+            self._errors[name] = math.inf
+            return
+        formed = of_sample(piece, self._sample, gradient.shape, self._capture.transposed(parameter))
+        of_others = self._norms_of(name, piece)
+        of_others[self._sample] = 0
+        self._errors[name] = scale * float((formed.double() - gradient).norm()) + float(of_others.max())
+
+    def errors(self) -> dict[str, float]:
+        """Name -> norm of the difference between piece and autograd's gradient, plus what the piece gives the other
+        samples; infinite for a gradient without a piece."""
+        for name, piece in self._pieces.items():  # without a gradient by autograd
+            self._errors.setdefault(name, float(self._norms_of(name, piece).max()))
+        return self._errors
+
+    def _norms_of(self, name: str, piece: GradPiece) -> torch.Tensor:
+        """``[B]`` on the CPU."""
+        measure = SquaredNorm(self._batch, torch.device("cpu"))
+        measure.add(name, piece, self._capture.factor)
+        return measure.values.sqrt()
 
 
 def _state(module: nn.Module) -> tuple[Any, ...]:
