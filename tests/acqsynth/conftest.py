@@ -1,4 +1,7 @@
-"""Fixtures: a student of a few thousand parameters with a byte tokenizer, built without downloads, and other fakes."""
+"""Fixtures: a student of a few thousand parameters with a byte tokenizer, built without downloads, and other fakes.
+
+Fixtures import what takes seconds themselves, so that tests without a model start at once.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import uvicorn
-from fake_run import fakes as fakes, recipe as recipe
 from fakes import FakeEngine, Sums
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from acqsynth.domains import Sample
 from acqsynth.engines import Completion
@@ -39,6 +38,9 @@ def _one_thread():
 
 @pytest.fixture(scope="session")
 def tokenizer():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     symbols = ["<pad>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     inner = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=[]))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -50,6 +52,8 @@ def tokenizer():
 
 @pytest.fixture
 def model(tokenizer):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -87,6 +91,8 @@ def shared_data():
 @pytest.fixture
 def on_socket():
     """``on_socket(app, **uvicorn_options)`` serves an app in a thread until the test ends and returns its URL."""
+    import uvicorn
+
     running = []
 
     def serve(app, **options):
@@ -161,6 +167,25 @@ class AnswerReward:
 
     def load_state_dict(self, state):
         self.calls = state["calls"]
+
+
+@pytest.fixture
+def fakes(monkeypatch):
+    """Installs the fakes of a whole run and returns the counts of their calls."""
+    import fake_run
+
+    fake_run.install(monkeypatch.setattr)
+    fake_run.calls.clear()
+    return fake_run.calls
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    from fake_run import RECIPE
+
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE + f"output: {tmp_path / 'out'}\n")
+    return path
 
 
 @pytest.fixture

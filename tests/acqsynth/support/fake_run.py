@@ -15,7 +15,6 @@ from types import SimpleNamespace
 
 import pyarrow
 import pyarrow.parquet
-import pytest
 from fakes import FakeEngine, PlainDomain
 
 from acqsynth import config, pipeline
@@ -237,18 +236,3 @@ def run(recipe, *overrides):
     plan = plan_of(recipe, *overrides)
     store = Store(Path(plan.config.output))
     return plan, store, [str(step) for step in plan.steps if store.run(step)]
-
-
-@pytest.fixture
-def fakes(monkeypatch):
-    """Installs the fakes and returns the counts of their calls."""
-    install(monkeypatch.setattr)
-    calls.clear()
-    return calls
-
-
-@pytest.fixture
-def recipe(tmp_path):
-    path = tmp_path / "recipe.yaml"
-    path.write_text(RECIPE + f"output: {tmp_path / 'out'}\n")
-    return path

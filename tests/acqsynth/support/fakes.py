@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import types
 
-import datasets
 import torch
-import trl
 
 from acqsynth.domains import Domain, Sample
 from acqsynth.engines import Engine
@@ -151,6 +149,9 @@ def teach(model, batches):
 
 def trained(model, tokenizer, rewards, folder, **options):
     """The logged steps of a real TRL GRPO run on a CPU; by default two steps of two prompts."""
+    import datasets
+    import trl
+
     given = {
         "max_steps": 2,
         "per_device_train_batch_size": 4,
