@@ -25,38 +25,40 @@ def filled(begin, part, end):
     return begin + part * ((SIZE - len(begin) - len(end)) // len(part)) + end
 
 
-#: name -> body of 8 MiB and its allowed statuses
-BODIES: dict[str, tuple[bytes, set[int]]] = {
-    "numbers for samples": (filled(b'{"samples": [', b"1, ", b"1]}"), {413}),
-    "nulls for samples": (filled(b'{"samples": [', b"null,", b"1]}"), {413}),
-    "short samples": (filled(b'{"samples": [', b'"a",', b'"a"]}'), {413}),
-    "empty objects": (filled(b'{"samples": [', b"{},", b"{}]}"), {413}),
-    "messages without end": (filled(b'{"samples": [{"messages": [', b"{},", b"{}]}]}"), {413}),
-    "unknown keys": (b"{" + b",".join(b'"k%06d": 1' % i for i in range(580_000)) + b"}", {413}),
-    "one key again": (filled(b"{", b'"samples":[],', b'"samples":[]}'), {413}),
-    "labels": (filled(b'{"query": ["a"], "prompts": ["a"], "labels": [', b"[],", b"1]}"), {413}),
-    "depth": (filled(b'{"samples": ', b"[", b""), {400}),
-    "depth in labels": (filled(b'{"labels": ', b'{"a":[', b""), {400}),
-    "one text": (filled(b'{"samples": ["a fox", "', b"a", b'"]}'), {200}),
-    "one text of words": (filled(b'{"samples": ["', b"a fox and a dog ", b'"]}'), {200}),
-    "one text of escapes": (filled(b'{"samples": ["', b"\\n", b'"]}'), {200}),
-    "one text of wide characters": (filled(b'{"samples": ["', "\U0001f98a".encode(), b'"]}'), {200}),
-    "one turn": (filled(b'{"samples": [{"messages": [{"role": "user", "content": "', b"a ", b'"}]}]}'), {200}),
-    "a role": (filled(b'{"samples": [{"messages": [{"role": "', b"a", b'", "content": "a"}]}]}'), {200}),
-    "an acquisition": (filled(b'{"samples": ["a b"], "acquisitions": ["', b"a", b'"]}'), {413}),
-    "a key": (filled(b'{"samples": ["a b"], "', b"a", b'": 1}'), {422}),
-    "an unknown reduction": (filled(b'{"samples": ["a b"], "reduction": "', b"a", b'"}'), {422}),
-    "an integer": (filled(b'{"samples": ["a b"], "max_length": ', b"9", b"}"), {400}),
-    "a fraction": (filled(b'{"samples": ["a b"], "max_length": 0.', b"9", b"}"), {400, 422}),
-    "spaces": (filled(b'{"samples": ["a b"]', b" ", b"}"), {200}),
-    "no end": (filled(b'{"samples": ["a b', b"\\\\", b""), {400}),
-    "quotes": (filled(b"", b'"', b""), {413}),
-    "colons": (filled(b"", b":", b""), {413}),
-    "long samples": (b'{"samples": [' + b",".join([b'"' + b"a b " * 8000 + b'"'] * 48) + b"]}", {200}),
-}  # fmt: skip
+@pytest.fixture(scope="module")
+def bodies():
+    """Name -> body of 8 MiB and its allowed statuses."""
+    return {
+        "numbers for samples": (filled(b'{"samples": [', b"1, ", b"1]}"), {413}),
+        "nulls for samples": (filled(b'{"samples": [', b"null,", b"1]}"), {413}),
+        "short samples": (filled(b'{"samples": [', b'"a",', b'"a"]}'), {413}),
+        "empty objects": (filled(b'{"samples": [', b"{},", b"{}]}"), {413}),
+        "messages without end": (filled(b'{"samples": [{"messages": [', b"{},", b"{}]}]}"), {413}),
+        "unknown keys": (b"{" + b",".join(b'"k%06d": 1' % i for i in range(580_000)) + b"}", {413}),
+        "one key again": (filled(b"{", b'"samples":[],', b'"samples":[]}'), {413}),
+        "labels": (filled(b'{"query": ["a"], "prompts": ["a"], "labels": [', b"[],", b"1]}"), {413}),
+        "depth": (filled(b'{"samples": ', b"[", b""), {400}),
+        "depth in labels": (filled(b'{"labels": ', b'{"a":[', b""), {400}),
+        "one text": (filled(b'{"samples": ["a fox", "', b"a", b'"]}'), {200}),
+        "one text of words": (filled(b'{"samples": ["', b"a fox and a dog ", b'"]}'), {200}),
+        "one text of escapes": (filled(b'{"samples": ["', b"\\n", b'"]}'), {200}),
+        "one text of wide characters": (filled(b'{"samples": ["', "\U0001f98a".encode(), b'"]}'), {200}),
+        "one turn": (filled(b'{"samples": [{"messages": [{"role": "user", "content": "', b"a ", b'"}]}]}'), {200}),
+        "a role": (filled(b'{"samples": [{"messages": [{"role": "', b"a", b'", "content": "a"}]}]}'), {200}),
+        "an acquisition": (filled(b'{"samples": ["a b"], "acquisitions": ["', b"a", b'"]}'), {413}),
+        "a key": (filled(b'{"samples": ["a b"], "', b"a", b'": 1}'), {422}),
+        "an unknown reduction": (filled(b'{"samples": ["a b"], "reduction": "', b"a", b'"}'), {422}),
+        "an integer": (filled(b'{"samples": ["a b"], "max_length": ', b"9", b"}"), {400}),
+        "a fraction": (filled(b'{"samples": ["a b"], "max_length": 0.', b"9", b"}"), {400, 422}),
+        "spaces": (filled(b'{"samples": ["a b"]', b" ", b"}"), {200}),
+        "no end": (filled(b'{"samples": ["a b', b"\\\\", b""), {400}),
+        "quotes": (filled(b"", b'"', b""), {413}),
+        "colons": (filled(b"", b":", b""), {413}),
+        "long samples": (b'{"samples": [' + b",".join([b'"' + b"a b " * 8000 + b'"'] * 48) + b"]}", {200}),
+    }  # fmt: skip
 
 
-def test_bodies_of_8_mib_are_answered_at_once_beside_others(start, memory):
+def test_bodies_of_8_mib_are_answered_at_once_beside_others(start, memory, bodies):
     process, url = start()
     small = json.dumps({"samples": ["a fox", "a dog"]}).encode()
     waits = []
@@ -76,7 +78,7 @@ def test_bodies_of_8_mib_are_answered_at_once_beside_others(start, memory):
             await client.post("/score", content=small, headers=JSON)  # the first call starts threads
             done = asyncio.Event()
             beside = asyncio.create_task(bystander(client, done))
-            for name, (body, _) in BODIES.items():
+            for name, (body, _) in bodies.items():
                 path = "/get_reward" if "labels" in name else "/score"
                 begin = time.monotonic()
                 response = await client.post(path, content=body, headers=JSON)
@@ -88,16 +90,16 @@ def test_bodies_of_8_mib_are_answered_at_once_beside_others(start, memory):
 
     idle = memory(process, "VmRSS")
     found = asyncio.run(main())
-    assert {name for name, (status, _) in found.items() if status not in BODIES[name][1]} == set(), found
+    assert {name for name, (status, _) in found.items() if status not in bodies[name][1]} == set(), found
     assert {name: seconds for name, (_, seconds) in found.items() if seconds > 2 and name != "long samples"} == {}
-    assert len(waits) >= len(BODIES) / 2
+    assert len(waits) >= len(bodies) / 2
     assert max(waits) < 2
     assert memory(process, "VmHWM") - idle < 1024
 
 
-def test_many_large_bodies_at_once_are_bounded(start, memory):
+def test_many_large_bodies_at_once_are_bounded(start, memory, bodies):
     process, url = start("--max-bodies", str(24 << 20))
-    body, _ = BODIES["one text of wide characters"]
+    body, _ = bodies["one text of wide characters"]
 
     async def main():
         async with httpx.AsyncClient(base_url=url, headers=BEARER, timeout=60) as client:
