@@ -145,6 +145,6 @@ def test_gradients_never_hold_the_logits(call, extra_mib):
     setup = (
         "h, head, y = torch.randn(1024, 32), acqcore.Head(torch.randn(131072, 32)), torch.arange(1024)\n"
         "o = torch.arange(9) * 128\n"
-        "acqcore.row_stats(h, head, y)"
+        "acqcore.row_stats(h[:4], head, y[:4])"
     )
     assert extra_mib(setup, call) <= 64
