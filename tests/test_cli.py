@@ -102,7 +102,7 @@ def test_no_finite_value(damaged, command, student, tmp_path, capsys):
 
 
 def test_a_killed_run_goes_on_where_it_stopped(command, tmp_path, read):
-    rows = [{"text": f"{TEXTS[i % 5]} {i} {'fox ' * (i % 7)}"} for i in range(900)]
+    rows = [{"text": f"{TEXTS[i % 5]} {i} {'fox ' * (i % 7)}"} for i in range(450)]
     out, part = tmp_path / "out.jsonl", tmp_path / "out.jsonl.parts" / "block-000000.batches"
     arguments = command(rows, batch_tokens=64, acquisitions="entropy,loss")
     process = subprocess.Popen(
