@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -158,10 +159,11 @@ def test_version_and_help(capsys):
     assert "mutual_information" in offered
 
 
-def test_info_as_a_module_tells_backends_and_versions():
-    result = subprocess.run([sys.executable, "-m", "acqcore", "info"], capture_output=True, text=True, check=True)
+def test_info_tells_backends_and_versions(capsys):
+    assert main(["info"]) == 0
+    shown = capsys.readouterr().out
     for word in ("eager", "cpu", version("torch"), acqcore.__version__, "threads"):
-        assert word in result.stdout
+        assert word in shown
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
@@ -175,12 +177,13 @@ def test_a_full_disk_under_stdout_is_one_sentence():
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
-def test_rows_beyond_the_encoding_of_stdout(command, encoding):
-    words = command([{"text": "the fox 😀 is"}, {"text": "is the fox"}])
-    run = [sys.executable, "-m", "acqcore", *words]
-    result = subprocess.run(run, capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": encoding})
-    assert (result.returncode, result.stderr) == (0, "")
-    assert "\\U0001f600" in result.stdout
+def test_rows_beyond_the_encoding_of_stdout(command, encoding, capsys, monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding=encoding))
+    assert main(command([{"text": "the fox 😀 is"}, {"text": "is the fox"}])) == 0
+    sys.stdout.flush()
+    assert capsys.readouterr().err == ""
+    assert "\\U0001f600" in written.getvalue().decode(encoding)
 
 
 def test_tables_without_rich(capsys, monkeypatch):
