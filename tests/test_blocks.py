@@ -198,12 +198,7 @@ class TestLogitMap:
 class TestWhatEntersTheOutputEmbedding:
     @pytest.mark.parametrize(
         ("kind", "own"),
-        [
-            ("bert", {}),
-            ("llama4_text", {}),
-            ("hyperclovax", {"logits_scaling": 0.25}),
-            ("modernbert-decoder", {}),
-        ],
+        [("bert", {}), ("llama4_text", {}), ("hyperclovax", {"logits_scaling": 0.25}), ("modernbert-decoder", {})],
     )
     def test_between_trunk_and_head(self, kind, own, small_model):
         """Hidden states are the head's input, after BERT's transform and HyperCLOVAX's scale."""

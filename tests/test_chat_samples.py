@@ -75,10 +75,7 @@ def test_tool_calls_need_no_content(extra, encoded, tokenizer, with_template):
     assert tokenizer.decode(scored_ids(row)) == "fox<|im_end|>\n"
 
 
-TURNS = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "Which city has the Colosseum?"},
-]
+TURNS = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Which city has the Colosseum?"}]
 REPLY = {"role": "assistant", "content": "Rome"}
 CONVERSATION = {"messages": [*TURNS, REPLY]}
 

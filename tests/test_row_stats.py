@@ -11,13 +11,7 @@ import torch
 import acqcore
 from acqcore.backends.triton import INTERPRETED
 from acqcore.checks import ignored_outside
-from acqcore.testing import (
-    CASES,
-    assert_close_to_oracle,
-    assert_no_worse_than_eager,
-    case_from_logits,
-    random_case,
-)
+from acqcore.testing import CASES, assert_close_to_oracle, assert_no_worse_than_eager, case_from_logits, random_case
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -14,11 +14,7 @@ IDS = torch.randint(3, 320, (3, 10), generator=torch.Generator().manual_seed(0))
 SAMPLES = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "labels": IDS}
 DRAWS = {"draws": 4, "layers": "all", "dropout": 0.2}
 
-PARTS = {
-    "block": lambda block: block,
-    "mlp": lambda block: block.mlp,
-    "attention": lambda block: block.self_attn,
-}
+PARTS = {"block": lambda block: block, "mlp": lambda block: block.mlp, "attention": lambda block: block.self_attn}
 
 
 @pytest.fixture(autouse=True)

@@ -104,10 +104,7 @@ def test_words_may_be_names(recipe):
         ("generator.prompts=true", "generator.prompts: expected an integer, got true"),
         ("student.rows=100", "student.rows: expected a list, got 100"),
         ("student.rows=[100, x]", "student.rows[1]: expected an integer, got 'x'"),
-        (
-            "generator.method=grpoo",
-            "or 'none', got 'grpoo', did you mean grpo?",
-        ),
+        ("generator.method=grpoo", "or 'none', got 'grpoo', did you mean grpo?"),
         ("generator=x", "generator: expected a section, got 'x'"),
         ("generator.model=null", "generator.model: expected text, got nothing"),
         ("reward.signals=[entropy]", "reward.signals: expected a mapping, got a list"),

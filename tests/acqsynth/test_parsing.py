@@ -35,10 +35,7 @@ def test_contents_keep_their_lines_and_other_tags():
 
 def test_a_chat_sample_has_the_same_parts():
     assert parse_chat_sample(WHOLE) == {
-        "messages": [
-            {"role": "user", "content": "2 + 2?"},
-            {"role": "assistant", "content": "Count on.\n4"},
-        ]
+        "messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "Count on.\n4"}]
     }
 
 

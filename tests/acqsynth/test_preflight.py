@@ -180,10 +180,7 @@ def test_refused_before_anything_runs(override, message):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (
-            ["labelling.method=computed"],
-            "labelling.method: expected any but computed, as the domain math computes",
-        ),
+        (["labelling.method=computed"], "labelling.method: expected any but computed, as the domain math computes"),
         (["reward.labelling={method: computed}"], "reward.labelling.method: expected any but computed"),
         (["evaluation.validity={batches: 2, rows: 49}"], "expected at most the 48 rows of data.real, got 49"),
         (["evaluation.validity={batches: 2, rows: 48}"], None),

@@ -424,10 +424,7 @@ def test_two_runs_do_not_write_one_folder(tmp_path):
 
 def test_a_folder_that_can_not_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with (
-        pytest.raises(StepError, match=r"output: cannot write to .*file/out"),
-        Store(tmp_path / "file/out").locked(),
-    ):
+    with pytest.raises(StepError, match=r"output: cannot write to .*file/out"), Store(tmp_path / "file/out").locked():
         pass
 
 

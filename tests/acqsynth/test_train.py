@@ -111,10 +111,7 @@ def test_the_published_settings_by_default(tmp_path, batch):
 
 def test_rows_are_what_a_student_is_asked_and_says(sums):
     assert train.training_rows(sums, SAMPLES[5:6]) == [
-        {
-            "prompt": [{"role": "user", "content": "1+1"}],
-            "completion": [{"role": "assistant", "content": "1 and 1\n2"}],
-        }
+        {"prompt": [{"role": "user", "content": "1+1"}], "completion": [{"role": "assistant", "content": "1 and 1\n2"}]}
     ]
 
 

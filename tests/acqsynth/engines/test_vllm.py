@@ -14,10 +14,7 @@ from acqsynth import engines
 from acqsynth.engines import Sampling
 from acqsynth.engines.vllm import VllmEngine, _logprobs
 
-PROMPTS: list[Any] = [
-    [{"role": "user", "content": "What is the capital of France?"}],
-    "Once upon a time there was a",
-]
+PROMPTS: list[Any] = [[{"role": "user", "content": "What is the capital of France?"}], "Once upon a time there was a"]
 GREEDY = Sampling(temperature=0.0, max_tokens=12)
 
 

@@ -199,11 +199,7 @@ def test_skills_stand_first_and_the_most_forgotten_before_all():
 def test_the_page_says_what_made_it():
     found = whole() | {"machine": measures.machine()}
     text = page(found).text
-    for words in (
-        f"torch {version('torch')}",
-        f"acqcore {acqcore.__version__}",
-        f"Python {platform.python_version()}",
-    ):
+    for words in (f"torch {version('torch')}", f"acqcore {acqcore.__version__}", f"Python {platform.python_version()}"):
         assert words in text
     assert "seeds 0" in text
 

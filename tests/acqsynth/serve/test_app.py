@@ -171,11 +171,7 @@ class TestGetReward:
         good, longer = acqcore.score(student, scored, progress=False)["entropy"].tolist()
         assert answer["rewards"] == [good, 0.0, pytest.approx((good + longer) / 2), longer]
         assert answer["scores"] == pytest.approx(torch.tensor(answer["rewards"]).sigmoid().tolist())
-        assert answer["extra_logs"] == {
-            "masked": [0, 0, 1, 0],
-            "gated": [0, 1, 0, 0],
-            "entropy": [good, 0, 0, longer],
-        }
+        assert answer["extra_logs"] == {"masked": [0, 0, 1, 0], "gated": [0, 1, 0, 0], "entropy": [good, 0, 0, longer]}
 
     def test_responses_without_the_form_are_told_once(self, ask, serve, caplog):
         def asking(*queries):

@@ -33,12 +33,7 @@ from acqsynth.serve.middleware import Access
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
 FACTOR = int(os.environ.get("FUZZ_FACTOR", "1"))
 
-CHECKS: list[Any] = [
-    not_a_server_error,
-    status_code_conformance,
-    content_type_conformance,
-    response_schema_conformance,
-]
+CHECKS: list[Any] = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 
 
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])

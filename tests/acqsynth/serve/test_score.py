@@ -50,10 +50,7 @@ TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type":
         [{"text": "What is 2 + 2?"}, {"text": "It is 4."}],
         [{"messages": CHAT}, {"messages": [*CHAT, *CHAT]}],
         [{"messages": [{**CHAT[0], "weight": 1}, CHAT[1]]}],
-        [
-            {"messages": CALLED, "tools": TOOLS},
-            {"messages": CHAT, "chat_template_kwargs": {"enable_thinking": False}},
-        ],
+        [{"messages": CALLED, "tools": TOOLS}, {"messages": CHAT, "chat_template_kwargs": {"enable_thinking": False}}],
         [{"prompt": CHAT[:1], "completion": CHAT[1:]}, {"prompt": "a", "completion": "b"}],
         [{"question": "What is 2 + 2?", "answer": 40000}],
     ],
