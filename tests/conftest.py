@@ -538,6 +538,17 @@ def student(tmp_path, tiny_model, tokenizer):
 
 
 @pytest.fixture
+def zero3():
+    """Transformers' global setting of a run under ZeRO-3."""
+    from transformers.integrations import deepspeed
+
+    trainer_config = type("TrainerConfig", (), {"config": {}, "is_zero3": lambda self: True})()
+    deepspeed.set_hf_deepspeed_config(trainer_config)  # which keeps only a weak reference
+    yield
+    deepspeed.unset_hf_deepspeed_config()
+
+
+@pytest.fixture
 def read():
     """``read(path)``: the rows of a .jsonl, a .csv, a .parquet or a folder of parquet files."""
 

@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -55,18 +54,11 @@ class TestLoad:
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["loads", "raises"])
-def test_load_in_a_run_that_shards_its_models(tiny_model, tmp_path, monkeypatch, fails):
+def test_load_in_a_run_that_shards_its_models(student, zero3, monkeypatch, fails):
     """Loads whole models under ZeRO-3's global config and accelerate's FSDP switch; restores both, also on errors."""
     import transformers
     from transformers.integrations import deepspeed
 
-    class TrainerConfig:
-        config: ClassVar[dict[str, Any]] = {}
-
-        def is_zero3(self):
-            return True
-
-    tiny_model("Llama").save_pretrained(tmp_path)
     seen = []
 
     def load(*arguments, **options):
@@ -78,19 +70,14 @@ def test_load_in_a_run_that_shards_its_models(tiny_model, tmp_path, monkeypatch,
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda path: None)
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
-    trainer_config = TrainerConfig()  # held here, because transformers keeps only a weak reference
-    deepspeed.set_hf_deepspeed_config(trainer_config)
-    try:
-        if fails:
-            with pytest.raises(OSError, match="no such model"):
-                acqcore.Student.load(tmp_path)
-        else:
-            assert acqcore.Student.load(tmp_path).head.weight.shape == (320, 32)
-        assert seen == [(False, None)]
-        assert deepspeed.is_deepspeed_zero3_enabled()
-        assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "true"
-    finally:
-        deepspeed.unset_hf_deepspeed_config()
+    if fails:
+        with pytest.raises(OSError, match="no such model"):
+            acqcore.Student.load(student)
+    else:
+        assert acqcore.Student.load(student).head.weight.shape == (320, 32)
+    assert seen == [(False, None)]
+    assert deepspeed.is_deepspeed_zero3_enabled()
+    assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "true"
 
 
 class TestLoading:
