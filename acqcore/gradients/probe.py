@@ -253,19 +253,19 @@ class _Comparison:
         parameter: torch.Tensor,
         gradient: torch.Tensor,  # by autograd, in the parameter's shape
     ) -> None:
-        """Compare autograd's gradient, which arrives after the pieces of all uses, with their sum."""
+        """Compare autograd's gradient with the sum of the pieces of all uses, which arrive before it."""
         name, factor = self._capture.names[parameter], self._capture.factor
         scale = 1.0 if factor is None else float(factor[self._sample])
-        gradient = gradient.double()
-        self.norms[name] = scale * float(gradient.norm())
+        difference = gradient.to(torch.float64, copy=True)
+        self.norms[name] = scale * float(difference.norm())
         piece = self._pieces.pop(name, None) or self._capture.unfinished(name)
         if piece is None:
             self._errors[name] = math.inf
             return
-        formed = of_sample(piece, self._sample, gradient.shape, self._capture.transposed(parameter))
+        difference -= of_sample(piece, self._sample, gradient.shape, self._capture.transposed(parameter))
         of_others = self._norms_of(name, piece)
         of_others[self._sample] = 0
-        self._errors[name] = scale * float((formed.double() - gradient).norm()) + float(of_others.max())
+        self._errors[name] = scale * float(difference.norm()) + float(of_others.max())
 
     def errors(self) -> dict[str, float]:
         """Name -> norm of the difference between piece and autograd's gradient, plus what the piece gives the other
