@@ -11,15 +11,14 @@ import argparse
 import importlib.util
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import acqcore
 from acqsynth.models import smollm2_path
-from benchmarks import gsm8k, harness
-from benchmarks.gsm8k import TRUNK
+from benchmarks import harness, real_rows
+from benchmarks.real_rows import TRUNK
 
 LONGEST_PEER_ROWS = 8192
 D, V = 576, 49152
@@ -113,11 +112,11 @@ def head_rows(turns: int, absent: dict[str, str]) -> list[harness.Row]:
     return rows
 
 
-def student_rows(turns: int, data: Path, count: int) -> list[harness.Row]:
+def student_rows(turns: int, count: int) -> list[harness.Row]:
     """Times ``score`` with the head's gradient norm, and gradients of all layers, against forwards and backwards."""
     student = acqcore.Student.load(smollm2_path(), dtype=torch.float32)
-    samples = gsm8k.load_samples(data, count)
-    rows = gsm8k.token_rows(student, samples)
+    samples = real_rows.gsm8k(count)
+    rows = real_rows.token_rows(student, samples)
     model = student.trunk
     assert isinstance(model, torch.nn.Module)
     parameters = list(model.parameters())
@@ -162,7 +161,7 @@ def student_rows(turns: int, data: Path, count: int) -> list[harness.Row]:
 
     assert student.head.weight.shape == (V, D)
     peers: dict[str, Callable[[], object]] = {
-        TRUNK: partial(gsm8k.run_trunk, student, rows),
+        TRUNK: partial(real_rows.run_trunk, student, rows),
         "score(grad_norm, entropy, margin)": lambda: acqcore.score(
             student, samples, ("grad_norm", "entropy", "margin"), progress=False
         ),
@@ -182,7 +181,6 @@ def student_rows(turns: int, data: Path, count: int) -> list[harness.Row]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=gsm8k.TEST)
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--part", choices=["all", "head", "student"], default="all")
@@ -198,7 +196,7 @@ def main() -> None:
         rows = head_rows(arguments.turns, absent)
         harness.report("gradients_head", rows, unit="GFLOP/s", notes={"ratio_to": OURS, "not_measured": absent})
     if arguments.part != "head":
-        rows = student_rows(arguments.turns, arguments.data, arguments.rows)
+        rows = student_rows(arguments.turns, arguments.rows)
         harness.report("gradients_student", rows, unit="GFLOP/s", notes={"ratio_to": TRUNK})
 
 

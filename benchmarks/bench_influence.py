@@ -7,23 +7,15 @@ a three-block Llama on the same tokens, briefly trained, with autograd.
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import torch
+from scipy.stats import spearmanr
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import acqcore
 from acqsynth.models import smollm2_path
-from benchmarks import gsm8k, harness
+from benchmarks import harness, real_rows
 
 RANKED, REFERENCE, LENGTH, DIM = 256, 32, 128, 4096
-
-
-def spearman(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Rank correlation of ``a [n]`` and ``b [n]``."""
-    ranks = torch.stack([a.argsort().argsort(), b.argsort().argsort()]).double()
-    return float(torch.corrcoef(ranks)[0, 1])
 
 
 def agreement(products: torch.Tensor, norms: torch.Tensor, sketches: torch.Tensor) -> dict[str, float]:
@@ -31,8 +23,8 @@ def agreement(products: torch.Tensor, norms: torch.Tensor, sketches: torch.Tenso
     ranked, mean = sketches[:RANKED], sketches[RANKED:].mean(dim=0)
     approximate = ranked @ mean
     return {
-        "spearman_dot": spearman(products, approximate),
-        "spearman_cosine": spearman(products / norms, approximate / ranked.norm(dim=1)),
+        "spearman_dot": float(spearmanr(products, approximate).statistic),
+        "spearman_cosine": float(spearmanr(products / norms, approximate / ranked.norm(dim=1)).statistic),
     }
 
 
@@ -93,14 +85,10 @@ def all_layers_agreement(ids: list[torch.Tensor], training: list[torch.Tensor], 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=gsm8k.TEST)
-    parser.add_argument("--training", type=Path, default=gsm8k.TRAIN)
-    arguments = parser.parse_args()
     student = acqcore.Student.load(smollm2_path(), dtype=torch.float32)
-    rows = gsm8k.token_rows(student, gsm8k.load_samples(arguments.data, RANKED + REFERENCE))
+    rows = real_rows.token_rows(student, real_rows.gsm8k(RANKED + REFERENCE))
     rows = [(ids[: max(LENGTH, prompt + 8)], prompt) for ids, prompt in rows]
-    training = [ids[:LENGTH] for ids, _ in gsm8k.token_rows(student, gsm8k.load_samples(arguments.training, 60))]
+    training = [ids[:LENGTH] for ids, _ in real_rows.token_rows(student, real_rows.gsm8k(60, "train"))]
     results = {
         "all layers, Llama of 3 blocks": all_layers_agreement(
             [ids[:LENGTH] for ids, _ in rows], training, student.head.weight.shape[0]

@@ -14,15 +14,14 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import acqcore
 from acqsynth.models import smollm2_path
-from benchmarks import gsm8k, harness, toy_student
-from benchmarks.gsm8k import TRUNK
+from benchmarks import harness, real_rows, toy_student
+from benchmarks.real_rows import TRUNK
 
 BARE = "hidden @ weight.T (once, no statistics)"
 ENTROPY = "entropy (no draws)"
@@ -161,17 +160,17 @@ def head(turns: int) -> None:
     harness.report("mutual_information_head", rows, unit="", notes={"ratio_to": BARE})
 
 
-def score(path: Path, count: int, turns: int) -> None:
+def score(count: int, turns: int) -> None:
     """Times SmolLM2 on GSM8K rows."""
     student = acqcore.Student.load(smollm2_path(), dtype=torch.float32)
-    samples = gsm8k.load_samples(path, count)
+    samples = real_rows.gsm8k(count)
 
     def ours(**options: Any) -> Callable[[], object]:
         arguments = {"mutual_information": options}
         return lambda: acqcore.score(student, samples, "mutual_information", acquisition_args=arguments, progress=False)
 
     calls: dict[str, Callable[[], object]] = {
-        TRUNK: partial(gsm8k.run_trunk, student, gsm8k.token_rows(student, samples)),
+        TRUNK: partial(real_rows.run_trunk, student, real_rows.token_rows(student, samples)),
         "score(mutual_information, block)": ours(form="block"),
         "score(mutual_information, element)": ours(form="element"),
         "score(mutual_information, layers=2)": ours(layers=2, draws=8),
@@ -188,7 +187,6 @@ def main() -> None:
     parser.add_argument("--part", choices=("separation", "head", "score"), required=True)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--data", type=Path, default=gsm8k.TEST)
     parser.add_argument("--rows", type=int, default=64)
     arguments = parser.parse_args()
     if arguments.part == "separation":
@@ -196,7 +194,7 @@ def main() -> None:
     elif arguments.part == "head":
         head(arguments.turns)
     else:
-        score(arguments.data, arguments.rows, arguments.turns)
+        score(arguments.rows, arguments.turns)
 
 
 if __name__ == "__main__":

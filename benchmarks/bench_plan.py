@@ -19,14 +19,13 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import acqcore
 from acqsynth.models import smollm2_path
-from benchmarks import gsm8k, harness
+from benchmarks import harness, real_rows
 
 QWEN = {
     "vocab_size": 151936, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 16,
@@ -36,7 +35,7 @@ QWEN = {
 
 @dataclass(frozen=True)
 class Case:
-    """A case to plan and score: rows of GSM8K if ``data`` is given, else random tokens in rows of equal length."""
+    """A case to plan and score: rows of GSM8K if ``real``, else random tokens in rows of equal length."""
 
     name: str
     student: str
@@ -46,7 +45,7 @@ class Case:
     scored: int
     acquisitions: str
     arguments: dict[str, Any]
-    data: str | None
+    real: bool = False
 
 
 def planned(case: Case) -> dict[str, Any]:
@@ -78,9 +77,9 @@ def child(case: Case) -> None:
     """Scores and prints the time and memory taken."""
     samples: Any
     dtype = getattr(torch, case.dtype)
-    if case.data:
+    if case.real:
         student = acqcore.Student.load(case.student, dtype=dtype)
-        samples = gsm8k.load_samples(Path(case.data), case.rows)
+        samples = real_rows.gsm8k(case.rows)
     else:
         from transformers import AutoModelForCausalLM
 
@@ -98,29 +97,28 @@ def child(case: Case) -> None:
     print(json.dumps({"seconds": time.perf_counter() - start, "peak_mib": peak}))
 
 
-def cases(data: Path, rows: int, folder: str) -> list[Case]:
+def cases(rows: int, folder: str) -> list[Case]:
     """Cases of at most ``rows`` rows; the random model is written to ``folder``."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
     Qwen2ForCausalLM(Qwen2Config(**QWEN)).to(torch.bfloat16).save_pretrained(folder)
     smol = str(smollm2_path())
-    lengths = gsm8k.token_rows(acqcore.Student.load(smol), gsm8k.load_samples(data, rows))
+    lengths = real_rows.token_rows(acqcore.Student.load(smol), real_rows.gsm8k(rows))
     tokens = round(statistics.mean(len(ids) for ids, _ in lengths))
     completion = round(statistics.mean(len(ids) - prompt for ids, prompt in lengths))
     three = "entropy,margin,grad_norm"
     deep = {"grad_norm": {"parameters": "all"}}
     return [
-        Case("SmolLM2-135M", smol, "float32", rows, 256, 255, three, {}, None),
-        Case("Qwen2 of 16 blocks", folder, "bfloat16", rows // 2, 384, 383, three, {}, None),
-        Case("SmolLM2-135M, gradients of all", smol, "float32", rows // 6, 256, 255, "grad_norm", deep, None),
-        Case("SmolLM2-135M, uneven rows", smol, "float32", rows, tokens, completion, three, {}, str(data)),
+        Case("SmolLM2-135M", smol, "float32", rows, 256, 255, three, {}),
+        Case("Qwen2 of 16 blocks", folder, "bfloat16", rows // 2, 384, 383, three, {}),
+        Case("SmolLM2-135M, gradients of all", smol, "float32", rows // 6, 256, 255, "grad_norm", deep),
+        Case("SmolLM2-135M, uneven rows", smol, "float32", rows, tokens, completion, three, {}, real=True),
     ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=gsm8k.TEST)
     parser.add_argument("--rows", type=int, default=96)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -130,13 +128,13 @@ def main() -> None:
         return
     results = []
     with tempfile.TemporaryDirectory() as folder:
-        for case in cases(arguments.data, arguments.rows, folder):
+        for case in cases(arguments.rows, folder):
             turns = []
             for _ in range(arguments.turns):
                 turns.append(compared(planned(case), scored(case)))
                 print(case.name, {key: round(value, 2) for key, value in turns[-1].items()}, flush=True)
             medians = {key: statistics.median(turn[key] for turn in turns) for key in turns[0]}
-            described = {key: value for key, value in asdict(case).items() if key not in ("student", "data")}
+            described = {key: value for key, value in asdict(case).items() if key not in ("student", "real")}
             results.append({**described, **medians})
     content = {"machine": harness.machine(), "turns": arguments.turns, "qwen2": QWEN, "cases": results}
     harness.write(harness.RESULTS / "plan.json", content)

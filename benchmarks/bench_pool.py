@@ -43,10 +43,9 @@ import argparse
 import hashlib
 import json
 import random
-import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -55,22 +54,14 @@ from typing import Any
 import torch
 
 from acqsynth.models import smollm2_path
-from benchmarks import gsm8k, harness, pool_report
+from benchmarks import pool_report, resumable
 from benchmarks.pool_data import CLEAN, Message, Sizes, Task, load, task
-from benchmarks.pool_fit import Fitter, Rows, pad
-from benchmarks.pool_signals import (
-    STOCHASTIC,
-    Recipe,
-    Refit,
-    Signals,
-    clean_oracle,
-    shares,
-)
+from benchmarks.pool_fit import Fitter
+from benchmarks.pool_signals import STOCHASTIC, Recipe, Signals, clean_oracle, shares
+from benchmarks.resumable import LABEL_LENGTH, LENGTH, REPORTED_ON, TUNED_ON, WARM_EPOCHS, Encoder, Log
 
-TUNED_ON, REPORTED_ON = "clinc150", "banking77"
 TUNING_SEEDS, SEEDS = (100, 101, 102), tuple(range(8))
-CHOSEN, BATCH, LENGTH, LABEL_LENGTH = 400, 32, 48, 11
-WARM_EPOCHS = 8.0
+CHOSEN, BATCH = 400, 32
 
 RATES, EPOCHS, STARTS = (2e-4, 5e-4, 1e-3), (4.0, 8.0), ("warm", "anew")
 STATES = ("last", "mean")
@@ -127,109 +118,31 @@ class Scale:
     arms: tuple[str, ...] = ARMS
 
 
-class Log:
-    """Finished units, one JSON line each, identified by their keys."""
+@dataclass
+class Bench(resumable.Bench):
+    """One student on one folder of data."""
 
-    KEYS = ("stage", "seed", "pool", "arm")
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.rows: list[dict[str, Any]] = []
-        if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    self.rows.append(json.loads(line))
-                except json.JSONDecodeError:  # a line left incomplete by a killed process
-                    continue
-        self._done = {self._key(row): row for row in self.rows}
-
-    def _key(self, row: dict[str, Any]) -> tuple[Any, ...]:
-        return tuple(row.get(key) for key in self.KEYS)
-
-    def get(self, **key: Any) -> dict[str, Any] | None:
-        return self._done.get(self._key(key))
-
-    def add(self, **row: Any) -> dict[str, Any]:
-        harness.append(self.path, **row)
-        self.rows.append(row)
-        self._done[self._key(row)] = row
-        return row
-
-
-class Stopped(Exception):  # noqa: N818
-    """The time is up; all finished units are in the log."""
-
-
-class Encoder:
-    """Messages as rows of token ids."""
-
-    def __init__(self, tokenizer: Any, length: int = LENGTH, label_length: int = LABEL_LENGTH) -> None:
-        self._tokenizer = tokenizer
-        self._length, self._label_length = length, label_length
-        self.stop: int = tokenizer.eos_token_id
-
-    def tokens(self, message: Message) -> tuple[list[int], list[int]]:
-        """Token ids of the prompt and of the label, including its end token."""
-        prompt = self._tokenizer(f"Message: {message.text}\nIntent:", add_special_tokens=False).input_ids
-        label = self._tokenizer(" " + message.intent.replace("_", " "), add_special_tokens=False).input_ids
-        return prompt, [*label, self.stop]
-
-    def fits(self, message: Message) -> bool:
-        """Whether the message fits with any label, so that a new label cannot make the row too long."""
-        return len(self.tokens(message)[0]) + self._label_length <= self._length
-
-    def __call__(self, messages: Sequence[Message]) -> Rows:
-        return pad([self.tokens(message) for message in messages], self._length, self._label_length)
-
-
-class Bench:
-    """One student on one data set."""
-
-    def __init__(
-        self, fitter: Fitter, encode: Encoder, folder: Path, scale: Scale, log: Log, deadline: float,
-        backend: str | None = None,
-    ) -> None:  # fmt: skip
-        self.fitter, self.encode, self.scale, self.log, self.backend = fitter, encode, scale, log, backend
-        self._folder, self._deadline = folder, deadline
-        self._data: dict[str, tuple[list[Message], list[Message], list[Message]]] = {}
-        self._base = fitter.weights()
-        self.seconds = 0.0  #: time of the last fit and its test
+    _data: dict[str, tuple[list[Message], list[Message], list[Message]]] = field(default_factory=dict)
 
     def seed(self, data: str, seed: int, choices: Choices, pools: Sequence[str] = ("A", "B")) -> Seed:
         if data not in self._data:
-            train, test, stray = (list(filter(self.encode.fits, rows)) for rows in load(self._folder, data))
+            train, test, stray = (list(filter(self.encode.fits, rows)) for rows in load(self.folder, data))
             self._data[data] = train, test, stray
         return Seed(self, task(*self._data[data], self.scale.sizes, seed), seed, choices, pools)
-
-    def check_time(self) -> None:
-        if time.monotonic() > self._deadline:
-            raise Stopped
-
-    def start_anew(self) -> None:
-        self.fitter.restore(self._base)
 
 
 class Seed:
     """Warm student, pools and test rows of one seed, and cached fits."""
 
     def __init__(self, bench: Bench, task: Task, seed: int, choices: Choices, pools: Sequence[str]) -> None:
-        self._bench, self.task, self.number, self.choices = bench, task, seed, choices
-        fitter = bench.fitter
-
-        def placed(messages: Sequence[Message]) -> Rows:
-            return bench.encode(messages).to(fitter.device)
-
-        self.warm_rows, self.development = placed(task.warm), placed(task.development)
-        self.test_rows = placed(task.test)
-        self.pools = {name: placed(task.pools[name]) for name in pools}
+        self.bench, self.task, self.number, self.choices = bench, task, seed, choices
+        self.warm_rows, self.development = bench.placed(task.warm), bench.placed(task.development)
+        self.test_rows = bench.placed(task.test)
+        self.pools = {name: bench.placed(task.pools[name]) for name in pools}
         self.kinds = {name: [row.kind for row in task.pools[name]] for name in pools}
         self._signals: dict[str, Signals] = {}
         self._fits: dict[tuple[Any, ...], dict[str, float]] = {}
         self._start()
-
-    @property
-    def scale(self) -> Scale:
-        return self._bench.scale
 
     def adopt(self, choices: Choices) -> None:
         """Adopts other choices: refits the warm student if its rate changes, and drops outdated signals."""
@@ -240,52 +153,46 @@ class Seed:
             self._signals.clear()
 
     def _start(self) -> None:
-        bench, choices = self._bench, self.choices
-        bench.start_anew()
-        bench.fitter.fit(self.warm_rows, epochs=bench.scale.warm_epochs, rate=choices.rate, seed=self.number)
+        bench = self.bench
+        bench.fitter.restore(bench.base)
+        bench.fitter.fit(self.warm_rows, epochs=bench.scale.warm_epochs, rate=self.choices.rate, seed=self.number)
         self.warm = bench.fitter.weights()
         self._signals.clear()
 
     def signals(self, pool: str) -> Signals:
         """Signals of a pool. Restores the warm student first, since another seed may have replaced it."""
-        self._bench.fitter.restore(self.warm)
+        bench, choices = self.bench, self.choices
+        bench.fitter.restore(self.warm)
         if pool not in self._signals:
-            names = self.task.intents
-            labels = torch.tensor([names.index(row.intent) for row in self.task.pools[pool]])
+            messages, names = self.task.pools[pool], self.task.intents
             self._signals[pool] = Signals(
-                self._bench.fitter, self.warm, self.pools[pool], self.development, labels,
-                texts=[row.text for row in self.task.pools[pool]],
-                refit=Refit(self.choices.epochs, self.choices.rate), stop=self._bench.encode.stop, seed=self.number,
-                state=self.choices.state, backend=self._bench.backend,
+                bench.fitter, self.warm, self.pools[pool], self.development,
+                torch.tensor([names.index(row.intent) for row in messages]), texts=[row.text for row in messages],
+                epochs=choices.epochs, rate=choices.rate, stop=bench.encode.tokenizer.eos_token_id, seed=self.number,
+                state=choices.state, backend=bench.backend,
             )  # fmt: skip
         return self._signals[pool]
 
     def tested(self, pool: str, chosen: Sequence[int], *, development: bool = False) -> dict[str, float]:
         """Accuracy and loss after learning the chosen rows; identical sets are fitted once."""
-        key = (pool, development, self.choices.rate, self.choices.epochs, self.choices.start, tuple(sorted(chosen)))
-        bench, choices = self._bench, self.choices
-        bench.seconds = 0.0
+        bench, choices = self.bench, self.choices
+        key = (pool, development, choices.rate, choices.epochs, choices.start, tuple(sorted(chosen)))
         if key not in self._fits:
             bench.check_time()
-            begin = time.perf_counter()
             rows = self.pools[pool][torch.tensor(sorted(chosen), device=bench.fitter.device)]
             if development:
                 rows = rows + self.development
             if choices.start == "anew":
-                bench.start_anew()
                 rows = rows + self.warm_rows
-            else:
-                bench.fitter.restore(self.warm)
+            bench.fitter.restore(bench.base if choices.start == "anew" else self.warm)
             bench.fitter.fit(rows, epochs=choices.epochs, rate=choices.rate, seed=self.number)
-            found = bench.fitter.test(self.test_rows)
+            self._fits[key] = bench.tested(self.test_rows)
             bench.fitter.restore(self.warm)
-            bench.seconds = time.perf_counter() - begin  # 0 for a cached fit
-            self._fits[key] = {"accuracy": found.accuracy, "loss": found.loss}
         return self._fits[key]
 
     def chosen(self, pool: str, arm: str) -> list[int]:
         """Indices of the rows chosen by an arm."""
-        k, kinds = self._bench.scale.chosen, self.kinds[pool]
+        k, kinds = self.bench.scale.chosen, self.kinds[pool]
         if arm in (RANDOM, CONTROL):
             return random.Random(self.number).sample(range(len(kinds)), len(kinds))[:k]
         if arm == ORACLE:
@@ -299,45 +206,31 @@ class Seed:
             return signals.choose(arm, k)
         return signals.follow(Recipe("none", arm, (self.choices.spreads or {}).get(arm, "top")), k)
 
+    def reliability(self, pool: str, name: str) -> float:
+        return self.signals(pool).reliability(name)
+
     def unit(self, stage: str, pool: str, arm: str, choose: Callable[[Seed], list[int]]) -> None:
         """Chooses, fits, tests and logs, unless already logged. An arm that fails is logged with its error."""
-        bench = self._bench
+        bench = self.bench
         key = {"stage": stage, "seed": self.number, "pool": pool, "arm": arm}
-        if bench.log.get(**key) is not None:
+        if bench.done(key):
             return
-        bench.check_time()
         begin = time.perf_counter()
-        try:
-            chosen = choose(self)
-        except Exception as error:  # one arm's failure must not cost the others their only run
-            bench.fitter.restore(self.warm)
-            bench.log.add(**key, failed=harness.first_line(error))
+        chosen = bench.attempt(key, self.warm, partial(choose, self))
+        if chosen is None:
             return
-        choosing = time.perf_counter() - begin
+        chose = time.perf_counter()
         outcome = self.tested(pool, chosen, development=arm == CONTROL)
         kinds = shares(self.kinds[pool], chosen)
         bench.log.add(
             **key, **outcome, junk=1 - kinds.get(CLEAN, 0.0), kinds=kinds, rows=_digest(chosen),
-            choosing=round(choosing, 3), fitting=round(bench.seconds, 3),
+            choosing=round(chose - begin, 3), fitting=round(time.perf_counter() - chose, 3),
         )  # fmt: skip
 
 
 def _digest(chosen: Sequence[int]) -> str:
     """A hash that identifies a set of rows."""
     return hashlib.blake2b(json.dumps(sorted(chosen)).encode(), digest_size=8).hexdigest()
-
-
-def best(log: Log, stage: str, names: Sequence[str], seeds: Sequence[int]) -> str:
-    """The name with the highest mean accuracy over seeds; ties go to the first; names that failed are excluded."""
-    means: dict[str, float] = {}
-    for name in names:
-        found = [log.get(stage=stage, seed=seed, pool="B", arm=name) for seed in seeds]
-        values = [row["accuracy"] for row in found if row is not None and "accuracy" in row]
-        if len(values) == len(seeds):
-            means[name] = statistics.fmean(values)
-    if not means:
-        return names[0]
-    return max(means, key=lambda name: means[name])
 
 
 def tune(bench: Bench, seeds: Sequence[int] = TUNING_SEEDS) -> Choices:
@@ -349,28 +242,29 @@ def tune(bench: Bench, seeds: Sequence[int] = TUNING_SEEDS) -> Choices:
     scale, log = bench.scale, bench.log
     made: dict[int, Seed] = {}
 
-    def choose(stage: str, variants: dict[str, tuple[Choices, Callable[[Seed], list[int]]]]) -> None:
-        for seed in seeds:
-            for name, (choices, function) in variants.items():
-                if log.get(stage=stage, seed=seed, pool="B", arm=name) is not None:
-                    continue
+    def run_all(stage: str, variants: dict[str, tuple[Choices, Callable[[Seed], list[int]]]]) -> None:
+        for seed, (name, (choices, function)) in product(seeds, variants.items()):
+            if log.get(stage=stage, seed=seed, pool="B", arm=name) is None:
                 if seed not in made:
                     made[seed] = bench.seed(TUNED_ON, seed, choices, ("B",))
                 made[seed].adopt(choices)
                 made[seed].unit(stage, "B", name, function)
+
+    def best(stage: str, names: Sequence[str]) -> str:
+        return log.best(stage, "B", names, seeds)
 
     grid = {
         f"rate {rate:g}, {epochs:g} epochs, {start}": Choices(rate, epochs, start)
         for rate, epochs, start in product(scale.rates, scale.epochs, STARTS)
     }
     at_random = partial(Seed.chosen, pool="B", arm=RANDOM)
-    choose("training", {name: (choices, at_random) for name, choices in grid.items()})
-    choices = grid[best(log, "training", list(grid), seeds)]
+    run_all("training", {name: (choices, at_random) for name, choices in grid.items()})
+    choices = grid[best("training", list(grid))]
 
     states = {f"facility location, {state}": replace(choices, state=state) for state in STATES}
     covering = partial(Seed.chosen, pool="B", arm="facility location")
-    choose("states", {name: (choices, covering) for name, choices in states.items()})
-    choices = states[best(log, "states", list(states), seeds)]
+    run_all("states", {name: (choices, covering) for name, choices in states.items()})
+    choices = states[best("states", list(states))]
 
     recipes = {f"default: {recipe.gate}, {recipe.value}, {recipe.spread}": recipe for recipe in scale.recipes}
     ranking = {
@@ -378,17 +272,19 @@ def tune(bench: Bench, seeds: Sequence[int] = TUNING_SEEDS) -> Choices:
         for arm, spread in product(RANKING, SPREADS)
         if arm in scale.arms
     }
-    choose("recipes", {name: (choices, _following(recipe)) for name, recipe in (recipes | ranking).items()})
+    run_all(
+        "recipes", {name: (choices, partial(_following, recipe=recipe)) for name, recipe in (recipes | ranking).items()}
+    )
     spreads = {
-        arm: ranking[best(log, "recipes", [f"{arm}, {spread}" for spread in SPREADS], seeds)].spread
+        arm: ranking[best("recipes", [f"{arm}, {spread}" for spread in SPREADS])].spread
         for arm in RANKING
         if arm in scale.arms
     }
-    return replace(choices, spreads=spreads, default=recipes[best(log, "recipes", list(recipes), seeds)])
+    return replace(choices, spreads=spreads, default=recipes[best("recipes", list(recipes))])
 
 
-def _following(recipe: Recipe) -> Callable[[Seed], list[int]]:
-    return lambda seed: seed.signals("B").follow(recipe, seed.scale.chosen)
+def _following(seed: Seed, recipe: Recipe) -> list[int]:
+    return seed.signals("B").follow(recipe, seed.bench.scale.chosen)
 
 
 def run(bench: Bench, choices: Choices, data: str = REPORTED_ON, seeds: Sequence[int] = SEEDS) -> None:
@@ -398,68 +294,49 @@ def run(bench: Bench, choices: Choices, data: str = REPORTED_ON, seeds: Sequence
         asked = [("report", arm) for arm in bench.scale.arms]
         if pool == "B":
             asked += [("warm", ""), *(("reliability", name) for name in STOCHASTIC if name in bench.scale.arms)]
-        left = [(s, arm) for s, arm in asked if bench.log.get(stage=s, seed=seed, pool=pool, arm=arm) is None]
+        keys = [{"stage": stage, "seed": seed, "pool": pool, "arm": arm} for stage, arm in asked]
+        left = [key for key in keys if bench.log.get(**key) is None]
         if not left:
             continue
         made = bench.seed(data, seed, choices, (pool,))
-        for stage, arm in left:
-            key = {"stage": stage, "seed": seed, "pool": pool, "arm": arm}
-            if stage == "report":
-                made.unit("report", pool, arm, partial(Seed.chosen, pool=pool, arm=arm))
-                continue
+        for key in left:
+            stage, arm = str(key["stage"]), str(key["arm"])
             bench.check_time()
-            if stage == "warm":
+            if stage == "report":
+                made.unit(stage, pool, arm, partial(Seed.chosen, pool=pool, arm=arm))
+            elif stage == "warm":
                 bench.fitter.restore(made.warm)
-                warm = bench.fitter.test(made.test_rows)
-                bench.log.add(**key, accuracy=warm.accuracy, loss=warm.loss)
-                continue
-            try:
-                value: dict[str, Any] = {"reliability": made.signals(pool).reliability(arm)}
-            except Exception as error:  # treated like a failed arm
-                bench.fitter.restore(made.warm)
-                value = {"failed": harness.first_line(error)}
-            bench.log.add(**key, **value)
+                bench.log.add(**key, **bench.tested(made.test_rows))
+            else:
+                value = bench.attempt(key, made.warm, partial(made.reliability, pool, arm))
+                if value is not None:
+                    bench.log.add(**key, reliability=value)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--student", default=None, help="folder or hub id (default: the packaged SmolLM2)")
-    parser.add_argument("--data", type=Path, default=gsm8k.FOLDER / "intents", help="folder of the intent files")
-    parser.add_argument("--out", type=Path, default=Path("bench-pool"), help="folder of the log (default: %(default)s)")
-    parser.add_argument("--stage", choices=("all", "tune", "report", "table"), default="all")
-    parser.add_argument("--choices", type=Path, default=None, help="read the choices from this file instead of tuning")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop cleanly after this time")
-    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="seeds of the report (default: %(default)s)")
+    parser = resumable.options(__doc__, "pool", len(SEEDS))
     parser.add_argument("--tuning-seeds", type=int, default=len(TUNING_SEEDS), help="default: %(default)s")
     parser.add_argument("--without", nargs="*", default=[], choices=OPTIONAL, help="arms to leave out")
-    parser.add_argument("--no-graph", action="store_true", help="use plain training steps instead of a CUDA graph")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="dtype of the student's weights (default: bfloat16 on a GPU)"
     )
-    parser.add_argument("--backend", default=None, help="acqcore backend (default: automatic)")
-    parser.add_argument("--small", action="store_true", help="a tenth of every size, only to test that the code runs")
     arguments = parser.parse_args()
-    deadline = time.monotonic() + arguments.seconds
     log = Log(arguments.out / "pool.jsonl")
-    made_choices = arguments.choices or arguments.out / "pool-choices.json"
+    choices = arguments.choices or arguments.out / "pool-choices.json"
     if arguments.stage != "table":
-        bench = _bench(arguments, log, deadline)
-        log.add(stage="machine", machine={**harness.machine(), "graph": bench.fitter.captured})
-        try:
-            if arguments.choices is None and (arguments.stage in ("all", "tune")):
-                choices = tune(bench, range(TUNING_SEEDS[0], TUNING_SEEDS[0] + arguments.tuning_seeds))
-                harness.write(made_choices, {"tuned_on": TUNED_ON, "choices": asdict(choices)})
-            if arguments.stage in ("all", "report"):
-                run(bench, Choices.read(made_choices), seeds=range(arguments.seeds))
-        except Stopped:
-            print(f"stopped after {arguments.seconds:g} s; the same command resumes")
-    pool_report.write(log.rows, made_choices, arguments.out, small=arguments.small)
+        bench = _bench(arguments, log)
+        tuning = range(TUNING_SEEDS[0], TUNING_SEEDS[0] + arguments.tuning_seeds)
+        resumable.run_stages(
+            arguments, choices, bench, lambda: tune(bench, tuning),
+            lambda: run(bench, Choices.read(choices), seeds=range(arguments.seeds)),
+        )  # fmt: skip
+    pool_report.write(log.rows, choices, arguments.out, small=arguments.small)
 
 
-def _bench(arguments: argparse.Namespace, log: Log, deadline: float) -> Bench:
+def _bench(arguments: argparse.Namespace, log: Log) -> Bench:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    deadline = time.monotonic() + arguments.seconds
     student = arguments.student or str(smollm2_path())
     scale = Scale()
     if arguments.small:
@@ -467,13 +344,11 @@ def _bench(arguments: argparse.Namespace, log: Log, deadline: float) -> Bench:
         scale = Scale(sizes, chosen=24, batch=8, rates=(5e-4,), epochs=(2.0,), recipes=RECIPES[:3])
     scale = replace(scale, arms=tuple(arm for arm in scale.arms if arm not in arguments.without))
     model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32).to(arguments.device)
-    begin = time.perf_counter()
     fitter = Fitter(
         model, batch=scale.batch, length=LENGTH, label_length=LABEL_LENGTH, graph=not arguments.no_graph,
         dtype=None if arguments.dtype is None else getattr(torch, arguments.dtype),
     )  # fmt: skip
-    print(f"student ready in {time.perf_counter() - begin:.1f} s, {'CUDA graph' if fitter.captured else 'plain steps'}")
-    encode = Encoder(AutoTokenizer.from_pretrained(student))
+    encode = Encoder(AutoTokenizer.from_pretrained(student), LENGTH, LABEL_LENGTH)
     return Bench(fitter, encode, arguments.data, scale, log, deadline, arguments.backend)
 
 

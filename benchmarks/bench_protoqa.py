@@ -28,6 +28,7 @@ import time
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,10 @@ from scipy.stats import rankdata
 
 import acqcore
 from acqsynth.models import smollm2_path
-from benchmarks import gsm8k, harness
-from benchmarks.pool_report import DOCS, write_section
+from benchmarks import evidence, harness, real_rows
 from benchmarks.pool_signals import MUTUAL_INFORMATION
 
-PAGE = DOCS / "evidence-pool.md"
+PAGE = evidence.DOCS / "evidence-pool.md"
 COVERED, ANSWER_TOKENS, ANSWERS, RESAMPLES = 80, 8, 10, 2000
 EXAMPLES = (
     ("name a fruit that is often red.", "apple"),
@@ -52,12 +52,9 @@ PLAIN = ("entropy", "varentropy", "margin", "gini", "least_confidence", "loss", 
 #: Signals that claim to distinguish what the student does not know from what nobody can know.
 EPISTEMIC = tuple(MUTUAL_INFORMATION)
 
+HEADINGS = ("signal", "with people's entropy", "entropy minus it", "with the student's entropy", "all questions")
+
 Values = npt.NDArray[np.float64]
-
-
-def marks(name: str) -> tuple[str, str]:
-    """The comments around the section of results ``protoqa`` or ``protoqa_N``."""
-    return f"<!-- {name}: written by bench_protoqa -->", f"<!-- end of {name} -->"
 
 
 @dataclass(frozen=True)
@@ -233,15 +230,21 @@ def table(results: dict[str, dict[str, dict[str, Any]]], n: int, checks: dict[st
         "should follow ambiguity; mutual information, if it measures ignorance, should not.",
     ]
     for level, found in results.items():
-        lines += ["", f"**{level}**", ""]
-        lines += ["| signal | with people's entropy | entropy minus it | with the student's entropy | all questions |"]
-        lines += ["|---|---|---|---|---|"]
+        rows = []
         for name, one in sorted(found.items(), key=lambda item: -item[1]["rho"]):
             cells = [name, _cell(one["rho"], one["interval"])]
             own = name == "entropy"
             cells.append("" if own else _cell(one["below_entropy"], one["below_entropy_interval"]))
             cells += ["" if own else f"{one['with_entropy']:.2f}", f"{checks[level][name]:+.2f}"]
-            lines.append("| " + " | ".join(cells) + " |")
+            rows.append(cells)
+        headings = (
+            "signal",
+            "with people's entropy",
+            "entropy minus it",
+            "with the student's entropy",
+            "all questions",
+        )
+        lines += ["", f"**{level}**", "", *harness.markdown(HEADINGS, *rows)]
     return "\n".join([*lines, "", *verdicts(results)])
 
 
@@ -291,7 +294,7 @@ def picture(results: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--student", default=None, help="folder or hub id (default: the packaged SmolLM2)")
-    parser.add_argument("--data", type=Path, default=gsm8k.FOLDER / "protoqa" / "dev_scraped.jsonl")
+    parser.add_argument("--data", type=Path, default=real_rows.FOLDER / "protoqa" / "dev_scraped.jsonl")
     parser.add_argument("--out", type=Path, default=None, help="output folder instead of results/ and docs/")
     parser.add_argument("--questions", type=int, default=None, help="size of a random sample (default: all)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -301,16 +304,10 @@ def main() -> None:
     content = measured(arguments) if arguments.render is None else json.loads(arguments.render.read_text())
     text = table(content["results"], content["questions"], content["all_questions"])
     print(text)
-    out = arguments.out
     sample = "" if arguments.questions is None else f"_{arguments.questions}"
     name = f"protoqa{sample}" if arguments.render is None else arguments.render.stem
-    harness.write((out or harness.RESULTS) / f"{name}.json", content)
-    try:
-        picture(content["results"], (out or DOCS) / f"evidence-{name.replace('_', '-')}.png")
-    except ModuleNotFoundError as error:
-        print(f"no plot: {error}; install matplotlib and use --render to draw it")
-    if out is None:
-        write_section(PAGE, *marks(name), text)
+    draw, section = partial(picture, content["results"]), evidence.marks(name, "bench_protoqa")
+    evidence.publish(name, content, draw, PAGE, section, text, arguments.out)
 
 
 def measured(arguments: argparse.Namespace) -> dict[str, Any]:

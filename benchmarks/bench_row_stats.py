@@ -1,10 +1,9 @@
 """Statistics of a language-model head: acqcore compared with other libraries.
 
-``python -m benchmarks.bench_row_stats`` measures on the CPU, prints and writes ``results/row_stats.json`` and ``.png``;
-``--device cuda --out FILE`` measures on a GPU and writes that file; ``make bench-pytest`` runs the CPU peers under
-pytest-benchmark on a small shape. Rates count the product alone (2 N D V). On the CPU, shares are relative to the peak
-multiply-add rate measured in the same turns (``peak.py``), for every instruction set of the processor; on a GPU,
-relative to the bare ``hidden @ weight.T``.
+``python -m benchmarks.bench_row_stats`` prints and writes ``results/row_stats.json`` and ``.png``; ``make
+bench-pytest`` runs the peers under pytest-benchmark on a small shape. Rates count the product alone (2 N D V). Shares
+are relative to the peak multiply-add rate measured in the same turns (``peak.py``). ``gpu_mission`` measures the same
+functions on a GPU.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import argparse
 import os
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -95,12 +93,6 @@ def liger_fallback(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Te
     return module._FusedLinearPPOFallbackFunction.apply(hidden, weight, targets, 1.0, -100, True)
 
 
-def cut_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> object:
-    from cut_cross_entropy import linear_cross_entropy
-
-    return linear_cross_entropy(hidden, weight, targets, reduction="none")
-
-
 _compiled = torch.compile(eager, dynamic=False)
 
 BASELINE = "hidden @ weight.T (no statistics)"
@@ -115,18 +107,6 @@ PEERS: dict[str, Callable[..., object]] = {
     "torch.compile of eager": lambda *inputs: _compiled(*inputs),
     "TRL chunked (logprob, entropy, sum p^2, top-1)": trl_chunked,
     "Liger fallback (logprob, entropy)": liger,
-    "torch linear_cross_entropy (mean loss)": torch_linear_cross_entropy,
-}
-
-GPU_PEERS: dict[str, Callable[..., object]] = {
-    BASELINE: bare_product,
-    "acqcore triton (all fields)": ours_by("triton"),
-    "acqcore cuda (all fields)": ours_by("cuda"),
-    "eager": eager,
-    "torch.compile of eager": lambda *inputs: _compiled(*inputs),
-    "TRL chunked (logprob, entropy, sum p^2, top-1)": trl_chunked,
-    "Liger (logprob, entropy)": liger,
-    "cut-cross-entropy (loss)": cut_cross_entropy,
     "torch linear_cross_entropy (mean loss)": torch_linear_cross_entropy,
 }
 
@@ -149,47 +129,15 @@ def missing(peer: str) -> str | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--turns", type=int, default=7)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--out", type=Path, help="JSON to write, instead of results/row_stats.json and .png")
     parser.add_argument(
         "--instruction-sets", action="store_true", help="only compare the CPU's instruction sets: row_stats_isa.json"
     )
     arguments = parser.parse_args()
-    measured = on_gpu if arguments.device == "cuda" else instruction_sets if arguments.instruction_sets else on_cpu
     with torch.no_grad():
-        measured(arguments.turns, arguments.out)
+        (instruction_sets if arguments.instruction_sets else all_peers)(arguments.turns)
 
 
-def on_gpu(turns: int, out: Path | None) -> None:
-    rows: list[harness.Row] = []
-    not_measured = {}
-    ceilings = {}
-    for n, d, v, dtype in [
-        (4096, 4096, 131072, torch.bfloat16),
-        (8192, 4096, 131072, torch.bfloat16),
-        (4096, 2048, 151936, torch.bfloat16),
-        (64, 4096, 131072, torch.bfloat16),
-        (1024, 4096, 131072, torch.float32),
-    ]:
-        case = f"N={n} D={d} V={v} {harness.name(dtype)}"
-        inputs = make_inputs(n, d, v, dtype, "cuda")
-        print(f"measuring {case} ...", flush=True)
-        peers, absent = harness.running(GPU_PEERS, inputs)
-        for peer, reason in absent.items():
-            not_measured[f"{case}: {peer}"] = reason
-        work = 2.0 * n * d * v
-        bare = harness.measure(case, {BASELINE: peers[BASELINE]}, baseline=BASELINE, turns=turns, device="cuda")
-        ceilings[case] = work / bare[0].seconds
-        rows += harness.measure(
-            case, peers, baseline=BASELINE, work=work, turns=turns, device="cuda", ceiling=ceilings[case]
-        )
-        del inputs, peers
-        torch.cuda.empty_cache()
-    notes: dict[str, object] = {"ratio_to": BASELINE, "not_measured": not_measured, "product_flops": ceilings}
-    harness.report("gpu_row_stats", rows, unit="GFLOP/s", notes=notes, out=out)
-
-
-def on_cpu(turns: int, out: Path | None) -> None:
+def all_peers(turns: int) -> None:
     rows = []
     absent = {peer: reason for peer in PEERS if (reason := missing(peer))}
     for peer, reason in absent.items():
@@ -217,10 +165,10 @@ def on_cpu(turns: int, out: Path | None) -> None:
         "not_measured": absent,
         "copy_gb_per_second": peak.copy_bandwidth() / 1e9,
     }
-    harness.report("row_stats", rows, unit="GFLOP/s", notes=notes, out=out)
+    harness.report("row_stats", rows, unit="GFLOP/s", notes=notes)
 
 
-def instruction_sets(turns: int, out: Path | None) -> None:
+def instruction_sets(turns: int) -> None:
     """All statistics under each instruction set of this processor, compared with its peak."""
     n, d, v = 1024, 576, 49152
     work = 2.0 * n * d * v
@@ -236,7 +184,7 @@ def instruction_sets(turns: int, out: Path | None) -> None:
             case = f"N={n} D={d} V={v} {harness.name(dtype)}, {instruction_set}"
             print(f"measuring {case} ...", flush=True)
             rows += harness.measure(case, peers, baseline=name, work=work, turns=turns, memory=False, ceiling=PEAK)
-    harness.report("row_stats_isa", rows, unit="GFLOP/s", out=out or harness.RESULTS / "row_stats_isa.json")
+    harness.report("row_stats_isa", rows, unit="GFLOP/s", out=harness.RESULTS / "row_stats_isa.json")
 
 
 def usable_instruction_sets() -> list[str]:

@@ -10,15 +10,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 
 import acqcore
 from acqsynth.models import smollm2_path
-from benchmarks import gsm8k, harness
+from benchmarks import harness, real_rows
 from benchmarks.bench_row_stats import eager
-from benchmarks.gsm8k import TRUNK
+from benchmarks.real_rows import TRUNK
 
 TEN = (
     "loss", "perplexity", "entropy", "varentropy", "least_confidence", "margin", "gini", "el2n",
@@ -28,13 +27,12 @@ TEN = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=gsm8k.TEST)
     parser.add_argument("--rows", type=int, default=128)
     parser.add_argument("--turns", type=int, default=3)
     arguments = parser.parse_args()
     student = acqcore.Student.load(smollm2_path(), dtype=torch.float32)
-    samples = gsm8k.load_samples(arguments.data, arguments.rows)
-    rows = gsm8k.token_rows(student, samples)
+    samples = real_rows.gsm8k(arguments.rows)
+    rows = real_rows.token_rows(student, samples)
     weight = student.head.weight
 
     def one_at_a_time() -> list[tuple[torch.Tensor, ...]]:
@@ -42,7 +40,7 @@ def main() -> None:
             return [eager(student.hidden(ids[None])[0, prompt - 1 : -1], weight, ids[prompt:]) for ids, prompt in rows]
 
     peers: dict[str, Callable[[], object]] = {
-        TRUNK: partial(gsm8k.run_trunk, student, rows),
+        TRUNK: partial(real_rows.run_trunk, student, rows),
         "acqcore.score, ten acquisitions": lambda: acqcore.score(student, samples, TEN, progress=False),
         "eager, the same statistics from full logits": one_at_a_time,
     }

@@ -17,7 +17,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -27,7 +26,7 @@ import acqcore
 from acqsynth.domains import domain
 from acqsynth.models import resolve
 from acqsynth.rewards.scoring import training_row
-from benchmarks import gsm8k, harness
+from benchmarks import harness, real_rows
 
 CLIENTS = 32
 ONE = "served, one sample at a time"
@@ -39,9 +38,8 @@ def world_samples(rows: int) -> list[Any]:
     return [training_row(arithmetic, sample, chat=False) for sample in arithmetic.load("world", limit=rows)]
 
 
-def short_samples(path: Path, rows: int) -> list[Any]:
-    samples = gsm8k.load_samples(path, 1000)
-    return sorted(samples, key=lambda sample: len(sample["prompt"]) + len(sample["completion"]))[:rows]
+def short_samples(rows: int) -> list[Any]:
+    return sorted(real_rows.gsm8k(1000), key=lambda sample: len(sample["prompt"]) + len(sample["completion"]))[:rows]
 
 
 @contextlib.contextmanager
@@ -115,7 +113,6 @@ def compare(name: str, samples: list[Any], turns: int) -> tuple[list[harness.Row
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=gsm8k.TEST)
     parser.add_argument("--world-rows", type=int, default=1024)
     parser.add_argument("--rows", type=int, default=96, help="rows of GSM8K")
     parser.add_argument("--turns", type=int, default=5)
@@ -124,9 +121,7 @@ def main() -> None:
     rows: list[harness.Row] = []
     notes: dict[str, object] = {"ratio_to": ONE, "omp_num_threads": os.environ.get("OMP_NUM_THREADS", "unset")}
     for name in arguments.students:
-        samples = (
-            short_samples(arguments.data, arguments.rows) if name == "smollm2" else world_samples(arguments.world_rows)
-        )
+        samples = short_samples(arguments.rows) if name == "smollm2" else world_samples(arguments.world_rows)
         measured, about = compare(name, samples, arguments.turns)
         rows += measured
         notes |= about

@@ -57,7 +57,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -72,16 +72,14 @@ from acqsynth.rewards.gates import Check, default_gates
 from acqsynth.rewards.reward import DEFAULT_WEIGHTS, ComposedReward
 from acqsynth.rewards.signals import Diversity
 from acqsynth.rewards.texts import NgramEmbedder
-from benchmarks import gsm8k, harness, write_report
-from benchmarks.bench_pool import Encoder, Log, Stopped
+from benchmarks import resumable, write_report
 from benchmarks.pool_data import Message, load
 from benchmarks.pool_fit import Fitter, Rows
+from benchmarks.resumable import LABEL_LENGTH, LENGTH, REPORTED_ON, TUNED_ON, WARM_EPOCHS, Encoder, Log
 from benchmarks.write_signals import CANDIDATES, DEFAULT, Answerable, Candidates, StudentSignal, StudentSignals
 from benchmarks.writer import Draws, Writer
 
-TUNED_ON, REPORTED_ON = "clinc150", "banking77"
 TUNING_SEEDS = (100, 101)
-WARM_EPOCHS = 8.0
 
 AS_IT_IS = "as it is"
 RANKED = ("random", "agreement", "entropy", "varentropy", "mutual information", DEFAULT)
@@ -103,8 +101,8 @@ class Scale:
     test: int = 1000
     batch: int = 32
     warm_epochs: float = WARM_EPOCHS
-    length: int = 48  # tokens of a student's row
-    label_length: int = 11
+    length: int = LENGTH
+    label_length: int = LABEL_LENGTH
     prompt_length: int = 112
     new_tokens: int = 28
     steps: int = 12
@@ -131,22 +129,15 @@ class Choices:
         return cls(**json.loads(path.read_text())["choices"])
 
 
-class Bench:
+@dataclass
+class Bench(resumable.Bench):
     """A student and a generator on one folder of data."""
 
-    def __init__(
-        self, fitter: Fitter, writer: Writer, encode: Encoder, tokenizer: Any, folder: Path, scale: Scale, log: Log,
-        deadline: float, backend: str | None = None,
-    ) -> None:  # fmt: skip
-        self.backend = backend
-        self.fitter, self.writer, self.encode, self.tokenizer = fitter, writer, encode, tokenizer
-        self.folder, self.scale, self.log = folder, scale, log
-        self._deadline = deadline
-        self.base, self.generator = fitter.weights(), writer.weights()
+    writer: Writer = field(kw_only=True)
 
-    def check_time(self) -> None:
-        if time.monotonic() > self._deadline:
-            raise Stopped
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.generator = self.writer.weights()
 
 
 class Seed:
@@ -172,14 +163,14 @@ class Seed:
         seeds = [Sample(row.text, row.intent) for rows in self.shown.values() for row in rows]
         self.seeds = seeds
         self.domain = Classification().with_seeds(seeds)
-        self.test_rows, self.warm_rows = self._placed(self.test), self.placed(seeds)
+        self.test_rows, self.warm_rows = bench.placed(self.test), self.placed(seeds)
         self.steps: list[dict[str, float]] = []  #: steps of the last GRPO run
         self._candidates: Candidates | None = None
         self._start()
 
     def _fits(self, row: Message) -> bool:
         """Whether the row fits the student, and two such examples fit a generator's prompt."""
-        written = len(self.bench.tokenizer(row.text, add_special_tokens=False).input_ids)
+        written = len(self.bench.encode.tokenizer(row.text, add_special_tokens=False).input_ids)
         return self.bench.encode.fits(row) and written <= self.bench.scale.new_tokens
 
     def adopt(self, choices: Choices) -> None:
@@ -197,27 +188,22 @@ class Seed:
         fitter.fit(self.warm_rows, epochs=self.bench.scale.warm_epochs, rate=choices.rate, seed=self.number)
         self.warm = fitter.weights()
 
-    def _placed(self, messages: Sequence[Message]) -> Rows:
-        return self.bench.encode(messages).to(self.bench.fitter.device)
-
     def placed(self, samples: Sequence[Sample]) -> Rows:
         """Samples in the student's format."""
-        return self._placed([Message(sample.question, sample.answer) for sample in samples])
+        return self.bench.placed([Message(sample.question, sample.answer) for sample in samples])
 
     def tested(self, learnt: Sequence[Message]) -> dict[str, float]:
         """Accuracy and loss of a student that learnt ``learnt`` and the seed rows, or of the warm student if ``learnt``
         is empty. The warm student is restored afterwards."""
-        fitter, choices = self.bench.fitter, self.choices
-        if not learnt:
-            found = fitter.test(self.test_rows)
-            return {"accuracy": found.accuracy, "loss": found.loss}
-        rows = self._placed(learnt)
-        if choices.start == "anew":
-            fitter.restore(self.bench.base)
-        fitter.fit(rows + self.warm_rows, epochs=choices.epochs, rate=choices.rate, seed=self.number)
-        found = fitter.test(self.test_rows)
-        fitter.restore(self.warm)
-        return {"accuracy": found.accuracy, "loss": found.loss}
+        bench, choices = self.bench, self.choices
+        if learnt:
+            if choices.start == "anew":
+                bench.fitter.restore(bench.base)
+            rows = bench.placed(learnt) + self.warm_rows
+            bench.fitter.fit(rows, epochs=choices.epochs, rate=choices.rate, seed=self.number)
+        found = bench.tested(self.test_rows)
+        bench.fitter.restore(self.warm)
+        return found
 
     # --- writing --------------------------------------------------------------------------------------------------
 
@@ -225,7 +211,7 @@ class Seed:
         """Token ids of the prompt for one more message of an intent."""
         name = spoken(intent)
         lines = [f"Intent: {name}\nMessage: {row.text}\n" for row in self.shown[intent]]
-        ids: list[int] = self.bench.tokenizer(
+        ids: list[int] = self.bench.encode.tokenizer(
             f"{''.join(lines)}Intent: {name}\nMessage:", add_special_tokens=False
         ).input_ids
         return ids
@@ -235,7 +221,7 @@ class Seed:
         draws = self.bench.writer.draw(
             [self.prompt(intent) for intent in intents], CANDIDATES, temperature=self.choices.temperature, seed=seed
         )
-        return draws, draws.texts(self.bench.tokenizer)
+        return draws, draws.texts(self.bench.encode.tokenizer)
 
     @property
     def candidates(self) -> Candidates:
@@ -317,35 +303,31 @@ class Seed:
                 }
             )  # fmt: skip
 
-    def unit(self, stage: str, arm: str, learnt: Callable[[], list[Message]], pool: str = "") -> None:
+    def unit(self, stage: str, arm: str, learnt: Callable[[], list[Message]]) -> None:
         """Writes, fits, tests and logs, unless already logged. An arm that fails is logged with its error."""
         bench = self.bench
-        key = {"stage": stage, "seed": self.number, "pool": pool, "arm": arm}
-        if bench.log.get(**key) is not None:
+        key = {"stage": stage, "seed": self.number, "pool": "", "arm": arm}
+        if bench.done(key):
             return
-        bench.check_time()
-        begin = time.perf_counter()
         bench.fitter.restore(self.warm)  # another seed may have used the fitter since
         self.steps = []
-        try:
+
+        def learn() -> dict[str, Any]:
+            begin = time.perf_counter()
             rows = learnt()
             chosen = time.perf_counter()
             outcome = self.tested(rows)
-        except Stopped:
-            raise
-        except Exception as error:  # one arm's failure must not cost the others their only run
-            bench.fitter.restore(self.warm)
-            bench.log.add(**key, failed=harness.first_line(error))
-            return
-        bench.log.add(
-            **key, **outcome, rows=len(rows), agreed=self.agreed(rows) if rows else 0.0,
-            examples=[row.text for row in rows[:4]], steps=self.steps,
-            writing=round(chosen - begin, 3), fitting=round(time.perf_counter() - chosen, 3),
-        )  # fmt: skip
+            # Share of the rows for which the warm student writes the label.
+            agreed = float(bench.fitter.losses(bench.placed(rows))[1].double().mean()) if rows else 0.0
+            return {
+                **outcome, "rows": len(rows), "agreed": agreed, "examples": [row.text for row in rows[:4]],
+                "steps": self.steps, "writing": round(chosen - begin, 3),
+                "fitting": round(time.perf_counter() - chosen, 3),
+            }  # fmt: skip
 
-    def agreed(self, rows: Sequence[Message]) -> float:
-        """Share of rows for which the warm student writes the label."""
-        return float(self.bench.fitter.losses(self._placed(rows))[1].double().mean())
+        outcome = bench.attempt(key, self.warm, learn)
+        if outcome is not None:
+            bench.log.add(**key, **outcome)
 
 
 def advantages(totals: Sequence[float | None]) -> torch.Tensor:
@@ -359,22 +341,14 @@ def tune(bench: Bench) -> Choices:
     scale, log, seeds = bench.scale, bench.log, bench.scale.tuning_seeds
     made: dict[int, Seed] = {}
 
-    def accuracy(stage: str, number: int, name: str, choices: Choices, arm: str) -> float:
-        if log.get(stage=stage, seed=number, pool="", arm=name) is None:
-            if number not in made:
-                made[number] = Seed(bench, TUNED_ON, number, choices)
-            made[number].adopt(choices)
-            made[number].unit(stage, name, partial(made[number].rows_of, arm))
-        row = log.get(stage=stage, seed=number, pool="", arm=name)
-        assert row is not None
-        return float(row.get("accuracy", 0.0))
-
     def best(stage: str, grid: dict[str, Choices], numbers: Sequence[int], arm: str) -> Choices:
-        means: dict[str, float] = dict.fromkeys(grid, 0.0)
-        for number in numbers:
-            for name, choices in grid.items():
-                means[name] += accuracy(stage, number, name, choices, arm) / len(numbers)
-        return grid[max(grid, key=lambda name: means[name])]
+        for number, (name, choices) in product(numbers, grid.items()):
+            if log.get(stage=stage, seed=number, pool="", arm=name) is None:
+                if number not in made:
+                    made[number] = Seed(bench, TUNED_ON, number, choices)
+                made[number].adopt(choices)
+                made[number].unit(stage, name, partial(made[number].rows_of, arm))
+        return grid[log.best(stage, "", list(grid), numbers)]
 
     training = {
         f"temperature {t:g}, rate {rate:g}, {epochs:g} epochs, {start}": Choices(t, rate, epochs, start)
@@ -405,25 +379,24 @@ def line_ends(tokenizer: Any) -> list[int]:
     return sorted({i for i, piece in enumerate(pieces) if "\n" in piece} | {tokenizer.eos_token_id})
 
 
-def make(
-    student: str, data: Path, out: Path, device: str, scale: Scale, *, seconds: float = float("inf"),
-    graph: bool = True, backend: str | None = None,
-) -> Bench:  # fmt: skip
-    """The bench for a model folder or hub id."""
+def make(arguments: argparse.Namespace, scale: Scale) -> Bench:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    begin = time.monotonic()
+    deadline = time.monotonic() + arguments.seconds
+    student, on_gpu = arguments.student or str(smollm2_path()), torch.device(arguments.device).type == "cuda"
     tokenizer = AutoTokenizer.from_pretrained(student)
-    models = [AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32).to(device) for _ in range(2)]
+    own, writing = (
+        AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32).to(arguments.device) for _ in range(2)
+    )
     writer = Writer(
-        models[1], line_ends(tokenizer), prompt_length=scale.prompt_length, new_tokens=scale.new_tokens,
-        rows_at_once=scale.rows_at_once if torch.device(device).type == "cuda" else scale.rows_at_once // 4,
+        writing, line_ends(tokenizer), prompt_length=scale.prompt_length, new_tokens=scale.new_tokens,
+        rows_at_once=scale.rows_at_once if on_gpu else scale.rows_at_once // 4,
     )  # fmt: skip
-    fitter = Fitter(models[0], batch=scale.batch, length=scale.length, label_length=scale.label_length, graph=graph)
-    print(f"student and generator ready in {time.monotonic() - begin:.1f} s", flush=True)
-    log = Log(out / "write.jsonl")
-    encode = Encoder(tokenizer, scale.length, scale.label_length)
-    return Bench(fitter, writer, encode, tokenizer, data, scale, log, begin + seconds, backend)
+    fitter = Fitter(
+        own, batch=scale.batch, length=scale.length, label_length=scale.label_length, graph=not arguments.no_graph
+    )
+    encode, log = Encoder(tokenizer, scale.length, scale.label_length), Log(arguments.out / "write.jsonl")
+    return Bench(fitter, encode, arguments.data, scale, log, deadline, arguments.backend, writer=writer)
 
 
 #: Runs in minutes on two cores; only shows that everything runs.
@@ -434,42 +407,17 @@ SMALL = Scale(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--student", default=None, help="folder or hub id (default: the packaged SmolLM2)")
-    parser.add_argument("--data", type=Path, default=gsm8k.FOLDER / "intents", help="folder of the intent files")
-    parser.add_argument(
-        "--out", type=Path, default=Path("bench-write"), help="folder of write.jsonl (default: %(default)s)"
-    )
-    parser.add_argument("--stage", choices=("all", "tune", "report", "table"), default="all")
-    parser.add_argument("--choices", type=Path, default=None, help="read the choices from this file instead of tuning")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop cleanly after this time")
-    parser.add_argument(
-        "--seeds", type=int, default=6, help="seeds of the arms without GRPO, and new seeds of the arm that was added "
-        "(default: %(default)s)",
-    )  # fmt: skip
+    parser = resumable.options(__doc__, "write", 6)
     parser.add_argument("--grpo-seeds", type=int, default=3, help="seeds of GRPO's arms (default: %(default)s)")
-    parser.add_argument("--no-graph", action="store_true", help="use plain training steps instead of a CUDA graph")
-    parser.add_argument("--backend", default=None, help="acqcore backend (default: automatic)")
-    parser.add_argument("--small", action="store_true", help="a handful of rows, only to test that the code runs")
     arguments = parser.parse_args()
-    made = arguments.choices or arguments.out / "write-choices.json"
+    choices = arguments.choices or arguments.out / "write-choices.json"
     if arguments.stage != "table":
-        bench = make(
-            arguments.student or str(smollm2_path()), arguments.data, arguments.out, arguments.device,
-            SMALL if arguments.small else Scale(), seconds=arguments.seconds, graph=not arguments.no_graph,
-            backend=arguments.backend,
+        bench = make(arguments, SMALL if arguments.small else Scale())
+        resumable.run_stages(
+            arguments, choices, bench, lambda: tune(bench),
+            lambda: run(bench, Choices.read(choices), arguments.seeds, arguments.grpo_seeds),
         )  # fmt: skip
-        bench.log.add(stage="machine", machine={**harness.machine(), "graph": bench.fitter.captured})
-        try:
-            if arguments.choices is None and arguments.stage in ("all", "tune"):
-                choices = tune(bench)
-                harness.write(made, {"tuned_on": TUNED_ON, "choices": asdict(choices)})
-            if arguments.stage in ("all", "report"):
-                run(bench, Choices.read(made), arguments.seeds, arguments.grpo_seeds)
-        except Stopped:
-            print(f"stopped after {arguments.seconds:g} s; the same command resumes")
-    write_report.write(Log(arguments.out / "write.jsonl").rows, made, arguments.out, small=arguments.small)
+    write_report.write(Log(arguments.out / "write.jsonl").rows, choices, arguments.out, small=arguments.small)
 
 
 if __name__ == "__main__":

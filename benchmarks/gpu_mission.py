@@ -27,7 +27,7 @@ import torch
 
 import acqcore
 from acqcore.fisher import fisher_grad
-from benchmarks import bench_logit_stats, bench_row_stats, harness
+from benchmarks import bench_row_stats, harness
 from benchmarks.gpu_parity import backends
 
 BARE = "bare product"
@@ -123,10 +123,31 @@ class Monitor:
             self._process.wait()
 
 
+def gpu_seconds(call: Callable[[], object], repeats: int) -> float:
+    """Seconds per call on the device when ``repeats`` calls are queued back to back."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(repeats):
+        call()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3 / repeats
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second, read plus written, of a device-to-device copy of 2 GiB (or a quarter of free memory)."""
+    size = min(2 << 30, torch.cuda.mem_get_info()[0] // 4)
+    source = torch.empty(size, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    seconds = statistics.median(gpu_seconds(lambda: target.copy_(source), 5) for _ in range(7))
+    return 2 * size / seconds
+
+
 def seconds_of(call: Callable[[], object], repeats: int, device: str) -> float:
     """Mean seconds of ``repeats`` back-to-back calls."""
     if device == "cuda":
-        return harness.gpu_seconds(call, repeats)
+        return gpu_seconds(call, repeats)
     return sum(harness.cpu_seconds(call) for _ in range(repeats)) / repeats
 
 
@@ -187,7 +208,7 @@ def _second_call(call: Callable[[], object], device: str, row: dict[str, Any]) -
         return harness.cpu_seconds(call)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    seconds = harness.gpu_seconds(call, 1)
+    seconds = gpu_seconds(call, 1)
     row["extra_mib"] = round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
     return seconds
 
@@ -334,9 +355,21 @@ def draw_group(n: int, d: int, v: int, device: str) -> Group:
     return Group(f"draws, N={n} D={d} V={v} bfloat16", peers, 2.0 * n * d * v, facts=facts)
 
 
+def eager_of_logits(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return bench_row_stats.fields(logits.float(), targets)
+
+
+def trl_fused(logits: torch.Tensor, targets: torch.Tensor) -> Any:
+    from trl.kernels.logprob_entropy import selective_log_softmax_and_entropy
+
+    return selective_log_softmax_and_entropy(logits, targets)
+
+
 def logit_group(n: int, v: int, device: str) -> Group:
     """Statistics of bfloat16 logits, against a copy of them."""
-    logits, targets = bench_logit_stats.make_inputs(n, v, torch.bfloat16, device)
+    g = torch.Generator(device).manual_seed(0)
+    logits = torch.empty(n, v, dtype=torch.bfloat16, device=device).normal_(0, 3, generator=g)
+    targets = torch.randint(0, v, (n,), generator=g, device=device)
     bytes_read = float(logits.numel() * logits.element_size())
     few = min(ORACLE_ROWS, n)
     entropy = acqcore.logit_stats(logits[:few].double(), targets[:few], backend="eager").entropy.double()
@@ -347,15 +380,13 @@ def logit_group(n: int, v: int, device: str) -> Group:
         return Peer(partial(function, logits, targets), lambda out: _largest(get(out), entropy))
 
     for name in backends(device):
-        peers[f"logit_stats, {name}"] = peer(bench_logit_stats.ours_by(name, True), lambda stats: stats.entropy)
-    peers["eager"] = peer(bench_logit_stats.eager, lambda out: out[2])
+        peers[f"logit_stats, {name}"] = peer(partial(acqcore.logit_stats, backend=name), lambda stats: stats.entropy)
+    peers["eager"] = peer(eager_of_logits, lambda out: out[2])
     if device == "cuda":
-        compiled = bench_logit_stats.PEERS["cpu"]["torch.compile of eager"]
+        compiled = torch.compile(eager_of_logits, dynamic=False)
         peers["torch.compile of eager"] = peer(compiled, lambda out: out[2])
-    peers["TRL fused (logprob, entropy)"] = peer(bench_logit_stats.trl_fused, lambda out: out[1])
-    return Group(
-        f"logits, N={n} V={v} bfloat16", peers, bytes_read, "GB/s", {"accuracy": "entropy, absolute"}
-    )  # fmt: skip
+    peers["TRL fused (logprob, entropy)"] = peer(trl_fused, lambda out: out[1])
+    return Group(f"logits, N={n} V={v} bfloat16", peers, bytes_read, "GB/s", {"accuracy": "entropy, absolute"})
 
 
 def edge_group(n: int, d: int, v: int, device: str) -> Group:
@@ -427,7 +458,7 @@ def main() -> None:
         monitor = Monitor()
         try:
             if device == "cuda":
-                rate = harness.copy_bandwidth()
+                rate = copy_bandwidth()
                 harness.append(arguments.rows, stage="mission", case="device", peer="copy of 2 GiB", rate=rate / 1e9)
             for make in groups(device, arguments.groups or ()):
                 for group in make():

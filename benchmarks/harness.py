@@ -1,8 +1,5 @@
 """The common measurement protocol: interleaved peers in one process, medians and ratios, peak memory, JSON and a plot.
 
-On a GPU, times come from device events around as many calls as fill five milliseconds, and memory is the allocator's;
-rates are compared with ceilings measured in the same process.
-
 Peers take turns (A B C A B C ...), so that a slowdown of the machine affects all of them. Each peer's result is its
 median time and the median of its ratio to a named baseline within each turn.
 """
@@ -13,7 +10,6 @@ import contextlib
 import ctypes
 import gc
 import json
-import math
 import os
 import platform
 import statistics
@@ -21,7 +17,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,10 +41,8 @@ class Row:
         seconds: median over turns.
         ratio: median over turns of its time / the baseline's time in the same turn.
         rate: ``work / seconds`` in the benchmark's unit (GFLOP/s, GB/s), or None.
-        extra_mib: peak resident memory (on a GPU, allocated memory) in MiB beyond that before the call, including
-            results; None if not measured.
-        share: ``rate`` over its measured ceiling, or None; the median over turns if the ceiling took turns with the
-            peers.
+        extra_mib: peak resident memory in MiB beyond that before the call, including results; None if not measured.
+        share: median over turns of the ceiling's time / its time in the same turn, or None without a ceiling.
     """
 
     case: str
@@ -69,35 +62,29 @@ def measure(
     work: float | None = None,
     turns: int = 7,
     memory: bool = True,
-    device: str = "cpu",
-    ceiling: float | str | None = None,
+    ceiling: str | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[Row]:
     """Times ``peers`` in turn, after one warm-up call each (which also measures peak memory).
 
-    ``work`` is the work of each call in bytes or floating-point operations. ``ceiling`` is in units of work per second,
-    or names the peer that does the same work as fast as the machine can.
-    On the CPU, the time of a call is the difference of two readings of ``clock``, in seconds.
+    ``work`` is the work of each call in bytes or floating-point operations. ``ceiling`` names the peer that does the
+    same work as fast as the machine can. Times are differences of two readings of ``clock``, in seconds.
     """
-    on_gpu = device == "cuda"
-    peak = peak_gpu_mib if on_gpu else peak_mib
-    extra = {name: peak(call) if memory else None for name, call in peers.items()}
-    repeats = {name: math.ceil(min(20, 5e-3 / gpu_seconds(call, 1))) if on_gpu else 1 for name, call in peers.items()}
+    extra = {name: peak_mib(call) if memory else None for name, call in peers.items()}
     times: dict[str, list[float]] = {name: [] for name in peers}
     for _ in range(turns):
         for name, call in peers.items():
-            times[name].append(gpu_seconds(call, repeats[name]) if on_gpu else cpu_seconds(call, clock))
+            times[name].append(cpu_seconds(call, clock))
+
+    def median_ratio(a: str, b: str) -> float:
+        return statistics.median(x / y for x, y in zip(times[a], times[b], strict=True))
+
     rows = []
-    share: float | None
     for name in peers:
         seconds = statistics.median(times[name])
-        ratio = statistics.median(a / b for a, b in zip(times[name], times[baseline], strict=True))
         rate = None if work is None else work / seconds / 1e9
-        if isinstance(ceiling, str):
-            share = statistics.median(a / b for a, b in zip(times[ceiling], times[name], strict=True))
-        else:
-            share = None if rate is None or ceiling is None else rate * 1e9 / ceiling
-        rows.append(Row(case, name, seconds, ratio, rate, extra[name], share))
+        share = None if ceiling is None else median_ratio(ceiling, name)
+        rows.append(Row(case, name, seconds, median_ratio(name, baseline), rate, extra[name], share))
     return rows
 
 
@@ -107,37 +94,6 @@ def cpu_seconds(call: Callable[[], object], clock: Callable[[], float] = time.pe
     seconds = clock() - start
     del result
     return seconds
-
-
-def gpu_seconds(call: Callable[[], object], repeats: int) -> float:
-    """Seconds per call on the device when ``repeats`` calls are queued back to back."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    start.record()
-    for _ in range(repeats):
-        call()
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end)) / 1e3 / repeats
-
-
-def running(
-    peers: dict[str, Callable[..., object]], inputs: Sequence[torch.Tensor]
-) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
-    """Peers whose first call succeeds, bound to ``inputs``, and the other peers' errors."""
-    good: dict[str, Callable[[], object]] = {}
-    absent = {}
-    for name, function in peers.items():
-        call = partial(function, *inputs)
-        try:
-            call()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-        except Exception as error:  # third-party code may raise anything; the error is the result
-            absent[name] = first_line(error)
-        else:
-            good[name] = call
-    return good, absent
 
 
 def first_line(error: BaseException) -> str:
@@ -172,29 +128,6 @@ def save(figure: Figure, path: Path, dpi: int = 120) -> None:
     figure.savefig(path, dpi=dpi)
 
 
-def copy_bandwidth() -> float:
-    """Bytes per second, read plus written, of a device-to-device copy of 2 GiB (or a quarter of free memory)."""
-    size = min(2 << 30, torch.cuda.mem_get_info()[0] // 4)
-    source = torch.empty(size, dtype=torch.uint8, device="cuda").random_()
-    target = torch.empty_like(source)
-    seconds = statistics.median(gpu_seconds(lambda: target.copy_(source), 5) for _ in range(7))
-    return 2 * size / seconds
-
-
-def peak_gpu_mib(call: Callable[[], object]) -> float:
-    """Peak allocated device memory of a second call beyond the memory allocated before it, in MiB."""
-    call()
-    gc.collect()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    result = call()
-    torch.cuda.synchronize()
-    extra = (torch.cuda.max_memory_allocated() - before) / 2**20
-    del result
-    return extra
-
-
 def peak_mib(call: Callable[[], object]) -> float | None:
     """Peak resident memory of a second call beyond the memory resident before it, in MiB (Linux)."""
     call()
@@ -205,9 +138,9 @@ def peak_mib(call: Callable[[], object]) -> float | None:
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the current resident size
     except OSError:
         return None
-    before = _status("VmRSS")
+    before = memory_mib("VmRSS")
     result = call()
-    extra = (_status("VmHWM") - before) / 1024
+    extra = memory_mib("VmHWM") - before
     del result
     return extra
 
@@ -216,16 +149,15 @@ def process_peak_mib(call: Callable[[], object]) -> float:
     """Peak resident memory of the whole process while a call runs, in MiB (Linux)."""
     Path("/proc/self/clear_refs").write_text("5")
     result = call()
-    peak = _status("VmHWM") / 1024
+    peak = memory_mib("VmHWM")
     del result
     return peak
 
 
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1])
-    raise RuntimeError(f"/proc/self/status has no {field}")
+def memory_mib(field: str, pid: int | str = "self") -> float:
+    """A size in ``/proc/<pid>/status``: ``VmRSS``, the resident memory, or ``VmHWM``, its peak."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.split(f"{field}:")[1].split()[0]) / 1024
 
 
 def machine() -> dict[str, str | int]:
@@ -290,18 +222,23 @@ def table(rows: list[Row], unit: str) -> str:
     lines: list[str] = []
     for case in dict.fromkeys(row.case for row in rows):
         chosen = [row for row in rows if row.case == case]
-        columns = ["ms", "ratio"]
-        columns += [unit] if any(row.rate is not None for row in chosen) else []
-        columns += ["of ceiling"] if any(row.share is not None for row in chosen) else []
-        columns += ["extra MiB"] if any(row.extra_mib is not None for row in chosen) else []
-        lines += ["", f"**{case}**", "", f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-        for row in chosen:
-            cells = [f"{row.seconds * 1e3:.{1 if row.seconds > 0.1 else 3}f}", f"{row.ratio:.2f}"]
-            cells += [] if row.rate is None else [f"{row.rate:.{0 if row.rate >= 10 else 2}f}"]
-            cells += [] if row.share is None else [f"{row.share:.2f}"]
-            cells += [] if row.extra_mib is None else [f"{row.extra_mib:.0f}"]
-            lines.append(f"| {row.peer} | {' | '.join(cells)} |")
+        columns = {
+            "ms": [f"{row.seconds * 1e3:.{1 if row.seconds > 0.1 else 3}f}" for row in chosen],
+            "ratio": [f"{row.ratio:.2f}" for row in chosen],
+            unit: ["" if row.rate is None else f"{row.rate:.{0 if row.rate >= 10 else 2}f}" for row in chosen],
+            "of ceiling": ["" if row.share is None else f"{row.share:.2f}" for row in chosen],
+            "extra MiB": ["" if row.extra_mib is None else f"{row.extra_mib:.0f}" for row in chosen],
+        }
+        used = {heading: cells for heading, cells in columns.items() if any(cells)}
+        cells = zip([row.peer for row in chosen], *used.values(), strict=True)
+        lines += ["", f"**{case}**", "", *markdown(["", *used], *cells)]
     return "\n".join(lines)
+
+
+def markdown(header: Sequence[str], *rows: Sequence[object]) -> list[str]:
+    """The lines of a Markdown table."""
+    head, *body = [f"| {' | '.join(map(str, row))} |" for row in (header, *rows)]
+    return [head, "|---" * len(header) + "|", *body]
 
 
 def plot(name: str, rows: list[Row]) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from scipy.stats import t as student_t
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -29,9 +32,24 @@ class Difference:
     p: float
     detectable: float
 
-    def shown(self, p: float | None = None) -> bool:
-        """Whether the mean is above 0 at the 5 % level, by ``p`` (an adjusted value) or its own."""
-        return self.mean > 0 and (self.p if p is None else p) < 0.05
+    def __str__(self) -> str:
+        if self.n == 1:
+            return f"{self.mean:+.1f}, one seed"
+        return f"{self.mean:+.1f} [{self.low:+.1f}, {self.high:+.1f}]"
+
+    def verdict(self, p: float | None = None) -> str:
+        """What the 5 % level shows, by ``p`` (an adjusted value) or its own."""
+        p = self.p if p is None else p
+        if p >= 0.05 or not self.mean:
+            return "no gain shown"
+        return f"gain shown, p = {p:.2g}" if self.mean > 0 else "a loss is shown"
+
+    def primary(self, title: str, over: str = "") -> str:
+        """The line about the primary outcome."""
+        return (
+            f"- **Primary: {title}: {self} points**{over} ({self.verdict()}; paired standard deviation "
+            f"{self.deviation:.1f}, a difference of {self.detectable:.1f} would be found in 80 % of such runs)."
+        )
 
 
 def difference(a: Sequence[float], b: Sequence[float]) -> Difference:
@@ -59,9 +77,9 @@ def plural(n: int, noun: str) -> str:
     return f"{n} {noun}{'' if n == 1 else 's'}"
 
 
-def holm(p: Mapping[str, float]) -> dict[str, float]:
+def holm(p: Mapping[Key, float]) -> dict[Key, float]:
     """Adjusted p values of the comparisons of one family (Holm 1979)."""
-    adjusted: dict[str, float] = {}
+    adjusted: dict[Key, float] = {}
     least = 0.0
     for i, name in enumerate(sorted(p, key=lambda key: p[key])):
         least = max(least, min(1.0, (len(p) - i) * p[name]))

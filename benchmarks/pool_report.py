@@ -7,16 +7,15 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import harness
+from benchmarks import evidence, harness
 from benchmarks.paired import Difference, difference, holm, plural
 from benchmarks.pool_data import KINDS
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
-PAGE, PICTURE = DOCS / "evidence-pool.md", DOCS / "evidence-pool.png"
-BEGIN, END = "<!-- results: written by bench_pool -->", "<!-- end of results -->"
+PAGE, SECTION = evidence.DOCS / "evidence-pool.md", evidence.marks("results", "bench_pool")
 RANDOM, DEFAULT, VARENTROPY = "random", "default", "varentropy"
 #: Labels in the plot for arms whose names are not self-explanatory.
 NAMES = {
@@ -92,41 +91,25 @@ def write(rows: Sequence[dict[str, Any]], choices: Path, out: Path, *, small: bo
     print(text)
     machines = [row["machine"] for row in rows if row["stage"] == "machine"]
     content = {"machines": machines, "choices": made, **summary(results), "units": list(rows)}
-    targets = [out / "pool.json"] if small else [out / "pool.json", harness.RESULTS / "pool.json"]
-    for path in targets:
-        harness.write(path, content)
-    try:
-        picture(results, out / PICTURE.name)
-    except ModuleNotFoundError as error:
-        print(f"no plot: {error}; install matplotlib and run --stage table to draw it")
-        return
-    if not small:
-        picture(results, PICTURE)
-        shown = f"![Accuracy against random and junk chosen, by arm]({PICTURE.name})"
-        write_section(PAGE, BEGIN, END, f"{text}\n\n{shown}")
-
-
-def write_section(page: Path, begin: str, end: str, text: str) -> None:
-    """Replaces the text between the two marks of a page."""
-    held = page.read_text()
-    page.write_text(f"{held[: held.index(begin) + len(begin)]}\n\n{text}\n\n{held[held.index(end) :]}")
+    shown = f"![Accuracy against random and junk chosen, by arm]({evidence.picture_of('pool')})"
+    for folder in [out] if small else [out, None]:
+        evidence.publish(
+            "pool", content, partial(picture, results), PAGE, SECTION, f"{text}\n\n{shown}", folder
+        )  # fmt: skip
 
 
 def families(results: Results) -> dict[str, dict[str, tuple[Difference, float]]]:
     """Family -> comparison -> its difference and its p value, Holm-adjusted within the family. A single seed allows no
     test and does not count among the comparisons."""
-    found: dict[str, dict[str, Difference]] = {}
-    for pool in results.seeds:
-        found[f"{pool}: default minus"] = {
-            arm: results.minus(pool, DEFAULT, arm) for arm in results.of(pool) if arm not in (DEFAULT, RANDOM)
-        }
-        found[f"{pool}: minus random"] = {
-            arm: results.minus(pool, arm, RANDOM) for arm in results.of(pool) if arm not in (DEFAULT, RANDOM)
-        }
     made = {}
-    for name, family in found.items():
-        adjusted = holm({arm: one.p for arm, one in family.items() if one.n > 1})
-        made[name] = {arm: (one, adjusted.get(arm, 1.0)) for arm, one in family.items()}
+    for pool in results.seeds:
+        arms = [arm for arm in results.of(pool) if arm not in (DEFAULT, RANDOM)]
+        for name, family in (
+            (f"{pool}: default minus", {arm: results.minus(pool, DEFAULT, arm) for arm in arms}),
+            (f"{pool}: minus random", {arm: results.minus(pool, arm, RANDOM) for arm in arms}),
+        ):
+            adjusted = holm({arm: one.p for arm, one in family.items() if one.n > 1})
+            made[name] = {arm: (one, adjusted.get(arm, 1.0)) for arm, one in family.items()}
     return made
 
 
@@ -153,17 +136,15 @@ def tables(results: Results, choices: dict[str, Any]) -> str:
     lines = [
         f"BANKING77, {len(results.seeds['B'])} paired seeds; the warm student is right in {results.warm:.1f} %.",
         "",
-        f"- **Primary: default minus random on pool B: {interval(primary)} points** "
-        f"({verdict(primary, primary.p)}; paired standard deviation {primary.deviation:.1f}, a difference of "
-        f"{primary.detectable:.1f} would be found in 80 % of such runs).",
+        primary.primary("default minus random on pool B"),
         f"- Junk chosen on pool B: {junk:.1f} % by default, {of_random:.1f} % at random.",
     ]
     if "A" in results.seeds:
         on_a = results.minus("A", DEFAULT, RANDOM)
-        lines.append(f"- Default minus random on pool A: {interval(on_a)} points ({verdict(on_a, on_a.p)}).")
+        lines.append(f"- Default minus random on pool A: {on_a} points ({on_a.verdict()}).")
     if VARENTROPY in results.of("B"):
         one, p = made["B: default minus"][VARENTROPY]
-        lines.append(f"- Default minus varentropy on pool B: {interval(one)} points ({verdict(one, p)}, Holm).")
+        lines.append(f"- Default minus varentropy on pool B: {one} points ({one.verdict(p)}, Holm).")
     if choices:
         one = choices["choices"]
         recipe = one["default"]
@@ -175,38 +156,29 @@ def tables(results: Results, choices: dict[str, Any]) -> str:
         lines += ["", f"**Pool {pool}**, {plural(len(results.seeds[pool]), 'seed')}", ""]
         headings = ["arm", "seeds", "accuracy, %", "minus random", "p (Holm)", "default minus it", "p (Holm)"]
         headings += ["junk, %", *KINDS[1:], "test-retest"] if pool == "B" else []
-        lines += ["| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
+        table = []
         for arm in sorted(results.of(pool), key=lambda arm: -statistics.fmean(results.values(pool, arm))):
             values = results.values(pool, arm)
             cells = [arm, str(len(values)), f"{statistics.fmean(values):.1f}"]
             if arm == DEFAULT:
                 one = results.minus(pool, DEFAULT, RANDOM)
-                cells += [interval(one), f"{one.p:.3g} (own)", "", ""]
+                cells += [str(one), f"{one.p:.3g} (own)", "", ""]
             elif arm == RANDOM:
-                cells += [""] * 2 + [interval(results.minus(pool, DEFAULT, RANDOM)), "as above"]
+                cells += [""] * 2 + [str(results.minus(pool, DEFAULT, RANDOM)), "as above"]
             else:
                 for family in (f"{pool}: minus random", f"{pool}: default minus"):
                     one, p = made[family][arm]
-                    cells += [interval(one), f"{p:.3g}" if one.n > 1 else ""]
+                    cells += [str(one), f"{p:.3g}" if one.n > 1 else ""]
             if pool == "B":
                 kinds = results.kinds(pool, arm)
                 cells.append(f"{100 - kinds[KINDS[0]]:.0f}")
                 cells += [f"{kinds[kind]:.0f}" for kind in KINDS[1:]]
                 reliability = results.reliability.get(arm)
                 cells.append("" if reliability is None else f"{reliability:.2f}")
-            lines.append("| " + " | ".join(cells) + " |")
+            table.append(cells)
+        lines += harness.markdown(headings, *table)
     lines += [f"\n{arm} failed and is left out: {error}" for arm, error in results.failed.items()]
     return "\n".join(lines)
-
-
-def interval(d: Difference) -> str:
-    return f"{d.mean:+.1f} [{d.low:+.1f}, {d.high:+.1f}]" if d.n > 1 else f"{d.mean:+.1f}, one seed"
-
-
-def verdict(d: Difference, p: float) -> str:
-    if d.shown(p):
-        return f"gain shown, p = {p:.2g}"
-    return "a loss is shown" if d.mean < 0 and p < 0.05 else "no gain shown"
 
 
 def picture(results: Results, path: Path) -> None:
@@ -221,15 +193,9 @@ def picture(results: Results, path: Path) -> None:
     styles = {"B": ("#c44e52", -apart, "45 % junk"), "A": ("#4c72b0", apart, "as published")}
     for pool in results.seeds:
         colour, shift, label = styles[pool]
-        held = [(place, results.minus(pool, arm, RANDOM)) for place, arm in enumerate(arms) if arm in results.of(pool)]
-        half = [0.0 if math.isinf(one.high) else one.high - one.mean for _, one in held]
-        style = {"fmt": "o", "color": colour, "ms": 4, "capsize": 2, "lw": 1}
-        means, places = [one.mean for _, one in held], [place - shift for place, _ in held]
-        left.errorbar(means, places, xerr=half, label=f"pool {pool}: {label}", **style)
-    left.axvline(0, color="#888888", lw=0.8)
-    left.set_yticks(range(len(arms)), [NAMES.get(arm, arm) for arm in arms])
-    for tick, arm in zip(left.get_yticklabels(), arms, strict=True):
-        tick.set_fontweight("bold" if arm == DEFAULT else "normal")
+        held = [(i - shift, results.minus(pool, arm, RANDOM)) for i, arm in enumerate(arms) if arm in results.of(pool)]
+        evidence.draw_differences(left, held, color=colour, label=f"pool {pool}: {label}")
+    evidence.label_rows(left, [NAMES.get(arm, arm) for arm in arms], arms.index(DEFAULT))
     left.set_xlabel("accuracy against random, points (95 % interval)")
     figure.legend(*left.get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside lower left", ncols=2)
     begin = [0.0] * len(arms)

@@ -7,12 +7,12 @@ which only as the text at which predictions are made, and which use the developm
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from scipy.stats import spearmanr
 from torch.nn import functional as F  # noqa: N812
@@ -51,14 +51,6 @@ class Recipe:
     spread: str = "top"
 
 
-@dataclass(frozen=True)
-class Refit:
-    """How RHO-loss fits its second student: like every other student."""
-
-    epochs: float
-    rate: float
-
-
 class Signals:
     """Signals of one pool under one warm student, each computed on first use.
 
@@ -68,7 +60,7 @@ class Signals:
         pool, development: rows on the fitter's device.
         labels: ``[n]`` int64, the intents as given.
         texts: the n messages.
-        refit: settings of RHO-loss.
+        epochs, rate: how RHO-loss fits its second student, like every other student.
         stop: token that ends a label.
         seed: seed of everything random here.
         state: ``last`` or ``mean``, the prompts' hidden states used for distances.
@@ -77,13 +69,14 @@ class Signals:
 
     def __init__(
         self, fitter: Fitter, warm: Sequence[torch.Tensor], pool: Rows, development: Rows, labels: torch.Tensor,
-        *, texts: Sequence[str], refit: Refit, stop: int, seed: int, state: str = "last", backend: str | None = None,
+        *, texts: Sequence[str], epochs: float, rate: float, stop: int, seed: int, state: str = "last",
+        backend: str | None = None,
     ) -> None:  # fmt: skip
         self._fitter, self._warm = fitter, warm
         self._pool, self._development = pool, development
         self.labels = labels.cpu()
         self._texts = texts
-        self._refit, self._stop, self._seed, self._state = refit, stop, seed, state
+        self._epochs, self._rate, self._stop, self._seed, self._state = epochs, rate, stop, seed, state
         self._student = acqcore.Student.from_model(fitter.model)
         self._samples = samples(pool)
         self._batch_tokens = 16384 if fitter.device.type == "cuda" else 4096
@@ -145,7 +138,7 @@ class Signals:
         et al. 2022)."""
         fitter = self._fitter
         before, _ = fitter.losses(rows)
-        fitter.fit(self._development, epochs=self._refit.epochs, rate=self._refit.rate, seed=seed)
+        fitter.fit(self._development, epochs=self._epochs, rate=self._rate, seed=seed)
         after, _ = fitter.losses(rows)
         fitter.restore(self._warm)
         return (before - after) / rows.targets.ne(IGNORED).sum(dim=1)
@@ -324,5 +317,5 @@ def huds(
 
 def shares(kinds: Sequence[str], chosen: Sequence[int]) -> dict[str, float]:
     """Kind -> its share of the chosen rows."""
-    drawn = np.array([kinds[i] for i in chosen])
-    return {kind: float((drawn == kind).mean()) for kind in sorted(set(kinds))}
+    count = Counter(kinds[i] for i in chosen)
+    return {kind: count[kind] / len(chosen) for kind in sorted(set(kinds))}

@@ -16,16 +16,19 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 import acqcore
 
 #: Folder with the files of the table, as published.
 FOLDER = Path(os.environ.get("ACQCORE_DATA", "../shared/data"))
 
+TRUNK = "trunk alone, unpadded"  #: title of :func:`run_trunk`
 SHORT = ("BANKING77", "CLINC150")  #: data sets with completions of a few tokens
 
 
@@ -51,19 +54,47 @@ SETS: dict[str, DataSet] = {
 
 
 def load(name: str, rows: int, seed: int = 0, folder: Path = FOLDER) -> list[dict[str, str]]:
-    """``rows`` samples of a data set, drawn at random because the intent files are sorted by intent.
+    """``rows`` samples of a data set, drawn at random because the intent files are sorted by intent."""
+    records = random.Random(seed).sample(_records(folder / SETS[name].file, rows), rows)
+    return _samples(name, records)
 
-    Raises:
-        SystemExit: the file is missing or has fewer rows.
-    """
-    path = folder / SETS[name].file
+
+def gsm8k(rows: int, part: str = "test") -> list[dict[str, str]]:
+    """The first rows of a part of GSM8K."""
+    return _samples("GSM8K", _records(FOLDER / f"math/gsm8k_{part}.jsonl", rows)[:rows])
+
+
+def _records(path: Path, rows: int) -> list[dict[str, Any]]:
+    """All records of a file; exits if it is missing or has fewer than ``rows``."""
     if not path.is_file():
-        raise SystemExit(f"{path}: no such file. Set ACQCORE_DATA to a folder with {SETS[name].file}, as published")
+        raise SystemExit(
+            f"{path}: no such file. Set ACQCORE_DATA to a folder with {path.parent.name}/{path.name}, as published"
+        )
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     if len(records) < rows:
         raise SystemExit(f"{path}: expected at least {rows} rows, found {len(records)}")
-    pairs = (SETS[name].read(record) for record in random.Random(seed).sample(records, rows))
-    return [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
+    return records
+
+
+def _samples(name: str, records: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    return [dict(zip(("prompt", "completion"), SETS[name].read(record), strict=True)) for record in records]
+
+
+def token_rows(student: acqcore.Student, samples: list[dict[str, str]]) -> list[tuple[torch.Tensor, int]]:
+    """(ids ``[T]``, length of the prompt) for each sample."""
+    tokenizer = student.tokenizer
+    rows = []
+    for sample in samples:
+        text = sample["prompt"] + sample["completion"]
+        rows.append((torch.tensor(tokenizer(text).input_ids), len(tokenizer(sample["prompt"]).input_ids)))
+    return rows
+
+
+def run_trunk(student: acqcore.Student, rows: list[tuple[torch.Tensor, int]]) -> None:
+    """Runs the trunk over the rows of :func:`token_rows`, one at a time: no padding, no head."""
+    with student.scoring():
+        for ids, _ in rows:
+            student.hidden(ids[None])
 
 
 def encode(student: acqcore.Student, samples: list[dict[str, str]], scored: int | None) -> list[acqcore.Row]:

@@ -18,10 +18,11 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import acqcore
-from benchmarks import bench_pool, gsm8k, paired, pool_data, pool_fit, pool_report, pool_signals
-from benchmarks.bench_pool import Bench, Choices, Encoder, Log, Scale
+from benchmarks import bench_pool, paired, pool_data, pool_fit, pool_report, pool_signals, real_rows, resumable
+from benchmarks.bench_pool import Bench, Choices, Scale
 from benchmarks.pool_data import KINDS, Message, Nearest, Sizes
 from benchmarks.pool_signals import Recipe
+from benchmarks.resumable import Encoder, Log
 
 VOCABULARY, LENGTH, LABEL_LENGTH = 211, 20, 3
 SIZES = Sizes(intents=4, warm=2, development=8, pool=60, test=16)
@@ -131,7 +132,7 @@ class TestPool:
 
     def test_messages_of_the_files_as_published(self):
         """The published files, if present, have every intent and enough rows to draw 77 x 2 + 96 + 3,000."""
-        source = gsm8k.FOLDER / "intents"
+        source = real_rows.FOLDER / "intents"
         if not source.is_dir():
             pytest.skip("the intent files are absent")
         train, test, stray = pool_data.load(source, "clinc150")
@@ -216,7 +217,7 @@ class TestPaired:
 
     def test_one_pair_shows_nothing(self):
         d = paired.difference([1.0], [0.0])
-        assert not d.shown()
+        assert d.verdict() == "no gain shown"
         assert (d.low, d.high) == (-math.inf, math.inf)
 
     def test_no_or_unequal_pairs_are_refused(self):
@@ -437,7 +438,7 @@ class TestBench:
 
     def test_stops_by_the_clock_between_units(self, folder, tmp_path):
         log = Log(tmp_path / "pool.jsonl")
-        with pytest.raises(bench_pool.Stopped):
+        with pytest.raises(resumable.Stopped):
             bench_pool.run(bench(folder, log, seconds=0.0), CHOICES, seeds=(0,))
         assert log.rows == []
 
@@ -492,6 +493,7 @@ class TestBench:
 
 def test_the_page_has_the_places_that_the_bench_writes_to():
     page = pool_report.PAGE.read_text()
-    assert page.index(pool_report.BEGIN) < page.index(pool_report.END)
+    begin, end = map(page.index, pool_report.SECTION)
+    assert begin < end
     for kind in KINDS[1:]:
         assert kind.split()[-1] in page

@@ -13,7 +13,7 @@ from scipy.stats import spearmanr
 from torch.nn import functional as F  # noqa: N812
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks import bench_protoqa, pool_report
+from benchmarks import bench_protoqa, evidence, pool_report
 from benchmarks.bench_protoqa import Answers, Question
 
 
@@ -120,12 +120,12 @@ def test_a_signal_of_ambiguity_is_told_from_noise():
 def test_the_page_has_its_places(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(bench_protoqa.PAGE.read_text())
-    pool_report.write_section(page, *bench_protoqa.marks("protoqa"), "a table")
-    pool_report.write_section(page, *bench_protoqa.marks("protoqa"), "another table")
+    evidence.write_section(page, *evidence.marks("protoqa", "bench_protoqa"), "a table")
+    evidence.write_section(page, *evidence.marks("protoqa", "bench_protoqa"), "another table")
     text = page.read_text()
     assert text.count("another table") == 1
     assert "a table" not in text
-    assert pool_report.BEGIN in text
+    assert pool_report.SECTION[0] in text
 
 
 def test_cross_entropy_of_a_sampled_answer(model):

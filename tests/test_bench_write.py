@@ -14,11 +14,11 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 
 from acqsynth.rewards.texts import NgramEmbedder
-from benchmarks import bench_write, paired, write_report, write_signals
-from benchmarks.bench_pool import Encoder, Log
+from benchmarks import bench_write, paired, resumable, write_report, write_signals
 from benchmarks.bench_write import AS_IT_IS, BEST, GRPO, TRUSTED, Bench, Choices, Scale, Seed
 from benchmarks.pool_fit import Fitter
 from benchmarks.pool_signals import distinct
+from benchmarks.resumable import Encoder, Log
 from benchmarks.write_signals import ANSWERABLE, CANDIDATES, DEFAULT
 from benchmarks.writer import Writer
 
@@ -64,7 +64,7 @@ def bench(folder, tmp_path, tiny_model, tokenizer):
         fitter = Fitter(models[0], batch=scale.batch, length=scale.length, label_length=scale.label_length)
         encode = Encoder(tokenizer, scale.length, scale.label_length)
         log = Log(tmp_path / "out" / "write.jsonl")
-        return Bench(fitter, writer, encode, tokenizer, folder, scale, log, time.monotonic() + seconds)
+        return Bench(fitter, encode, folder, scale, log, time.monotonic() + seconds, writer=writer)
 
     return build
 
@@ -196,7 +196,7 @@ class TestArms:
 
     def test_a_prompt_shows_the_two_rows_of_its_intent(self, seed):
         for intent, rows in seed.shown.items():
-            text = seed.bench.tokenizer.decode(seed.prompt(intent))
+            text = seed.bench.encode.tokenizer.decode(seed.prompt(intent))
             name = intent.replace("_", " ")
             assert text.count(f"Intent: {name}\n") == 3
             assert all(f"Message: {row.text}\n" in text for row in rows)
@@ -239,7 +239,7 @@ class TestArms:
         held = distinct(list(range(len(passed))), NgramEmbedder()(texts))
         assert len(held) > len(seed.requests)
         messages = [bench_write.Message(texts[i], candidates.samples[passed[i]].answer) for i in range(len(passed))]
-        loss = seed.bench.fitter.losses(seed._placed(messages))[0].tolist()
+        loss = seed.bench.fitter.losses(seed.bench.placed(messages))[0].tolist()
         given = []
 
         def trust(states, labels):
@@ -332,11 +332,11 @@ class TestRun:
 
         def counted():
             if next(limit, None) is None:
-                raise bench_write.Stopped
+                raise resumable.Stopped
             check()
 
         stopped.check_time = counted
-        with pytest.raises(bench_write.Stopped):
+        with pytest.raises(resumable.Stopped):
             bench_write.run(stopped, choices, seeds=1, grpo_seeds=0)
         assert [row["arm"] for row in stopped.log.rows] == [
             "warm",
@@ -355,7 +355,7 @@ class TestRun:
 
     def test_no_time_is_left(self, bench):
         late = bench(seconds=-1.0)
-        with pytest.raises(bench_write.Stopped):
+        with pytest.raises(resumable.Stopped):
             bench_write.run(late, Choices(), seeds=1, grpo_seeds=1)
         assert not late.log.rows
 
@@ -432,7 +432,8 @@ class TestReport:
 
     def test_the_protocol_stands_in_the_docs(self):
         page = write_report.PAGE.read_text()
-        assert page.index(write_report.BEGIN) < page.index(write_report.END)
+        begin, end = map(page.index, write_report.SECTION)
+        assert begin < end
         flat = " ".join(page.split())
         for words in ("before any run on BANKING77", "best of 8: default", "Holm", "no gain shown"):
             assert words in flat

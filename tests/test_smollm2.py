@@ -13,7 +13,7 @@ import acqcore
 from acqcore.acquisitions import REGISTRY, RowNeed
 from acqcore.students.samples import encode
 from acqsynth.models import smollm2_path
-from benchmarks.gsm8k import TEST
+from benchmarks.real_rows import FOLDER
 
 NAMES = [name for name, entry in REGISTRY.items() if entry.needs == RowNeed()]
 
@@ -59,9 +59,10 @@ def references(
 
 
 def questions(n: int) -> list[dict[str, str]]:
-    if not TEST.exists():
-        pytest.skip(f"{TEST.name} is absent")
-    with TEST.open(encoding="utf-8") as file:
+    path = FOLDER / "math" / "gsm8k_test.jsonl"
+    if not path.exists():
+        pytest.skip(f"{path.name} is absent")
+    with path.open(encoding="utf-8") as file:
         rows = [json.loads(line) for line in itertools.islice(file, n)]
     return [{"prompt": row["question"], "completion": row["answer"]} for row in rows]
 
