@@ -53,12 +53,12 @@ def steps_of(acquisition: str, arguments: dict[str, Any]) -> list[dict[str, floa
 
 def table(results: dict[str, list[dict[str, float]]]) -> str:
     """Markdown: for each reward the median seconds of a step and of the reward, and the reward's share of the step."""
-    lines = ["| reward | s per step | s of the reward | share, median | maximum |", "|---|---|---|---|---|"]
+    rows = []
     for name, steps in results.items():
         shares = [step["reward_share"] for step in steps]
         seconds, own = (statistics.median(step[key] for step in steps) for key in ("seconds", "reward_seconds"))
-        lines.append(f"| {name} | {seconds:.1f} | {own:.2f} | {statistics.median(shares):.1%} | {max(shares):.1%} |")
-    return "\n".join(lines)
+        rows.append([name, f"{seconds:.1f}", f"{own:.2f}", f"{statistics.median(shares):.1%}", f"{max(shares):.1%}"])
+    return "\n".join(harness.markdown(["reward", "s per step", "s of the reward", "share, median", "maximum"], *rows))
 
 
 def main() -> None:

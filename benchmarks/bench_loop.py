@@ -22,14 +22,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-from scipy.stats import t as student_t
 
 from acqsynth import config
 from acqsynth.artefacts import read_rows, read_table
@@ -42,10 +39,10 @@ from acqsynth.steps import Store
 from acqsynth.train import read_log
 from acqsynth.world import Settings, base_model
 from benchmarks import harness
+from benchmarks.paired import with_interval
 
 TEST = 1400  # questions
 FITS = [0, 1]  # seeds of each arm's student fits
-LEVEL = 0.95
 DEFAULT = "default"
 RL_DEFAULT = f"rl: {DEFAULT}"
 DRAWS = {"layers": "all", "draws": 8, "dropout": 0.05}
@@ -163,47 +160,43 @@ def share(arm: dict[str, Any], *kinds: str) -> float:
 
 def interval(values: Sequence[float]) -> str:
     """Mean and half-width, in percentage points."""
-    mean = 100 * statistics.fmean(values)
-    if len(values) < 2:
-        return f"{mean:.1f}"
-    width = student_t.ppf((1 + LEVEL) / 2, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{mean:.1f} ± {100 * width:.1f}"
+    return with_interval([100 * value for value in values])
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
     """Markdown, one line per arm, in percentage points."""
-    lines = [
-        f"| arm | accuracy | {RL_DEFAULT} minus arm | weak skills | hardly trained skills, change | weak, traps in "
-        "rows | reward share of step |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    headings = [
+        "arm", "accuracy", f"{RL_DEFAULT} minus arm", "weak skills", "hardly trained skills, change",
+        "weak, traps in rows", "reward share of step",
+    ]  # fmt: skip
     base = [result["base"] for result in results]
-    lines.append(f"| base student | {interval([accuracy(skills) for skills in base])} | | ")
-    lines[-1] += f"{interval([accuracy(skills, 'weak') for skills in base])} | | | |"
+    weak = interval([accuracy(skills, "weak") for skills in base])
+    rows = [["base student", interval([accuracy(skills) for skills in base]), "", weak, "", "", ""]]
     best = [accuracy(result["arms"][RL_DEFAULT]["skills"]) for result in results]
     for name in results[0]["arms"]:
         arms = [result["arms"][name] for result in results]
         own = [accuracy(arm["skills"]) for arm in arms]
         changes = [forgetting(arm, before) for arm, before in zip(arms, base, strict=True)]
         known = [change for change in changes if change is not None]
-        weak = statistics.fmean(share(arm, "weak") for arm in arms)
-        traps = statistics.fmean(share(arm, *TRAPS) for arm in arms)
+        learnt = [statistics.fmean(share(arm, *kinds) for arm in arms) for kinds in (("weak",), TRAPS)]
         shares = [arm["reward_share"] for arm in arms if arm["reward_share"] is not None]
-        cells = [
-            interval(own),
-            "" if name == RL_DEFAULT else interval([a - b for a, b in zip(best, own, strict=True)]),
-            interval([accuracy(arm["skills"], "weak") for arm in arms]),
-            interval(known) if known else "",
-            f"{weak:.0%}, {traps:.0%}",
-            f"{statistics.median(shares):.0%}" if shares else "",
-        ]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append(
+            [
+                name,
+                interval(own),
+                "" if name == RL_DEFAULT else interval([a - b for a, b in zip(best, own, strict=True)]),
+                interval([accuracy(arm["skills"], "weak") for arm in arms]),
+                interval(known) if known else "",
+                f"{learnt[0]:.0%}, {learnt[1]:.0%}",
+                f"{statistics.median(shares):.0%}" if shares else "",
+            ]
+        )
+    return "\n".join(harness.markdown(headings, *rows))
 
 
 def forms(results: Sequence[dict[str, Any]]) -> str:
     """Markdown: the linear form minus draws, in percentage points, and each reward's seconds per step."""
-    lines = ["| reward | accuracy | trap rows | reward seconds per step |", "|---|---|---|---|"]
+    rows = []
     for linear, draws in FORMS.items():
         pairs = [[result["arms"].get(f"rl: {name}") for name in (linear, draws)] for result in results]
         if not all(arm for pair in pairs for arm in pair):
@@ -212,8 +205,8 @@ def forms(results: Sequence[dict[str, Any]]) -> str:
         more = [share(a, *TRAPS) - share(b, *TRAPS) for a, b in pairs]
         seconds = [[arm["reward_share"] * arm["step_seconds"] for arm in pair] for pair in pairs]
         taken = [f"{statistics.median(column):.2f}" for column in zip(*seconds, strict=True)]
-        lines.append(f"| {linear} | {interval(gains)} | {interval(more)} | {taken[0]} against {taken[1]} |")
-    return "\n".join(lines)
+        rows.append([linear, interval(gains), interval(more), " against ".join(taken)])
+    return "\n".join(harness.markdown(["reward", "accuracy", "trap rows", "reward seconds per step"], *rows))
 
 
 def main() -> None:

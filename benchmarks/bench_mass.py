@@ -93,11 +93,10 @@ class Watch:
 
 def resident_mib(pid: int) -> float:
     """Resident memory of a process; 0 if it has ended."""
-    with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("VmRSS"):
-                return int(line.split()[1]) / 1024
-    return 0.0
+    try:
+        return harness.memory_mib("VmRSS", pid)
+    except (OSError, IndexError):  # no such process, or one without memory
+        return 0.0
 
 
 def run(name: str, options: list[str], out: Path, n_blocks: int) -> tuple[dict[str, float], Watch]:

@@ -9,7 +9,7 @@ ranks unknown questions above ambiguous and above known ones (AUROC, mean and mi
 from __future__ import annotations
 
 import argparse
-import importlib
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable
@@ -36,8 +36,8 @@ def separation(seeds: int) -> None:
 
 
 def _separation(blocks: int, steps: int, seeds: int) -> dict[str, list[dict[str, float]]]:
-    forms: dict[str, dict[str, Any] | None] = {
-        ENTROPY: None,
+    forms: dict[str, dict[str, Any]] = {
+        ENTROPY: {},
         "last hidden state": {"layers": 0},
         "last hidden state, blocks of 16": {"form": "block", "block": 16},
         "last block": {"layers": 1},
@@ -47,42 +47,35 @@ def _separation(blocks: int, steps: int, seeds: int) -> dict[str, list[dict[str,
         "all blocks, dropout 0.1, 16 draws": {"dropout": 0.1, "draws": 16},
         "all blocks, dropout 0.05": {},
         "all blocks, dropout 0.2": {"dropout": 0.2},
-        f"ensemble of {ENSEMBLE}": {"members": True},
+        f"ensemble of {ENSEMBLE}": {},
     }
     found: dict[str, list[dict[str, float]]] = {name: [] for name in forms}
     for seed in range(seeds):
         students = [toy_student.train(1000 * seed + i, blocks, steps) for i in range(ENSEMBLE)]
+        forms[f"ensemble of {ENSEMBLE}"] = {"members": students}
         generator = torch.Generator().manual_seed(seed)
         asked = {kind: toy_student.questions(kind, 256, generator) for kind in toy_student.KINDS}
         for form, options in forms.items():
-            if options is not None and "members" in options:
-                options = {"members": students}
-            elif options is not None:
-                options = {"draws": 8, **options}
-            name = "entropy" if options is None else "mutual_information"
-            arguments = None if options is None else {name: options}
+            name = "entropy" if form == ENTROPY else "mutual_information"
+            given = options if form == ENTROPY or "members" in options else {"draws": 8, **options}
             begin = time.perf_counter()
             values = {
-                kind: acqcore.score(students[0], toy_student.samples(ids), name, acquisition_args=arguments)[name]
+                kind: acqcore.score(students[0], toy_student.samples(ids), name, acquisition_args={name: given})[name]
                 for kind, ids in asked.items()
             }
-            found[form].append(
-                {
-                    "ambiguous": toy_student.auroc(values["unseen"], values["ambiguous"]),
-                    "easy": toy_student.auroc(values["unseen"], values["easy"]),
-                    "both": toy_student.auroc(values["unseen"], torch.cat([values["ambiguous"], values["easy"]])),
-                    "seconds": time.perf_counter() - begin,
-                }
-            )
+            seconds = time.perf_counter() - begin
+            others = {key: values[key] for key in ("ambiguous", "easy")}
+            others["both"] = torch.cat(list(others.values()))
+            areas = {key: toy_student.auroc(values["unseen"], below) for key, below in others.items()}
+            found[form].append({**areas, "seconds": seconds})
     print(f"\n{blocks} blocks: AUROC of unseen keys over {seeds} seeds, mean (minimum); cost relative to entropy\n")
-    print("| | above ambiguous | above easy | above both | cost |\n|---|---|---|---|---|")
+    table = []
     for form, rows in found.items():
-        cells = []
-        for kind in ("ambiguous", "easy", "both"):
-            values_of = [row[kind] for row in rows]
-            cells.append(f"{statistics.fmean(values_of):.2f} ({min(values_of):.2f})")
+        columns = [[row[kind] for row in rows] for kind in ("ambiguous", "easy", "both")]
         cost = statistics.median(a["seconds"] / b["seconds"] for a, b in zip(rows, found[ENTROPY], strict=True))
-        print(f"| {form} | {' | '.join(cells)} | {cost:.1f} |", flush=True)
+        cells = [f"{statistics.fmean(column):.2f} ({min(column):.2f})" for column in columns]
+        table.append([form, *cells, f"{cost:.1f}"])
+    print("\n".join(harness.markdown(["", "above ambiguous", "above easy", "above both", "cost"], *table)), flush=True)
     return found
 
 
@@ -105,29 +98,17 @@ def _all_draws(hidden: torch.Tensor, weight: torch.Tensor, draws: int) -> torch.
 
 
 def baal(hidden: torch.Tensor, weight: torch.Tensor, draws: int) -> Any:
-    heuristics = importlib.import_module("baal.active.heuristics")
+    from baal.active.heuristics import BALD
+
     probabilities = _all_draws(hidden, weight, draws).exp().permute(0, 2, 1)  # [N, V, K]
-    return heuristics.BALD().compute_score(probabilities.numpy())
+    return BALD().compute_score(probabilities.numpy())
 
 
 def batchbald(hidden: torch.Tensor, weight: torch.Tensor, draws: int) -> torch.Tensor:
-    module = importlib.import_module("batchbald_redux.batchbald")
+    from batchbald_redux.batchbald import compute_conditional_entropy, compute_entropy
+
     log_p = _all_draws(hidden, weight, draws)
-    return module.compute_entropy(log_p) - module.compute_conditional_entropy(log_p)
-
-
-def torch_uncertainty(hidden: torch.Tensor, weight: torch.Tensor, draws: int) -> torch.Tensor:
-    metrics = importlib.import_module("torch_uncertainty.metrics")
-    metric = metrics.MutualInformation(reduction="none")
-    metric.update(_all_draws(hidden, weight, draws).exp())
-    return metric.compute()
-
-
-PEERS: dict[str, tuple[str, Callable[..., Any]]] = {
-    "baal BALD": ("baal.active.heuristics", baal),
-    "batchbald_redux": ("batchbald_redux.batchbald", batchbald),
-    "torch-uncertainty": ("torch_uncertainty.metrics", torch_uncertainty),
-}
+    return compute_entropy(log_p) - compute_conditional_entropy(log_p)
 
 
 def head(turns: int) -> None:
@@ -148,13 +129,11 @@ def head(turns: int) -> None:
             "eager, K forwards": partial(eager, hidden, weight, draws),
             "torch.compile of eager": partial(compiled, hidden, weight, draws),
         }
-        for name, (module, peer) in PEERS.items() if libraries else ():
-            try:
-                importlib.import_module(module)
-            except ImportError as error:
-                print(f"{name} cannot be imported: {error}")
-                continue
-            calls[name] = partial(peer, hidden, weight, draws)
+        for name, peer in {"baal BALD": baal, "batchbald_redux": batchbald}.items() if libraries else ():
+            if importlib.util.find_spec(name.split()[0]) is None:
+                print(f"not measured: {name}: not installed")
+            else:
+                calls[name] = partial(peer, hidden, weight, draws)
         case = f"N={n} D={d} V={v} K={draws} float32"
         rows += harness.measure(case, calls, baseline=BARE, turns=turns)
     harness.report("mutual_information_head", rows, unit="", notes={"ratio_to": BARE})

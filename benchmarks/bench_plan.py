@@ -158,18 +158,15 @@ def compared(plan: dict[str, Any], real: dict[str, Any]) -> dict[str, float]:
 
 def table(results: list[dict[str, Any]]) -> str:
     """The medians as Markdown."""
-    lines = [
-        "| | s, planned | s, measured | ratio | MiB, planned | MiB, measured | ratio | beyond libraries |",
-        "|---" * 8 + "|",
-    ]
+    rows = []
     for row in results:
-        lines.append(
-            f"| {row['name']}, {row['dtype']}, {row['rows']} x {row['tokens']} tokens, {row['acquisitions']} "
-            f"| {row['planned_seconds']:.1f} | {row['measured_seconds']:.1f} | {row['seconds_ratio']:.2f} "
-            f"| {row['planned_peak_mib']:.0f} | {row['measured_peak_mib']:.0f} | {row['peak_ratio']:.2f} "
-            f"| {row['peak_ratio_beyond_libraries']:.2f} |"
-        )
-    return "\n".join(lines)
+        title = f"{row['name']}, {row['dtype']}, {row['rows']} x {row['tokens']} tokens, {row['acquisitions']}"
+        seconds = [f"{row[key]:.1f}" for key in ("planned_seconds", "measured_seconds")]
+        mib = [f"{row[key]:.0f}" for key in ("planned_peak_mib", "measured_peak_mib")]
+        ratios = [f"{row[key]:.2f}" for key in ("seconds_ratio", "peak_ratio", "peak_ratio_beyond_libraries")]
+        rows.append([title, *seconds, ratios[0], *mib, *ratios[1:]])
+    headings = ["", "s, planned", "s, measured", "ratio", "MiB, planned", "MiB, measured", "ratio", "beyond libraries"]
+    return "\n".join(harness.markdown(headings, *rows))
 
 
 if __name__ == "__main__":

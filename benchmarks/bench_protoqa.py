@@ -237,13 +237,6 @@ def table(results: dict[str, dict[str, dict[str, Any]]], n: int, checks: dict[st
             cells.append("" if own else _cell(one["below_entropy"], one["below_entropy_interval"]))
             cells += ["" if own else f"{one['with_entropy']:.2f}", f"{checks[level][name]:+.2f}"]
             rows.append(cells)
-        headings = (
-            "signal",
-            "with people's entropy",
-            "entropy minus it",
-            "with the student's entropy",
-            "all questions",
-        )
         lines += ["", f"**{level}**", "", *harness.markdown(HEADINGS, *rows)]
     return "\n".join([*lines, "", *verdicts(results)])
 

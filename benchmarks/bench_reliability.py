@@ -28,9 +28,10 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -80,28 +81,11 @@ def measure_flops(store: Store, real: Real, names: Sequence[str]) -> bool:
     return True
 
 
-def measure_toys(store: Store, names: Sequence[str], seeds: Sequence[int]) -> bool:
-    for blocks, seed in itertools.product(toy_student.STEPS, seeds):
-        missing = [name for name in names if ("toy", blocks, seed, name) not in store.units and name not in TOY_SKIPPED]
-        if not missing:
-            continue
-        toy = Toy(blocks, seed)
-        for name in missing:
-            if not store.run(("toy", blocks, seed, name), partial(toy.unit, SIGNALS[name])):
-                return False
-    return True
-
-
-def measure_worlds(store: Store, kind: str, names: Sequence[str], seeds: Sequence[int]) -> bool:
-    for seed in seeds:
-        missing = [name for name in names if (kind, seed, name) not in store.units and name not in TOY_SKIPPED]
-        if not missing:
-            continue
-        world = World(seed, skewed=kind == "skewed")
-        for name in missing:
-            if not store.run((kind, seed, name), partial(world.unit, SIGNALS[name])):
-                return False
-    return True
+def measure_small(store: Store, place: tuple[Any, ...], make: Callable[[], Toy | World], names: Sequence[str]) -> bool:
+    """Measures every signal on a small student, which is made if one is missing."""
+    missing = [name for name in names if (*place, name) not in store.units and name not in TOY_SKIPPED]
+    small = make() if missing else None
+    return all(small is not None and store.run((*place, name), partial(small.unit, SIGNALS[name])) for name in missing)
 
 
 def main() -> None:
@@ -142,11 +126,16 @@ def main() -> None:
             measure_shared(store, real, arguments.signals, arguments.seeds, arguments.rows)
         if "flops" in arguments.parts:
             measure_flops(store, real, arguments.signals)
+    small: list[tuple[tuple[Any, ...], Callable[[], Toy | World]]] = []
     if "toy" in arguments.parts:
-        measure_toys(store, arguments.signals, arguments.toy_seeds)
+        places = itertools.product(toy_student.STEPS, arguments.toy_seeds)
+        small += [(("toy", blocks, seed), partial(Toy, blocks, seed)) for blocks, seed in places]
     for kind in ("world", "skewed"):
         if kind in arguments.parts:
-            measure_worlds(store, kind, arguments.signals, arguments.world_seeds)
+            small += [((kind, seed), partial(World, seed, kind == "skewed")) for seed in arguments.world_seeds]
+    for place, make in small:
+        if not measure_small(store, place, make, arguments.signals):
+            break
     if "report" in arguments.parts:
         report(store, arguments.result, arguments.picture)
 

@@ -36,18 +36,19 @@ from typing import Any
 
 import numpy
 import torch
-from scipy.stats import rankdata, spearmanr, t as student_t
+from scipy.stats import rankdata, spearmanr
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import acqcore
 from acqsynth.domains.arithmetic import SKILLS, Arithmetic
 from acqsynth.domains.base import Sample
 from acqsynth.engines import Engine, Sampling, load
+from acqsynth.evaluate import evaluate
 from acqsynth.rewards.fusion import fuse
 from acqsynth.rewards.reward import DEFAULT_WEIGHTS
 from acqsynth.world import Row, Settings, base_model, chat, loss_of, row
 from benchmarks import harness
-from benchmarks.bench_world import accuracy
+from benchmarks.paired import with_interval
 
 DOMAIN = Arithmetic()
 TRAPS = [name for name, skill in SKILLS.items() if skill.kind in ("coin", "table")]
@@ -149,9 +150,13 @@ def learnability(engine: Engine, samples: Sequence[Sample], *, verified: bool) -
     return values
 
 
-def spearman(a: Sequence[float], b: Sequence[float]) -> float:
-    """Rank correlation; ties share their mean rank."""
-    return float(spearmanr(a, b).statistic)
+def accuracy(engine: Engine, seed: int) -> dict[str, float]:
+    """Skill -> share of correct greedy answers to ``TEST`` questions of its test split, or to all if it has fewer."""
+    found = {}
+    for name, skill in SKILLS.items():
+        rows = DOMAIN.rows(min(TEST, len(skill.questions["test"])), seed, skills=[name], split="test")
+        found[name] = evaluate(engine, DOMAIN, rows).accuracy
+    return found
 
 
 def one_seed(seed: int) -> dict[str, Any]:
@@ -160,12 +165,12 @@ def one_seed(seed: int) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(path).eval()
     tokenizer = AutoTokenizer.from_pretrained(path)
     engine = load("transformers", model, tokenizer=tokenizer)
-    base = accuracy(engine, TEST, seed)
+    base = accuracy(engine, seed)
     gains, own = {}, {}
     pools = {name: DOMAIN.rows(ROWS + SCORED + REFERENCE, seed, skills=[name]) for name in SKILLS}
     for name, pool in pools.items():
         student = fine_tuned(model, tokenizer, pool[:ROWS], seed)
-        after = accuracy(load("transformers", student, tokenizer=tokenizer), TEST, seed)
+        after = accuracy(load("transformers", student, tokenizer=tokenizer), seed)
         own[name] = after[name] - base[name]
         gains[name] = statistics.fmean(after[skill] - base[skill] for skill in SKILLS)
     reference = [sample for pool in pools.values() for sample in pool[ROWS + SCORED :]]
@@ -198,8 +203,8 @@ def against_gains(values: Values, gains: dict[str, float], own: dict[str, float]
     return {
         "means": means,
         "top": max(means, key=means.__getitem__),
-        "spearman": spearman(list(means.values()), [gains[name] for name in means]),
-        "spearman_own": spearman(list(means.values()), [own[name] for name in means]),
+        "spearman": float(spearmanr(list(means.values()), [gains[name] for name in means]).statistic),
+        "spearman_own": float(spearmanr(list(means.values()), [own[name] for name in means]).statistic),
         "seconds_per_sample": seconds,
     }
 
@@ -228,37 +233,28 @@ def joint_permutations(results: Sequence[dict[str, Any]], signal: str, n: int = 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
     """Markdown: accuracy and gains by skill, in percentage points, then one line per signal."""
-    lines = ["| skill | kind | base accuracy | own gain | mean gain |", "|---|---|---|---|---|"]
-    for name, skill in SKILLS.items():
-        cells = [
-            _interval([100 * result[column][name] for result in results], digits=1)
-            for column in ("base", "own_gain", "mean_gain")
-        ]
-        lines.append(f"| {name} | {skill.kind} | {' | '.join(cells)} |")
-    lines += [
-        "",
-        "| signal | top-ranked skill | trap on top | Spearman, mean gain | null | p | own gain | ms per sample |",
+    skills = [
+        [name, skill.kind]
+        + [with_interval([100 * result[key][name] for result in results]) for key in ("base", "own_gain", "mean_gain")]
+        for name, skill in SKILLS.items()
     ]
-    lines.append("|---|---|---|---|---|---|---|---|")
+    signals = []
     for signal in results[0]["signals"]:
         rows = [result["signals"][signal] for result in results]
         tops = Counter(row["top"] for row in rows)
         low, high, p = joint_permutations(results, signal)
-        lines.append(
-            f"| {signal} | {', '.join(f'{name} {n}' for name, n in tops.most_common())} | "
-            f"{sum(tops[name] for name in TRAPS)} of {len(rows)} | {_interval([row['spearman'] for row in rows])} | "
-            f"{low:+.2f} to {high:+.2f} | {p:.3f} | {_interval([row['spearman_own'] for row in rows])} | "
-            f"{statistics.median(row['seconds_per_sample'] for row in rows) * 1e3:.2f} |"
-        )
-    return "\n".join(lines)
-
-
-def _interval(values: Sequence[float], digits: int = 2) -> str:
-    """Mean and half-width of the 95 % t interval over seeds."""
-    if len(values) < 2:
-        return f"{statistics.fmean(values):.{digits}f}"
-    half = student_t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{statistics.fmean(values):.{digits}f} ± {half:.{digits}f}"
+        signals.append(
+            [
+                signal, ", ".join(f"{name} {n}" for name, n in tops.most_common()),
+                f"{sum(tops[name] for name in TRAPS)} of {len(rows)}",
+                with_interval([row["spearman"] for row in rows], 2), f"{low:+.2f} to {high:+.2f}", f"{p:.3f}",
+                with_interval([row["spearman_own"] for row in rows], 2),
+                f"{statistics.median(row['seconds_per_sample'] for row in rows) * 1e3:.2f}",
+            ]
+        )  # fmt: skip
+    of_skills = harness.markdown(["skill", "kind", "base accuracy", "own gain", "mean gain"], *skills)
+    headings = ["signal", "top-ranked skill", "trap on top", "Spearman, mean gain", "null", "p", "own gain"]
+    return "\n".join([*of_skills, "", *harness.markdown([*headings, "ms per sample"], *signals)])
 
 
 def main() -> None:

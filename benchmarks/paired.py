@@ -52,6 +52,17 @@ class Difference:
         )
 
 
+def half_width(values: Sequence[float]) -> float:
+    """Half of the mean's 95 % t interval; at least two values."""
+    return float(student_t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def with_interval(values: Sequence[float], digits: int = 1) -> str:
+    """Mean and half-width of its 95 % t interval; the mean alone for one value."""
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ± {half_width(values):.{digits}f}"
+
+
 def difference(a: Sequence[float], b: Sequence[float]) -> Difference:
     """Statistics of ``a - b``, seed by seed.
 

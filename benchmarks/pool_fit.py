@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -119,7 +119,6 @@ class Llama:
 
         ``kept``: indices of ``ids.flatten()`` that are not padding. Only these are computed; other states are 0.
         """
-        d = self.cosine.shape[1]
         at = torch.arange(ids.numel(), device=ids.device) if kept is None else kept
         cosine, sine = (table[at % ids.shape[1], None] for table in (self.cosine, self.sine))
 
@@ -130,21 +129,43 @@ class Llama:
                 x = x.new_zeros(ids.numel(), *x.shape[1:]).index_copy(0, kept, x)
             return x.unflatten(0, ids.shape)
 
+        def attend(
+            query: torch.Tensor,  # [N, heads, d]
+            key: torch.Tensor,  # [N, kv heads, d]
+            value: torch.Tensor,  # [N, kv heads, d]
+        ) -> torch.Tensor:  # [N, heads * d]
+            groups = query.shape[1] // key.shape[1]
+            query, key, value = (spread(z).transpose(1, 2) for z in (query, key, value))
+            key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+            y = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+            y = y.transpose(1, 2).flatten(2).flatten(0, 1)
+            return y if kept is None else y[kept]
+
         x = F.embedding(ids.flatten()[at], self.embedding)  # [N, D]
         with sdpa_kernel(ATTENTION if ids.is_cuda else SDPBackend.MATH):
-            for norm, q, k, v, o, second, gate, up, down in self.blocks:
-                y = F.rms_norm(x, norm.shape, norm, self.eps)
-                query, key, value = (F.linear(y, w).unflatten(1, (-1, d)) for w in (q, k, v))  # [N, heads, d]
-                query, key = rotated(query, cosine, sine), rotated(key, cosine, sine)
-                groups = query.shape[1] // key.shape[1]
-                query, key, value = (spread(z).transpose(1, 2) for z in (query, key, value))
-                key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-                y = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-                y = y.transpose(1, 2).flatten(2).flatten(0, 1)
-                x = x + F.linear(y if kept is None else y[kept], o)
-                y = F.rms_norm(x, second.shape, second, self.eps)
-                x = x + F.linear(F.silu(F.linear(y, gate)) * F.linear(y, up), down)
-        return spread(F.rms_norm(x, self.norm.shape, self.norm, self.eps))
+            for block in self.blocks:
+                x = self.after(block, x, cosine, sine, attend)
+        return spread(self.normed(x, self.norm))
+
+    def after(
+        self,
+        block: tuple[torch.Tensor, ...],
+        x: torch.Tensor,  # [..., D]
+        cosine: torch.Tensor,  # [..., 1, d] or broadcast to it
+        sine: torch.Tensor,  # as cosine
+        attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        """The states after a block, ``[..., D]``. ``attend`` maps rotated queries ``[..., heads, d]``, rotated keys and
+        values ``[..., kv heads, d]`` to ``[..., heads * d]``."""
+        first, q, k, v, o, second, gate, up, down = block
+        y = self.normed(x, first)
+        query, key, value = (F.linear(y, w).unflatten(-1, (-1, self.cosine.shape[1])) for w in (q, k, v))
+        x = x + F.linear(attend(rotated(query, cosine, sine), rotated(key, cosine, sine), value), o)
+        y = self.normed(x, second)
+        return x + F.linear(F.silu(F.linear(y, gate)) * F.linear(y, up), down)
+
+    def normed(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, weight.shape, weight, self.eps)
 
     def token_losses(
         self,

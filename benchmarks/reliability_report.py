@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from benchmarks.reliability_signals import ENTROPY, MANY_DRAWS, SIGNALS, TRUNK, 
 from benchmarks.reliability_units import Store, interval, spearman, stepped_up
 
 WORLDS = {"world": "uniform traps", "skewed": "skewed traps"}
+Units: TypeAlias = Mapping[Any, Mapping[str, Any]]
 TICKS = (1, 2, 4, 8, 16, 32)  # of cost
 
 
@@ -48,26 +50,13 @@ def _shared(store: Store) -> dict[tuple[Any, ...], dict[str, Any]]:
     return joined
 
 
-def _of_set(
-    of_set: str,
-    name: str,
-    signal: Signal,
-    units: Mapping[int, Mapping[str, Any]],
-    real: Mapping[tuple[Any, ...], Mapping[str, Any]],
-    flops: Mapping[tuple[Any, ...], Mapping[str, Any]],
-) -> dict[str, Any]:
+def _of_set(of_set: str, name: str, signal: Signal, units: Units, real: Units, flops: Units) -> dict[str, Any]:
     cell: dict[str, Any] = {"seeds": len(units)}
     seconds = [u["seconds"] for u in units.values() if "seconds" in u]
     if seconds:
         cell["seconds"] = round(statistics.median(seconds), 4)
     for column, unit in (("entropy", ENTROPY), ("trunks", TRUNK)):
-        ratios = [
-            u["seconds"] / real[of_set, unit, s]["seconds"]
-            for s, u in units.items()
-            if "seconds" in u and (of_set, unit, s) in real
-        ]
-        if ratios:
-            cell[column] = round(statistics.median(ratios), 2)
+        cell |= _cost_of(column, [(u, real.get((of_set, unit, s))) for s, u in units.items()])
         if (of_set, name) in flops and (of_set, unit) in flops:
             cell[f"{column}_counted"] = round(flops[of_set, name]["flops"] / flops[of_set, unit]["flops"], 2)
     if signal.stochastic and len(units) > 1:
@@ -91,7 +80,19 @@ def _of_set(
     return cell
 
 
-def _values(units: Mapping[tuple[Any, ...], Mapping[str, Any]], of_set: str, name: str) -> np.ndarray:
+def _cost_of(column: str, pairs: Iterable[tuple[Mapping[str, Any], Mapping[str, Any] | None]]) -> dict[str, float]:
+    """The median ratio of the seconds of a unit to those of its baseline, where both have them."""
+    ratios = [u["seconds"] / base["seconds"] for u, base in pairs if "seconds" in u and base is not None]
+    return {column: round(statistics.median(ratios), 2)} if ratios else {}
+
+
+def _pairs(name: str, many: str, units: Units, others: Units, *place: Any) -> list[np.ndarray]:
+    """Values ``[2, n]`` of a signal and of many draws, for each seed with both."""
+    found = [(u, others.get((*place, s, many))) for s, u in units.items() if many != name]
+    return [np.array([u["values"], other["values"]]) for u, other in found if "values" in u and other is not None]
+
+
+def _values(units: Units, of_set: str, name: str) -> np.ndarray:
     """Values ``[s, n]``, one row per seed."""
     found = [units[key]["values"] for key in sorted(units) if key[:2] == (of_set, name) and "values" in units[key]]
     return np.array(found, dtype=np.float64)
@@ -101,7 +102,7 @@ def _or_none(value: Any) -> float | None:
     return round(float(value), 3) if math.isfinite(value) else None
 
 
-def _of_toys(name: str, toy: Mapping[tuple[Any, ...], Mapping[str, Any]]) -> dict[str, Any]:
+def _of_toys(name: str, toy: Units) -> dict[str, Any]:
     found = {}
     for blocks in toy_student.STEPS:
         units = {key[1]: unit for key, unit in toy.items() if key[0] == blocks and key[2] == name}
@@ -111,26 +112,15 @@ def _of_toys(name: str, toy: Mapping[tuple[Any, ...], Mapping[str, Any]]) -> dic
         for kind in ("ambiguous", "both"):
             values = [unit[kind] for unit in units.values()]
             cell[kind], cell[f"{kind}_least"] = round(statistics.fmean(values), 3), round(min(values), 3)
-        ratios = [
-            u["seconds"] / toy[blocks, s, ENTROPY]["seconds"]
-            for s, u in units.items()
-            if "seconds" in u and (blocks, s, ENTROPY) in toy
-        ]
-        if ratios:
-            cell["entropy"] = round(statistics.median(ratios), 2)
+        cell |= _cost_of("entropy", [(u, toy.get((blocks, s, ENTROPY))) for s, u in units.items()])
         for many in MANY_DRAWS:
-            pairs = [
-                (u["values"], toy[blocks, s, many]["values"])
-                for s, u in units.items()
-                if "values" in u and (blocks, s, many) in toy
-            ]
-            if pairs and many != name:
-                cell[f"to {many}"] = round(statistics.fmean(float(spearman(np.array(pair))) for pair in pairs), 3)
+            if pairs := _pairs(name, many, units, toy, blocks):
+                cell[f"to {many}"] = round(statistics.fmean(float(spearman(pair)) for pair in pairs), 3)
         found[str(blocks)] = cell
     return found
 
 
-def _of_worlds(name: str, worlds: Mapping[tuple[Any, ...], Mapping[str, Any]]) -> dict[str, Any]:
+def _of_worlds(name: str, worlds: Units) -> dict[str, Any]:
     """Over seeds: the skill with the largest mean, the best rank of a trap, agreement with many draws."""
     units = {key[0]: unit for key, unit in worlds.items() if key[1] == name}
     if not units:
@@ -144,16 +134,9 @@ def _of_worlds(name: str, worlds: Mapping[tuple[Any, ...], Mapping[str, Any]]) -
         tops.append(order[0])
         ranks.append(1 + min(order.index(trap) for trap in TRAPS))
     found: dict[str, Any] = {"seeds": sorted(units), "tops": tops, "best_trap": ranks}
-    ratios = [u["seconds"] / worlds[s, ENTROPY]["seconds"] for s, u in units.items() if (s, ENTROPY) in worlds]
-    if ratios:
-        found["entropy"] = round(statistics.median(ratios), 2)
+    found |= _cost_of("entropy", [(u, worlds.get((s, ENTROPY))) for s, u in units.items()])
     for many in MANY_DRAWS:
-        pairs = [
-            np.array([unit["values"], worlds[seed, many]["values"]])
-            for seed, unit in units.items()
-            if (seed, many) in worlds and many != name
-        ]
-        if pairs:
+        if pairs := _pairs(name, many, units, worlds):
             found[f"to {many}"] = round(statistics.fmean(float(spearman(pair)) for pair in pairs), 3)
             within = [spearman(pair.reshape(2, len(SKILLS), -1)) for pair in pairs]
             found[f"within skills to {many}"] = _or_none(np.nanmean(within))
@@ -165,29 +148,36 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     sets = list(dict.fromkeys(name for row in rows for name in row["sets"]))
     lines: list[str] = []
     if sets:
-        lines += [
-            f"| signal | {' | '.join(sets)} | cost, entropy = 1 | counted | trunks | counted |",
-            "|---" * (len(sets) + 5) + "|",
+        columns = ("entropy", "entropy_counted", "trunks", "trunks_counted")
+        cells = [
+            [
+                row["signal"],
+                *(_reliability(row["sets"].get(name)) for name in sets),
+                *(_median(row, c) for c in columns),
+            ]
+            for row in rows
         ]
-        for row in rows:
-            cells = [_reliability(row["sets"].get(name)) for name in sets]
-            cells += [_median(row, column) for column in ("entropy", "entropy_counted", "trunks", "trunks_counted")]
-            lines.append(f"| {row['signal']} | {' | '.join(cells)} |")
-        lines.append("")
+        headings = ["signal", *sets, "cost, entropy = 1", "counted", "trunks", "counted"]
+        lines += [*harness.markdown(headings, *cells), ""]
     for kind, traps in WORLDS.items():
-        worlds = [row for row in rows if row[kind]]
-        if worlds:
-            agreement = "as 64 draws: all samples | within a skill"
-            lines += [f"| {traps} | skill on top | best rank of a trap | {agreement} | cost |", "|---" * 6 + "|"]
-            lines += [f"| {row['signal']} | {_world(row[kind])} |" for row in worlds]
-            lines.append("")
+        if worlds := [row for row in rows if row[kind]]:
+            headings = [
+                traps,
+                "skill on top",
+                "best rank of a trap",
+                "as 64 draws: all samples",
+                "within a skill",
+                "cost",
+            ]
+            lines += [*harness.markdown(headings, *([row["signal"], *_world(row[kind])] for row in worlds)), ""]
     depths = list(dict.fromkeys(depth for row in rows for depth in row["toy"]))
     if depths:
-        heads = [f"{depth} blocks: above ambiguous | above both | as 64 draws | cost" for depth in depths]
-        lines += [f"| signal | {' | '.join(heads)} |", "|---" * (4 * len(depths) + 1) + "|"]
-        for row in rows:
-            if row["toy"]:
-                lines.append(f"| {row['signal']} | {' | '.join(_toy(row['toy'].get(depth)) for depth in depths)} |")
+        headings = ["signal"]
+        for depth in depths:
+            headings += [f"{depth} blocks: above ambiguous", "above both", "as 64 draws", "cost"]
+        toys = [row for row in rows if row["toy"]]
+        cells = [[row["signal"], *(cell for d in depths for cell in _toy(row["toy"].get(d)))] for row in toys]
+        lines += harness.markdown(headings, *cells)
     return "\n".join(lines)
 
 
@@ -204,20 +194,21 @@ def _median(row: Mapping[str, Any], column: str) -> str:
     return f"{statistics.median(values):.1f}" if values else ""
 
 
-def _toy(cell: Mapping[str, Any] | None) -> str:
+def _toy(cell: Mapping[str, Any] | None) -> list[str]:
     if cell is None:
-        return " | | | "
-    agreement = _agreement(cell, "to")
+        return [""] * 4
     texts = [f"{cell[kind]:.3f} ({cell[f'{kind}_least']:.3f})" for kind in ("ambiguous", "both")]
-    cost = f"{cell['entropy']:.1f}" if "entropy" in cell else ""
-    return " | ".join([*texts, "" if agreement is None else f"{agreement:.2f}", cost])
+    return [*texts, _shown(_agreement(cell, "to"), 2), _shown(cell.get("entropy"), 1)]
 
 
-def _world(cell: Mapping[str, Any]) -> str:
-    agreements = [_agreement(cell, what) for what in ("to", "within skills to")]
-    cells = [", ".join(cell["tops"]), ", ".join(map(str, cell["best_trap"]))]
-    cells += ["" if value is None else f"{value:.2f}" for value in agreements]
-    return " | ".join([*cells, f"{cell['entropy']:.1f}" if "entropy" in cell else ""])
+def _world(cell: Mapping[str, Any]) -> list[str]:
+    agreements = [_shown(_agreement(cell, what), 2) for what in ("to", "within skills to")]
+    ranks = ", ".join(map(str, cell["best_trap"]))
+    return [", ".join(cell["tops"]), ranks, *agreements, _shown(cell.get("entropy"), 1)]
+
+
+def _shown(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
 
 
 def _agreement(cell: Mapping[str, Any], what: str) -> float | None:
@@ -258,16 +249,13 @@ def picture(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     long = [name for name in real_rows.SETS if name not in real_rows.SHORT]
-    panels = [
-        ("test-retest: GSM8K, PubMedQA, MBPP (mean)", long, lambda row: _mean_reliability(row, long)),
-        (
-            "test-retest: BANKING77, CLINC150 (mean)",
-            real_rows.SHORT,
-            lambda row: _mean_reliability(row, real_rows.SHORT),
-        ),
-        ("toy students, 3 blocks: AUROC of ignorance above ambiguity", long, lambda row: _separation(row, "3")),
-        ("toy students, 6 blocks: AUROC of ignorance above ambiguity", long, lambda row: _separation(row, "6")),
+    panels: list[tuple[str, Sequence[str], Callable[[Mapping[str, Any]], float | None]]] = [
+        (f"test-retest: {', '.join(sets)} (mean)", sets, partial(_mean_reliability, sets=sets))
+        for sets in (long, real_rows.SHORT)
     ]
+    for blocks in ("3", "6"):
+        title = f"toy students, {blocks} blocks: AUROC of ignorance above ambiguity"
+        panels.append((title, long, partial(_separation, blocks=blocks)))
     colours = {"draws": "#8c9bb0", "linear": "#c44e52", "weights": "#55a868", "epig": "#8172b3", "influence": "#ccb974"}
     figure = Figure(figsize=(13, 9))
     axes = figure.subplots(2, 2)

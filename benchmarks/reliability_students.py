@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from acqcore.acquisitions import LinearOptions
 from acqcore.acquisitions.mutual_information import mutual_information, stderr
 from acqcore.gradients.selection import select_linear
 from acqcore.scoring.run import Runner
+from acqcore.students.packing import OVERHEAD_TOKENS, collate, partition
 from benchmarks import real_rows, toy_student
 from benchmarks.calibration import calibrate_dropout
 from benchmarks.reliability_signals import ENTROPY, EPIG, LAPLACE, MI, SIGNALS, Signal
@@ -56,20 +58,21 @@ class Real:
         self.rows = {name: real_rows.encode(self.student, real_rows.load(name, rows), scored) for name in sets}
         asked = real_rows.load("GSM8K", REFERENCE_ROWS, seed=1)
         self.reference = real_rows.encode(self.student, asked, scored)
-        self._made: dict[Any, Any] = {}
+        self._references: dict[tuple[Any, int], Any] = {}
+        self._warm: set[Signal] = set()
 
-    def score(self, signal: Signal, rows: Sequence[acqcore.Row], seed: int, backend: str | None = None) -> Any:
+    def score(self, signal: Signal, rows: Sequence[acqcore.Row], seed: int) -> Any:
         """Values and standard errors ``[n]``, the latter None if not available; None for the bare trunk."""
         if not signal.acquisition:
             return self._trunk(rows)
         options = self.resolved(signal, seed)
-        passes: dict[str, Any] = {"batch_tokens": self.batch_tokens, "backend": backend}
         if signal.acquisition == EPIG:
-            return acqcore.epig(self.student, rows, **options, **passes), None
+            return acqcore.epig(self.student, rows, batch_tokens=self.batch_tokens, **options), None
         arguments = {signal.acquisition: options} if options else None
         scores = acqcore.score(
-            self.student, rows, signal.acquisition, acquisition_args=arguments, progress=False, **passes
-        )
+            self.student, rows, signal.acquisition, acquisition_args=arguments, batch_tokens=self.batch_tokens,
+            progress=False,
+        )  # fmt: skip
         return scores[signal.acquisition], scores.stderr.get(signal.acquisition)
 
     def resolved(self, signal: Signal, seed: int) -> dict[str, Any]:
@@ -83,24 +86,17 @@ class Real:
             options["seed"] = seed
         return options
 
-    @property
+    @cached_property
     def rate(self) -> float:
         """The dropout rate that raises the loss of the reference rows by ``RISE``."""
-        if "rate" not in self._made:
-            self._made["rate"] = calibrate_dropout(
-                self.student, self.reference, rise=RISE, batch_tokens=self.batch_tokens
-            )
-        return float(self._made["rate"])
+        return calibrate_dropout(self.student, self.reference, rise=RISE, batch_tokens=self.batch_tokens)
 
-    def prepare(self, signal: Signal, seed: int) -> None:
-        """Creates what calls share, and warms up the signal's kernels, so that neither is timed."""
-        self.resolved(signal, seed)
-        if signal not in self._made:
-            self._made[signal] = True
+    def unit(self, signal: Signal, name: str, seed: int) -> dict[str, Any]:
+        """Values, standard errors if the estimator provides them, and seconds."""
+        self.resolved(signal, seed)  # creates what calls share, which is not timed, nor are a signal's first two rows
+        if signal not in self._warm:
+            self._warm.add(signal)
             self.score(signal, self.rows[next(iter(self.rows))][:2], seed)
-
-    def seconds(self, signal: Signal, name: str, seed: int) -> tuple[float, Any]:
-        self.prepare(signal, seed)
         # With one thread, use CPU time, which other work on the machine affects little.
         alone = self.device == "cpu" and torch.get_num_threads() == 1
         clock = time.process_time if alone else time.perf_counter
@@ -108,11 +104,7 @@ class Real:
         begin = clock()
         found = self.score(signal, self.rows[name], seed)
         self._settle()
-        return clock() - begin, found
-
-    def unit(self, signal: Signal, name: str, seed: int) -> dict[str, Any]:
-        """Values, standard errors if the estimator provides them, and seconds."""
-        seconds, found = self.seconds(signal, name, seed)
+        seconds = clock() - begin
         if found is None:
             return {"seconds": seconds}
         values, errors = found
@@ -165,8 +157,6 @@ class Real:
 
     def _trunk(self, rows: Sequence[acqcore.Row]) -> None:
         """Runs only the forward passes that ``score`` makes."""
-        from acqcore.students.packing import OVERHEAD_TOKENS, collate, partition
-
         lengths = [len(row.ids) for row in rows]
         overhead = OVERHEAD_TOKENS.get(self.student.device.type, OVERHEAD_TOKENS["cuda"])
         with self.student.scoring():
@@ -174,14 +164,14 @@ class Real:
                 self.student.hidden(collate([rows[i] for i in picked])[0].to(self.student.device))
 
     def _reference(self, kind: Any, seed: int) -> Any:
-        if (kind, seed) not in self._made:
+        if (kind, seed) not in self._references:
             given: dict[str, Any] = {"seed": seed, "batch_tokens": self.batch_tokens}
             if kind in (EPIG, LAPLACE):
                 made = made_from(kind, self.student, self.reference, **given)
             else:
                 made = acqcore.influence_reference(self.student, self.reference, parameters=kind, **given)
-            self._made[kind, seed] = made
-        return self._made[kind, seed]
+            self._references[kind, seed] = made
+        return self._references[kind, seed]
 
     def _settle(self) -> None:
         if self.device == "cuda":

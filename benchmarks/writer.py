@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.attention import sdpa_kernel
 
-from benchmarks.pool_fit import ATTENTION, CLIP, Llama, rotated
+from benchmarks.pool_fit import ATTENTION, CLIP, Llama
 
 BETAS = (0.9, 0.95)
 
@@ -122,7 +122,8 @@ class Writer:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Completions ``[U n, N]``, a mask of their tokens, and ``[U n]``, whether a stop token ended each."""
         rows, p = len(ids) * n, ids.shape[1]
-        x, pairs = _prefill(self._forward, ids, within)
+        pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+        x = _masked(self._forward, ids, within, pairs)
         shape = (rows, pairs[0][0].shape[1], p + self.new_tokens, pairs[0][0].shape[3])
         caches = []
         for pair in pairs:
@@ -185,43 +186,40 @@ class Writer:
         return norm
 
 
-def _prefill(
-    llama: Llama,
-    ids: torch.Tensor,  # [U, P]
-    within: torch.Tensor,  # [U, P]
-) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
-    """Hidden states ``[U, P, D]`` and each block's rotated keys and values ``[U, kv heads, P, d]``.
-
-    Positions count padding tokens: rotations are relative, so the shift does not matter.
-    """
-    pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
-    return _masked(llama, ids, within, pairs), pairs
-
-
 def _masked(
     llama: Llama,
     ids: torch.Tensor,  # [B, T], padded on the left of its first P columns
     within: torch.Tensor,  # [B, P]
     pairs: list[tuple[torch.Tensor, torch.Tensor]] | None = None,
 ) -> torch.Tensor:
-    """Hidden states ``[B, T, D]``; appends keys and values to ``pairs``."""
+    """Hidden states ``[B, T, D]``; appends each block's rotated keys and values ``[B, kv heads, T, d]`` to ``pairs``.
+
+    Positions count padding tokens: rotations are relative, so the shift does not matter.
+    """
     t = ids.shape[1]
     keys = torch.ones(ids.shape, dtype=torch.bool, device=ids.device)
     keys[:, : within.shape[1]] = within
     causal = torch.ones(t, t, dtype=torch.bool, device=ids.device).tril()
     # A padding token attends to itself, since a row without any key would give NaN.
     mask = (causal & keys[:, None, :]) | torch.eye(t, dtype=torch.bool, device=ids.device)
-    cosine, sine = llama.cosine[:t], llama.sine[:t]
-    x = F.embedding(ids, llama.embedding)
-    for block in llama.blocks:
-        query, key, value = _projected(llama, block, x, cosine, sine)
+
+    def attend(
+        query: torch.Tensor,  # [B, T, heads, d]
+        key: torch.Tensor,  # [B, T, kv heads, d]
+        value: torch.Tensor,  # [B, T, kv heads, d]
+    ) -> torch.Tensor:  # [B, T, heads * d]
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         if pairs is not None:
             pairs.append((key, value))
         groups = query.shape[1] // key.shape[1]
         key, value = (y.repeat_interleave(groups, dim=1) for y in (key, value))
         y = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None])
-        x = _finished(llama, block, x, y.transpose(1, 2).flatten(2))
-    return F.rms_norm(x, llama.norm.shape, llama.norm, llama.eps)
+        return y.transpose(1, 2).flatten(2)
+
+    x = F.embedding(ids, llama.embedding)
+    for block in llama.blocks:
+        x = llama.after(block, x, llama.cosine[:t, None], llama.sine[:t, None], attend)
+    return llama.normed(x, llama.norm)
 
 
 def _decode(
@@ -232,43 +230,23 @@ def _decode(
     open_keys: torch.Tensor,  # [B, S] bool
 ) -> torch.Tensor:
     """The hidden state ``[B, D]`` after a token at position ``at``; adds its keys and values to the caches."""
-    cosine, sine = llama.cosine[at : at + 1], llama.sine[at : at + 1]
+    cosine, sine = llama.cosine[at], llama.sine[at]
     mask = open_keys[:, None, None, : at + 1]
-    x = F.embedding(token[:, None], llama.embedding)
-    for block, (keys, values) in zip(llama.blocks, caches, strict=True):
-        query, key, value = _projected(llama, block, x, cosine, sine)
-        keys[:, :, at], values[:, :, at] = key[:, :, 0], value[:, :, 0]
-        b, kv_heads, d = key.shape[0], key.shape[1], key.shape[3]
+    left = iter(caches)
+
+    def attend(
+        query: torch.Tensor,  # [B, heads, d]
+        key: torch.Tensor,  # [B, kv heads, d]
+        value: torch.Tensor,  # [B, kv heads, d]
+    ) -> torch.Tensor:  # [B, heads * d]
+        keys, values = next(left)
+        keys[:, :, at], values[:, :, at] = key, value
         # Heads that share a key become query positions, so that keys need not be repeated.
-        y = F.scaled_dot_product_attention(
-            query.view(b, kv_heads, -1, d), keys[:, :, : at + 1], values[:, :, : at + 1], attn_mask=mask
-        )
-        x = _finished(llama, block, x, y.reshape(b, 1, -1))
-    return F.rms_norm(x[:, 0], llama.norm.shape, llama.norm, llama.eps)
+        grouped = query.unflatten(1, (key.shape[1], -1))
+        y = F.scaled_dot_product_attention(grouped, keys[:, :, : at + 1], values[:, :, : at + 1], attn_mask=mask)
+        return y.flatten(1)
 
-
-def _projected(
-    llama: Llama,
-    block: tuple[torch.Tensor, ...],
-    x: torch.Tensor,  # [B, T, D]
-    cosine: torch.Tensor,  # [T, d]
-    sine: torch.Tensor,  # [T, d]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rotated queries ``[B, heads, T, d]``, rotated keys and values ``[B, kv heads, T, d]``."""
-    norm, q, k, v = block[:4]
-    y = F.rms_norm(x, norm.shape, norm, llama.eps)
-    query, key, value = (F.linear(y, w).unflatten(2, (-1, cosine.shape[1])).transpose(1, 2) for w in (q, k, v))
-    return rotated(query, cosine, sine), rotated(key, cosine, sine), value
-
-
-def _finished(
-    llama: Llama,
-    block: tuple[torch.Tensor, ...],
-    x: torch.Tensor,  # [B, T, D]
-    attended: torch.Tensor,  # [B, T, heads d]
-) -> torch.Tensor:
-    """The block's output ``[B, T, D]``."""
-    o, norm, gate, up, down = block[4:]
-    x = x + F.linear(attended, o)
-    y = F.rms_norm(x, norm.shape, norm, llama.eps)
-    return x + F.linear(F.silu(F.linear(y, gate)) * F.linear(y, up), down)
+    x = F.embedding(token, llama.embedding)
+    for block in llama.blocks:
+        x = llama.after(block, x, cosine, sine, attend)
+    return llama.normed(x, llama.norm)
