@@ -19,7 +19,8 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -246,113 +247,118 @@ def named(op: str, backend: str | None) -> str:
     return f"{op}, {backend or 'automatic'}"
 
 
+class Shape:
+    """Inputs of one bfloat16 head, and float64 copies of a few rows for the errors."""
+
+    def __init__(self, n: int, d: int, v: int, device: str) -> None:
+        self.hidden, self.weight, self.targets = bench_row_stats.make_inputs(n, d, v, torch.bfloat16, device)
+        self.head, self.few = acqcore.Head(self.weight), min(ORACLE_ROWS, n)
+        self.bare = {BARE: Peer(partial(torch.mm, self.hidden, self.weight.T))}
+        self.case, self.work = f"N={n} D={d} V={v} bfloat16", 2.0 * n * d * v
+
+    @cached_property
+    def exact(self) -> acqcore.Head:
+        return acqcore.Head(self.weight.double())
+
+    @cached_property
+    def hidden64(self) -> torch.Tensor:
+        return self.hidden[: self.few].double()
+
+    def group(self, title: str, peers: dict[str, Peer], accuracy: str) -> Group:
+        return Group(f"{title}, {self.case}", self.bare | peers, self.work, facts={"accuracy": accuracy})
+
+    def statistics(self, function: Callable[..., Any], error: Callable[[Any], float] | None = None) -> Peer:
+        return Peer(partial(function, self.hidden, self.weight, self.targets), error)
+
+
 def head_groups(n: int, d: int, v: int, device: str) -> Iterator[Group]:
-    """Statistics, gradient norms and gradients for one bfloat16 head."""
-    hidden, weight, targets = bench_row_stats.make_inputs(n, d, v, torch.bfloat16, device)
-    head = acqcore.Head(weight)
-    case, work = f"N={n} D={d} V={v} bfloat16", 2.0 * n * d * v
-    few = min(ORACLE_ROWS, n)
-    exact = acqcore.Head(weight.double())
-
-    def offsets(tokens: int) -> torch.Tensor:
-        return torch.arange(0, n + 1, tokens)
-
-    bare = Peer(lambda: torch.mm(hidden, weight.T))
-    oracle = acqcore.row_stats(hidden[:few].double(), exact, targets[:few], backend="eager")
-    entropy = oracle.entropy.double()
-    fields: dict[str, Callable[[Any], torch.Tensor]] = {
-        "ours": lambda stats: stats.entropy, "eager": lambda out: out[2], "peer": lambda out: out[1],
-    }  # fmt: skip
-
-    def statistics_peer(function: Callable[..., Any], kind: str) -> Peer:
-        return Peer(partial(function, hidden, weight, targets), lambda out: _largest(fields[kind](out), entropy))
-
+    """Statistics, gradient norms and gradients for one head."""
+    shape = Shape(n, d, v, device)
+    hidden, head, targets, few, exact = shape.hidden, shape.head, shape.targets, shape.few, shape.exact
     names = backends(device)
-    peers = {BARE: bare}
-    peers |= {f"row_stats, {name}": statistics_peer(bench_row_stats.ours_by(name), "ours") for name in names}
-    peers["eager"] = statistics_peer(bench_row_stats.eager, "eager")
-    if device == "cuda":  # compiling for a CPU takes a minute
-        compiled = bench_row_stats.PEERS["torch.compile of eager"]
-        peers["torch.compile of eager"] = statistics_peer(compiled, "eager")
-    peers |= {
-        "Liger (logprob, entropy)": statistics_peer(bench_row_stats.liger, "peer"),
-        "Liger, its chunked fallback": statistics_peer(bench_row_stats.liger_fallback, "peer"),
-        "TRL chunked (logprob, entropy, sum p^2, top-1)": statistics_peer(bench_row_stats.trl_chunked, "peer"),
-    }
-    yield Group(f"statistics, {case}", peers, work, facts={"accuracy": "entropy, absolute"})
+    entropy = acqcore.row_stats(shape.hidden64, exact, targets[:few], backend="eager").entropy.double()
 
-    few_offsets = {t: offsets(t)[: max(1, few // t) + 1] for t in (32, 128) if t <= n}
-    peers = {BARE: bare, f"row_stats, {names[0]}": statistics_peer(bench_row_stats.ours_by(names[0]), "ours")}
-    peers["row_stats, automatic"] = statistics_peer(bench_row_stats.ours_by(None), "ours")
-    for tokens, part in few_offsets.items():
+    def peer(function: Callable[..., Any], entropy_of: Callable[[Any], torch.Tensor]) -> Peer:
+        return shape.statistics(function, lambda out: _largest(entropy_of(out), entropy))
+
+    def ours(backend: str | None) -> Peer:
+        return peer(bench_row_stats.ours_by(backend), lambda stats: stats.entropy)
+
+    peers = {f"row_stats, {name}": ours(name) for name in names}
+    peers["eager"] = peer(bench_row_stats.eager, itemgetter(2))
+    if device == "cuda":  # compiling for a CPU takes a minute
+        peers["torch.compile of eager"] = peer(bench_row_stats.PEERS["torch.compile of eager"], itemgetter(2))
+    for title, function in {
+        "Liger (logprob, entropy)": bench_row_stats.liger,
+        "Liger, its chunked fallback": bench_row_stats.liger_fallback,
+        "TRL chunked (logprob, entropy, sum p^2, top-1)": bench_row_stats.trl_chunked,
+    }.items():
+        peers[title] = peer(function, itemgetter(1))
+    yield shape.group("statistics", peers, "entropy, absolute")
+
+    offsets = {t: torch.arange(0, n + 1, t) for t in (32, 128) if t <= n}
+    parts = {t: offsets[t][: max(1, few // t) + 1] for t in offsets}  # of the few rows, at least one sample
+    peers = {f"row_stats, {names[0]}": ours(names[0]), "row_stats, automatic": ours(None)}
+    for tokens, part in parts.items():
         rows = int(part[-1])
         norm = acqcore.head_grad_norm(hidden[:rows].double(), exact, targets[:rows], part, backend="eager")
+        error = partial(_relative, expected=norm)
+        title = f"statistics and head_grad_norm, T={tokens}"
         for backend in [None, *names]:
-            peers[named(f"statistics and head_grad_norm, T={tokens}", backend)] = Peer(
-                partial(acqcore.head_grad_norm, hidden, head, targets, offsets(tokens), backend=backend),
-                partial(_relative, expected=norm),
-            )
-        peers[f"statistics and head_grad_norm, T={tokens}, offsets on the GPU"] = Peer(
-            partial(acqcore.head_grad_norm, hidden, head, targets, offsets(tokens).to(device)),
-            partial(_relative, expected=norm),
-        )
-    yield Group(f"gradient norms, {case}", peers, work, facts={"accuracy": "norm, relative"})
+            call = partial(acqcore.head_grad_norm, hidden, head, targets, offsets[tokens], backend=backend)
+            peers[named(title, backend)] = Peer(call, error)
+        on_gpu = partial(acqcore.head_grad_norm, hidden, head, targets, offsets[tokens].to(device))
+        peers[f"{title}, offsets on the GPU"] = Peer(on_gpu, error)
+    yield shape.group("gradient norms", peers, "norm, relative")
 
-    gradient = acqcore.hidden_grad(hidden[:few].double(), exact, targets[:few], backend="eager")
-    longest = max(few_offsets)
-    part = few_offsets[longest]
-    rows = int(part[-1])
-    sketch = acqcore.grad_sketch(hidden[:rows].double(), exact, targets[:rows], part, backend="eager")
-    peers = {BARE: bare}
+    gradient = acqcore.hidden_grad(shape.hidden64, exact, targets[:few], backend="eager")
+    longest = max(parts)
+    rows = int(parts[longest][-1])
+    sketch = acqcore.grad_sketch(hidden[:rows].double(), exact, targets[:rows], parts[longest], backend="eager")
+    peers = {}
     for backend in automatic(device):
         peers[named("hidden_grad", backend)] = Peer(
             partial(acqcore.hidden_grad, hidden, head, targets, backend=backend), partial(_relative, expected=gradient)
         )
         peers[named(f"grad_sketch, T={longest}", backend)] = Peer(
-            partial(acqcore.grad_sketch, hidden, head, targets, offsets(longest), backend=backend),
+            partial(acqcore.grad_sketch, hidden, head, targets, offsets[longest], backend=backend),
             partial(_relative, expected=sketch),
         )
-    yield Group(f"gradients, {case}", peers, work, facts={"accuracy": "vector, relative"})
+    yield shape.group("gradients", peers, "vector, relative")
 
 
-def cotangent_group(n: int, d: int, v: int, device: str) -> Group:
+def cotangent_groups(n: int, d: int, v: int, device: str) -> Iterator[Group]:
     """Statistics and random cotangents, which the default mutual information needs from the head."""
-    hidden, weight, _ = bench_row_stats.make_inputs(n, d, v, torch.bfloat16, device)
-    head, few = acqcore.Head(weight), min(ORACLE_ROWS, n)
-    exact = acqcore.Head(weight.double())
-    expected = fisher_grad(hidden[:few].double(), exact, probes=PROBES, backend="eager")
-    peers = {BARE: Peer(lambda: torch.mm(hidden, weight.T))}
+    shape = Shape(n, d, v, device)
+    expected = fisher_grad(shape.hidden64, shape.exact, probes=PROBES, backend="eager")
 
     def error(got: torch.Tensor) -> float:
         return max(_relative(of_probe, one) for of_probe, one in zip(got, expected, strict=True))
 
-    for backend in automatic(device):
-        peers[named(f"statistics and random cotangents, {PROBES} probes", backend)] = Peer(
-            partial(fisher_grad, hidden, head, probes=PROBES, backend=backend), error
-        )
-    facts = {"accuracy": "vector, relative"}
-    return Group(f"cotangents, N={n} D={d} V={v} bfloat16", peers, 2.0 * n * d * v, facts=facts)
+    title = f"statistics and random cotangents, {PROBES} probes"
+    peers = {
+        named(title, name): Peer(partial(fisher_grad, shape.hidden, shape.head, probes=PROBES, backend=name), error)
+        for name in automatic(device)
+    }
+    yield shape.group("cotangents", peers, "vector, relative")
 
 
-def draw_group(n: int, d: int, v: int, device: str) -> Group:
+def draw_groups(n: int, d: int, v: int, device: str) -> Iterator[Group]:
     """Mutual information of dropout on hidden states, in both forms."""
-    hidden, weight, _ = bench_row_stats.make_inputs(n, d, v, torch.bfloat16, device)
-    head, few = acqcore.Head(weight), min(ORACLE_ROWS, n)
-    exact = acqcore.Head(weight.double())
-    peers = {BARE: Peer(lambda: torch.mm(hidden, weight.T))}
+    shape = Shape(n, d, v, device)
+    peers = {}
     for form in ("block", "element"):
-        drawn = acqcore.mutual_information(hidden[:few].double(), exact, form=form, draws=DRAWS, backend="eager")
+        options: dict[str, Any] = {"form": form, "draws": DRAWS}
+        drawn = acqcore.mutual_information(shape.hidden64, shape.exact, backend="eager", **options)
         information = drawn.mutual_information.double()
 
         def error(got: acqcore.BayesStats, expected: torch.Tensor = information) -> float:
             return _largest(got.mutual_information, expected)
 
-        for backend in automatic(device):
-            peers[named(f"mutual_information, {form}, K={DRAWS}", backend)] = Peer(
-                partial(acqcore.mutual_information, hidden, head, form=form, draws=DRAWS, backend=backend), error
-            )
-    facts = {"accuracy": "mutual information, absolute"}
-    return Group(f"draws, N={n} D={d} V={v} bfloat16", peers, 2.0 * n * d * v, facts=facts)
+        for name in automatic(device):
+            call = partial(acqcore.mutual_information, shape.hidden, shape.head, backend=name, **options)
+            peers[named(f"mutual_information, {form}, K={DRAWS}", name)] = Peer(call, error)
+    yield shape.group("draws", peers, "mutual information, absolute")
 
 
 def eager_of_logits(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -365,71 +371,59 @@ def trl_fused(logits: torch.Tensor, targets: torch.Tensor) -> Any:
     return selective_log_softmax_and_entropy(logits, targets)
 
 
-def logit_group(n: int, v: int, device: str) -> Group:
+def logit_groups(n: int, v: int, device: str) -> Iterator[Group]:
     """Statistics of bfloat16 logits, against a copy of them."""
     g = torch.Generator(device).manual_seed(0)
     logits = torch.empty(n, v, dtype=torch.bfloat16, device=device).normal_(0, 3, generator=g)
     targets = torch.randint(0, v, (n,), generator=g, device=device)
-    bytes_read = float(logits.numel() * logits.element_size())
     few = min(ORACLE_ROWS, n)
     entropy = acqcore.logit_stats(logits[:few].double(), targets[:few], backend="eager").entropy.double()
     target = torch.empty_like(logits)
+
+    def peer(function: Callable[..., Any], entropy_of: Callable[[Any], torch.Tensor]) -> Peer:
+        return Peer(partial(function, logits, targets), lambda out: _largest(entropy_of(out), entropy))
+
     peers = {"copy (read and written)": Peer(lambda: target.copy_(logits))}
-
-    def peer(function: Callable[..., Any], get: Callable[[Any], torch.Tensor]) -> Peer:
-        return Peer(partial(function, logits, targets), lambda out: _largest(get(out), entropy))
-
     for name in backends(device):
         peers[f"logit_stats, {name}"] = peer(partial(acqcore.logit_stats, backend=name), lambda stats: stats.entropy)
-    peers["eager"] = peer(eager_of_logits, lambda out: out[2])
+    peers["eager"] = peer(eager_of_logits, itemgetter(2))
     if device == "cuda":
-        compiled = torch.compile(eager_of_logits, dynamic=False)
-        peers["torch.compile of eager"] = peer(compiled, lambda out: out[2])
-    peers["TRL fused (logprob, entropy)"] = peer(trl_fused, lambda out: out[1])
-    return Group(f"logits, N={n} V={v} bfloat16", peers, bytes_read, "GB/s", {"accuracy": "entropy, absolute"})
+        peers["torch.compile of eager"] = peer(torch.compile(eager_of_logits, dynamic=False), itemgetter(2))
+    peers["TRL fused (logprob, entropy)"] = peer(trl_fused, itemgetter(1))
+    facts = {"accuracy": "entropy, absolute"}
+    yield Group(f"logits, N={n} V={v} bfloat16", peers, float(logits.nbytes), "GB/s", facts)
 
 
-def edge_group(n: int, d: int, v: int, device: str) -> Group:
+def edge_groups(n: int, d: int, v: int, device: str) -> Iterator[Group]:
     """Only statistics, for each backend."""
-    hidden, weight, targets = bench_row_stats.make_inputs(n, d, v, torch.bfloat16, device)
-    peers = {BARE: Peer(lambda: torch.mm(hidden, weight.T))}
-    for name in backends(device):
-        peers[f"row_stats, {name}"] = Peer(partial(bench_row_stats.ours_by(name), hidden, weight, targets))
-    return Group(f"statistics, N={n} D={d} V={v} bfloat16", peers, 2.0 * n * d * v)
+    shape = Shape(n, d, v, device)
+    peers = {f"row_stats, {name}": shape.statistics(bench_row_stats.ours_by(name)) for name in backends(device)}
+    yield Group(f"statistics, {shape.case}", shape.bare | peers, shape.work)
 
 
-def groups(device: str, wanted: Sequence[str] = ()) -> Iterator[Callable[[], Iterator[Group]]]:
-    """Factories for sets of groups, most important first; inputs exist only while a set is measured.
+def groups(device: str, wanted: Sequence[str] = ()) -> Iterator[Iterator[Group]]:
+    """Sets of groups, most important first; inputs exist only while a set is measured.
 
     ``wanted``: titles of the groups to measure, up to the first comma; empty for all.
     """
-
-    def alone(make: Callable[..., Group], *shape: int) -> Callable[[], Iterator[Group]]:
-        return lambda: (make(*shape, device) for _ in range(1))
-
-    def among(*names: str) -> bool:
-        return not wanted or bool(set(names) & set(wanted))
-
-    first_logits, *other_logits = LOGITS[device]
-    for i, shape in enumerate(SHAPES[device]):
-        if among("statistics", "gradient norms", "gradients"):
-            yield partial(head_groups, *shape, device)
-        if among("cotangents"):
-            yield alone(cotangent_group, *shape)
-        if among("logits") and i == 0:
-            yield alone(logit_group, *first_logits)
-        if among("draws"):
-            yield alone(draw_group, *shape)
-    for logits_shape in other_logits if among("logits") else ():
-        yield alone(logit_group, *logits_shape)
-    for shape in EDGES[device] if among("statistics") else ():
-        yield alone(edge_group, *shape)
+    (first, second), (logits, *other_logits) = SHAPES[device], LOGITS[device]
+    heads, statistics = {"statistics", "gradient norms", "gradients"}, {"statistics"}
+    sets: list[tuple[set[str], Callable[..., Iterator[Group]], tuple[int, ...]]] = [
+        (heads, head_groups, first), ({"cotangents"}, cotangent_groups, first), ({"logits"}, logit_groups, logits),
+        ({"draws"}, draw_groups, first),
+        (heads, head_groups, second), ({"cotangents"}, cotangent_groups, second), ({"draws"}, draw_groups, second),
+        *(({"logits"}, logit_groups, shape) for shape in other_logits),
+        *((statistics, edge_groups, shape) for shape in EDGES[device]),
+    ]  # fmt: skip
+    for titles, make, shape in sets:
+        if not wanted or titles & set(wanted):
+            yield make(*shape, device)
 
 
 def warm(device: str) -> None:
     """Calls every peer once, so that later compilations hit the cache on disk."""
-    for make in groups(device):
-        for group in make():
+    for made in groups(device):
+        for group in made:
             for name, peer in group.peers.items():
                 begin = time.perf_counter()
                 try:
@@ -460,8 +454,8 @@ def main() -> None:
             if device == "cuda":
                 rate = copy_bandwidth()
                 harness.append(arguments.rows, stage="mission", case="device", peer="copy of 2 GiB", rate=rate / 1e9)
-            for make in groups(device, arguments.groups or ()):
-                for group in make():
+            for made in groups(device, arguments.groups or ()):
+                for group in made:
                     if not arguments.groups or group.case.split(",")[0] in arguments.groups:
                         measure(group, arguments.turns, device, arguments.rows, monitor)
                 _release(device)

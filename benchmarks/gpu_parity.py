@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,11 +27,12 @@ HALF = (torch.bfloat16, torch.float16)
 MAIN = (torch.bfloat16, torch.float32)
 ALL = (torch.bfloat16, torch.float32, torch.float16)
 
-#: Bounds on relative errors: NORM for a sample's gradient norm; VECTOR for gradients and sketches, by their norms.
-NORM = {torch.float32: 1e-4, torch.bfloat16: 1e-3, torch.float16: 1e-3}
-VECTOR = {torch.float32: 1e-4, torch.bfloat16: 5e-3, torch.float16: 5e-3}
-#: Bounds for a random cotangent's gradient, whose entries are rounded to the dtype of a half-precision head.
-COTANGENT = {torch.float32: 1e-4, torch.bfloat16: 8e-3, torch.float16: 8e-3}
+#: Bounds on relative errors in float32 and in half precision: of a sample's norm, or of a vector by its norm. Random
+#: cotangents are rounded to the dtype of a half-precision head.
+BOUNDS = {
+    "head_grad_norm": (1e-4, 1e-3), "hidden_grad": (1e-4, 5e-3), "grad_sketch": (1e-4, 5e-3),
+    "fisher_grad": (1e-4, 8e-3),
+}  # fmt: skip
 BAYES = {torch.float32: 1e-5, torch.bfloat16: 2e-5, torch.float16: 2e-5}  # absolute, relative above 1
 
 
@@ -52,8 +54,8 @@ def backends(device: str) -> list[str]:
     return [name for name in names if name in ("cpu", "triton")]
 
 
-def _row_stats(name: str, backend: str, dtype: torch.dtype, device: str) -> float:
-    case = CASES[name]().to(dtype, device)
+def _row_stats(make: Callable[[], Case], backend: str, dtype: torch.dtype, device: str) -> float:
+    case = make().to(dtype, device)
     return max(worst_errors(case.run(backend), case.oracle()).values(), default=0.0)
 
 
@@ -62,12 +64,6 @@ def _mixed(backend: str, dtype: torch.dtype, device: str) -> float:
     case = random_case(37, 123, 507).to(dtype, device)
     mixed = Case(case.hidden, acqcore.Head(case.head.weight.float()), case.targets)
     return max(worst_errors(mixed.run(backend), case.oracle()).values())
-
-
-def _wide(backend: str, dtype: torch.dtype, device: str) -> float:
-    """A reduced version of the mission's shapes: every tile is full, rows fill several blocks."""
-    case = random_case(384, 512, 8192).to(dtype, device)
-    return max(worst_errors(case.run(backend), case.oracle()).values())
 
 
 def _logit_stats(view: str, backend: str, dtype: torch.dtype, device: str) -> float:
@@ -97,6 +93,8 @@ def _gradient_case(name: str, dtype: torch.dtype, device: str) -> tuple[Case, to
         "32 tokens": lambda: (random_case(256, 256, 4096), [32] * 8),
         "300 tokens": lambda: (random_case(400, 256, 4096), [300, 100]),
         "longer than deep": lambda: (random_case(500, 64, 2048), [400, 100]),
+        "two tiles": lambda: (random_case(150, 40, 1501), [1, 19, 130]),
+        "two tiles, capped": lambda: (random_case(150, 40, 1501, bias=True, softcap=20.0), [1, 19, 130]),
     }[name]()
     assert case.targets is not None
     case.targets[[5, 9, 59]] = -100
@@ -108,70 +106,22 @@ def _gradient_case(name: str, dtype: torch.dtype, device: str) -> tuple[Case, to
 GRADIENT_CASES = ("128 tokens", "32 tokens", "odd", "everything", "300 tokens", "longer than deep")
 
 
-def _head_grad_norm(name: str, backend: str, dtype: torch.dtype, device: str) -> float:
+def gradient(op: str, name: str, backend: str, dtype: torch.dtype, device: str, oracle: str | None = None) -> float:
+    """Largest error of a norm, gradient or sketch relative to its bound; ``oracle`` is the device of float64."""
     case, offsets = _gradient_case(name, dtype, device)
-    got = _norms(case, offsets, backend)
-    expected = _norms(case.to(torch.float64, device), offsets, "eager")
-    return float(((got.double() - expected).abs() / expected).max()) / NORM[dtype]
-
-
-def _norms(case: Case, offsets: torch.Tensor, backend: str) -> torch.Tensor:
-    assert case.targets is not None
-    return acqcore.head_grad_norm(
-        case.hidden, case.head, case.targets, offsets, temperature=case.temperature, backend=backend
-    )
-
-
-def _hidden_grad(name: str, backend: str, dtype: torch.dtype, device: str) -> float:
-    case, _ = _gradient_case(name, dtype, device)
-    exact = case.to(torch.float64, device)
-    assert case.targets is not None
-    assert exact.targets is not None
-    t = case.temperature
-    got = acqcore.hidden_grad(case.hidden, case.head, case.targets, temperature=t, backend=backend)
-    expected = acqcore.hidden_grad(exact.hidden, exact.head, exact.targets, temperature=t, backend="eager")
-    norm = expected.norm(dim=1)
-    ignored = case.targets == -100
-    if got[ignored].any():
-        raise AssertionError("ignored rows have a gradient")
-    return float(((got.double() - expected).norm(dim=1) / norm)[~ignored].max()) / VECTOR[dtype]
-
-
-def _fisher_grad(name: str, backend: str, dtype: torch.dtype, device: str) -> float:
-    case, offsets = _gradient_case(name, dtype, device)
-    exact = case.to(torch.float64, device)
-    options = {"probes": 3, "seed": 5, "offsets": offsets, "temperature": case.temperature}
-    got = fisher_grad(case.hidden, case.head, case.targets, backend=backend, **options)  # type: ignore[arg-type]
-    expected = fisher_grad(exact.hidden, exact.head, exact.targets, backend="eager", **options)  # type: ignore[arg-type]
-    assert case.targets is not None
-    ignored = case.targets == -100
-    if got[:, ignored].any():
-        raise AssertionError("ignored rows have a gradient")
-    error = (got.double() - expected).norm(dim=2) / expected.norm(dim=2)
-    return float(error[:, ~ignored].max()) / COTANGENT[dtype]
-
-
-def _grad_sketch(name: str, backend: str, dtype: torch.dtype, device: str) -> float:
-    case, offsets = _gradient_case(name, dtype, device)
-    exact = case.to(torch.float64, device)
-    assert case.targets is not None
-    assert exact.targets is not None
-    t = case.temperature
-    got = acqcore.grad_sketch(
-        case.hidden, case.head, case.targets, offsets, dim=1024, temperature=t, backend=backend
-    )  # fmt: skip
-    expected = acqcore.grad_sketch(
-        exact.hidden, exact.head, exact.targets, offsets, dim=1024, temperature=t, backend="eager"
-    )
-    return float(((got.double() - expected).norm(dim=1) / expected.norm(dim=1)).max()) / VECTOR[dtype]
-
-
-GRADIENTS = {
-    "head_grad_norm": _head_grad_norm,
-    "hidden_grad": _hidden_grad,
-    "grad_sketch": _grad_sketch,
-    "fisher_grad": _fisher_grad,
-}
+    exact, exact_offsets = case.to(torch.float64, oracle or device), offsets.to(oracle or device)
+    got = _calls(case, offsets, backend)[op]().to(exact_offsets.device, torch.float64)
+    expected = _calls(exact, exact_offsets, "eager")[op]()
+    if op == "head_grad_norm":
+        got, expected = got[:, None], expected[:, None]
+    error = (got - expected).norm(dim=-1) / expected.norm(dim=-1)
+    if op in ("hidden_grad", "fisher_grad"):
+        assert exact.targets is not None
+        ignored = exact.targets == -100
+        if got[..., ignored, :].any():
+            raise AssertionError("ignored rows have a gradient")
+        error = error[..., ~ignored]
+    return float(error.max()) / BOUNDS[op][dtype != torch.float32]
 
 
 def _mutual_information(form: str, name: str, backend: str, dtype: torch.dtype, device: str) -> float:
@@ -226,16 +176,17 @@ def _calls(
     """Every operation on one case, each returning a tensor."""
     assert case.targets is not None
     hidden, head, targets = case.hidden, case.head, case.targets
+    options: Any = {"temperature": case.temperature, "backend": backend}
     if logits is None:
         logits = head.logits(hidden).to(hidden.dtype)
     information = partial(acqcore.mutual_information, hidden, head, offsets=offsets, targets=targets, backend=backend)
     return {
         "row_stats": lambda: acqcore.row_stats(hidden, head, targets, backend=backend).state,
         "logit_stats": lambda: acqcore.logit_stats(logits, targets, backend=backend).state,
-        "head_grad_norm": lambda: acqcore.head_grad_norm(hidden, head, targets, offsets, backend=backend),
-        "hidden_grad": lambda: acqcore.hidden_grad(hidden, head, targets, backend=backend),
-        "grad_sketch": lambda: acqcore.grad_sketch(hidden, head, targets, offsets, backend=backend),
-        "fisher_grad": lambda: fisher_grad(hidden, head, targets, probes=2, offsets=offsets, backend=backend),
+        "head_grad_norm": lambda: acqcore.head_grad_norm(hidden, head, targets, offsets, **options),
+        "hidden_grad": lambda: acqcore.hidden_grad(hidden, head, targets, **options),
+        "grad_sketch": lambda: acqcore.grad_sketch(hidden, head, targets, offsets, **options),
+        "fisher_grad": lambda: fisher_grad(hidden, head, targets, probes=3, seed=5, offsets=offsets, **options),
         "mutual_information, element": lambda: information(form="element").state,
         "mutual_information, block": lambda: information(form="block").state,
     }
@@ -315,14 +266,14 @@ def promised(check: Check, backend: str, dtype: torch.dtype) -> bool:
 def checks(device: str) -> Iterator[Check]:
     """Every check, the most important first."""
     for name in GRADIENT_CASES[:3]:
-        for op, run in GRADIENTS.items():
-            yield Check(op, name, ALL, partial(run, name))
+        for op in BOUNDS:
+            yield Check(op, name, ALL, partial(gradient, op, name))
     for title in gpu_student.titles():
         yield Check("a student", title, (torch.float32,), partial(gpu_student.error, title))
     for form in ("element", "block"):
         for name in ("wide", "deep", "depth no multiple of a block"):
             yield Check("mutual_information", f"{form}, {name}", ALL, partial(_mutual_information, form, name))
-    yield Check("row_stats", "full tiles", ALL, _wide)
+    yield Check("row_stats", "full tiles", ALL, partial(_row_stats, partial(random_case, 384, 512, 8192)))
     for op in OPERATIONS:
         yield Check("repeats", op, MAIN, partial(_repeats, op))
         yield Check("batch invariance", op, MAIN, partial(_batch_invariance, op))
@@ -334,12 +285,12 @@ def checks(device: str) -> Iterator[Check]:
         yield Check("logit_stats", view, ALL, partial(_logit_stats, view))
     for name in CASES:
         dtypes = ALL if name in ("random", "everything") else MAIN
-        yield Check("row_stats", name, dtypes, partial(_row_stats, name))
+        yield Check("row_stats", name, dtypes, partial(_row_stats, CASES[name]))
     yield Check("row_stats", "mixed dtypes", HALF, _mixed)
     yield Check("ensemble_stats", "three heads", ALL, _ensemble)
     for name in GRADIENT_CASES[3:]:
-        for op, run in GRADIENTS.items():
-            yield Check(op, name, MAIN, partial(run, name))
+        for op in BOUNDS:
+            yield Check(op, name, MAIN, partial(gradient, op, name))
     for form in ("element", "block"):
         for name in ("random", "confident 1e-12", "ties", "-inf columns", "some rows ignored", "no targets"):
             yield Check("mutual_information", f"{form}, {name}", MAIN, partial(_mutual_information, form, name))
