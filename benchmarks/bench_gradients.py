@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -120,33 +120,28 @@ def student_rows(turns: int, count: int) -> list[harness.Row]:
     model = student.trunk
     assert isinstance(model, torch.nn.Module)
     parameters = list(model.parameters())
+    embedding = model.get_input_embeddings().weight  # type: ignore[operator]
 
-    def gradient(ids: torch.Tensor, prompt: int) -> list[torch.Tensor]:
-        hidden = student.hidden(ids[None])[0, prompt - 1 : -1]
-        head_weight = model.get_input_embeddings().weight  # type: ignore[operator]
-        loss = torch.nn.functional.cross_entropy(hidden @ head_weight.T, ids[prompt:])
+    def gradient(part: Sequence[tuple[torch.Tensor, int]]) -> list[torch.Tensor]:
+        """Gradients of all parameters of the mean loss of the completions' tokens in one batch."""
+        ids = torch.nn.utils.rnn.pad_sequence([row for row, _ in part], batch_first=True)
+        states = student.hidden(ids)
+        hidden = torch.cat([h[prompt - 1 : len(row) - 1] for h, (row, prompt) in zip(states, part, strict=True)])
+        targets = torch.cat([row[prompt:] for row, prompt in part])
+        loss = torch.nn.functional.cross_entropy(hidden @ embedding.T, targets)
         return list(torch.autograd.grad(loss, parameters))
 
     def backward_per_sample() -> list[torch.Tensor]:
         model.requires_grad_(True)
-        return [torch.stack([g.norm() for g in gradient(ids, prompt)]).norm() for ids, prompt in rows]
+        return [torch.stack([g.norm() for g in gradient([row])]).norm() for row in rows]
 
     longest_first = sorted(rows, key=lambda row: -len(row[0]))
 
-    def batched() -> list[torch.Tensor]:
+    def batched() -> None:
         """Forward and backward of an ordinary training step over all rows, eight of similar length at a time."""
         model.requires_grad_(True)
-        embedding = model.get_input_embeddings().weight  # type: ignore[operator]
-        total: list[torch.Tensor] = []
         for i in range(0, len(rows), 8):
-            part = longest_first[i : i + 8]
-            ids = torch.nn.utils.rnn.pad_sequence([row for row, _ in part], batch_first=True)
-            hidden = student.hidden(ids)
-            picked = torch.cat([h[prompt - 1 : len(row) - 1] for h, (row, prompt) in zip(hidden, part, strict=True)])
-            targets = torch.cat([row[prompt:] for row, prompt in part])
-            loss = torch.nn.functional.cross_entropy(picked @ embedding.T, targets)
-            total = list(torch.autograd.grad(loss, parameters))
-        return total
+            gradient(longest_first[i : i + 8])
 
     reference = acqcore.influence_reference(student, samples[:2])
     arguments: dict[str, dict[str, Any]] = {
@@ -159,7 +154,6 @@ def student_rows(turns: int, count: int) -> list[harness.Row]:
         given = {name: arguments[name] for name in names}
         return lambda: acqcore.score(student, samples, names, acquisition_args=given, progress=False)
 
-    assert student.head.weight.shape == (V, D)
     peers: dict[str, Callable[[], object]] = {
         TRUNK: partial(real_rows.run_trunk, student, rows),
         "score(grad_norm, entropy, margin)": lambda: acqcore.score(

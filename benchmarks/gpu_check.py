@@ -175,32 +175,30 @@ class Run:
     def wait(self, name: str, processes: dict[str, subprocess.Popen[bytes]], limit: float) -> bool:
         """Waits for all processes, kills those still running at the limit, and records the stage."""
         begin = time.monotonic()
-        deadline = begin + max(1.0, min(limit, self.left))
+        stopped = self.finish(processes, begin + max(1.0, min(limit, self.left)))
+        seconds = time.monotonic() - begin
+        failed = [part for part, process in processes.items() if process.returncode != 0 and part not in stopped]
+        details = [f"{part}: status {processes[part].returncode}" for part in failed]
+        details += [f"{part}: stopped after {seconds:.0f} s" for part in stopped]
+        for part in failed + stopped:
+            print("\n".join(self._log_of(part).read_text(errors="replace").splitlines()[-15:]), flush=True)
+        self.add(name, not details, "; ".join(details) or "status 0", seconds)
+        return not details
+
+    def finish(self, processes: dict[str, subprocess.Popen[bytes]], deadline: float) -> list[str]:
+        """Waits for processes, kills those still running at the deadline and names them; keeps the end of their logs,
+        more of one that failed."""
         while any(process.poll() is None for process in processes.values()) and time.monotonic() < deadline:
             time.sleep(0.25)
             self.report()
         stopped = [part for part, process in processes.items() if process.poll() is None]
         for part in stopped:
             os.killpg(processes[part].pid, signal.SIGKILL)
-            processes[part].wait()
-        failed = [part for part, process in processes.items() if process.returncode != 0 and part not in stopped]
-        details = [f"{part}: status {processes[part].returncode}" for part in failed]
-        details += [f"{part}: stopped after {time.monotonic() - begin:.0f} s" for part in stopped]
-        for part in processes:
-            self._keep_log(part, whole=part in failed + stopped)
-        self.add(name, not details, "; ".join(details) or "status 0", time.monotonic() - begin)
-        return not details
-
-    def finish(self, name: str, process: subprocess.Popen[bytes], deadline: float) -> bool:
-        """Whether a background process ends in time; kills it otherwise."""
-        while process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.25)
-        ended = process.poll() is not None
-        if not ended:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        self._keep_log(name, whole=False)
-        return ended
+        with self.log.open("a") as file:
+            for part, process in processes.items():
+                lines = self._log_of(part).read_text(errors="replace").splitlines()
+                file.write("\n".join([f"===== {part}", *lines[-400 if process.wait() else -60 :]]) + "\n")
+        return stopped
 
     def add(self, name: str, ok: bool | None, detail: str, seconds: float = 0.0) -> None:
         self.stages.append(Stage(name, ok, round(seconds, 1), detail))
@@ -209,12 +207,9 @@ class Run:
         self.report(force=True)
 
     def content(self) -> dict[str, Any]:
-        rows = []
-        if self.rows.exists():
-            for line in self.rows.read_text().splitlines():
-                rows.append(json.loads(line))
         parts: dict[str, list[dict[str, Any]]] = {"parity": [], "mission": [], "score": []}
-        for row in rows:
+        for line in self.rows.read_text().splitlines() if self.rows.exists() else ():
+            row = json.loads(line)
             parts[row.pop("stage")].append(row)
         stages = [asdict(stage) for stage in self.stages]
         return {"machine": self.machine, "stages": stages, **parts, "tuning": self.tuning}
@@ -237,14 +232,6 @@ class Run:
 
     def _log_of(self, name: str) -> Path:
         return WORK / f"{re.sub(r'[^a-z0-9]+', '-', name)}.log"
-
-    def _keep_log(self, name: str, whole: bool) -> None:
-        lines = self._log_of(name).read_text(errors="replace").splitlines()
-        kept = lines if whole else lines[-60:]
-        with self.log.open("a") as file:
-            file.write(f"===== {name}\n" + "\n".join(kept[-400:]) + "\n")
-        if whole:
-            print("\n".join(kept[-15:]), flush=True)
 
 
 def module(name: str, *arguments: str) -> list[str]:
@@ -297,7 +284,7 @@ def parity(run: Run, cap: float) -> None:
         if others:
             processes = workers("parity of the extension", others, min(4, WORKERS))
             run.wait("parity of the extension", processes, max(20.0, deadline - time.monotonic()))
-    if warming is not None and not run.finish("warm-up", warming, deadline):
+    if warming is not None and run.finish({"warm-up": warming}, deadline):
         run.add("warm-up", None, "ended before all was compiled")
 
 
@@ -368,13 +355,7 @@ def tune(run: Run, cap: float) -> None:
     run.report(force=True)
 
 
-STAGES = {
-    "parity": parity,
-    "mission": mission,
-    "sanitizer": sanitizer,
-    "score": score,
-    "tune": tune,
-}
+STAGES = {"parity": parity, "mission": mission, "sanitizer": sanitizer, "score": score, "tune": tune}
 
 
 def caps(text: str) -> dict[str, float]:

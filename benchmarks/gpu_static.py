@@ -225,24 +225,23 @@ def calls_and_kernels(cases: list[Case], ops: list[str], path: Path) -> None:
         for op in ops:
             case = {"op": op, "dtype": harness.name(dtype), "vocab": vocab, "depth": depth, "arch": arch}
             print(", ".join(map(str, case.values())), flush=True)
-            content = read(path)
-            content["calls"] = [row for row in content.get("calls", []) if any(row[key] != case[key] for key in case)]
             try:
                 _, counter, launches, extra = call(op, inputs, arch)
             except Exception as error:  # a failing operation is a finding; the others still run
-                content["calls"].append(case | {"fails": harness.first_line(error)})
-                write(path, content)
-                continue
-            moved = counter.argument_bytes + sum(launch.bytes for launch in launches)
-            counts = case | {
-                "launches": len(launches),
-                "torch_operations": counter.operations,
-                "argument_gib": round(moved / 2**30, 3),
-                "extra_mib": round(extra / 2**20, 2),
-            }
-            variants = {launch.name: launch for launch in launches}.values()
-            kernels = [{"kernel": launch.name, **case, **_measured(launch, arch)} for launch in variants]
-            for key, rows in (("calls", [counts]), ("kernels", kernels)):
+                found: dict[str, list[dict[str, Any]]] = {"calls": [case | {"fails": harness.first_line(error)}]}
+            else:
+                moved = counter.argument_bytes + sum(launch.bytes for launch in launches)
+                counts = {
+                    "launches": len(launches),
+                    "torch_operations": counter.operations,
+                    "argument_gib": round(moved / 2**30, 3),
+                    "extra_mib": round(extra / 2**20, 2),
+                }
+                variants = {launch.name: launch for launch in launches}.values()
+                kernels = [{"kernel": launch.name, **case, **_measured(launch, arch)} for launch in variants]
+                found = {"calls": [case | counts], "kernels": kernels}
+            content = read(path)
+            for key, rows in found.items():
                 others = [row for row in content.get(key, []) if any(row[name] != case[name] for name in case)]
                 content[key] = sorted([*others, *rows], key=_place)
             write(path, content)
@@ -269,7 +268,7 @@ def _addmm_flops(out: Any, left: Any, right: Any, **_: Any) -> int:
     return 2 * int(left[0]) * int(left[1]) * int(right[1])
 
 
-def products(depth: int = 4096, rows: int = 128, vocabs: tuple[int, int] = (1024, 2048)) -> list[dict[str, Any]]:
+def products(depth: int = 4096, rows: int = 128) -> list[dict[str, Any]]:
     """Product-equivalents of every operation, counting the products in Triton's interpreter and in torch."""
     from torch.utils import flop_counter
     from triton.runtime import interpreter
@@ -283,39 +282,31 @@ def products(depth: int = 4096, rows: int = 128, vocabs: tuple[int, int] = (1024
         multiplied += 2 * a.data.size * b.data.shape[-1]
         return create_dot(self, a, b, *others)
 
-    # torch counts addmm but not its in-place form.
-    in_place = {torch.ops.aten.addmm_: _addmm_flops}
+    def flops(run: Callable[[Inputs], object], vocab: int) -> tuple[int, int]:
+        """Floating-point operations of all products, and of those in torch."""
+        nonlocal multiplied
+        g = torch.Generator().manual_seed(0)
+        hidden = torch.randn(rows, depth, generator=g).bfloat16()
+        weight = (torch.randn(vocab, depth, generator=g) / depth**0.5).bfloat16()
+        multiplied = 0
+        # torch counts addmm but not its in-place form.
+        counter = flop_counter.FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _addmm_flops})
+        with counter, torch.no_grad():
+            run(Inputs(hidden, weight, torch.arange(rows) % vocab, torch.empty(1, vocab)))
+        return multiplied + counter.get_total_flops(), counter.get_total_flops()
+
     with mock.patch.object(interpreter.InterpreterBuilder, "create_dot", counting), serving_the_cpu(9):
         for op, run in OPERATIONS.items():
             if op == "logit_stats":
                 continue
-            pair = WIDE if "sketch" in op else vocabs
-            flops, torch_flops = [], []
-            for vocab in pair:
-                g = torch.Generator().manual_seed(0)
-                hidden = torch.randn(rows, depth, generator=g).bfloat16()
-                weight = (torch.randn(vocab, depth, generator=g) / depth**0.5).bfloat16()
-                inputs = Inputs(hidden, weight, torch.arange(rows) % vocab, torch.empty(1, vocab))
-                multiplied = 0
-                counter = flop_counter.FlopCounterMode(display=False, custom_mapping=in_place)
-                try:
-                    with counter, torch.no_grad():
-                        run(inputs)
-                except Exception as error:  # the others still run
-                    found.append({"op": op, "depth": depth, "fails": harness.first_line(error)})
-                    break
-                flops.append(multiplied + counter.get_total_flops())
-                torch_flops.append(counter.get_total_flops())
-            if len(flops) < 2:
-                print(found[-1], flush=True)
-                continue
-            one = 2 * rows * depth * (pair[1] - pair[0])
-            row = {
-                "op": op,
-                "depth": depth,
-                "product_equivalents": round((flops[1] - flops[0]) / one, 3),
-                "of_them_in_torch": round((torch_flops[1] - torch_flops[0]) / one, 3),
-            }
+            small, large = WIDE if "sketch" in op else (1024, 2048)
+            row: dict[str, Any] = {"op": op, "depth": depth}
+            try:
+                pairs = zip(flops(run, large), flops(run, small), strict=True)
+                slopes = [round((a - b) / (2 * rows * depth * (large - small)), 3) for a, b in pairs]
+                row |= {"product_equivalents": slopes[0], "of_them_in_torch": slopes[1]}
+            except Exception as error:  # the others still run
+                row["fails"] = harness.first_line(error)
             found.append(row)
             print(row, flush=True)
     return found
@@ -324,10 +315,7 @@ def products(depth: int = 4096, rows: int = 128, vocabs: tuple[int, int] = (1024
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=("all", "kernels", "products"), default="all")
-    parser.add_argument("--arches", nargs="+", type=int, default=[90, 80, 100])
-    parser.add_argument("--vocabs", nargs="+", type=int, help="vocabularies of the heads to rerun; default: all")
     parser.add_argument("--ops", nargs="+", choices=tuple(OPERATIONS), help="operations to rerun; default: all")
-    parser.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float32"), help="default: all")
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
     if arguments.part in ("all", "products"):
@@ -340,13 +328,8 @@ def main() -> None:
         import triton
 
         write(arguments.out, {"triton": triton.__version__, "rows": ROWS} | read(arguments.out))
-        dtypes = {harness.name(dtype): dtype for _, _, known in HEADS for dtype in known}
         cases = [
-            (vocab, depth, dtype, arch)
-            for arch in arguments.arches
-            for vocab, depth, known in HEADS
-            for dtype in known
-            if dtype in [dtypes[name] for name in arguments.dtypes or dtypes] and vocab in (arguments.vocabs or [vocab])
+            (vocab, depth, dtype, arch) for arch in (90, 80, 100) for vocab, depth, dtypes in HEADS for dtype in dtypes
         ]
         calls_and_kernels(cases, arguments.ops or list(OPERATIONS), arguments.out)
     print(f"wrote {arguments.out.name}")

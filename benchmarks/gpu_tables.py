@@ -6,7 +6,6 @@ it on machines where the package is not installed.
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from collections.abc import Iterable
@@ -216,18 +215,6 @@ def static_report(content: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def merged(contents: list[dict[str, Any]]) -> dict[str, Any]:
-    """Merges runs on the same GPU by concatenating their stages and rows."""
-    names = {content["machine"].get("gpu") for content in contents}
-    if len(names) > 1:
-        raise SystemExit(f"gpu_tables: expected runs of one GPU, got {', '.join(sorted(map(str, names)))}")
-    first = dict(contents[0])
-    for content in contents[1:]:
-        for key in ("stages", "parity", "mission", "score", "tuning"):
-            first[key] = first[key] + content[key]
-    return first
-
-
 def document() -> str:
     """``docs/gpu.md``."""
     parts = [INTRODUCTION]
@@ -242,16 +229,6 @@ def document() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--merge", nargs="+", type=Path, metavar="JSON", help="merge runs of one GPU into the first file"
-    )
-    arguments = parser.parse_args()
-    if arguments.merge:
-        content = merged([json.loads(path.read_text()) for path in arguments.merge])
-        arguments.merge[0].write_text(json.dumps(content, indent=1) + "\n")
-        print(with_preferences(content))
-        return
     DOCUMENT.write_text(document())
     print(f"wrote {DOCUMENT.relative_to(ROOT)}")
 
