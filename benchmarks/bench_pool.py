@@ -169,7 +169,7 @@ class Seed:
                 bench.fitter, self.warm, self.pools[pool], self.development,
                 torch.tensor([names.index(row.intent) for row in messages]), texts=[row.text for row in messages],
                 epochs=choices.epochs, rate=choices.rate, stop=bench.encode.tokenizer.eos_token_id, seed=self.number,
-                state=choices.state, backend=bench.backend,
+                state=choices.state,
             )  # fmt: skip
         return self._signals[pool]
 
@@ -315,19 +315,17 @@ def run(bench: Bench, choices: Choices, data: str = REPORTED_ON, seeds: Sequence
 
 def main() -> None:
     parser = resumable.options(__doc__, "pool", len(SEEDS))
-    parser.add_argument("--tuning-seeds", type=int, default=len(TUNING_SEEDS), help="default: %(default)s")
     parser.add_argument("--without", nargs="*", default=[], choices=OPTIONAL, help="arms to leave out")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="dtype of the student's weights (default: bfloat16 on a GPU)"
     )
     arguments = parser.parse_args()
     log = Log(arguments.out / "pool.jsonl")
-    choices = arguments.choices or arguments.out / "pool-choices.json"
+    choices = arguments.out / "pool-choices.json"
     if arguments.stage != "table":
         bench = _bench(arguments, log)
-        tuning = range(TUNING_SEEDS[0], TUNING_SEEDS[0] + arguments.tuning_seeds)
         resumable.run_stages(
-            arguments, choices, bench, lambda: tune(bench, tuning),
+            arguments, choices, bench, lambda: tune(bench),
             lambda: run(bench, Choices.read(choices), seeds=range(arguments.seeds)),
         )  # fmt: skip
     pool_report.write(log.rows, choices, arguments.out, small=arguments.small)
@@ -345,11 +343,11 @@ def _bench(arguments: argparse.Namespace, log: Log) -> Bench:
     scale = replace(scale, arms=tuple(arm for arm in scale.arms if arm not in arguments.without))
     model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32).to(arguments.device)
     fitter = Fitter(
-        model, batch=scale.batch, length=LENGTH, label_length=LABEL_LENGTH, graph=not arguments.no_graph,
+        model, batch=scale.batch, length=LENGTH, label_length=LABEL_LENGTH,
         dtype=None if arguments.dtype is None else getattr(torch, arguments.dtype),
     )  # fmt: skip
     encode = Encoder(AutoTokenizer.from_pretrained(student), LENGTH, LABEL_LENGTH)
-    return Bench(fitter, encode, arguments.data, scale, log, deadline, arguments.backend)
+    return Bench(fitter, encode, arguments.data, scale, log, deadline)
 
 
 if __name__ == "__main__":

@@ -392,11 +392,9 @@ def make(arguments: argparse.Namespace, scale: Scale) -> Bench:
         writing, line_ends(tokenizer), prompt_length=scale.prompt_length, new_tokens=scale.new_tokens,
         rows_at_once=scale.rows_at_once if on_gpu else scale.rows_at_once // 4,
     )  # fmt: skip
-    fitter = Fitter(
-        own, batch=scale.batch, length=scale.length, label_length=scale.label_length, graph=not arguments.no_graph
-    )
+    fitter = Fitter(own, batch=scale.batch, length=scale.length, label_length=scale.label_length)
     encode, log = Encoder(tokenizer, scale.length, scale.label_length), Log(arguments.out / "write.jsonl")
-    return Bench(fitter, encode, arguments.data, scale, log, deadline, arguments.backend, writer=writer)
+    return Bench(fitter, encode, arguments.data, scale, log, deadline, writer=writer)
 
 
 #: Runs in minutes on two cores; only shows that everything runs.
@@ -410,7 +408,7 @@ def main() -> None:
     parser = resumable.options(__doc__, "write", 6)
     parser.add_argument("--grpo-seeds", type=int, default=3, help="seeds of GRPO's arms (default: %(default)s)")
     arguments = parser.parse_args()
-    choices = arguments.choices or arguments.out / "write-choices.json"
+    choices = arguments.out / "write-choices.json"
     if arguments.stage != "table":
         bench = make(arguments, SMALL if arguments.small else Scale())
         resumable.run_stages(

@@ -216,7 +216,6 @@ class Fitter:
             student: after :meth:`fit` it can be scored.
         batch, length, label_length: the shape of all training batches, ``[batch, length]`` with labels of at most
             ``label_length`` tokens.
-        graph: capture the step in a CUDA graph; ignored on a CPU.
         dtype: dtype of the forward's weights, which are then separate from the masters; by default bfloat16 on a GPU,
             and on a CPU the masters themselves.
 
@@ -225,9 +224,8 @@ class Fitter:
     """
 
     def __init__(
-        self, model: Any, *, batch: int, length: int, label_length: int, graph: bool = True,
-        dtype: torch.dtype | None = None,
-    ) -> None:  # fmt: skip
+        self, model: Any, *, batch: int, length: int, label_length: int, dtype: torch.dtype | None = None
+    ) -> None:
         self.model = model.eval()
         self.length = length
         self.batch = batch
@@ -259,7 +257,7 @@ class Fitter:
         self._places = torch.zeros(batch, label_length, dtype=torch.int64, device=self.device)
         self._targets = torch.zeros(batch, label_length, dtype=torch.int64, device=self.device)
         self._graph: Any = None
-        if graph and on_gpu:
+        if on_gpu:
             self._capture()
 
     @property

@@ -64,13 +64,11 @@ class Signals:
         stop: token that ends a label.
         seed: seed of everything random here.
         state: ``last`` or ``mean``, the prompts' hidden states used for distances.
-        backend: backend of ``acqcore``.
     """
 
     def __init__(
         self, fitter: Fitter, warm: Sequence[torch.Tensor], pool: Rows, development: Rows, labels: torch.Tensor,
         *, texts: Sequence[str], epochs: float, rate: float, stop: int, seed: int, state: str = "last",
-        backend: str | None = None,
     ) -> None:  # fmt: skip
         self._fitter, self._warm = fitter, warm
         self._pool, self._development = pool, development
@@ -80,7 +78,6 @@ class Signals:
         self._student = acqcore.Student.from_model(fitter.model)
         self._samples = samples(pool)
         self._batch_tokens = 16384 if fitter.device.type == "cuda" else 4096
-        self._backend = backend
         self._values: dict[str, torch.Tensor] = {}
 
     def __len__(self) -> int:
@@ -107,10 +104,7 @@ class Signals:
             arguments = {"mutual_information": {**MUTUAL_INFORMATION[name], "seed": seed}}
             return self._score(rows, ("mutual_information",), arguments)["mutual_information"]
         if name == "influence":
-            norms = acqcore.grad_norm(
-                self._student, rows, "all", batch_tokens=self._batch_tokens, backend=self._backend
-            )
-            return self._fitter.along(self._development, scored).cpu() / norms.clamp_min(1e-12)
+            return influence(self._fitter, self._student, self._development, scored, self._batch_tokens)
         if name == "rho loss":
             return self._rho(scored, seed)
         if name == "learnability":
@@ -129,9 +123,8 @@ class Signals:
         self, rows: Sequence[acqcore.Row], names: Sequence[str], arguments: dict[str, Any] | None = None
     ) -> acqcore.Scores:
         return acqcore.score(
-            self._student, rows, names, acquisition_args=arguments, batch_tokens=self._batch_tokens,
-            backend=self._backend, progress=False,
-        )  # fmt: skip
+            self._student, rows, names, acquisition_args=arguments, batch_tokens=self._batch_tokens, progress=False
+        )
 
     def _rho(self, rows: Rows, seed: int) -> torch.Tensor:
         """Mean loss under the warm student minus mean loss under a student fitted to the development rows (Mindermann
@@ -164,9 +157,7 @@ class Signals:
         """Indices of k rows chosen by one of the arms without a recipe."""
         device = self._fitter.device
         if arm == "badge":
-            vectors = acqcore.badge_embedding(
-                self._student, self._samples, batch_tokens=self._batch_tokens, backend=self._backend
-            )
+            vectors = acqcore.badge_embedding(self._student, self._samples, batch_tokens=self._batch_tokens)
             return acqcore.select(vectors.to(device), k, "badge", seed=self._seed).tolist()
         if arm == "facility location":
             return acqcore.select(self.states.to(device), k, "facility_location").tolist()
@@ -223,6 +214,12 @@ def samples(rows: Rows) -> list[acqcore.Row]:
     return found
 
 
+def influence(fitter: Fitter, student: acqcore.Student, reference: Rows, rows: Rows, batch_tokens: int) -> torch.Tensor:
+    """``[n]``, the inner product of each row's gradient with the reference's mean gradient, over the row's norm."""
+    norms = acqcore.grad_norm(student, samples(rows), "all", batch_tokens=batch_tokens)
+    return fitter.along(reference, rows).cpu() / norms.clamp_min(1e-12)
+
+
 def clean_oracle(kinds: Sequence[str], k: int, seed: int) -> list[int]:
     """Random uncorrupted rows, in the random arm's order, so that both arms share as many rows as possible."""
     order = random.Random(seed).sample(range(len(kinds)), len(kinds))
@@ -264,7 +261,6 @@ def sift(
     candidates: torch.Tensor,  # [n, d]
     prompts: torch.Tensor,  # [m, d]
     k: int,
-    noise: float = SIFT_NOISE,
 ) -> torch.Tensor:
     """Indices ``[k]`` of candidates, each the one that most reduces the summed posterior variance at the prompts.
 
@@ -280,12 +276,12 @@ def sift(
     left = torch.ones(n, dtype=torch.bool, device=x.device)
     chosen = torch.empty(k, dtype=torch.int64, device=x.device)
     for j in range(k):
-        gain = cross.square().sum(dim=0) / (variance[:n] + noise)
+        gain = cross.square().sum(dim=0) / (variance[:n] + SIFT_NOISE)
         pick = gain.where(left, -torch.inf).argmax()
         chosen[j] = pick
         left[pick] = False
         column = x @ x[pick] - factor[:, :j] @ factor[pick, :j]
-        column = column / (variance[pick] + noise).sqrt()
+        column = column / (variance[pick] + SIFT_NOISE).sqrt()
         factor[:, j] = column
         variance = variance - column.square()
         cross = cross - column[n:, None] * column[:n]
@@ -296,23 +292,21 @@ def huds(
     uncertainty: torch.Tensor,  # [n] mean -log p of the student's own answer
     vectors: torch.Tensor,  # [n, d]
     k: int,
-    strata: int = HUDS_STRATA,
-    weight: float = HUDS_LAMBDA,
 ) -> torch.Tensor:
-    """Indices ``[k]`` of the highest ``weight * distance + (1 - weight) * uncertainty``.
+    """Indices ``[k]`` of the highest ``lambda * distance + (1 - lambda) * uncertainty``.
 
-    The distance is 1 - cos to the mean vector of the row's stratum, one of ``strata`` equal intervals of uncertainty.
+    The distance is 1 - cos to the mean vector of the row's stratum, one of ten equal intervals of uncertainty.
     HUDS (Azeemi et al. 2024, arXiv 2403.09259) with the constants of ATGen, which adds the two without normalization.
     """
     low, high = uncertainty.min(), uncertainty.max()
     width = (high - low).clamp_min(torch.finfo(uncertainty.dtype).tiny)
-    stratum = ((uncertainty - low) / width * strata).long().clamp_max(strata - 1)
+    stratum = ((uncertainty - low) / width * HUDS_STRATA).long().clamp_max(HUDS_STRATA - 1)
     distance = torch.zeros_like(uncertainty)
     for s in stratum.unique():
         inside = stratum == s
         own = vectors[inside]
         distance[inside] = 1 - F.cosine_similarity(own, own.mean(dim=0, keepdim=True), dim=1).to(distance)
-    return acqcore.select(weight * distance + (1 - weight) * uncertainty, k)
+    return acqcore.select(HUDS_LAMBDA * distance + (1 - HUDS_LAMBDA) * uncertainty, k)
 
 
 def shares(kinds: Sequence[str], chosen: Sequence[int]) -> dict[str, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,40 @@ TOY_QUESTIONS = 256  # per kind
 WORLD_QUESTIONS = 32  # per skill
 
 
-class Real:
+class Scorer:
+    """A student; ``rate`` is its calibrated dropout, ``references`` its samples for each kind of reference."""
+
+    student: acqcore.Student
+    rate: float
+    references: Mapping[str, Any]
+    batch_tokens = 8192
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[str, int], Any] = {}
+
+    def resolved(self, signal: Signal, seed: int) -> dict[str, Any]:
+        """The arguments of a signal under a seed, with placeholders filled in."""
+        options = dict(signal.options)
+        if options.get("dropout") == "calibrated":
+            options["dropout"] = self.rate
+        if "reference" in options:
+            options["reference"] = self._reference(options["reference"], seed)
+        if signal.stochastic and ("reference" not in options or signal.acquisition == MI):
+            options["seed"] = seed
+        return options
+
+    def _reference(self, kind: str, seed: int) -> Any:
+        """The object that a signal refers to: the kind of influence is that of its parameters."""
+        if (kind, seed) not in self._made:
+            others: dict[str, Any] = {EPIG: acqcore.epig_reference, LAPLACE: acqcore.laplace_posterior}
+            influence: Any = acqcore.influence_reference
+            make = others.get(kind, partial(influence, parameters=kind))
+            samples = self.references[kind]
+            self._made[kind, seed] = make(self.student, samples, seed=seed, batch_tokens=self.batch_tokens)
+        return self._made[kind, seed]
+
+
+class Real(Scorer):
     """SmolLM2 and the rows of each data set.
 
     Args:
@@ -49,6 +82,7 @@ class Real:
         sets: Sequence[str],
         batch_tokens: int,
     ) -> None:
+        super().__init__()
         self.student = acqcore.Student.load(student, dtype=dtype, device=device)
         if device == "cpu":  # the backward of flash attention in bfloat16 is 1.4 times slower there
             module: Any = self.student._module
@@ -57,8 +91,7 @@ class Real:
         self.batch_tokens = batch_tokens
         self.rows = {name: real_rows.encode(self.student, real_rows.load(name, rows), scored) for name in sets}
         asked = real_rows.load("GSM8K", REFERENCE_ROWS, seed=1)
-        self.reference = real_rows.encode(self.student, asked, scored)
-        self._references: dict[tuple[Any, int], Any] = {}
+        self.references = dict.fromkeys(("head", "all", EPIG, LAPLACE), real_rows.encode(self.student, asked, scored))
         self._warm: set[Signal] = set()
 
     def score(self, signal: Signal, rows: Sequence[acqcore.Row], seed: int) -> Any:
@@ -75,21 +108,10 @@ class Real:
         )  # fmt: skip
         return scores[signal.acquisition], scores.stderr.get(signal.acquisition)
 
-    def resolved(self, signal: Signal, seed: int) -> dict[str, Any]:
-        """The arguments of a signal under a seed, with placeholders filled in."""
-        options = dict(signal.options)
-        if options.get("dropout") == "calibrated":
-            options["dropout"] = self.rate
-        if "reference" in options:
-            options["reference"] = self._reference(options["reference"], seed)
-        if signal.stochastic and ("reference" not in options or signal.acquisition == MI):
-            options["seed"] = seed
-        return options
-
     @cached_property
-    def rate(self) -> float:
+    def rate(self) -> float:  # type: ignore[override]
         """The dropout rate that raises the loss of the reference rows by ``RISE``."""
-        return calibrate_dropout(self.student, self.reference, rise=RISE, batch_tokens=self.batch_tokens)
+        return calibrate_dropout(self.student, self.references["head"], rise=RISE, batch_tokens=self.batch_tokens)
 
     def unit(self, signal: Signal, name: str, seed: int) -> dict[str, Any]:
         """Values, standard errors if the estimator provides them, and seconds."""
@@ -163,16 +185,6 @@ class Real:
             for picked in partition(lengths, self.batch_tokens, overhead):
                 self.student.hidden(collate([rows[i] for i in picked])[0].to(self.student.device))
 
-    def _reference(self, kind: Any, seed: int) -> Any:
-        if (kind, seed) not in self._references:
-            given: dict[str, Any] = {"seed": seed, "batch_tokens": self.batch_tokens}
-            if kind in (EPIG, LAPLACE):
-                made = made_from(kind, self.student, self.reference, **given)
-            else:
-                made = acqcore.influence_reference(self.student, self.reference, parameters=kind, **given)
-            self._references[kind, seed] = made
-        return self._references[kind, seed]
-
     def _settle(self) -> None:
         if self.device == "cuda":
             torch.cuda.synchronize()
@@ -219,30 +231,12 @@ def counted(signal: Signal) -> bool:
     return signal.acquisition in ("", ENTROPY, MI) and plain and of_blocks
 
 
-def made_from(kind: str, student: acqcore.Student, samples: Any, **given: Any) -> Any:
-    """The reference object of an acquisition, made from ``samples``."""
-    make: Any = acqcore.epig_reference if kind == EPIG else acqcore.laplace_posterior
-    return make(student, samples, **given)
-
-
-class Small:
-    """A small student: ``rate`` is its calibrated dropout, ``references`` its samples for each kind of reference."""
-
-    student: acqcore.Student
-    rate: float
-    references: Mapping[str, Any]
+class Small(Scorer):
+    """A small student."""
 
     def timed(self, signal: Signal, samples: Any, reduction: Reduction = "mean") -> tuple[torch.Tensor, float]:
         """A signal's values ``[n]``, and seconds."""
-        options = dict(signal.options)
-        if options.get("dropout") == "calibrated":
-            options["dropout"] = self.rate
-        if "reference" in options:
-            kind = options["reference"]
-            options["reference"] = made_from(kind, self.student, self.references[kind])
-        if signal.stochastic and signal.acquisition != EPIG:
-            options["seed"] = 0
-        name = signal.acquisition
+        name, options = signal.acquisition, self.resolved(signal, 0)
         asked = {name: options} if options else None
         begin = time.perf_counter()
         scores = acqcore.score(self.student, samples, name, acquisition_args=asked, reduction=reduction, progress=False)
@@ -253,6 +247,7 @@ class Toy(Small):
     """A student of ``blocks`` blocks, and questions of each kind."""
 
     def __init__(self, blocks: int, seed: int) -> None:
+        super().__init__()
         self.student = acqcore.Student.from_model(toy_student.train(seed, blocks, toy_student.STEPS[blocks]))
         generator = torch.Generator().manual_seed(seed)
         self.ids = torch.cat([toy_student.questions(kind, TOY_QUESTIONS, generator) for kind in toy_student.KINDS])
@@ -289,6 +284,7 @@ class World(Small):
         from acqsynth.world import Settings, base_model
         from benchmarks.bench_signals import SKILLS, TRAPS, messages
 
+        super().__init__()
         settings = Settings(seed=seed, skewed=skewed)
         self.student = acqcore.Student.load(base_model(settings))
         skills = [settings.domain.rows(WORLD_QUESTIONS, seed, skills=[name]) for name in SKILLS]

@@ -96,7 +96,6 @@ class Bench:
     scale: Any
     log: Log
     deadline: float
-    backend: str | None = None
     base: list[torch.Tensor] = field(init=False)  #: weights of the untrained student
 
     def __post_init__(self) -> None:
@@ -140,27 +139,20 @@ def options(description: str, name: str, seeds: int) -> argparse.ArgumentParser:
     add("--data", type=Path, default=real_rows.FOLDER / "intents", help="folder of the intent files")
     add("--out", type=Path, default=Path(f"bench-{name}"), help="folder of the log (default: %(default)s)")
     add("--stage", choices=("all", "tune", "report", "table"), default="all")
-    add("--choices", type=Path, default=None, help="read the choices from this file instead of tuning")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--seconds", type=float, default=float("inf"), help="stop cleanly after this time")
     add("--seeds", type=int, default=seeds, help="seeds of the report (default: %(default)s)")
-    add("--no-graph", action="store_true", help="use plain training steps instead of a CUDA graph")
-    add("--backend", default=None, help="acqcore backend (default: automatic)")
     add("--small", action="store_true", help="tiny sizes, only to test that the code runs")
     return parser
 
 
 def run_stages(
-    arguments: argparse.Namespace,
-    choices: Path,
-    bench: Bench,
-    tune: Callable[[], Any],
-    report: Callable[[], None],
+    arguments: argparse.Namespace, choices: Path, bench: Bench, tune: Callable[[], Any], report: Callable[[], None]
 ) -> None:
     """Runs the stages asked for; ``tune`` returns the choices, a dataclass, and ``report`` reads them from the file."""
     bench.log.add(stage="machine", machine={**harness.machine(), "graph": bench.fitter.captured})
     try:
-        if arguments.choices is None and arguments.stage in ("all", "tune"):
+        if arguments.stage in ("all", "tune"):
             harness.write(choices, {"tuned_on": TUNED_ON, "choices": asdict(tune())})
         if arguments.stage in ("all", "report"):
             report()

@@ -13,7 +13,7 @@ from acqsynth.domains import Sample
 from acqsynth.rewards.reward import ComposedReward
 from acqsynth.rewards.texts import NearCopies
 from benchmarks.pool_data import Message
-from benchmarks.pool_signals import samples as as_rows, trusted
+from benchmarks.pool_signals import influence, samples as as_rows, trusted
 from benchmarks.writer import Draws
 
 if TYPE_CHECKING:
@@ -44,16 +44,12 @@ class StudentSignals:
             return p if name == "agreement" else p * (1 - p)
         rows = self._seed.placed(samples)
         if name == "influence":
-            norms = acqcore.grad_norm(
-                self._student, as_rows(rows), "all", batch_tokens=self._batch_tokens, backend=self._seed.bench.backend
-            )
-            return self._fitter.along(self._seed.warm_rows, rows).cpu() / norms.clamp_min(1e-12)
+            return influence(self._fitter, self._student, self._seed.warm_rows, rows, self._batch_tokens)
         acquisition = name.replace(" ", "_")
         arguments = {acquisition: {**MUTUAL_INFORMATION, "seed": self._seed.number}}
         return acqcore.score(
             self._student, as_rows(rows), acquisition, progress=False, batch_tokens=self._batch_tokens,
             acquisition_args=arguments if acquisition == "mutual_information" else None,
-            backend=self._seed.bench.backend,
         )[acquisition]  # fmt: skip
 
 

@@ -19,8 +19,6 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphin
 myst_enable_extensions = ["colon_fence", "dollarmath", "fieldlist"]
 myst_heading_anchors = 3
 exclude_patterns = ["README.md"]
-# Pages and pictures of evidence are written by machines that have been measured, one after another.
-suppress_warnings = [] if generate.EVIDENCE_COMPLETE else ["myst.xref_missing", "image.not_readable"]
 
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"

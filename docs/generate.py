@@ -25,16 +25,6 @@ EVIDENCE = {
 }
 
 
-def _complete(name: str) -> bool:
-    """Whether the page and its pictures exist."""
-    page = DOCS / f"{name}.md"
-    return page.exists() and all(
-        (DOCS / picture).exists() for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
-    )
-
-
-EVIDENCE_COMPLETE = all(map(_complete, EVIDENCE))
-
 _COST = {
     "RowNeed": "one forward",
     "BatchNeed": "one forward",
@@ -168,18 +158,15 @@ def http() -> str:
 
 
 def evidence() -> str:
-    """Links to the evidence pages; missing pages are listed without a link."""
-    there = [name for name in EVIDENCE if (DOCS / f"{name}.md").exists()]
-    lines = [f"- [{EVIDENCE[name]}](../{name}.md)" for name in there]
-    lines += [f"- {text} *Not written yet.*" for name, text in EVIDENCE.items() if name not in there]
-    hidden = "```{toctree}\n:hidden:\n\n" + "\n".join(f"../{name}" for name in there) + "\n```"
+    """Links to the evidence pages."""
+    lines = [f"- [{text}](../{name}.md)" for name, text in EVIDENCE.items()]
     return _page(
         "Evidence",
         "Measurements, each with its command, machine and number of seeds. Negative results are included. For the "
         "comparison in a synthetic world, whose skills and traps are known, see [What does not work]"
         "(../concepts/what-does-not-work.md).",
         "\n".join(lines),
-        hidden,
+        "```{toctree}\n:hidden:\n\n" + "\n".join(f"../{name}" for name in EVIDENCE) + "\n```",
     )
 
 

@@ -16,6 +16,7 @@ import time
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -87,6 +88,15 @@ def launched(tmp_path):
         return [call[1:] for call in calls if call[0] == "-m"]
 
     return launch
+
+
+def test_benchmarks_find_the_examples_before_a_peers_package_of_that_name(tmp_path):
+    """Opacus installs a package ``examples``, which wins over a folder without ``__init__.py``."""
+    (tmp_path / "examples").mkdir()
+    (tmp_path / "examples" / "__init__.py").touch()
+    found = PathFinder.find_spec("examples", [str(EXAMPLES.parent), str(tmp_path)])
+    assert found is not None
+    assert found.origin == str(EXAMPLES / "__init__.py")
 
 
 def test_score_dataset(example, options):
