@@ -153,10 +153,7 @@ class Seed:
             self._signals.clear()
 
     def _start(self) -> None:
-        bench = self.bench
-        bench.fitter.restore(bench.base)
-        bench.fitter.fit(self.warm_rows, epochs=bench.scale.warm_epochs, rate=self.choices.rate, seed=self.number)
-        self.warm = bench.fitter.weights()
+        self.warm = self.bench.warmed(self.warm_rows, self.choices.rate, self.number)
         self._signals.clear()
 
     def signals(self, pool: str) -> Signals:
@@ -184,10 +181,7 @@ class Seed:
                 rows = rows + self.development
             if choices.start == "anew":
                 rows = rows + self.warm_rows
-            bench.fitter.restore(bench.base if choices.start == "anew" else self.warm)
-            bench.fitter.fit(rows, epochs=choices.epochs, rate=choices.rate, seed=self.number)
-            self._fits[key] = bench.tested(self.test_rows)
-            bench.fitter.restore(self.warm)
+            self._fits[key] = bench.outcome(rows, self.test_rows, choices, self.warm, self.number)
         return self._fits[key]
 
     def chosen(self, pool: str, arm: str) -> list[int]:

@@ -48,44 +48,39 @@ WORLD_SEEDS = (12, 13, 14, 15, 16)  # bench_signals and tuning use seeds up to 1
 SHARED_ROWS = 20  # at a time
 
 
-def measure_real(store: Store, real: Real, names: Sequence[str], seeds: Sequence[int]) -> bool:
-    """Measures every signal in turn for each seed and data set; False if the time ran out."""
-    for pass_, seed, of_set in itertools.product(range(3), seeds, real.rows):
-        for name in names:
-            signal = SIGNALS[name]
-            key = ("real", of_set, name, seed)
-            if signal.pass_ == pass_ and not store.run(key, partial(real.unit, signal, of_set, seed)):
-                return False
-    return True
+def measure_real(store: Store, real: Real, names: Sequence[str], seeds: Sequence[int]) -> None:
+    """Measures every signal in turn for each seed and data set."""
+    for pass_, seed, of_set, name in itertools.product(range(3), seeds, real.rows, names):
+        if SIGNALS[name].pass_ == pass_:
+            store.run(("real", of_set, name, seed), partial(real.unit, SIGNALS[name], of_set, seed))
 
 
-def measure_shared(store: Store, real: Real, names: Sequence[str], seeds: Sequence[int], count: int) -> bool:
+def measure_shared(store: Store, real: Real, names: Sequence[str], seeds: Sequence[int], count: int) -> None:
     """Measures the first rows of every data set before the next, so that a run that times out has equally many of each.
     Short completions are scored all at once: in small batches, overhead would exceed the cost of the products."""
-    for begin, of_set in itertools.product(range(0, count, SHARED_ROWS), real.rows):
+    together = graphs([name for name in names if SIGNALS[name].stochastic])
+    for begin, of_set, (called, of_graph) in itertools.product(
+        range(0, count, SHARED_ROWS), real.rows, together.items()
+    ):
         rows = count if of_set in real_rows.SHORT else SHARED_ROWS
-        if begin % rows:
-            continue
-        for called, together in graphs([name for name in names if SIGNALS[name].stochastic]).items():
-            work = partial(real.shared, together, of_set, slice(begin, begin + rows), seeds)
-            if not store.run(("shared", of_set, begin, called), work):
-                return False
-    return True
+        if begin % rows == 0:
+            work = partial(real.shared, of_graph, of_set, slice(begin, begin + rows), seeds)
+            store.run(("shared", of_set, begin, called), work)
 
 
-def measure_flops(store: Store, real: Real, names: Sequence[str]) -> bool:
+def measure_flops(store: Store, real: Real, names: Sequence[str]) -> None:
     for of_set, name in itertools.product(real.rows, names):
-        signal = SIGNALS[name]
-        if counted(signal) and not store.run(("flops", of_set, name), partial(real.flops, signal, of_set)):
-            return False
-    return True
+        if counted(SIGNALS[name]):
+            store.run(("flops", of_set, name), partial(real.flops, SIGNALS[name], of_set))
 
 
 def measure_small(store: Store, place: tuple[Any, ...], make: Callable[[], Toy | World], names: Sequence[str]) -> bool:
-    """Measures every signal on a small student, which is made if one is missing."""
+    """Measures every signal on a small student, made only if one is missing; False once the time is up."""
     missing = [name for name in names if (*place, name) not in store.units and name not in TOY_SKIPPED]
-    small = make() if missing else None
-    return all(small is not None and store.run((*place, name), partial(small.unit, SIGNALS[name])) for name in missing)
+    if not missing:
+        return True
+    small = make()
+    return all(store.run((*place, name), partial(small.unit, SIGNALS[name])) for name in missing)
 
 
 def main() -> None:

@@ -182,11 +182,7 @@ class Seed:
             self._start()
 
     def _start(self) -> None:
-        """Fits the warm student, starting from the untrained one."""
-        fitter, choices = self.bench.fitter, self.choices
-        fitter.restore(self.bench.base)
-        fitter.fit(self.warm_rows, epochs=self.bench.scale.warm_epochs, rate=choices.rate, seed=self.number)
-        self.warm = fitter.weights()
+        self.warm = self.bench.warmed(self.warm_rows, self.choices.rate, self.number)
 
     def placed(self, samples: Sequence[Sample]) -> Rows:
         """Samples in the student's format."""
@@ -194,16 +190,11 @@ class Seed:
 
     def tested(self, learnt: Sequence[Message]) -> dict[str, float]:
         """Accuracy and loss of a student that learnt ``learnt`` and the seed rows, or of the warm student if ``learnt``
-        is empty. The warm student is restored afterwards."""
-        bench, choices = self.bench, self.choices
-        if learnt:
-            if choices.start == "anew":
-                bench.fitter.restore(bench.base)
-            rows = bench.placed(learnt) + self.warm_rows
-            bench.fitter.fit(rows, epochs=choices.epochs, rate=choices.rate, seed=self.number)
-        found = bench.tested(self.test_rows)
-        bench.fitter.restore(self.warm)
-        return found
+        is empty."""
+        if not learnt:
+            return self.bench.tested(self.test_rows)
+        rows = self.bench.placed(learnt) + self.warm_rows
+        return self.bench.outcome(rows, self.test_rows, self.choices, self.warm, self.number)
 
     # --- writing --------------------------------------------------------------------------------------------------
 

@@ -44,14 +44,17 @@ class Rows:
         return len(self.ids)
 
     def __getitem__(self, index: Any) -> Rows:
-        return Rows(self.ids[index], self.places[index], self.targets[index], self.prompt[index])
+        return Rows(*(x[index] for x in self._columns))
 
     def to(self, device: torch.device | str) -> Rows:
-        return Rows(*(x.to(device) for x in (self.ids, self.places, self.targets, self.prompt)))
+        return Rows(*(x.to(device) for x in self._columns))
 
     def __add__(self, other: Rows) -> Rows:
-        pairs = ((self.ids, other.ids), (self.places, other.places), (self.targets, other.targets))
-        return Rows(*(torch.cat(pair) for pair in (*pairs, (self.prompt, other.prompt))))
+        return Rows(*map(torch.cat, zip(self._columns, other._columns, strict=True)))
+
+    @property
+    def _columns(self) -> tuple[torch.Tensor, ...]:
+        return self.ids, self.places, self.targets, self.prompt
 
 
 def pad(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], length: int, label_length: int) -> Rows:

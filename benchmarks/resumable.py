@@ -108,6 +108,22 @@ class Bench:
         """Accuracy and loss of the current weights."""
         return asdict(self.fitter.test(rows))
 
+    def warmed(self, rows: Rows, rate: float, seed: int) -> list[torch.Tensor]:
+        """The warm student's weights: the untrained one, fitted to ``rows``."""
+        self.fitter.restore(self.base)
+        self.fitter.fit(rows, epochs=self.scale.warm_epochs, rate=rate, seed=seed)
+        return self.fitter.weights()
+
+    def outcome(
+        self, rows: Rows, test: Rows, choices: Any, warm: Sequence[torch.Tensor], seed: int
+    ) -> dict[str, float]:
+        """Accuracy and loss of a student that learnt ``rows``; the warm student is restored afterwards."""
+        self.fitter.restore(self.base if choices.start == "anew" else warm)
+        self.fitter.fit(rows, epochs=choices.epochs, rate=choices.rate, seed=seed)
+        found = self.tested(test)
+        self.fitter.restore(warm)
+        return found
+
     def check_time(self) -> None:
         if time.monotonic() > self.deadline:
             raise Stopped
