@@ -105,31 +105,31 @@ def _parity(content: dict[str, Any]) -> str:
     return "\n\n".join(filter(None, parts))
 
 
+def _by_case(rows: list[Row]) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row["case"], []).append(row)
+    return found
+
+
 def _mission(content: dict[str, Any]) -> str:
-    rows = content.get("mission", [])
     parts = []
-    for case in dict.fromkeys(row["case"] for row in rows):
-        chosen = [row for row in rows if row["case"] == case]
-        measured = [row for row in chosen if "ms" in row]
-        for row in chosen:
-            if case == "device":
-                parts.append(f"{row['peer']}, read and written: {row['rate']:.0f} GB/s")
-        if measured:
+    for case, chosen in _by_case(content.get("mission", [])).items():
+        if case == "device":
+            parts += [f"{row['peer']}, read and written: {row['rate']:.0f} GB/s" for row in chosen]
+        if measured := [row for row in chosen if "ms" in row]:
             unit, accuracy = measured[0]["unit"], measured[0].get("accuracy", "")
             header = ("", "ms", "spread", "product-equivalents" if unit == "TFLOP/s" else "ratio", unit, "extra MiB")
             cells = [
-                (r["peer"], r["ms"], f"{r['spread']:.1%}", f"{r['ratio']:.2f}", r["rate"], r.get("extra_mib"))
-                for r in measured
-            ]
-            errors = [_cell(r.get("error")) for r in measured]
-            title = f"error ({accuracy})" if accuracy else "error"
-            parts += [
-                f"**{case}**",
-                table((*header, title), [(*row, e) for row, e in zip(cells, errors, strict=True)]),
-                _clocks(measured),
-            ]
-        absent = [row for row in chosen if "not_measured" in row]
-        parts += ["\n".join(f"- {row['peer']}: {row['not_measured']}" for row in absent)] if absent else []
+                (
+                    row["peer"], row["ms"], f"{row['spread']:.1%}", f"{row['ratio']:.2f}", row["rate"],
+                    row.get("extra_mib"), row.get("error"),
+                )
+                for row in measured
+            ]  # fmt: skip
+            error = f"error ({accuracy})" if accuracy else "error"
+            parts += [f"**{case}**", table((*header, error), cells), _clocks(measured)]
+        parts.append("\n".join(f"- {row['peer']}: {row['not_measured']}" for row in chosen if "not_measured" in row))
     return "\n\n".join(["### Time", *filter(None, parts)]) if parts else ""
 
 
@@ -146,9 +146,7 @@ def _clocks(rows: list[Row]) -> str:
 
 def _score(content: dict[str, Any]) -> str:
     parts = []
-    rows = content.get("score", [])
-    for case in dict.fromkeys(row["case"] for row in rows):
-        chosen = [row for row in rows if row["case"] == case]
+    for case, chosen in _by_case(content.get("score", [])).items():
         cells = [(r["peer"], r.get("ms", r.get("not_measured")), r.get("ratio"), r.get("spread")) for r in chosen]
         parts += [f"**{case}**", table(("", "ms", "of the trunk", "spread"), cells)]
     return "\n\n".join(["### Whole students", *parts]) if parts else ""
