@@ -309,6 +309,7 @@ def run(bench: Bench, choices: Choices, data: str = REPORTED_ON, seeds: Sequence
 
 def main() -> None:
     parser = resumable.options(__doc__, "pool", len(SEEDS))
+    parser.add_argument("--tuning-seeds", type=int, default=len(TUNING_SEEDS), help="default: %(default)s")
     parser.add_argument("--without", nargs="*", default=[], choices=OPTIONAL, help="arms to leave out")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="dtype of the student's weights (default: bfloat16 on a GPU)"
@@ -318,8 +319,9 @@ def main() -> None:
     choices = arguments.out / "pool-choices.json"
     if arguments.stage != "table":
         bench = _bench(arguments, log)
+        tuning = range(TUNING_SEEDS[0], TUNING_SEEDS[0] + arguments.tuning_seeds)
         resumable.run_stages(
-            arguments, choices, bench, lambda: tune(bench),
+            arguments, choices, bench, lambda: tune(bench, tuning),
             lambda: run(bench, Choices.read(choices), seeds=range(arguments.seeds)),
         )  # fmt: skip
     pool_report.write(log.rows, choices, arguments.out, small=arguments.small)
