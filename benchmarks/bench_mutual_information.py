@@ -57,10 +57,12 @@ def _separation(blocks: int, steps: int, seeds: int) -> dict[str, list[dict[str,
         asked = {kind: toy_student.questions(kind, 256, generator) for kind in toy_student.KINDS}
         for form, options in forms.items():
             name = "entropy" if form == ENTROPY else "mutual_information"
-            given = options if form == ENTROPY or "members" in options else {"draws": 8, **options}
+            if "members" not in options:
+                options = {"draws": 8, **options}
+            given = None if form == ENTROPY else {name: options}
             begin = time.perf_counter()
             values = {
-                kind: acqcore.score(students[0], toy_student.samples(ids), name, acquisition_args={name: given})[name]
+                kind: acqcore.score(students[0], toy_student.samples(ids), name, acquisition_args=given)[name]
                 for kind, ids in asked.items()
             }
             seconds = time.perf_counter() - begin
