@@ -103,6 +103,7 @@ class AcquisitionReward(TrlReward):
         cosine = acquisition == "influence" and (arguments or {}).get("similarity", "cosine") == "cosine"
         self._least = -1.0 if cosine else 0.0  #: the known lower bound of the values
         self._unbounded = acquisition == "epig" or (acquisition == "influence" and not cosine)
+        self._estimated = False  # whether a call has had standard errors
 
     def _reward(self, prompts: Sequence[Any], completions: Sequence[Completion], log: Log) -> list[float | None]:
         if not self._checked_form:
@@ -149,8 +150,10 @@ class AcquisitionReward(TrlReward):
         if n := len(samples):
             metrics = {"parsed": len(parsed) / n, "masked": rewards.count(None) / n}
             metrics |= summary(values, placed(scored.lengths, 0))
-        if (errors := scored.stderr.get(self.acquisition)) is not None:
-            columns["stderr"] = placed(errors)
+        errors = scored.stderr.get(self.acquisition)
+        self._estimated = self._estimated or errors is not None
+        if self._estimated:  # even if a server gave none now: TRL would show those of an earlier call
+            columns["stderr"] = placed(errors or [None] * len(parsed))
             spread = Spread.within(values, columns["stderr"], [prompt_key(prompt) for prompt in prompts])
             if not log.evaluates:
                 self._watch.add({self.acquisition: spread})

@@ -316,16 +316,16 @@ class Guard:
             singly = singly and not isinstance(error, _WrongLengthError)
         found: list[Any] = [None] * len(samples)
         if len(samples) > 1 and isinstance(samples, Batch) and singly:
-            tried = 0
+            tried = failed = 0
             for i in dict.fromkeys((0, len(samples) // 2, len(samples) - 1, *range(len(samples)))):
-                if tried == _TRIES and all(value is None for value in found):
+                if tried == failed == _TRIES:
                     break
                 tried += 1
                 try:
                     [found[i]] = _called(part, function, samples.part([samples[i]]))
                     self._worked.add(part)
                 except Exception:
-                    continue
+                    failed += 1
         if needed and part not in self._worked:
             self._failed[part] += tried
             if self._failed[part] >= _TRIES:

@@ -175,8 +175,6 @@ class Scorer:
 
     def _score(self, samples: Sequence[Any]) -> Scored:
         samples = listed(samples)
-        if not samples:
-            return Scored({name: [] for name in self.acquisitions}, [], {})
         errors: dict[int, str] = {}
         with _scoring:
             student = self._student()

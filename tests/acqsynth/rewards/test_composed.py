@@ -174,6 +174,13 @@ def test_three_bad_samples_do_not_break_a_signal(domain):
     assert reward.score(TEXTS, GROUPS).total == [None, None, None, 10.0, 30.0, 20.0]
 
 
+def test_a_sample_without_a_value_is_not_a_failure(domain):
+    """The first and the last sample fail, the middle one is scored and has no value."""
+    known = {answer: value for answer, value in VALUES.items() if answer not in "05"}
+    reward = plain(domain, Told("a", known | {"3": None}), fusion="raw")
+    assert reward.score(TEXTS, GROUPS).total == [None, VALUES["1"], VALUES["2"], None, VALUES["4"], None]
+
+
 @pytest.mark.parametrize("older", [False, True])
 def test_a_resumed_run_knows_what_has_worked(domain, older):
     state = (reward := plain(domain, Told("a", VALUES))).state_dict()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import logging
 import statistics
@@ -14,6 +15,7 @@ import acqcore
 from acqsynth.parsing import parse_sample
 from acqsynth.rewards import AcquisitionReward, ComposedReward
 from acqsynth.rewards.batch import ENOUGH, Spread
+from acqsynth.rewards.scoring import Scored
 
 GROUPS, MEMBERS = 400, 8
 
@@ -149,6 +151,29 @@ def test_an_acquisition_reward_logs_it(model, tokenizer):
     assert shown[8] is None
     expected = Spread.within(values[:8], stderr, ["p"] * 4 + ["q"] * 4).reliability
     assert metrics["acquisition_mutual_information/reliability"] == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_every_call_logs_the_column_of_standard_errors(model, tokenizer, remote):
+    """Otherwise TRL's table shows those of an earlier call, or has columns of different lengths."""
+    options = {"arguments": {"form": "linear", "probes": 2, "layers": 1}}
+    options |= {"url": "http://scorer:8000"} if remote else {"student": model, "tokenizer": tokenizer}
+    reward = AcquisitionReward(acquisition="mutual_information", **options)
+    if remote:
+        answers = iter([Scored({"mutual_information": [2.0]}, [3], {"mutual_information": [0.5]})])
+
+        async def score(samples, acquisitions, **spec):
+            return next(answers, Scored({"mutual_information": [None] * len(samples)}, [0] * len(samples), {}))
+
+        reward.client.score = score
+    logs = []
+    for completions in ([text(1)], ["broken"]) if remote else (["broken"], [text(1)]):
+        logs.append(columns := {})
+        values = reward(["p"], completions, log_extra=columns.__setitem__)
+        assert (asyncio.run(values) if remote else values)[0] is not None
+    given, broken = logs if remote else reversed(logs)
+    assert broken["acquisition_mutual_information_stderr"] == [None]
+    assert given["acquisition_mutual_information_stderr"][0] > 0
 
 
 def test_an_exact_acquisition_has_none(model, tokenizer):
