@@ -88,4 +88,5 @@ def _scored(scorer: TextScorer, queries: Sequence[str], prompts: Sequence[str], 
         None if response is None else scorer.submit(response, prompt)
         for response, prompt in zip(responses, prompts, strict=True)
     ]
-    return [scorer.masked(names) if future is None else future.result()[0] for future in futures]
+    found = [None if future is None else future.result()[0] for future in futures]
+    return [scored or scorer.masked(names) for scored in found]  # after the results, whose mean masked ones get

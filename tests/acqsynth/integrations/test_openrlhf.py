@@ -108,6 +108,7 @@ def test_a_prompt_that_is_not_there_masks(built, caplog):
         queries = ["something else " + text(4), PROMPT + text(8), None]
         result = checked(reward_func(queries, [PROMPT] * 3, [""] * 3), 3)
     assert result["extra_logs"]["masked"].tolist() == [1, 0, 1]
+    assert result["rewards"].tolist() == [8, 8, 8]  # the mean of this call, wherever a lost query stands
     assert "2 of 3 queries do not contain their prompt" in caplog.text
     assert response_of("a response", "") == "a response"
     assert response_of("a response", "  \n ") is not None
