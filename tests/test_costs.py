@@ -414,7 +414,14 @@ def test_blocks_of_several_kinds_and_long_rows_are_noted(tiny_model, tmp_path, c
             {"acquisitions": "grad_norm", "acquisition_args": '{"grad_norm": {"parameters": "trainable"}}'},
             "'trainable' depends on adapters",
         ),
-        ({"acquisitions": "grad_norm", "acquisition_args": '{"grad_norm": {"parameters": 7}}'}, "expected at most 6"),
+        (
+            {"acquisitions": "grad_norm", "acquisition_args": '{"grad_norm": {"parameters": 7}}'},
+            "parameters: expected at most 6",
+        ),
+        (
+            {"acquisitions": "mutual_information", "acquisition_args": '{"mutual_information": {"layers": 7}}'},
+            "layers: expected at most 6",
+        ),
         (
             {
                 "acquisitions": "mutual_information",

@@ -50,6 +50,14 @@ def test_what_is_wrong_is_told_at_once_or_with_its_chunk(student):
         acqcore.score_stream(student, TEXTS, "entropie")
     with pytest.raises(ValueError, match="'gradient_diversity' compares all samples of a call"):
         acqcore.score_stream(student, TEXTS, ["entropy", "gradient_diversity"])
+    for options, message in (
+        ({"reduction": "median"}, "^reduction: unknown 'median'"),
+        ({"max_length": 1}, "^max_length: expected at least 2"),
+        ({"acquisition_args": {"mutual_information": {"layers": 9}}}, "^layers: expected at most"),
+        ({"drop": True}, "unexpected keyword argument 'drop'"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            acqcore.score_stream(student, iter(TEXTS), "mutual_information", **options)
     stream = acqcore.score_stream(student, [*TEXTS[:5], ""], chunk=4, backend="eager")
     next(stream)
     with pytest.raises(ValueError, match=r"^chunk from sample 4: samples\[1\]: "):

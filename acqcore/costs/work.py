@@ -75,7 +75,9 @@ class Work:
                         f"acquisition_args[{entry.name!r}]: 'trainable' depends on adapters that a configuration does "
                         "not describe; 'all' is an upper bound"
                     )
-        checks.enough_blocks("parameters", work.fewest_blocks, shape.blocks)
+                name = "parameters" if isinstance(need, GradientNeed) else "layers"
+                if isinstance(last := getattr(need, name, None), int):
+                    checks.enough_blocks(name, last, shape.blocks)
         return work
 
     @cached_property

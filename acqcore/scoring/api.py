@@ -171,14 +171,15 @@ def score_stream(
         An iterator of Scores in input order, for ``chunk`` samples each; the last may cover fewer.
 
     Raises:
-        TypeError, ValueError: immediately for student, chunk, acquisitions and errors; for invalid samples when their
-            chunk is read, with the index of its first sample prefixed to the message.
+        TypeError, ValueError, RuntimeError: as :func:`acqcore.score`, immediately; for invalid samples when their chunk
+            is read, with the index of its first sample prefixed to the message.
     """
     chunk = checks.positive_int("chunk", chunk)
     Plan.of(acquisitions, options.get("acquisition_args")).sample_by_sample("use acqcore.score")
     check_errors(errors)
     lists = in_chunks(samples, chunk)
     loaded = as_student(student)
+    score(loaded, [], acquisitions, **{**options, "progress": False})  # raises now what every chunk would raise
 
     def chunks() -> Iterator[Scores]:
         start = 0
