@@ -184,6 +184,12 @@ def test_a_column_of_scores_needs_no_student(choose, tmp_path, capsys, read):
     assert errors[1].endswith("score: expected a finite number, got 'x'")
 
 
+def test_the_mean_of_values_whose_sum_overflows_is_shown(choose, capsys):
+    rows = [{"score": value} for value in (1.5e308, 1.6e308, 1.7e308)]
+    assert main(choose(rows, signal="score", student=None, backend=None, n=2)) == 0
+    assert "1.65e+308" in capsys.readouterr().out
+
+
 def test_arguments_reach_the_signal(choose, student, tmp_path, read):
     given = {"mutual_information": {"layers": 1, "draws": 2, "seed": 3}}
     assert main(choose(ROWS, signal="mutual_information", acquisition_args=json.dumps(given))) == 0

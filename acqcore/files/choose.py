@@ -293,7 +293,7 @@ def _report(options: argparse.Namespace, pool: _Pool, picked: Sequence[int]) -> 
         return
     lines = []
     for name, values in (("chosen", [pool.signal[i] for i in picked]), ("pool", pool.signal)):
-        figures = statistics.fmean(values), min(values), max(values)
+        figures = statistics.mean(values), min(values), max(values)
         lines.append((name, str(len(values)), *(f"{float(figure):.4g}" for figure in figures)))
     print_table(title, (options.signal, "rows", "mean", "min", "max"), lines)
     if options.student is not None:
