@@ -190,6 +190,17 @@ def test_own_dropout_layers(tiny_model, dropped_logits):
         _assert_draws(scores, i, [dropped_logits(model, row, sites, 0.2, k) for k in range(3)])
 
 
+def test_a_branch_that_blocks_share_drops_once_per_call(tiny_model, dropped_logits):
+    model = tiny_model("Llama")
+    first, second = model.model.layers
+    second.mlp = first.mlp
+    sites = [(1, first.self_attn), (3, first.mlp), (4, second.self_attn)]
+    ids = _ids(7, 9)
+    scores = _score(model, ids, draws=3, dropout=0.25)
+    for i, row in enumerate(ids):
+        _assert_draws(scores, i, [dropped_logits(model, row, sites, 0.25, k) for k in range(3)])
+
+
 def test_dropout_that_is_no_module(tiny_model):
     """Attention applies dropout by a function; its module never runs, so it cannot be switched on."""
     model = tiny_model("GPT2", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.3)

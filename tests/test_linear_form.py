@@ -294,6 +294,48 @@ def test_dropout_may_act_on_tokens_folded_into_the_batch(positions, tiny_model):
     torch.testing.assert_close(values[1], values[0], rtol=1e-5, atol=1e-7)
 
 
+class TokensFirst(Dropped):
+    def forward(self, x):
+        return self.dropout(self.inner(x).transpose(0, 1)).transpose(0, 1)
+
+
+@pytest.mark.parametrize("options", [{}, {"draws": 2}])
+def test_dropout_on_tokens_before_samples_is_refused(options, tiny_model):
+    """With as many tokens as rows, the shape alone does not tell them apart."""
+    model = tiny_model("Llama", **SMALL).eval()
+    model.model.layers[0].mlp = TokensFirst(model.model.layers[0].mlp, False)
+    samples = _samples(*[6] * 6) if not options else _samples(6, 6, 6)
+    with pytest.raises(ValueError, match=r"layers: dropout acts on \[B, T, D\] or \[B \* T, D\], got .*\[7, 11, "):
+        acqcore.score(
+            model, samples, "mutual_information",
+            acquisition_args={"mutual_information": {"layers": "own", **options}},
+        )  # fmt: skip
+
+
+class ChangesInput(Dropped):
+    def forward(self, x):
+        y = self.inner(x)
+        doubled = self.dropout(y) * 2  # in evaluation mode, dropout returns its input
+        y.add_(1)
+        return doubled
+
+
+def test_an_activation_that_changes_in_place_is_refused(tiny_model):
+    model = tiny_model("Llama", **SMALL).eval()
+    model.model.layers[0].mlp = ChangesInput(model.model.layers[0].mlp, False)
+    with pytest.raises(ValueError, match="layers: what Dropout returned was changed in place"):
+        _score(model, _samples(9, 5), layers="own")
+
+
+def test_a_weight_that_blocks_share_with_the_head_is_refused(tiny_model):
+    """Its noise would change the logits directly, too."""
+    model = tiny_model("Llama", intermediate_size=24, **SMALL)
+    model.lm_head.weight = model.model.layers[1].mlp.up_proj.weight
+    for call in (acqcore.laplace_posterior, acqcore.epig_reference, partial(_score, posterior="isotropic")):
+        with pytest.raises(ValueError, match=r"layers: the head shares .*up_proj\.weight"):
+            call(model, _samples(12, 10))
+
+
 def test_small_noise_is_what_draws_measure(tiny_model):
     """The linear form is the limit of mutual information under dropout of a small probability, over many draws."""
     model = tiny_model("Llama", initializer_range=0.1, **SMALL)

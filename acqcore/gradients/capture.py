@@ -286,7 +286,7 @@ class Capture:
         if value is None or value.dim() < 2 or value.shape[0] not in (batch, batch * length):
             raise ValueError(f"layers: dropout acts on [{batch}, T, D], got {checks.describe(value)}")
         self._ran_sites += 1
-        receive = partial(self._after_site_backward, module, value.detach())
+        receive = partial(self._after_site_backward, module, value.detach(), value._version)
         return with_first(output, Tap.apply(value, self._leaf, batch, False, receive))
 
     def _tapped_again(self, output: Any) -> Any:
@@ -297,7 +297,11 @@ class Capture:
             return None
         return with_first(output, Tap.apply(value, self._leaf, self._shape[0], False, lambda _: None))
 
-    def _after_site_backward(self, module: nn.Module, value: torch.Tensor, gradient: torch.Tensor) -> None:
+    def _after_site_backward(
+        self, module: nn.Module, value: torch.Tensor, version: int, gradient: torch.Tensor
+    ) -> None:
+        if value._version != version:  # through an alias, such as the input of a dropout layer
+            raise ValueError(f"layers: what {type(module).__name__} returned was changed in place")
         self._reached_site = True
         for taker in self._of_sites:
             taker.add_site(module, value, gradient, self.factor)

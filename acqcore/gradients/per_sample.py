@@ -36,7 +36,7 @@ from acqcore.gradients.measures import (
 )
 from acqcore.gradients.need import GradientNeed, ProbeNeed
 from acqcore.gradients.probe import Probe
-from acqcore.gradients.selection import select_linear, select_parameters, whole_parameters
+from acqcore.gradients.selection import name_of, select_linear, select_parameters, whole_parameters
 from acqcore.head import Head
 from acqcore.literals import Loss
 from acqcore.students.student import Student
@@ -58,6 +58,9 @@ class SampleGradients:
             layers: select_linear(student, layers)
             for layers in dict.fromkeys(need.layers for need in self._probed if need.of != "sites")
         }
+        for selection in self._linear.values():
+            if shared := name_of(head.weight, selection.names):
+                raise ValueError(f"layers: the head shares {shared}, so its noise would also change the logits directly")
         self._sites: dict[ProbeNeed, dict[nn.Module, float]] = {}
         for need in self._probed:
             if need.of == "sites" and need.layers != 0:

@@ -50,15 +50,15 @@ def select_parameters(student: Student, head: Head, parameters: str | int) -> Se
             return Selection(names, None)
         if module is trunk:  # a head passed separately is not part of the module
             for name, value in (("head.weight", head.weight), ("head.bias", head.bias)):
-                if value is not None and _name(value, names) is None:
+                if value is not None and name_of(value, names) is None:
                     names[value] = name
         if parameters == "trainable":
             names = {p: name for p, name in names.items() if p.requires_grad}
         if not names:
             raise ValueError(f"parameters: {parameters!r}: no parameter of the student has requires_grad=True")
         checks.differentiable(names)
-        weight = _name(head.weight, names)
-        bias = None if head.bias is None else _name(head.bias, names)
+        weight = name_of(head.weight, names)
+        bias = None if head.bias is None else name_of(head.bias, names)
         if head.bias is not None and (weight is None) != (bias is None):
             alone, other = (weight, "bias") if bias is None else (bias, "weight")
             raise ValueError(f"parameters: no rule covers {alone} without the head's {other}")
@@ -129,7 +129,7 @@ def _names_of(module: nn.Module) -> dict[torch.Tensor, str]:
     return {p: name.replace("_orig_mod.", "") for name, p in runnable(module).named_parameters()}
 
 
-def _name(value: torch.Tensor, names: Mapping[torch.Tensor, str]) -> str | None:
+def name_of(value: torch.Tensor, names: Mapping[torch.Tensor, str]) -> str | None:
     """Name of the parameter that shares memory with ``value``; ``value`` may omit its last rows."""
     for parameter, name in names.items():
         alike = parameter.dim() == value.dim() and parameter.shape[1:] == value.shape[1:]

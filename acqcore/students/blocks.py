@@ -34,7 +34,7 @@ class _Known:
     blocks: list[str]
     branches: list[list[str]] | None = None
     scales: tuple[int, ...] = ()  # of the blocks when the branches were found
-    skips: dict[int, tuple[tuple[Any, ...], bool]] = field(default_factory=dict)  # alterations at that time, verdict
+    verdicts: dict[Any, tuple[tuple[Any, ...], bool]] = field(default_factory=dict)  # alterations at that time, verdict
 
 
 # Cached per model, so that a reward called with the model at each step pays for the search once.
@@ -58,14 +58,13 @@ def branches_of(model: nn.Module, forward: Callable[[], Any]) -> list[list[nn.Mo
     return [[model.get_submodule(name) for name in of_block] for of_block in known.branches]
 
 
-def skippable(model: nn.Module, count: int, forward: Callable[[], Any], check: Callable[[], bool]) -> bool:
-    """Whether the first ``count`` modules that draws share may return stored outputs. ``check`` decides; its verdict is
-    kept until the model is altered or a gate opens."""
+def verdict(model: nn.Module, question: Any, forward: Callable[[], Any], check: Callable[[], bool]) -> bool:
+    """The verdict of ``check`` on a ``question`` (hashable), kept until the model is altered or a gate opens."""
     known = _known(model, forward)
     state = (*altered(model), *_scales(blocks_of(model, forward)))
-    if count not in known.skips or known.skips[count][0] != state:
-        known.skips[count] = state, check()
-    return known.skips[count][1]
+    if question not in known.verdicts or known.verdicts[question][0] != state:
+        known.verdicts[question] = state, check()
+    return known.verdicts[question][1]
 
 
 def _known(model: nn.Module, forward: Callable[[], Any]) -> _Known:

@@ -15,7 +15,7 @@ import torch
 from acqcore import checks
 from acqcore.defaults import ProcessSetting, standard_defaults
 from acqcore.head import Head
-from acqcore.students.blocks import blocks_of, branches_of, skippable
+from acqcore.students.blocks import blocks_of, branches_of, verdict
 from acqcore.students.causal_lm import CausalLM, innermost
 from acqcore.students.loading import check_request, load_model, load_tokenizer
 from acqcore.students.packing import Lengths
@@ -198,12 +198,11 @@ class Student:
         with self.alone():
             return [] if self._module is None else branches_of(self._module, self._few_tokens)
 
-    def may_skip(self, count: int, check: Callable[[], bool]) -> bool:
-        """Whether the first ``count`` modules that draws share may return stored outputs; ``check`` decides, once
-        until the model is altered."""
+    def verdict(self, question: Any, check: Callable[[], bool]) -> bool:
+        """The verdict of ``check`` on a ``question`` (hashable), which is asked once until the model is altered."""
         assert self._module is not None
         with self.alone():
-            return skippable(self._module, count, self._few_tokens, check)
+            return verdict(self._module, question, self._few_tokens, check)
 
     def _few_tokens(self) -> None:
         """A forward without gradients that visits every block."""

@@ -49,7 +49,7 @@ class DropoutSites:
             active = tuple((site, module, module.p) for site, module in enumerate(own, 1) if module.p > 0)
             if not active:
                 raise ValueError("layers: 'own' needs a student with dropout layers of p > 0, this one has none")
-            return cls(active, ())
+            return cls(active, ())._checked(student, layers)
         blocks = student.blocks
         checks.some_blocks(len(blocks))
         count = len(blocks) if layers == "all" else layers
@@ -57,9 +57,35 @@ class DropoutSites:
         checks.enough_blocks("layers", count, len(blocks))
         first = len(blocks) - count
         of_blocks = [(i, branch) for i, branches in enumerate(student.branches) for branch in branches]
-        sites = [(number, branch, dropout) for number, (i, branch) in enumerate(of_blocks, 1) if i >= first]
+        # By module, as blocks may share one.
+        numbers = {branch: number for number, (i, branch) in enumerate(of_blocks, 1) if i >= first}
+        sites = tuple((number, branch, dropout) for branch, number in numbers.items())
         shared = (*blocks[:first], sites[0][1]) if first else ()  # one branch alone is not worth another forward
-        return cls(tuple(sites), shared)
+        return cls(sites, shared)._checked(student, layers)
+
+    def _checked(self, student: Student, layers: Layers) -> DropoutSites:
+        """Raise ValueError if a site's output does not hold samples first: with as many tokens or heads as samples, it
+        would look as if it did."""
+        batch, length = 11, min(7, student.max_length or 7)  # unlikely numbers of heads
+
+        def check(module: nn.Module, arguments: Any, output: Any) -> None:
+            value = first_tensor(output)
+            if value is None or value.shape[:1] not in ((batch,), (batch * length,)):
+                raise ValueError(
+                    f"layers: dropout acts on [B, T, D] or [B * T, D], got {checks.describe(value)} from "
+                    f"{type(module).__name__} for {batch} samples of {length} tokens"
+                )
+
+        def run() -> bool:
+            ids = torch.arange(batch * length, device=student.device).view(batch, length) % student._vocab_size
+            with ExitStack() as stack, student.scoring(), torch.inference_mode(False):
+                for _, module, _ in self.sites:
+                    stack.callback(module.register_forward_hook(check).remove)
+                student.hidden(ids)
+            return True
+
+        student.verdict(("samples first", layers), run)
+        return self
 
 
 class TrunkDraws:
@@ -79,7 +105,7 @@ class TrunkDraws:
         self._shared: tuple[nn.Module, ...] = ()
         # Ranks that run forwards together skip nothing: another rank may be running all blocks.
         shared, alone = found.shared, not student.forwards_are_collective
-        if shared and alone and student.may_skip(len(shared), lambda: self._skipping(shared)):
+        if shared and alone and student.verdict(("skips", len(shared)), lambda: self._skipping(shared)):
             self._shared = shared
 
     def _skipping(self, shared: tuple[nn.Module, ...]) -> bool:
