@@ -190,6 +190,18 @@ def test_own_dropout_layers(tiny_model, dropped_logits):
         _assert_draws(scores, i, [dropped_logits(model, row, sites, 0.2, k) for k in range(3)])
 
 
+@pytest.mark.parametrize("layers", [1, "all"])
+def test_draws_of_a_model_whose_rows_affect_each_other(layers, tiny_model, dropped_logits):
+    model = tiny_model("Llama")
+    model.model.norm.register_forward_hook(lambda module, args, hidden: hidden / (1 + hidden.abs().amax()))
+    sites = [(1, model.model.layers[0].self_attn), (2, model.model.layers[0].mlp)] if layers == "all" else []
+    sites += [(3, model.model.layers[1].self_attn), (4, model.model.layers[1].mlp)]
+    ids = _ids(7, 7, 9)
+    scores = _score(model, ids, layers=layers, draws=3, dropout=0.25)
+    for i, row in enumerate(ids):
+        _assert_draws(scores, i, [dropped_logits(model, row, sites, 0.25, k) for k in range(3)])
+
+
 def test_a_branch_that_blocks_share_drops_once_per_call(tiny_model, dropped_logits):
     model = tiny_model("Llama")
     first, second = model.model.layers

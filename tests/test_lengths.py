@@ -122,7 +122,7 @@ class Quantised(nn.Module):
         return (hidden / scale).round() * scale
 
 
-@pytest.mark.parametrize("lengths", [(12, 24, 5, 24), (24, 24, 24)])
+@pytest.mark.parametrize("lengths", [(12, 24, 5, 24), (24, 24, 24), (6, 4, 5)])
 @pytest.mark.parametrize(
     "trunk",
     [

@@ -60,7 +60,7 @@ class SampleGradients:
         }
         for selection in self._linear.values():
             if shared := name_of(head.weight, selection.names):
-                raise ValueError(f"layers: the head shares {shared}, so its noise would also change the logits directly")
+                raise ValueError(f"layers: the head shares {shared}, so its noise would change the logits, too")
         self._sites: dict[ProbeNeed, dict[nn.Module, float]] = {}
         for need in self._probed:
             if need.of == "sites" and need.layers != 0:

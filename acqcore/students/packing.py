@@ -29,7 +29,7 @@ OVERHEAD_TOKENS = {"cpu": 64, "cuda": 2048}
 #: Config entries that hold the length above which rope frequencies change.
 LIMITS = ("original_max_position_embeddings", "max_position_embeddings")
 
-#: Tokens of the test row, which is run alone and padded beside another.
+#: Most tokens of the test row, which is run alone and padded beside another.
 SHORT = 6
 
 #: Largest allowed difference between the two runs, relative to the largest hidden state.
@@ -143,18 +143,18 @@ class Lengths:
         are the same. If its hidden states differ, in half precision also those of a second row, samples do not share
         batches. If rope changes with the length, the padded row ends where the short one's frequencies do."""
         longest = min([longest, *(limit for limit, _ in self._breaks)])
-        if self._alone or longest <= SHORT:
+        if self._alone:
             return
         state = altered(self._key) if isinstance(self._key, nn.Module) else ()
         known, checked = _CHECKED.get(self._key, (state, 0))
         if known == state and longest <= checked:
             return
-        ids = torch.arange(longest)
+        ids, short = torch.arange(longest), min(SHORT, longest - longest // 3)
         for start in (vocab_size // 2, vocab_size // 3):  # ordinary tokens: special ones can amplify rounding
-            row = (start + torch.arange(SHORT) % 4) % vocab_size
+            row = (start + torch.arange(short) % 4) % vocab_size
             other = torch.where(ids % 3 == 0, ids, start + ids % 4) % vocab_size
             alone = hidden(row[None])[0].double()
-            beside = hidden(torch.stack([other, nn.functional.pad(row, (0, longest - SHORT))]))[1, :SHORT]
+            beside = hidden(torch.stack([other, nn.functional.pad(row, (0, longest - short))]))[1, :short]
             error = (beside.double() - alone).abs().max()
             self._alone = not bool(error <= TOLERANCE.get(beside.dtype, 0.1) * alone.abs().max())
             if not self._alone or beside.dtype not in (torch.float16, torch.bfloat16):

@@ -66,7 +66,7 @@ class DropoutSites:
     def _checked(self, student: Student, layers: Layers) -> DropoutSites:
         """Raise ValueError if a site's output does not hold samples first: with as many tokens or heads as samples, it
         would look as if it did."""
-        batch, length = 11, min(7, student.max_length or 7)  # unlikely numbers of heads
+        batch, length = 7, min(5, student.max_length or 5)  # unlikely numbers of heads
 
         def check(module: nn.Module, arguments: Any, output: Any) -> None:
             value = first_tensor(output)
@@ -112,11 +112,11 @@ class TrunkDraws:
         """Whether stored outputs can replace these modules; False if a later one reads more of them than that."""
         ids = torch.arange(8, device=self._student.device).view(2, 4) % 4
         trial = copy.copy(self)
-        trial._shared, trial._sites, trial._draws = shared, (), 2  # all tensors that go on must be repeated
+        trial._shared, trial._sites = shared, ()
         with self._student.scoring(), torch.inference_mode(False):
             expected = self._student.hidden(ids)
             try:
-                found = trial._hidden(ids, ids[:, 0])
+                found = trial._hidden(ids, ids[:, 0], range(2))  # all tensors that go on must be repeated
             except (RuntimeError, LookupError, TypeError, ValueError, AttributeError):
                 return False
         error = (found.double() - expected.double()).abs().max()
@@ -130,8 +130,11 @@ class TrunkDraws:
         """Final hidden states ``[K, B, T, D]``."""
         input_ids = input_ids.to(self._student.device)
         self._dropped = 0
+        first, second = self._student.length_groups([input_ids.shape[1]] * 2)
+        # Rows that may not share a forward with others may not with their own draws either.
+        parts = [range(self._draws)] if first == second else [range(k, k + 1) for k in range(self._draws)]
         with self._student.scoring():
-            hidden = self._hidden(input_ids, samples)
+            hidden = torch.cat([self._hidden(input_ids, samples, draws) for draws in parts])
         if not self._dropped:
             raise ValueError("layers: the student's forward went through none of the modules that dropout acts on")
         return hidden
@@ -140,20 +143,22 @@ class TrunkDraws:
         self,
         input_ids: torch.Tensor,  # [B, T]
         samples: torch.Tensor,  # [B]
+        draws: range,
     ) -> torch.Tensor:
-        expanded = input_ids.repeat(self._draws, 1)  # [K * B, T]
+        expanded = input_ids.repeat(len(draws), 1)  # [k * B, T]
         with ExitStack() as stack:
-            for module, output in self._stored(input_ids).items():
+            for module, output in self._stored(input_ids, len(draws)).items():
                 stack.enter_context(replaced_forward(module, lambda *_, given=output, **__: given))
             for site, module, p in self._sites:
-                drop = partial(self._after_site, site=site, p=p, samples=samples)
+                drop = partial(self._after_site, site=site, p=p, samples=samples, draws=draws)
                 stack.callback(module.register_forward_hook(drop).remove)
             hidden = self._student.hidden(expanded)
-        return hidden.unflatten(0, (self._draws, len(input_ids)))
+        return hidden.unflatten(0, (len(draws), len(input_ids)))
 
     def _stored(
         self,
         input_ids: torch.Tensor,  # [B, T]
+        draws: int,
     ) -> dict[nn.Module, Any]:
         """Outputs of the shared modules from one forward that ends there, repeated for each draw. Blocks all return
         that of the last one."""
@@ -166,7 +171,7 @@ class TrunkDraws:
             value = first_tensor(output)
             if value is None or value.shape[:2] != input_ids.shape:
                 raise ValueError(f"layers: expected a block to return [B, T, ...], got {checks.describe(value)}")
-            found[module] = with_first(output, value.repeat(self._draws, *[1] * (value.dim() - 1)))
+            found[module] = with_first(output, value.repeat(draws, *[1] * (value.dim() - 1)))
             if module is branch:
                 raise _Found
 
@@ -181,17 +186,18 @@ class TrunkDraws:
         self,
         module: nn.Module,
         arguments: Any,
-        output: Any,  # or its first tensor: [K * B, T, D], [K * B * T, D]
+        output: Any,  # or its first tensor: [k * B, T, D], [k * B * T, D]
         *,
         site: int,
         p: float,
         samples: torch.Tensor,  # [B]
+        draws: range,  # k of the K draws
     ) -> Any:
         """A site's output with the draws' dropout applied."""
         value = first_tensor(output)
         if value is None:
             raise ValueError(f"layers: dropout acts on a tensor, {type(module).__name__} returns none")
-        rows = self._draws * len(samples)
+        rows = len(draws) * len(samples)
         columns = value.shape[-1]
         # Some models flatten the tokens before their MLP.
         if value.shape[0] % rows or value.dim() != (3 if value.shape[0] == rows else 2):
@@ -205,7 +211,7 @@ class TrunkDraws:
         backend = select_backend(self._backend, value.device, (value.dtype,), "dropout_mask", shape)
         keep = torch.empty((self._draws, *shape), dtype=torch.bool, device=value.device)
         backend.dropout_mask(dropout, site, keep)
-        return with_first(output, value.where(keep.view(value.shape), 0).div_(1 - p))
+        return with_first(output, value.where(keep[draws.start : draws.stop].view(value.shape), 0).div_(1 - p))
 
 
 class _Found(Exception):  # noqa: N818
