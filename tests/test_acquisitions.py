@@ -71,7 +71,7 @@ def test_a_known_uniform_row():
 def test_norms_against_their_references(name, implementation):
     case = random_case(13, 24, 97, std=2.0)
     exact = case.to(torch.float64)
-    student = acqcore.Student(lambda ids: case.hidden[ids], case.head)
+    student = acqcore.Student(lambda ids: case.hidden[ids % 13], case.head)
     samples = [torch.tensor([3, 5]), torch.tensor([0, 1, 2, 2, 9, 12]), torch.tensor([7, 7, 8, 12, 4])]
     rows = [acqcore.Row(ids, torch.cat([torch.tensor([-100]), ids[1:]])) for ids in samples]
 
