@@ -106,21 +106,29 @@ def _gradient_case(name: str, dtype: torch.dtype, device: str) -> tuple[Case, to
 GRADIENT_CASES = ("128 tokens", "32 tokens", "odd", "everything", "300 tokens", "longer than deep")
 
 
-def gradient(op: str, name: str, backend: str, dtype: torch.dtype, device: str, oracle: str | None = None) -> float:
-    """Largest error of a norm, gradient or sketch relative to its bound; ``oracle`` is the device of float64."""
+def gradients(
+    op: str, name: str, backend: str, dtype: torch.dtype, device: str, oracle: str | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Norms ``[B, 1]``, gradients or sketches of a backend and of float64 on the device ``oracle``, in scored rows."""
     case, offsets = _gradient_case(name, dtype, device)
     exact, exact_offsets = case.to(torch.float64, oracle or device), offsets.to(oracle or device)
     got = _calls(case, offsets, backend)[op]().to(exact_offsets.device, torch.float64)
     expected = _calls(exact, exact_offsets, "eager")[op]()
     if op == "head_grad_norm":
-        got, expected = got[:, None], expected[:, None]
-    error = (got - expected).norm(dim=-1) / expected.norm(dim=-1)
+        return got[:, None], expected[:, None]
     if op in ("hidden_grad", "fisher_grad"):
         assert exact.targets is not None
         ignored = exact.targets == -100
         if got[..., ignored, :].any():
             raise AssertionError("ignored rows have a gradient")
-        error = error[..., ~ignored]
+        return got[..., ~ignored, :], expected[..., ~ignored, :]
+    return got, expected
+
+
+def gradient(op: str, name: str, backend: str, dtype: torch.dtype, device: str) -> float:
+    """Largest error of a norm, gradient or sketch relative to its bound."""
+    got, expected = gradients(op, name, backend, dtype, device)
+    error = (got - expected).norm(dim=-1) / expected.norm(dim=-1)
     return float(error.max()) / BOUNDS[op][dtype != torch.float32]
 
 
