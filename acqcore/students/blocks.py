@@ -59,8 +59,8 @@ def branches_of(model: nn.Module, forward: Callable[[], Any]) -> list[list[nn.Mo
 
 
 def verdict(model: nn.Module, question: Any, forward: Callable[[], Any], check: Callable[[], bool]) -> bool:
-    """The verdict of ``check`` on a ``question`` (hashable), kept until the model is altered or :func:`branches_of` finds
-    that a gate opened."""
+    """The verdict of ``check`` on a ``question`` (hashable), kept until the model is altered or, for
+    :func:`branches_of`, a gate opens."""
     known = _known(model, forward)
     state = (*altered(model), *known.scales)
     if question not in known.verdicts or known.verdicts[question][0] != state:
