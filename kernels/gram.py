@@ -16,8 +16,7 @@ reproducible and do not depend on the batch.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+from bisect import bisect_left
 from dataclasses import dataclass
 
 import torch
@@ -27,10 +26,9 @@ import triton.language as tl
 from acqcore.kept import kept, on_device
 from acqcore.kernels.config import GramTiles
 from acqcore.kernels.fold import INV_SCALE, LOG2E, LOWEST, empty_state, fold, merge, store_state
+from acqcore.kernels.packing import BLOCK, pack, slot_table
 from acqcore.kernels.product import GATHER_TILE, TABLES, Product, empty_rows, logit_tile, place
 
-#: Slots per block, and maximum rows of a sample.
-BLOCK = 128
 #: Scratch memory of a call: Gram matrices, split states and packed hidden states of the blocks in flight.
 SCRATCH_BYTES = 60 << 20
 #: Rows of the Gram matrix per program of ``merge_grams``.
@@ -240,26 +238,6 @@ def relative(top, new_top):
     return tl.exp2(d * LOG2E)
 
 
-def pack(lengths: Sequence[int]) -> list[list[int]]:
-    """Sample numbers of each block; blocks are filled one by one with the longest sample that still fits."""
-    numbers: dict[int, list[int]] = {}
-    for i, length in enumerate(lengths):
-        numbers.setdefault(length, []).append(i)
-    kinds = sorted(numbers, reverse=True)
-    blocks = []
-    while kinds:
-        block: list[int] = []
-        room = BLOCK
-        for length in kinds:
-            count = room // length
-            block += numbers[length][:count]
-            room -= length * len(numbers[length][:count])
-            numbers[length] = numbers[length][count:]
-        kinds = [length for length in kinds if numbers[length]]
-        blocks.append(block)
-    return blocks
-
-
 def row_stats_and_grams(
     product: Product,  # in GramTiles
     hidden: torch.Tensor,  # [N, D] float32, bfloat16 or float16
@@ -302,41 +280,21 @@ def parts(
     device: torch.device,
 ) -> tuple[Part, ...]:
     """Pack the samples into blocks, and the blocks into parts of nearly equal length."""
-    blocks = pack([end - begin for begin, end in bounds])
+    first_slots, blocks = pack([end - begin for begin, end in bounds])
     if not blocks:
         return ()
-    slots, samples = (on_device(table, device) for table in tables(blocks, bounds, starts))
-    at_once = triton.cdiv(len(blocks), triton.cdiv(len(blocks), most))
+    rows, _, firsts, lasts = slot_table(first_slots, blocks, bounds)
+    slots = on_device(torch.stack([rows, firsts, lasts]).int(), device)
+    in_order = sorted(zip(first_slots, (end - begin for begin, end in bounds), starts, strict=True))
+    samples = on_device(torch.tensor(in_order).T, device)
+    at_once = triton.cdiv(blocks, triton.cdiv(blocks, most))
     found, done = [], 0
-    for first in range(0, len(blocks), at_once):
-        own = blocks[first : first + at_once]
-        count = sum(map(len, own))
-        of_part = slots[:, first * BLOCK : (first + len(own)) * BLOCK].contiguous()
-        found.append(Part(of_part, samples[:, done : done + count].contiguous(), first * BLOCK))
-        done += count
+    for first in range(0, blocks * BLOCK, at_once * BLOCK):
+        last = min(first + at_once * BLOCK, blocks * BLOCK)
+        end = bisect_left(in_order, (last,))
+        found.append(Part(slots[:, first:last].contiguous(), samples[:, done:end].contiguous(), first))
+        done = end
     return tuple(found)
-
-
-def tables(
-    blocks: Sequence[Sequence[int]],  # samples of each block
-    bounds: Sequence[tuple[int, int]],
-    starts: Sequence[int],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``slots [3, n]`` int32 for :func:`gather_slots` and ``samples [3, samples]`` int64 for :func:`merge_grams`."""
-    order = torch.tensor(list(itertools.chain.from_iterable(blocks)))
-    begins, ends = torch.tensor(list(itertools.chain.from_iterable(bounds))).view(-1, 2)[order].T
-    lengths = ends - begins
-    before = lengths.cumsum(0) - lengths
-    counts = torch.tensor([len(block) for block in blocks])
-    block = torch.arange(len(blocks)).repeat_interleave(counts)
-    first = before - before[counts.cumsum(0) - counts][block]  # slot in the block
-    within = torch.arange(int(lengths.sum())) - before.repeat_interleave(lengths)
-    at = (block * BLOCK + first).repeat_interleave(lengths) + within
-    slots = torch.full((3, len(blocks) * BLOCK), -1)
-    slots[0, at] = begins.repeat_interleave(lengths) + within
-    slots[1, at] = first.repeat_interleave(lengths)
-    slots[2, at] = (first + lengths - 1).repeat_interleave(lengths)
-    return slots.int(), torch.stack([block * BLOCK + first, lengths, torch.tensor(starts)[order]])
 
 
 def _chunk(

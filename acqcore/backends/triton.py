@@ -24,6 +24,7 @@ from acqcore.backends.chunked import Chunked
 from acqcore.backends.extension import constant_when_compiled
 from acqcore.head import Head
 from acqcore.kept import on_device
+from acqcore.kernels.packing import BLOCK, gaps
 from acqcore.philox import threshold
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ class Triton(Chunked):
         return f"sm_{major}{minor}"
 
     def row_stats(self, rows: HeadRows, gram: Gram | None = None) -> None:
-        from acqcore.kernels.gram import BLOCK, row_stats_and_grams
+        from acqcore.kernels.gram import row_stats_and_grams
         from acqcore.kernels.row_stats import row_stats
 
         of_grams, of_rows = _products(rows.hidden, rows.head, rows.temperature, "gram", "row_stats")
@@ -83,7 +84,7 @@ class Triton(Chunked):
                     of_grams, rows.hidden, rows.targets, short.bounds, short.starts, rows.state, rows.index,
                     short.products,
                 )  # fmt: skip
-            for begin, end in _gaps(() if short is None else short.bounds, len(rows.hidden)):
+            for begin, end in gaps(() if short is None else short.bounds, len(rows.hidden)):
                 part = slice(begin, end)
                 targets = None if rows.targets is None else rows.targets[part]
                 row_stats(of_rows, rows.hidden[part], targets, rows.state, rows.index, begin)
@@ -108,8 +109,6 @@ class Triton(Chunked):
                 )  # fmt: skip
 
     def longest_gram(self, depth: int) -> int:
-        from acqcore.kernels.gram import BLOCK
-
         return BLOCK
 
     def gram_norm(
@@ -309,12 +308,6 @@ def _take(rows: HeadRows, bounds: Sequence[tuple[int, int]]) -> HeadRows:
         rows, hidden=rows.hidden[part], targets=rows.targets[part].contiguous(), state=rows.state[:, part].contiguous(),
         index=rows.index[part],
     )  # fmt: skip
-
-
-def _gaps(bounds: tuple[tuple[int, int], ...], n: int) -> list[tuple[int, int]]:
-    """Ranges ``[begin, end)`` of the ``n`` rows outside all samples."""
-    edges = [0, *itertools.chain.from_iterable(sorted(bounds)), n]
-    return [(begin, end) for begin, end in zip(edges[::2], edges[1::2], strict=True) if begin < end]
 
 
 @constant_when_compiled

@@ -12,7 +12,7 @@ import torch
 from acqcore.backends import eager
 from acqcore.backends.base import Gram, HeadRows
 from acqcore.head import Head
-from acqcore.kernels import gram, gram_norm
+from acqcore.kernels import gram, gram_norm, packing
 from acqcore.kernels.config import GramTiles
 from acqcore.kernels.product import Product
 from acqcore.row_stats import RowStats
@@ -202,11 +202,15 @@ def test_descriptors_read_what_pointers_read(depth):
 def test_packing():
     """Blocks have whole samples and at most 128 rows each, and are no more than first fit would open."""
     lengths = [1, 128, 64, 65, 63, 3, 60, 128, 2]
-    blocks = gram.pack(lengths)
-    assert sorted(i for block in blocks for i in block) == list(range(9))
-    assert all(sum(lengths[i] for i in block) <= 128 for block in blocks)
-    assert len(blocks) == 5
-    assert gram.pack([1] * 300) == [[*range(128)], [*range(128, 256)], [*range(256, 300)]]
+    first_slots, blocks = packing.pack(lengths)
+    slots = [slot for first, length in zip(first_slots, lengths, strict=True) for slot in range(first, first + length)]
+    assert len(set(slots)) == sum(lengths)
+    assert all(first // 128 == (first + n - 1) // 128 for first, n in zip(first_slots, lengths, strict=True))
+    assert blocks == 5
+    assert max(slots) < 5 * 128
+    assert packing.pack([1] * 300) == ([*range(300)], 3)
+    assert packing.pack([0, 128, 0]) == ([0, 0, 0], 1)
+    assert packing.pack([]) == ([], 0)
 
 
 @pytest.mark.parametrize(
