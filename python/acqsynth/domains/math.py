@@ -136,7 +136,8 @@ class Math(Domain):
         return found.form + (unit if unit == "%" else f" {unit}" if unit else "")
 
     def equivalent(self, gold: Sequence[Sample], answers: Sequence[str | None]) -> list[bool]:
-        r"""Whether canonical forms are equal, or math-verify finds equality (numbers to six decimals) and units agree.
+        r"""Whether canonical forms are equal, or math-verify finds equality (numbers to six decimals, and within a
+        relative 5e-5) and units agree.
 
         Of a true equation without variables, such as ``3 + 4 = 7``, the last side counts, which may be rounded to its
         decimals; a false one equals nothing. Of ``200/3 \approx 67``, the first side counts as well.

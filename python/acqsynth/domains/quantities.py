@@ -19,11 +19,14 @@ _LATEX_FRACTION = re.compile(r"([-+]?)\s*(\d*)\s*\\frac\{(\d+)\}\{(\d+)\}")
 _LITERAL = re.compile(r"0(?:[xX][0-9A-Fa-f]+|[oO][0-7]+|[bB][01]+)")
 # Arguments of one character need no braces in LaTeX.
 _FIRST_ARGUMENT = re.compile(r"\\(frac|sqrt)(?:\s*(\d)|\s+([A-Za-z]))")
-_SECOND_ARGUMENT = re.compile(r"\\frac(\{[^{}]*\})\s*([0-9A-Za-z])")
-_LAYOUT = re.compile(r"\\left(?![A-Za-z])|\\right(?![A-Za-z])|\\[!,;:]|~")
+_SECOND_ARGUMENT = re.compile(r"\\frac(\{(?:[^{}]|\{[^{}]*\})*+\})\s*([0-9A-Za-z])")
+_LAYOUT = re.compile(r"\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])|\\[!,;:]|~")
+_GAP = re.compile(r"(?<!\\)\\ |\\q?quad(?![A-Za-z])|(?<=\d)(?:\\[,;:]|~)(?=\s*\d)")  # "\\\\ " ends a row
 _DOLLARS = re.compile(r"(?<!\\)\$((?:[^$\\]|\\.)++)\$(?![\d.])")
 _ROOT = re.compile(r"√\s*([\d.]*\d|[A-Za-z]|\([^()]*\))")
 _DEGREE = re.compile(r"\^\{?\\circ\}?|\\degree(?![A-Za-z])|°")
+_ANGLE = re.compile(rf"([\d.]*\d|\\?[A-Za-z]+|\([^()]*\)|\{{[^{{}}]*\}})\s*(?:{_DEGREE.pattern})")
+_OF_ANGLES = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
 _CURRENCY = re.compile(r"^([-+]?)\s*(?:US)?(\\?\$|[€£¥₹])\s*([-+]?)(?=[\d.])")
 _CURRENCY_LAST = re.compile(r"(?<=\d)\s*(\\?\$|[€£¥₹¢])$")
 _SCIENTIFIC = re.compile(
@@ -33,25 +36,29 @@ _RECURRING = re.compile(r"([-+]?)(\d*)\.(\d*)(?:\\(?:overline|bar|dot)\{(\d+)\}|
 _MODULO = re.compile(r"\(?\\?[pb]?mod(?:ulo)?(?![A-Za-z])\s*\{?(\d+|[A-Za-z])\}?\)?")
 _COMPARED = re.compile(r"\\([lg]e)q?(?:slant)?(?![A-Za-z])")
 _FUNCTION = re.compile(
-    r"(?<![\\A-Za-z])(pi(?![A-Za-z])|(?:(?:arc)?(?:sin|cos|tan)|cot|csc|ln|log)(?=\s*(?:[(\\{^\d]|[A-Za-z](?![A-Za-z]))))"
+    r"(?<![\\A-Za-z])(pi(?![A-Za-z])|(?:(?:arc)?(?:sin|cos|tan)|cot|csc|ln|log)(?=\s*(?:[(\\{^_\d]|[A-Za-z](?![A-Za-z]))))"
 )
-_EXPONENT = re.compile(r"\^\(([^()]*)\)")
+_EXPONENT = re.compile(r"\^(?:\(([^()]*)\)|\s*(-\s*(?:[\d.]*\d|[A-Za-z]))(?!\s*\^))")
 _BUILDER = re.compile(r"\\\{\s*([A-Za-z])\s*(?:\\mid|[:|])\s*(.*(?<![A-Za-z])\1(?![A-Za-z]).*)\\\}")
 _REALS = re.compile(r"(?:[A-Za-z]\s*\\in\s*)?\\mathbb(?:\s*R|\{R\})")
 _DATE = re.compile(r"\d+([-/])\d+\1\d+")
 _RANGE = re.compile(r"(\d+(?:\.\d+)?)-(\d+(?:\.\d+)?)")
 _TIME = re.compile(r"(\d?\d):([0-5]\d)")
 _RATIO = re.compile(r"(?!\d?\d(?::[0-5]\d){2}$)[1-9]\d*(?:\s*:\s*[1-9]\d*){2,}")  # 1:10:20 may be a time
-_RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+")
+_SMALL = [  # superscripts and subscripts
+    (sign, re.compile(f"[{''.join(c for c in map(chr, range(0x3000)) if unicodedata.decomposition(c)[:5] == kind)}]+"))
+    for sign, kind in (("^", "<supe"), ("_", "<sub>"))
+]
 _AFTER_DIGIT = re.compile("(?<=\\d)(?=[¼-¾⅐-⅞↉])")  # in a mixed number
 # Possessive quantifiers, so that no answer causes backtracking.
 _UNIT = re.compile(
     r"(?<=[\d})])(\s*+)((?=[A-Za-z\\])(?:\\(?:text|textrm|mathrm|mbox)\{[A-Za-z .,/-]++\}|[A-Za-z ./-])++)"
-    r"(?:\^\{?([23])\}?)?$"
+    r"(?:(?:\^|(?<=[A-Za-z]))\{?([23])\}?)?$"
 )
 _SEPARATOR = re.compile(r"\s*+,?\s*+\\(?:text|textrm|mathrm|mbox)\{,?\s*+(and|or)\s*+\}\s*+")
-_ALTERNATIVE = re.compile(r"(?<!\s),?\s+(?:or|and)\s+|[,;]\s*(?=[A-Za-z]\w*\s*=)")
-_COMPOUND = re.compile(r"(?<=[A-Za-z.}]),?\s+(?:and\s+)?(?=\d)")
+_ALTERNATIVE = re.compile(r"(?<!\s),?\s+(?:or|and)\s+|[,;]\s*(?=[A-Za-z](?:_\{\w+\}|\w)*\s*=)")
+_COMPOUND = re.compile(r"(?:(?<=\})\s*|(?<=[A-Za-z.}]),?\s+)(?:and\s+)?(?=\d)")
+_PLUS_MINUS = re.compile(r"(?<!\\)[{(][^{}]*\\pm(?![A-Za-z])(?!.*\\mp)")  # within a formula
 _MIXED = re.compile(r"[-+]?\d+\s+and\s+(?:\d+\s*/|\\frac)")  # "1 and 1/2" may be a sum
 _TEXT = re.compile(r"\\(?:text|textrm|mathrm|mbox)\{([^{}]*)\}")
 #: Number words that multiply the number before them.
@@ -68,7 +75,8 @@ CURRENCIES = {"€": "euro", "£": "gbp", "¥": "yen", "₹": "rupee", "¢": "ce
 #: Unicode signs -> LaTeX.
 SIGNS = str.maketrans({"\u2212": "-", "\u2013": "-", "\u2044": "/", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ",
                        "÷": "/", "π": r"\pi ", "∞": r"\infty ", "≈": r"\approx ", "≡": r"\equiv ",
-                       "≤": r"\le ", "≥": r"\ge ", "∅": r"\emptyset "})  # fmt: skip
+                       "≤": r"\le ", "≥": r"\ge ", "∅": r"\emptyset ",
+                       "±": r"\pm ", "≠": r"\ne ", "∈": r"\in ", "∪": r"\cup ", "∩": r"\cap "})  # fmt: skip
 
 #: Aliases of units; any other word of three letters or more is also a unit, in the singular.
 UNITS = {
@@ -114,7 +122,8 @@ UNDERSTOOD = frozenset({("dollar",), ("degree",)})
 
 _LABEL = re.compile(
     r"\\(?:text|mathrm)\{[^{}]*\}|[A-Za-z](?:_\{?\w+\}?)?(?:\([A-Za-z0-9, ]*\))?|"
-    r"[A-Za-z]{3,}(?: [A-Za-z]+)*|\\angle ?[A-Z]+|\([A-Za-z](?:_\{?\w+\}?)?(?:,\s*[A-Za-z](?:_\{?\w+\}?)?)+\)"
+    r"[A-Za-z]{3,}(?: [A-Za-z]+)*|[A-Z]{2}|\\overline\{[A-Z]{2}\}|m? ?\\angle ?[A-Z]+|"
+    r"\([A-Za-z](?:_\{?\w+\}?)?(?:,\s*[A-Za-z](?:_\{?\w+\}?)?)+\)"
 )
 _ZEROS = re.compile(r"(?<=\d)(?<!,\d{3}),(?=0\d\d(?!\d|,\d{3}(?!\d)))")  # never before a part of its own
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
@@ -129,6 +138,22 @@ _CLOSED = re.compile(
     r"(?=.*(?:\d|\\pi))(?:(?<=\d),(?=\d{3}(?!\d))|[\d\s.+\-*/^!(){}\[\]]|\\(?:times|cdot|div|frac|sqrt|pi)(?![A-Za-z]))+"
 )
 _DECIMALS = re.compile(r"[-+]?[\d,]*(?:\.(\d+))?")
+# Words -> signs, or the words that are read.
+_SPELT = [
+    (re.compile(pattern), sign)
+    for pattern, sign in (
+        (r"\b(?:[Pp]ositive )?[Ii]nfinity\b", r"\\infty"),
+        (r"^(?:[Nn]egative|[Mm]inus) (?=[\d.\\])", "-"),
+        (r"\bper cent\b", "percent"),
+        (r"\bUS dollar", "dollar"),
+        (r"\bsq\.? (?=[A-Za-z])", "square "),
+        (r"\bcu\.? (?=[A-Za-z])", "cubic "),
+        (r"(?<=[A-Za-z]) squared$", "^2"),
+        (r"(?<=[A-Za-z]) cubed$", "^3"),
+        (r"\\langle(?![A-Za-z])", "("),
+        (r"\\rangle(?![A-Za-z])", ")"),
+    )
+]
 _INNER_CURRENCY = re.compile(r"\\?\$(?=[\d.])")
 _MOST_SIDES = 6  # each may take a check by math-verify
 # Two letters alone are a product, except "no".
@@ -170,7 +195,12 @@ def _alternatives(plain: str) -> tuple[str, tuple[str, ...]]:
     measures = [_with_unit(part) for part in _COMPOUND.split(plain)]
     compound = all(unit and _known(unit[0]) and _rational(number) is not None for number, unit in measures)
     if len(measures) > 1 and compound:
-        return " ".join(f"{number} {' '.join(unit)}" for number, unit in measures), ()
+        return " ".join(f"{number} {' '.join(unit)}" for number, unit in measures).replace("pound", "lb"), ()
+    if plain.count(r"\pm") == 1 and _PLUS_MINUS.search(plain):
+        value, unit = _with_unit(plain)
+        name, equals, value = value.rpartition("=")
+        plus, minus = (value.replace(r"\pm", sign) for sign in "+-")
+        return rf"{name}{equals}\{{{plus}, {minus}\}}", unit
     parts = [_with_unit(part) for part in ([plain] if _MIXED.match(plain) else _ALTERNATIVE.split(plain))]
     values = [_EQUALS.split(part) for part, _ in parts]
     units = {unit for _, unit in parts if unit}
@@ -198,7 +228,9 @@ def _with_unit(plain: str) -> tuple[str, tuple[str, ...]]:
         return plain[: percent.start()].strip(), ("%",)
     if currency := _CURRENCY_LAST.search(plain):
         return plain[: currency.start()], (CURRENCIES.get(currency[1], "dollar"),)
-    if degree := _DEGREE.search(plain):
+    if _OF_ANGLES.search(plain):
+        plain = _ANGLE.sub(r"(\\frac{\1\\pi}{180})", plain)
+    elif degree := _DEGREE.search(plain):
         if degree.end() == len(plain) and _rational(plain[: degree.start()].strip()) is not None:
             return plain[: degree.start()].strip(), ("degree",)
         plain = re.sub(r"(?<=[\d})])\s*([CF])$", r" \1", _DEGREE.sub("", plain))
@@ -437,18 +469,21 @@ def _plain(answer: str) -> str:
         if plain.startswith(opens) and plain.endswith(closes) and len(plain) > len(opens) + len(closes):
             plain = plain[len(opens) : -len(closes)].strip()
     plain = _DOLLARS.sub(r"\1 ", plain).strip()  # "$18$ eggs", not "$5 or $7"
-    plain = re.sub(r"^\\approx(?![A-Za-z])", "", plain)
+    plain = re.sub(r"^(?:\\approx(?![A-Za-z])|=)\s*", "", plain)
     plain = re.sub(r"^0(?=\d:[0-5]\d)", "", plain)  # of a time
-    plain = _LAYOUT.sub("", plain.replace(r"\%", "%").replace("{,}", ",").replace("\\ ", " "))
+    plain = _LAYOUT.sub("", _GAP.sub(" ", plain).replace(r"\%", "%").replace("{,}", ",")).replace("**", "^")
+    plain = plain if re.search(r"\d,\d", plain) else plain.replace(";", ",")  # (1,5; 2) may be (1.5, 2)
+    for spelt, sign in _SPELT:
+        plain = spelt.sub(sign, plain)
     plain = _SPACED.sub(lambda number: number[0].replace(" ", ""), plain)
     comma = " and " if _INEQUALITY.search(plain) else ", "
     plain = _ZEROS.sub("", _SEPARATOR.sub(lambda found: " or " if found[1] == "or" else comma, plain))
     plain = _FIRST_ARGUMENT.sub(r"\\\1{\2\3}", _FRAC.sub(r"\\frac", plain))
     plain = _SECOND_ARGUMENT.sub(r"\\frac\1{\2}", plain)
     plain = _MODULO.sub(r" \\pmod{\1}", plain).replace(r"\varnothing", r"\emptyset")
-    if whole := re.fullmatch(r"\\(?:text|mathrm|textbf)\{([^{}]*)\}", plain):
+    if whole := re.fullmatch(r"\\(?:text|mathrm|textbf|mathbf|boldsymbol|underline)\{([^{}]*)\}", plain):
         plain = whole[1].strip()
-    plain = _COMPARED.sub(r"\\\1", _EXPONENT.sub(r"^{\1}", _FUNCTION.sub(r"\\\1", plain)))
+    plain = _COMPARED.sub(r"\\\1", _EXPONENT.sub(r"^{\1\2}", _FUNCTION.sub(r"\\\1", plain)))
     plain = r"(-\infty,\infty)" if _REALS.fullmatch(plain) else _BUILDER.sub(r"\2", plain)
     return re.sub(r"(?<![\\A-Za-z])sqrt\(([^()]*)\)", r"\\sqrt{\1}", plain).strip()
 
@@ -458,7 +493,8 @@ def _in_ascii(answer: str) -> str:
     if answer.isascii():
         return answer
     plain = "".join(char for char in answer if unicodedata.category(char) != "Cf")
-    plain = _RAISED.sub(lambda match: "^{" + unicodedata.normalize("NFKC", match[0]) + "}", plain)
+    for sign, small in _SMALL:
+        plain = small.sub(rf"{sign}{{\g<0>}}", plain)
     plain = unicodedata.normalize("NFKC", _AFTER_DIGIT.sub(" ", plain)).translate(SIGNS)
     return _ROOT.sub(r"\\sqrt{\1}", plain)
 
@@ -493,9 +529,10 @@ def _worth_checking(truth: str, given: str) -> bool:
         return False
     if _DATE.fullmatch(truth) or _DATE.fullmatch(given):
         return False
-    # math-verify adds up "5 5", reads only the box of an answer with a box, 0x1 as 0 times x times 1, and 2:3:1 as 2/3.
+    # math-verify adds up "5 5", reads only the box of an answer with a box, 0x1 as 0 times x times 1, 2:3:1 as 2/3, and
+    # the inverse of a function as its reciprocal.
     glued = (re.search(r"[A-Za-z]\d", re.sub(r"\\[A-Za-z]+", " ", form)) for form in (truth, given))
-    return not any(glued) and not re.search(r"\d \d|\\boxed|:[^;]*:", f"{truth};{given}")
+    return not any(glued) and not re.search(r"(?<!_)\d \d|\\boxed|:[^;]*:|[fgh]\^\{?-1\}?\(", f"{truth};{given}")
 
 
 def _without_spaces(plain: str) -> str:
