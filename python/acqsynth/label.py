@@ -110,9 +110,9 @@ def cluster(
 ) -> list[list[list[int]]]:
     """Clusters each question's answers; returns indices, largest cluster first. None belongs to no cluster.
 
-    Answers with equal canonical forms share a cluster. Clusters are merged if the domain finds their first answers
-    equivalent, in both directions, to each other and to the same other ones. It compares those of all questions in one
-    call.
+    Answers with equal canonical forms share a cluster. Clusters are merged if the domain finds their longest
+    answers equivalent, in both directions, to each other and to the same other ones. It compares those of all questions
+    in one call.
     """
     by_form: list[list[list[int]]] = []
     for row in answers:
@@ -130,9 +130,13 @@ def cluster(
     def same(pairs: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
         if not pairs:
             return []
-        first = [[str(answers[question][form[0]]) for form in forms] for question, forms in enumerate(by_form)]
-        gold = [replace(samples[question], answer=first[question][a], reasoning="") for question, a, _ in pairs]
-        verdicts = domain.equivalent(gold, [first[question][b] for question, _, b in pairs])
+        # The longest names its unit: "5" equals "5 euros", but "$5", which has the form of "5", does not.
+        longest = [
+            [max((str(row[i]) for i in form), key=len) for form in forms]
+            for row, forms in zip(answers, by_form, strict=True)
+        ]
+        gold = [replace(samples[question], answer=longest[question][a], reasoning="") for question, a, _ in pairs]
+        verdicts = domain.equivalent(gold, [longest[question][b] for question, _, b in pairs])
         return [pair for pair, verdict in zip(pairs, verdicts, strict=True) if verdict]
 
     joined: list[list[tuple[int, int]]] = [[] for _ in by_form]

@@ -166,7 +166,7 @@ def test_representatives_alone_are_compared(sums, monkeypatch):
     monkeypatch.setattr(sums, "equivalent", counted)
     answers = ["7", " 7", "7 ", "8", "7.0", None, "8"]
     assert cluster(sums, [QUESTION], [answers]) == [[[0, 1, 2, 4], [3, 6]]]
-    assert compared == [("7", "8"), ("7", "7.0"), ("8", "7.0"), ("7.0", "7")]  # the last pair is the reverse check
+    assert compared == [(" 7", "8"), (" 7", "7.0"), ("8", "7.0"), ("7.0", " 7")]  # the last pair is the reverse check
 
 
 def test_equivalence_of_one_direction_joins_nothing(sums, monkeypatch):
@@ -191,6 +191,14 @@ def test_a_percentage_does_not_join_its_two_readings():
     assert cluster(math, [QUESTION], [answers]) == [[[0, 1, 2], [3, 4, 5], [6]]]
     assert cluster(math, [QUESTION], [["50%", "50", "50 percent"]]) == [[[0, 1, 2]]]
     assert cluster(math, [QUESTION], [["3 km", "3", "3 m", "3 km"]]) == [[[0, 3], [1], [2]]]
+    math.checker.close()
+
+
+@pytest.mark.parametrize("answers", [["5", "$5", "5 euros"], ["45", "45°", "45 radians"]])
+def test_a_missing_unit_joins_no_two_units(answers):
+    math = Math()
+    assert cluster(math, [QUESTION], [answers]) == [[[0, 1], [2]]]
+    assert cluster(math, [QUESTION], [answers[::-1]]) == [[[1, 2], [0]]]
     math.checker.close()
 
 
