@@ -27,14 +27,16 @@ _QUOTED = re.compile(r"['\"`“‘]([^'\"`“”‘’]+)['\"`”’]\.?")
 _LATEX = re.compile(r"\\(?:[()]|[a-z]+(?=\{))")
 _ROUND = str.maketrans("[]", "()")
 _SIGNS = ",;:/&+()!?.\u2013\u2014-"
-_PIECE = re.compile(r"\(?\b[A-Da-d]\)|\b[A-Da-d]:|\w+|[,;:/&+()!?\u2013\u2014]|(?<=\s)-|\.(?!\w)")
+_WORD = r"\d+(?:[.,]\d+)+\w*|\w+|[<>≤≥](?=\s*\d)"  # 1.2 is not 1,2, nor <5 >5
+_PIECE = re.compile(rf"\(?\b[A-Da-d]\)|\b[A-Da-d]:|{_WORD}|[,;:/&+()!?\u2013\u2014]|(?<=\s)-|\.(?!\w)")
 _KINDS = {
     word: kind
     for kind, words in {
         "join": "or and / & + plus",
         "pause": ", : - \u2013 \u2014 but",
         "stop": ". ; ( ) !",
-        "end": "because since as than over unlike instead while whereas nor preferred excluding eliminating rejecting",
+        "end": "because since as than over unlike instead while whereas which nor preferred excluding eliminating "
+        "rejecting",
         "denial": "not cannot wrong incorrect false unlikely excluded",
         "praise": "also too right correct true possible likely acceptable reasonable",
         "verb": "is are was were would does do has have can could",
@@ -170,7 +172,7 @@ def _expanded(text: str) -> str:
 
 
 def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", _expanded(text).casefold())
+    return re.findall(_WORD, _expanded(text).casefold())
 
 
 class _Token(NamedTuple):

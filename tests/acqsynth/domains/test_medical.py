@@ -225,6 +225,18 @@ def test_other_options_behind_an_answer(options, statement, letter):
     assert medical.equivalent(samples, [answer] * 4) == [gold == letter for gold in options]
 
 
+@pytest.mark.parametrize(
+    "options", [{"A": "<5", "B": ">5", "C": "5", "D": "≥5"}, {"A": "1.2 g", "B": "1,2 g", "C": "12 g", "D": "1 2 g"}]
+)
+def test_options_told_apart_by_signs(options):
+    question = "How much of it is given?\n" + "\n".join(f"{letter}) {text}" for letter, text in options.items())
+    samples = [Sample(question, letter, extra={"options": options}) for letter in options]
+    assert [medical.fault(sample) for sample in samples] == [None] * 4
+    for letter, text in options.items():
+        for statement in (text, f"{letter}) {text}", f"{text}, which is known", f"{letter} \u2014 {text}, which is so"):
+            assert medical.equivalent(samples, [statement] * 4) == [letter == other for other in options]
+
+
 @pytest.mark.parametrize("line", ["B) A", "B", "B) A because it fits"])
 def test_a_last_line_with_an_option_that_is_a_letter(line):
     groups = {"A": "O", "B": "A", "C": "AB", "D": "B"}
