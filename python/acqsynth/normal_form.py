@@ -35,7 +35,7 @@ _ALIKE = {
     **{k + i: chr(97 + i) for k in (0x1F150, 0x1F170, 0x1F1E6) for i in range(26)},
     0x20E3: ".",  # of a number on a keycap
 }
-_BRACKETED = {0x249C + i: chr(97 + i) for i in range(26)}  # letters whose compatibility form is "(a)"
+_BRACKETED = {k + i: chr(97 + i) for k in (0x249C, 0x1F110) for i in range(26)}  # "(a)" to Unicode
 _CAPITAL_I = re.compile(r"(?<![^\W_])[a-z]++(?:I++[a-z]*+)++(?![^\W_])")  # for l in a word of lower case
 _INVISIBLE = frozenset({"Cf", "Cs", "Co", "Cn", "Cc"})
 # Invisible characters of other categories: joiners, fillers, blanks, variation selectors.
@@ -58,7 +58,8 @@ _LINK = re.compile(  # with an address; "[x+1](x-2)" is a product
 # "f.a.r.m.e.r. h.a.s.", longer than "e.g." and a list of options
 _DOTTED = re.compile(r"(?<!\w)(?:[^\W\d_]\.\s?){3}(?:\w\.\s?){5,}")
 _COMMAND = re.compile(
-    r"\\(?:text\w*|math\w+|emph|underline|f?boxed|mbox|displaystyle)(?![a-z])|\\[,;:! ()\[\]]|\\(?=[^\w\s])|[{}$]"
+    r"\\(?:text)?color\{\w*\}|\\(?:q?quad|text\w*|math\w+|emph|underline|f?boxed|mbox|displaystyle)(?![a-z])"
+    r"|\\[,;:! ()\[\]]|\\(?=[^\w\s])|[{}$]"
 )
 _MARK = re.compile(r"(\d ?\*+ ?(?=\d))|[*_~`]+")  # a star between two numbers is a multiplication sign
 _LINE = re.compile(r"^[ \t]*(?:#{1,6}|>+|[-+])[ \t]+", re.MULTILINE)
@@ -69,7 +70,7 @@ _OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "x": ope
 _POWER = re.compile(r"(?<![\d.])(?:(\d++(?:\.\d++)?)(?: ?[x*] ?10 ?(?:\^|\*\*) ?|e)|10 ?(?:\^|\*\*) ?)(\d\d?)(?!\d)")
 _LITERAL = re.compile(r"(?<![\w.])0(?:x[0-9a-f]{1,99}|o[0-7]{1,99}|b[01]{1,99})(?!\w)")
 _CALCULATION = re.compile(r"(?<![\w.])(\d++(?:\.\d++)?) ?([-+*/x]) ?(\d++(?:\.\d++)?)")
-_RAISED = re.compile("[⁰¹²³⁴-⁹]+")
+_RAISED = re.compile(r"(?<=[^\s⁰¹²³⁴-⁹])[⁰¹²³⁴-⁹]+")  # alone they are a disguise
 
 _LABEL = r"(?:(?:question|problem|exercise|task|step|example|variant|version|part|number|no|nr|id|q|v)(?![a-z])\.?\s*)"
 _BEFORE = re.compile(rf"^\W*(?:{_LABEL}[#(\[]?\d+[.):\]]*|[#(\[]?\d+(?:[.)\]:]+(?=\s)|\.(?=[a-z]))|#\d+(?=\s))\s*")
@@ -105,7 +106,7 @@ def normal_form(text: str) -> str:
         plain = _ORNAMENTS.sub("", plain.translate(_ALIKE))
         digits = (str(unicodedata.digit(x)) if x.isdigit() and not x.isascii() else x for x in plain)
         plain = unicodedata.normalize("NFC", "".join(digits))
-    plain = _CAPITAL_I.sub(lambda word: word[0].replace("I", "l"), plain).casefold().translate(_ALIKE)
+    plain = _CAPITAL_I.sub(lambda word: word[0].replace("I", "l"), plain).casefold().translate(_ALIKE).lower()
     if "<" in plain:
         plain = _COMMENT.sub("", plain)
         closed = {name for names in _CLOSING.findall(plain) for name in names}  # "x <y and z> w" is not a tag

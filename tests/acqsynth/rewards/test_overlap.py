@@ -139,6 +139,10 @@ DISGUISES: dict[str, Callable[[str], str]] = {
     "black squares": lambda text: "".join(chr(0x1F170 + ord(c) - 97) if "a" <= c <= "z" else c for c in text),
     "letters in brackets": lambda text: "".join(chr(0x249C + ord(c) - 97) if "a" <= c <= "z" else c for c in text),
     "a capital I for l": lambda text: re.sub("(?<=[a-z])l", "I", text),
+    "letters in brackets, capital": lambda text: "".join(
+        chr(0x1F110 + ord(c) - 65) if "A" <= c <= "Z" else c for c in text.upper()
+    ),
+    "small Cherokee": lambda text: text.translate(str.maketrans("aehs", "ꭺꭼꮋꮪ")),
     "Coptic": lambda text: text.translate(str.maketrans("acikmnoptyx", "ⲁⲥⲓⲕⲙⲛⲟⲣⲧⲩⲭ")),
     "turned letters": lambda text: text.translate(str.maketrans("aemrtvwy", "ɐǝɯɹʇʌʍʎ")),
     "a keycap": lambda text: "1\ufe0f\u20e3 " + text,
@@ -157,6 +161,8 @@ DISGUISES: dict[str, Callable[[str], str]] = {
     "accents": lambda text: text.replace("e", "é").replace("o", "ö"),
     "Arabic digits": lambda text: text.translate(str.maketrans("0123", "٠١٢٣")),
     "full-width digits": lambda text: text.translate(str.maketrans("0123", "０１２３")),
+    "raised digits": lambda text: text.translate(str.maketrans("0123", "⁰¹²³")),
+    "LaTeX spaces": lambda text: text.replace(" ", "\\quad ", 3).replace("more", "\\textcolor{red}{more}"),
     "decimals": lambda text: re.sub(r"(\d+)", r"\1.0", text),
     "zeros before": lambda text: re.sub(r"(\d+)", r"00\1", text),
     "numbered": lambda text: "1. " + text,
