@@ -20,7 +20,7 @@ class Difference:
     Attributes:
         low, high: 95 % t interval of the mean; infinite for one pair.
         deviation: standard deviation of the differences; NaN for one pair.
-        p: two-sided p value of the hypothesis that the mean is 0.
+        p: two-sided p value of the hypothesis that the mean is 0; of a sign test if all differences are equal.
         detectable: the mean that a test at 5 % would detect with a power of about 80 %.
     """
 
@@ -77,8 +77,8 @@ def difference(a: Sequence[float], b: Sequence[float]) -> Difference:
         return Difference(1, mean, -math.inf, math.inf, math.nan, 1.0, math.inf)
     deviation = statistics.stdev(d)
     error = deviation / math.sqrt(n)
-    if error == 0:
-        return Difference(n, mean, mean, mean, 0.0, 0.0 if mean else 1.0, 0.0)
+    if error <= 1e-12 * abs(mean):
+        return Difference(n, mean, mean, mean, 0.0, 2 * 0.5**n if mean else 1.0, 0.0)
     half = float(student_t.ppf(0.975, n - 1)) * error
     p = 2 * float(student_t.sf(abs(mean) / error, n - 1))
     return Difference(n, mean, mean - half, mean + half, deviation, p, half + float(student_t.ppf(0.8, n - 1)) * error)

@@ -220,6 +220,12 @@ class TestPaired:
         assert d.verdict() == "no gain shown"
         assert (d.low, d.high) == (-math.inf, math.inf)
 
+    @pytest.mark.parametrize(("n", "shown"), [(2, False), (5, False), (6, True)])
+    def test_equal_differences_are_judged_by_their_signs(self, n, shown):
+        d = paired.difference([0.3, 0.2, 0.4, 0.3, 0.2, 0.4][:n], [0.2, 0.1, 0.3, 0.2, 0.1, 0.3][:n])
+        assert d.p == pytest.approx(2 * 0.5**n)
+        assert d.verdict().startswith("gain shown") == shown
+
     def test_no_or_unequal_pairs_are_refused(self):
         with pytest.raises(ValueError, match="equally many values"):
             paired.difference([1.0], [])
