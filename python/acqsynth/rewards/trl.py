@@ -180,7 +180,10 @@ def combined(
 
     Raises:
         ValueError: no rewards, or a number of weights that differs from that of rewards.
+        TypeError: a reward that is no function, such as the name of a reward model.
     """
+    if callable(rewards) or not all(map(callable, rewards)):
+        raise TypeError(f"rewards: expected a list of reward functions, got {rewards!r:.80}")
     scales = [1.0] * len(rewards) if weights is None else [float(weight) for weight in weights]
     if not rewards or len(scales) != len(rewards):
         raise ValueError(f"weights: expected {max(1, len(rewards))}, one per reward, got {len(scales)}")

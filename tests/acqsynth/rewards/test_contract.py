@@ -229,6 +229,11 @@ class TestSeveralRewards:
         with pytest.raises(ValueError, match="weights: expected 1, one per reward"):
             combined(rewards, weights)
 
+    @pytest.mark.parametrize("rewards", [first, "org/model", [first, "org/model"], [first, None]])
+    def test_a_reward_is_a_function(self, rewards):
+        with pytest.raises(TypeError, match="rewards: expected a list of reward functions, got"):
+            combined(rewards)
+
     def test_state_of_the_rewards(self):
         def made():
             return combined([first, combined([ComposedReward(WORDS, [], gates=[New()]), second])])
