@@ -39,10 +39,15 @@ _LEADING = re.compile(
 )
 _BOLD = re.compile(r"(?<!\w)\*\*|\*\*(?!\w)")
 _WORDY = 4  # maximum words of an answer in words; longer ones are prose
-# A number and what is glued to it; possessive, so that 2.5kg is never 2.
+# A number and what is glued to it; possessive, so that 2.5kg is never 2. A time, 5 000, 2 1/2, \frac{5}{2}, ½ and 10^-3
+# are read whole.
 _NUMBER = re.compile(
-    r"(?<![\w.^])([-+]?(?>\d{1,3}(?:,\d{3}(?!\d))++|\d++)(?:\.\d++)?+(?:[eE][-+]?\d{1,3}(?!\d))?+"
-    r"(?:\s*+/\s*+\d++(?:\.\d++)?+)?+)(\w*+)"
+    r"(?<![\w.^])(?<!\^[-+{(])(?<!\^[{(][-+])([-+]?(?>"
+    r"\d{1,2}:[0-5]\d(?![\d:])|\d{1,3}(?: \d{3})*+(?<= 000)|"
+    r"\d++ \d++/\d++|\\[dt]?frac\{\d++\}\{\d++\}|(?:\d++ ?)?+[¼-¾⅐-⅞]|"
+    r"(?>\d{1,3}(?:,\d{3}(?!\d))++|\d++)(?:\.\d++)?+(?:[eE][-+]?\d{1,3}(?!\d)|"
+    r"(?: ?(?:[x*×]|\\times|\\cdot) ?10)?(?:\^(?:[-+]?\d++|\{[-+]?\d++\}|\([-+]?\d++\))|⁻?[⁰¹²³⁴-⁹]++))?+"
+    r"(?:\s*+/\s*+\d++(?:\.\d++)?+)?+))(\w*+)"
 )
 _SIZE = re.compile(  # of what is counted: "2 cartons of 1L milk"
     r"(\d (?!(?:out|instead|total|because|ahead|short)\b)\w+ of) \d[\d.,]*[A-Za-z]+(?= [a-z])"
