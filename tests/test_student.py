@@ -395,6 +395,22 @@ class TestPeft:
         with model.disable_adapter():
             assert_own_logits(model, student)
 
+    def test_trainable_tokens_of_a_tied_head(self, tiny_model):
+        peft = pytest.importorskip("peft")
+        config = peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[3, 5], task_type="CAUSAL_LM")
+        model = peft.get_peft_model(tiny_model("Llama", tie_word_embeddings=True), config)
+        student = acqcore.Student.from_model(model)
+        delta = model.base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta["default"]
+        torch.nn.init.normal_(delta)
+        assert_own_logits(model, student)
+        torch.testing.assert_close(student.head.weight[[3, 5]], delta.detach())
+        with pytest.raises(ValueError, match=r"trainable_tokens_delta.*the head's weight is computed from it"):
+            acqcore.grad_norm(student, {"input_ids": torch.arange(8)[None]}, "trainable")
+        with model.disable_adapter():
+            assert_own_logits(model, student)
+        model.merge_adapter()
+        assert_own_logits(model, student)
+
     def test_a_head_adapter_of_another_kind_is_refused(self, adapted):
         with pytest.raises(ValueError, match=r"LoRA variant \(Dora.*merge it first"):
             acqcore.Student.from_model(adapted(target_modules=["lm_head"], use_dora=True))

@@ -106,11 +106,17 @@ def _projection(layer: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor | No
 def _adapted_projection(layer: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     from peft.tuners.lora import Linear as LoraLinear
     from peft.utils import ModulesToSaveWrapper
+    from peft.utils.other import TrainableTokensWrapper
 
     if isinstance(layer, ModulesToSaveWrapper):
         if layer.disable_adapters or not layer.active_adapters:
             return _projection(layer.original_module)
         return _projection(layer.modules_to_save[layer.active_adapters[0]])
+    if isinstance(layer, TrainableTokensWrapper):  # of an embedding tied to the head
+        weight, bias = _projection(layer.original_module)
+        tokens = layer.token_adapter
+        unchanged = tokens.disable_adapters or tokens.merged
+        return weight if unchanged else tokens.get_merged_weights(tokens.active_adapters), bias
     if not isinstance(layer, LoraLinear):
         raise ValueError(
             f"model: the adapter on the output embedding is {checks.describe(layer)}; expected LoRA or "
