@@ -58,6 +58,25 @@ def test_a_template_of_lists_gets_lists(encoded, with_template):
                 encoded([sample], other)
 
 
+@pytest.mark.parametrize("test", ["{% if part['type'] == 'text' %}", "{% if part.type == 'text' %}"])
+def test_a_string_for_a_template_of_lists(test, encoded, with_template):
+    """SmolVLM's template drops strings, Llava-NeXT's raises."""
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for part in m['content'] %}"
+        f"{test}{{{{ part['text'] }}}}{{% endif %}}"
+        "{% endfor %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    other = with_template(template)
+    parts = [turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in (USER, YES)]
+    (expected,) = encoded([{"messages": parts}], other)
+    assert other.decode(scored_ids(expected)) == "yes<|im_end|>\n"
+    for messages in ([USER, YES], [USER, parts[1]], [parts[0], YES]):
+        (row,) = encoded([{"messages": messages}], other)
+        assert row.ids.tolist() == expected.ids.tolist()
+        assert row.targets.tolist() == expected.targets.tolist()
+
+
 @pytest.mark.parametrize("turn", [0, 1])
 def test_no_template_writes_content_as_python_does(turn, encoded):
     messages = [USER, YES]
@@ -155,6 +174,19 @@ def test_a_part_of_the_reply_that_is_left_out_is_refused(extra, expected, encode
         history = [*TURNS, REPLY | extra, {"role": "user", "content": "and?"}, REPLY]
         (row,) = encoded([{"messages": history}], tokenizer, limit=None)
         assert tokenizer.decode(scored_ids(row)) == "Rome<|im_end|>"
+
+
+def test_each_call_of_a_reply_is_scored(encoded, tokenizer, with_template):
+    calls = "{{ m['content'] or '' }}{% for c in m['tool_calls'] or [] %}{{ c['function'] | tojson }}{% endfor %}"
+    every = with_template(tokenizer.chat_template.replace("{{ m['content'] }}", calls))
+    # As gpt-oss's, writes only the first call.
+    first = with_template(every.chat_template.replace("m['tool_calls'] or []", "(m['tool_calls'] or [])[:1]"))
+    twice = {"role": "assistant", "tool_calls": [CALL, {"function": {"name": "look_up", "arguments": {"x": 2}}}]}
+    (row,) = encoded([{"messages": [*TURNS, twice]}], every, limit=None)
+    assert '"x": 1' in tokenizer.decode(scored_ids(row))
+    assert '"x": 2' in tokenizer.decode(scored_ids(row))
+    with pytest.raises(ValueError, match="in the scored part: expected 'look_up' 2 times in "):
+        encoded([{"messages": [*TURNS, twice]}], first, limit=None)
 
 
 def test_marks_of_what_the_assistant_generates(encoded, with_template):

@@ -6,6 +6,7 @@ import json
 import math
 import numbers
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from acqcore import checks
 from acqcore.students.tables import BESIDE, plain
 
 _PROBE = "acqcore"
+_PROBE_PARTS = [{"type": "text", "text": _PROBE}]
 
 #: Replacement text; no reply begins with its first character.
 _OTHER = "\ue0f1acqcore"
@@ -85,7 +87,8 @@ def messages_of(index: int, key: str, value: object) -> list[dict[str, Any]]:
 
 
 def joined(index: int, tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The messages, with content that is a list of texts joined for a template that accepts only strings."""
+    """The messages, with content as the template accepts it: texts in a list joined for one that accepts only strings,
+    a string put into a list for one that accepts only lists."""
     for message in messages:
         parts = message["content"] if isinstance(message.get("content"), list) else []
         for part in parts:
@@ -95,8 +98,13 @@ def joined(index: int, tokenizer: Any, messages: Sequence[Mapping[str, Any]]) ->
                 raise ValueError(
                     f"samples[{index}]: content: expected text, as only text is scored, got parts {_kinds(parts)}"
                 )
-    if any(isinstance(message.get("content"), list) for message in messages) and not _takes_lists(tokenizer):
+    kinds = {type(message.get("content")) for message in messages}
+    if list in kinds and not _takes(tokenizer, _PROBE_PARTS):
         return [_joined(index, message) for message in messages]
+    # A template that accepts only lists looks at the type of each part; others are spared the test.
+    only_lists = str in kinds and "type" in str(tokenizer.chat_template) and not _takes(tokenizer, _PROBE)
+    if only_lists and _takes(tokenizer, _PROBE_PARTS):
+        return [_in_parts(message) for message in messages]
     return list(messages)
 
 
@@ -131,15 +139,18 @@ def _kinds(parts: Sequence[Any]) -> list[Any]:
     return [part.get("type") if isinstance(part, Mapping) else checks.describe(part) for part in parts]
 
 
-def _takes_lists(tokenizer: Any) -> bool:
-    """Whether the chat template accepts content as a list of parts."""
+def _takes(tokenizer: Any, content: Any) -> bool:
+    """Whether the chat template accepts ``content``, a probe."""
     try:
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": [{"type": "text", "text": _PROBE}]}], tokenize=False
-        )
+        text = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
     except Exception:
         return False
     return _PROBE in text and "'text'" not in text and '"text"' not in text
+
+
+def _in_parts(message: Mapping[str, Any]) -> dict[str, Any]:
+    text = message.get("content")
+    return {**message, "content": [{"type": "text", "text": text}]} if isinstance(text, str) else dict(message)
 
 
 def _joined(index: int, message: Mapping[str, Any]) -> dict[str, Any]:
@@ -211,13 +222,14 @@ def reply_start(
         except ValueError:  # a template may reject what it cannot parse
             pass
     scored = "" if start is None else text[start:]
-    for message in reply:
-        for expected in _shown(message, message is reply[-1]):
-            if not any(text in scored for text in expected):
-                raise ValueError(
-                    f"samples[{index}]: the chat template does not render the reply in the scored part: expected "
-                    f"{expected[0][:80]!r} in {scored[:80]!r}"
-                )
+    shown = Counter(forms for message in reply for forms in _shown(message, message is reply[-1]))
+    for forms, times in shown.items():
+        if sum(map(scored.count, forms)) < times:
+            often = f" {times} times" if times > 1 else ""
+            raise ValueError(
+                f"samples[{index}]: the chat template does not render the reply in the scored part: expected "
+                f"{forms[0][:80]!r}{often} in {scored[:80]!r}"
+            )
     assert start is not None
     return start
 
@@ -254,7 +266,7 @@ def _other(value: Any, key: str = "") -> Any:
     return _OTHER if isinstance(value, str) and key != "arguments" else value
 
 
-def _shown(message: Mapping[str, Any], last: bool) -> list[list[str]]:
+def _shown(message: Mapping[str, Any], last: bool) -> list[tuple[str, ...]]:
     """Texts that a rendered message must contain, each in one of several forms: templates strip text, move reasoning
     out of the content, or write JSON. They may omit calls beside a text, and reasoning before the last message."""
     content = message.get("content")
@@ -264,12 +276,13 @@ def _shown(message: Mapping[str, Any], last: bool) -> list[list[str]]:
     for text in filter(None, texts):
         reasoning, closed, _ = str(text).rpartition("</think>")
         apart += [reasoning.rpartition("<think>")[2]] if closed and last else []
+    names = []
     if not any(texts):
         calls = [call.get("function", call) for call in message.get("tool_calls") or () if isinstance(call, Mapping)]
-        texts = [call.get("name") for call in calls if isinstance(call, Mapping)]
-    return [_forms(str(text)) for text in dict.fromkeys([*texts, *apart]) if text] or [[""]]
+        names = [call.get("name") for call in calls if isinstance(call, Mapping)]
+    return [_forms(str(text)) for text in (*dict.fromkeys([*texts, *apart]), *names) if text] or [("",)]
 
 
-def _forms(text: str) -> list[str]:
+def _forms(text: str) -> tuple[str, ...]:
     forms = [text.strip(), text.rpartition("</think>")[2].strip(), json.dumps(text)[1:-1]]
-    return [form for form in forms if form] or [text]
+    return tuple(dict.fromkeys(filter(None, forms))) or (text,)
