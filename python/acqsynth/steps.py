@@ -235,6 +235,8 @@ class Store:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
                 write_json(partial / _MANIFEST, begun)
+            for unfinished in partial.rglob("*.tmp"):  # a kill left it
+                unfinished.unlink()
             context = StepContext(
                 partial, lambda line: self.say(f"[{step}] {line}"), lambda line: self.status(f"[{step}] {line}")
             )

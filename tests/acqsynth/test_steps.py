@@ -335,6 +335,18 @@ def test_a_kill_between_the_end_and_the_rename_loses_nothing(tmp_path):
     assert (tmp_path / "00-seeds/a/text.txt").is_file()
 
 
+def test_a_kill_while_the_record_is_written_leaves_no_artefact(tmp_path):
+    step, _ = pair("x")
+    Store(tmp_path).run(step)
+    (tmp_path / "00-seeds/a").rename(partial := tmp_path / "00-seeds/a.partial")
+    record = read_json(partial / "stage.json")
+    write_json(partial / "stage.json", {key: record[key] for key in ("layout", "made_from")})
+    (partial / "stage.json.tmp").write_text('{"layout')
+    assert Store(tmp_path).run(step)
+    assert list(read_json(tmp_path / "00-seeds/a/stage.json")["artefacts"]) == ["text.txt"]
+    assert not Store(tmp_path).run(step)
+
+
 class Seen:
     """Counts the items of all chunks so far."""
 
