@@ -327,4 +327,5 @@ def _run(trainer: Any, output: Path, steps: int, rewards: Sequence[Any] = ()) ->
     if trainer.is_world_process_zero():
         trainer.create_model_card()
         for folder in output.glob(f"{CHECKPOINT}*"):
+            (folder / REWARD_STATE).unlink(missing_ok=True)  # first: a killed run must not resume from what is left
             shutil.rmtree(folder)

@@ -245,6 +245,24 @@ def test_a_killed_fit_with_lora_and_replay_ends_as_if_it_had_not_been(sums, stud
     assert (whole / "adapter" / "adapter_config.json").is_file()
 
 
+def test_a_fit_killed_while_it_removes_its_checkpoints_can_be_repeated(sums, student_path, tmp_path, monkeypatch):
+    learnt = (str(student_path), sums, SAMPLES[:4])
+    options = QUICK | {"num_train_epochs": 1}
+    train.sft(*learnt, tmp_path / "whole", options)
+
+    def killed(folder):
+        (folder / "model.safetensors").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train.sft(*learnt, tmp_path / "cut", options)
+    train.sft(*learnt, tmp_path / "cut", options)
+    assert not changed(tmp_path / "whole", tmp_path / "cut")
+    assert not list((tmp_path / "cut").glob("checkpoint-*"))
+
+
 def test_wrong_arguments(sums, student_path, answer_reward, tmp_path):
     with pytest.raises(ValueError, match="samples: expected at least one"):
         train.sft(str(student_path), sums, [], tmp_path)
