@@ -137,7 +137,8 @@ def banner(service: Service, listener: socket.socket, options: argparse.Namespac
 def bounded_protocol(limits: Limits) -> type[HttpToolsProtocol]:
     """uvicorn's protocol, but closes connections with an oversized or late request head, neither of which ASGI sees.
 
-    A head must be complete ``limits.body_timeout`` seconds after the connection opens or the previous answer ends.
+    A head must be complete ``limits.body_timeout`` seconds after the connection opens or the previous answer ends. A
+    client that does not read its answers is cut off after the same time.
     A whole request, including chunk headers and trailers, may have at most twice ``limits.max_body`` bytes.
     """
 
@@ -153,6 +154,14 @@ def bounded_protocol(limits: Limits) -> type[HttpToolsProtocol]:
         def connection_lost(self, error: Exception | None) -> None:
             self._disarm()
             super().connection_lost(error)
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._unread = self.loop.call_later(limits.body_timeout, self.transport.abort)
+
+        def resume_writing(self) -> None:
+            self._unread.cancel()
+            super().resume_writing()
 
         def data_received(self, data: bytes) -> None:
             self._size += len(data)  # before the parser, whose callbacks may reset the count
@@ -181,7 +190,7 @@ def bounded_protocol(limits: Limits) -> type[HttpToolsProtocol]:
 
         def _expect_head(self) -> None:
             self._disarm()
-            self._timer = self.loop.call_later(limits.body_timeout, self.transport.close)
+            self._timer = self.loop.call_later(limits.body_timeout, self.transport.abort)
 
         def _disarm(self) -> None:
             if self._timer is not None:

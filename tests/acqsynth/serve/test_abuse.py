@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import socket
 import time
 from urllib.parse import urlsplit
 
@@ -232,6 +234,21 @@ class TestConnections:
     def test_a_connection_without_a_request_is_closed(self, address, pieces):
         _, seconds, _ = asyncio.run(self.talk(address, pieces, pause=0.05))
         assert 0.4 < seconds < 2.5
+
+    def test_a_client_that_reads_no_answers_is_cut_off(self, serve, on_socket):
+        service = serve(limits={"body_timeout": 0.5, "max_requests": 2})
+        parts = urlsplit(on_socket(create_app(service), http=bounded_protocol(service.limits)))
+        asked = b"GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n" * 1500  # more than sockets buffer
+        with contextlib.ExitStack() as stack:
+            for _ in range(2):
+                client = stack.enter_context(socket.socket())
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                client.connect((parts.hostname, parts.port))
+                client.sendall(asked)
+            time.sleep(2.5)
+            answer = httpx.post(f"{parts.geturl()}/score", json={"samples": ["a fox"]}, timeout=5)
+            assert answer.status_code == 200
+            assert service.metrics.registry.get_sample_value("acqsynth_active_requests") == 0
 
     @pytest.mark.parametrize(
         "pieces",
