@@ -42,6 +42,8 @@ def test_parquet_types_are_kept(options, command, tmp_path):
         "category": pyarrow.array(["a", None]).dictionary_encode(),
         "entropy": pyarrow.array([None, None], pyarrow.float16()),
         "list": pyarrow.array([[1, 2], None], pyarrow.list_(pyarrow.int32(), 2)),
+        "view": pyarrow.array(["a", None], pyarrow.string_view()),
+        "views": pyarrow.array([["a"], None], pyarrow.list_(pyarrow.string_view())),
     }
     given = pyarrow.table({"text": ["a fox", "the dog"], **columns})
     parquet.write_table(given, tmp_path / "in.parquet")

@@ -157,10 +157,10 @@ def test_text_of_a_parquet_that_is_not_utf8(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     texts = pyarrow.array([b"a", b"\xff\xfe", b"c"]).view(pyarrow.string())
-    parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "data.parquet")
+    parquet.write_table(pyarrow.table({"text": texts, "id": [1, 2, 3]}), tmp_path / "data.parquet")
     found = read_all(tmp_path / "data.parquet")
-    assert [record.values.get("text") for record in found] == ["a", None, "c"]
-    assert str(found[1].error).startswith("not readable: ")
+    assert [record.values for record in found] == [{"text": "a", "id": 1}, {"id": 2}, {"text": "c", "id": 3}]
+    assert str(found[1].error).startswith("text: not readable: ")
 
 
 @pytest.mark.parametrize("name", ["empty.jsonl", "blank.jsonl", "empty.csv", "header.csv"])
@@ -309,6 +309,15 @@ def test_no_value_is_refused(suffix, n_parts, values, tmp_path):
         if isinstance(value, dict):
             got, expected = without_nulls(got), without_nulls(value)
         assert got == expected
+
+
+def test_a_type_that_arrow_cannot_build(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    kind = pyarrow.fixed_shape_tensor(pyarrow.float32(), [2], permutation=[0])
+    write_block(tmp_path / "0.parquet", {"v": [[1.0, 2.0], None]}, {"v": kind})
+    write_block(tmp_path / "1.parquet", {"v": [[3.0, 4.0]]}, {"v": kind})
+    join([tmp_path / f"{i}.parquet" for i in range(2)], tmp_path / "all.parquet", ["v"])
+    assert parquet.read_table(tmp_path / "all.parquet")["v"].to_pylist() == [[1.0, 2.0], None, [3.0, 4.0]]
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "jsonl", "csv"])

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from acqcore import checks
-from acqcore.files.table import atomically, distinct, long_cells
+from acqcore.files.table import UNFIT, atomically, distinct, long_cells
 from acqcore.students.tables import BESIDE, KINDS, kind_of
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")
@@ -202,11 +202,20 @@ def _named(path: Path) -> Iterator[None]:
 def _parquet_records(batch: Any, line: int) -> list[Record]:
     try:
         return [Record(line + i, values) for i, values in enumerate(batch.to_pylist())]
-    # Text that is not UTF-8, a date out of Python's range.
-    except (ValueError, TypeError, OverflowError, NotImplementedError) as error:
-        if batch.num_rows == 1:
-            return [Record(line, {}, f"not readable: {error}")]
-        return [record for i in range(batch.num_rows) for record in _parquet_records(batch.slice(i, 1), line + i)]
+    except UNFIT:  # text that is not UTF-8, a date out of Python's range
+        return [_parquet_record(batch.slice(i, 1), line + i) for i in range(batch.num_rows)]
+
+
+def _parquet_record(row: Any, line: int) -> Record:
+    """The record of a row that has an unreadable cell, with the cells that are readable."""
+    values: dict[str, Any] = {}
+    error = None
+    for name, cell in zip(row.schema.names, row.columns, strict=True):
+        try:
+            [values[name]] = cell.to_pylist()
+        except UNFIT as reason:
+            error = f"{name}: not readable: {reason}"
+    return Record(line, values, error)
 
 
 def _parquet_batches(path: Path) -> Iterator[Any]:

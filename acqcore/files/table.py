@@ -18,6 +18,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+#: Raised for values that a type cannot hold and for types that pyarrow does not support; includes pyarrow's errors.
+UNFIT = (ValueError, TypeError, OverflowError, NotImplementedError)
+
 _PART = re.compile(r"part-\d{6}\.parquet")
 _LEVELS = 30  # maximum nesting of a parquet type; a level may take three in the file's schema
 
@@ -96,9 +99,7 @@ def column_types(source: Path) -> dict[str, Any]:
     import pyarrow.parquet
 
     schema = pyarrow.parquet.read_schema(source)
-    # Arrow cannot select rows of views.
-    plain = {pyarrow.string_view(): pyarrow.string(), pyarrow.binary_view(): pyarrow.binary()}
-    return {name: plain.get(kind, kind) for name, kind in zip(distinct(schema.names), schema.types, strict=True)}
+    return dict(zip(distinct(schema.names), schema.types, strict=True))
 
 
 def _write_line(file: TextIO, suffix: str, row: Mapping[str, Any]) -> None:
@@ -160,7 +161,7 @@ def _arrow(values: Sequence[Any], kind: Any = None) -> Any:
             column = pyarrow.array(values, wanted)
             if _storable(column.type):
                 return column
-        except (ValueError, TypeError, OverflowError):  # includes pyarrow's errors
+        except UNFIT:
             pass
     return pyarrow.array([_text(_plain(value)) for value in values], pyarrow.string())
 
@@ -236,7 +237,7 @@ def _common_schema(blocks: Sequence[Path]) -> tuple[Any, set[str]]:
             for block, one in zip(blocks, ones, strict=True):
                 if one.field(name).type != field.type:
                     _cast(_table(block, [name]).column(0), field.type)
-        except (ValueError, TypeError):  # includes pyarrow's errors
+        except UNFIT:
             field = pyarrow.field(name, pyarrow.string())
             as_text.add(name)
         fields.append(field)
@@ -267,7 +268,7 @@ def _cast(column: Any, kind: Any) -> Any:
     """Cast a table's column to another type.
 
     Raises:
-        ValueError, TypeError: the type cannot hold the values (includes pyarrow's errors).
+        ValueError, TypeError, NotImplementedError: the type cannot hold the values (includes pyarrow's errors).
     """
     import pyarrow
 
@@ -276,7 +277,7 @@ def _cast(column: Any, kind: Any) -> Any:
     try:
         cast = column.cast(kind)
         cast.validate()  # pyarrow 26 breaks nulls within lists
-    except (ValueError, TypeError):
+    except UNFIT:
         return pyarrow.chunked_array([pyarrow.array(column.to_pylist(), kind)], kind)
     return cast
 
@@ -326,7 +327,10 @@ def _write_rows_of(block: Path, rows: list[int]) -> Path:
     if block.suffix == ".parquet":
         import pyarrow.parquet
 
-        pyarrow.parquet.write_table(_table(block).take(pyarrow.array(rows, pyarrow.int64())), out)  # also of no rows
+        table = _table(block)
+        # Slices: Arrow cannot take rows of views and some nested types.
+        picked = [table.slice(0, 0), *(table.slice(i, 1) for i in rows)]
+        pyarrow.parquet.write_table(pyarrow.concat_tables(picked), out)
         return out
     every = _rows(block)
     with out.open("w", newline="", encoding="utf-8") as file:
