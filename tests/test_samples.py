@@ -249,6 +249,16 @@ BAD_SAMPLES = [
     (["a"], ValueError, "samples[0]: nothing to score"),
     ([{"prompt": "a", "completion": ""}], ValueError, "samples[0]: the completion is empty"),
     ([{"prompt": [USER], "completion": []}], ValueError, "samples[0]: the completion is empty"),
+    *(
+        ([{"messages": [USER, {"role": "assistant", **reply}]}], ValueError, "samples[0]: the completion is empty")
+        for reply in (
+            {"content": [{"type": "text", "text": ""}]},
+            {"tool_calls": "f()"},
+            {"tool_calls": [None]},
+            {"tool_calls": {"function": {"name": "f"}}},
+            {"tool_calls": [{"function": {}}], "content": None},
+        )
+    ),
     ([{"messages": [USER]}], ValueError, "expected the assistant's turn last (it is scored), got 'user'"),
     ([{"messages": []}], ValueError, "expected the assistant's turn last (it is scored), got no message"),
     ([{"messages": [{"role": "assistant", "content": "a"}]}], ValueError, "samples[0]: expected a message before"),

@@ -222,8 +222,8 @@ def reply_start(
         except ValueError:  # a template may reject what it cannot parse
             pass
     scored = "" if start is None else text[start:]
-    shown = Counter(forms for message in reply for forms in _shown(message, message is reply[-1]))
-    for forms, times in shown.items():
+    expected = Counter(forms for message in reply for forms in shown(message, message is reply[-1]))
+    for forms, times in expected.items():
         if sum(map(scored.count, forms)) < times:
             often = f" {times} times" if times > 1 else ""
             raise ValueError(
@@ -266,9 +266,10 @@ def _other(value: Any, key: str = "") -> Any:
     return _OTHER if isinstance(value, str) and key != "arguments" else value
 
 
-def _shown(message: Mapping[str, Any], last: bool) -> list[tuple[str, ...]]:
-    """Texts that a rendered message must contain, each in one of several forms: templates strip text, move reasoning
-    out of the content, or write JSON. They may omit calls beside a text, and reasoning before the last message."""
+def shown(message: Mapping[str, Any], last: bool) -> list[tuple[str, ...]]:
+    """Texts that a rendered message must contain, none if it is empty, each in one of several forms: templates strip
+    text, move reasoning out of the content, or write JSON. They may omit calls beside a text, and reasoning before the
+    last message."""
     content = message.get("content")
     parts = content if isinstance(content, list) else [content]
     texts = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
@@ -280,7 +281,7 @@ def _shown(message: Mapping[str, Any], last: bool) -> list[tuple[str, ...]]:
     if not any(texts):
         calls = [call.get("function", call) for call in message.get("tool_calls") or () if isinstance(call, Mapping)]
         names = [call.get("name") for call in calls if isinstance(call, Mapping)]
-    return [_forms(str(text)) for text in (*dict.fromkeys([*texts, *apart]), *names) if text] or [("",)]
+    return [_forms(str(text)) for text in (*dict.fromkeys([*texts, *apart]), *names) if text]
 
 
 def _forms(text: str) -> tuple[str, ...]:

@@ -40,6 +40,7 @@ from acqcore.students.messages import (
     messages_of,
     rendered,
     reply_start,
+    shown,
     sound,
     template_options,
     text_of,
@@ -304,7 +305,7 @@ def _conversation(
         raise ValueError("tokenizer: messages require a chat template, this tokenizer has none")
     if not context:
         raise ValueError(f"samples[{index}]: expected a message before the scored one, got none")
-    if not any(message.get("content") or message.get("tool_calls") for message in reply):
+    if not any(shown(message, message is reply[-1]) for message in reply):
         raise ValueError(f"samples[{index}]: the completion is empty, there is nothing to score")
 
     messages = joined(index, tokenizer, [*context, *reply])
