@@ -31,7 +31,7 @@ REFUSED = {
     "reward.signals={mutual_information: {draws: 1}}": "draws",
     "reward.signals={mutual_information: {foo: 1}}": "foo",
     "reward.signals={influence: {similarity: l2}}": "similarity: unknown 'l2'",
-    "reward.signals={influence: {dim: 0}}": "dim: expected an int >= 1",
+    "reward.signals={influence: {dim: -8}}": "dim: expected an int >= 1, got -8",
     "reward.signals={grad_norm: {parameters: some}}": "parameters: unknown 'some'",
     "reward.signals={entropy: {x: 1}}": "x",
     "reward.signals={diversity: {capacity: -1}}": "reward.signals.diversity: capacity: expected an int >= 1",

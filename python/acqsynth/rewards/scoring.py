@@ -18,6 +18,7 @@ import acqcore
 from acqcore import Reduction
 from acqcore.acquisitions import REGISTRY
 from acqcore.students.tables import listed
+from acqsynth import checks
 from acqsynth.domains import Domain, Sample
 from acqsynth.models import load_tokenizer
 from acqsynth.rewards.batch import Batch, require_samples
@@ -249,8 +250,8 @@ class Scorer:
 
 def _placeholder(samples: Any, parameters: Any = "all", dim: Any = 1, seed: Any = 0) -> acqcore.Reference:
     """Carries the options of a reference whose gradient is computed on the first call, so that they can be checked."""
-    mean = torch.ones(max(0, dim) if isinstance(dim, int) else 0)
-    return acqcore.Reference(mean, 1, parameters, seed, "mean", {})
+    checks.positive_int("dim", dim)
+    return acqcore.Reference(torch.ones(dim), 1, parameters, seed, "mean", {})
 
 
 def finite(
