@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 import acqcore
 from acqcore.cli import main
+from acqcore.files.table import write_rows
 
 TEXTS = ["The quick brown fox", "a fox", "The answer is 5.", "def add(a, b): return a + b", "the lazy dog"]
 
@@ -47,6 +48,18 @@ def test_conversations_and_limit(command, tmp_path, read):
     rows = read(tmp_path / "out.jsonl")
     assert len(rows) == 2
     assert rows[0]["messages"] == turns
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_rows_with_images_are_rejected_as_in_python(suffix, command, tmp_path, read):
+    rows = [{"text": "a fox", "image": image} for image in (None, "fox.png")]
+    data = tmp_path / f"given.{suffix}"
+    write_rows(data, rows, ["text", "image"], tmp_path / "none.jsonl")
+    assert main(command([], data=data)) == 0
+    found = read(tmp_path / "out.jsonl")
+    assert [row["error"] for row in found] == [None, "image: expected text, as only text is scored"]
+    assert main(command([], data=data, out=tmp_path / "text.jsonl", text_column="text")) == 0
+    assert all(row["valid"] for row in read(tmp_path / "text.jsonl"))
 
 
 def test_bad_lines_are_reported_and_the_rest_is_scored(command, tmp_path, capsys, read):

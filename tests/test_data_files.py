@@ -440,6 +440,7 @@ def test_unknown_extension(tmp_path):
         (["id", "messages"], {}, {"messages": "messages"}),
         (["question", "answer"], {}, {"question": "question", "answer": "answer"}),
         (["tools", "messages"], {}, {"messages": "messages", "tools": "tools"}),
+        (["image", "text"], {}, {"text": "text", "image": "image"}),
         (["text"], {}, {"text": "text"}),
         (["q", "a", "text"], {"prompt": "q", "completion": "a"}, {"q": "prompt", "a": "completion"}),
         (["q", "a", "tools"], {"prompt": "q", "completion": "a"}, {"q": "prompt", "a": "completion", "tools": "tools"}),

@@ -18,7 +18,7 @@ from typing import Any
 
 from acqcore import checks
 from acqcore.files.table import UNFIT, atomically, distinct, long_cells
-from acqcore.students.tables import BESIDE, KINDS, kind_of
+from acqcore.students.tables import KINDS, OPTIONAL, kind_of
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")
 BLOCK_ROWS = 4096  # bounds memory; larger blocks would hardly pack better
@@ -340,14 +340,14 @@ def choose_columns(
     present: Collection[str], prompt: str | None, completion: str | None, text: str | None
 ) -> dict[str, str]:
     """Map columns to keys of a sample: the named columns, else the first of ``KINDS`` that is present, plus the columns
-    that a chat template also reads, unless a text is named."""
+    that a chat template also reads and those of images, unless a text is named."""
     if (prompt is None) != (completion is None):
         raise ValueError("--prompt-column and --completion-column: expected both or neither")
     if text is not None and prompt is not None:
         raise ValueError("--text-column: cannot be combined with --prompt-column and --completion-column")
     if prompt is not None and prompt == completion:
         raise ValueError(f"--completion-column: expected a column other than --prompt-column, got {prompt!r} for both")
-    beside = {name: name for name in BESIDE if name in present}
+    beside = {name: name for name in OPTIONAL if name in present}
     if prompt is not None and completion is not None:
         chosen = {prompt: "prompt", completion: "completion"}
     elif text is not None:

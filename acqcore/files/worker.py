@@ -27,7 +27,7 @@ from acqcore.scoring.run import Runner
 from acqcore.students.loading import DTYPES
 from acqcore.students.samples import EMPTY, Row
 from acqcore.students.student import Student
-from acqcore.students.tables import BESIDE
+from acqcore.students.tables import BESIDE, OPTIONAL
 
 ATTEMPTS = 3  # per block
 TOP_ROWS = 5
@@ -239,7 +239,7 @@ def _table(
 
 def record_error(record: Record, columns: Mapping[str, str]) -> str | None:
     """The record's error, or one that names a missing column; None for a good record."""
-    missing = [column for column, key in columns.items() if column not in record.values and key not in BESIDE]
+    missing = [column for column, key in columns.items() if column not in record.values and key not in OPTIONAL]
     return record.error or (f"no column {missing[0]!r}" if missing else None)
 
 
@@ -297,7 +297,7 @@ def _conversation(text: Any) -> list[Any] | None:
 
 def shown_column(columns: Mapping[str, str]) -> str:
     """The column of the scored text, shown next to the highest rows."""
-    return [column for column, key in columns.items() if key not in BESIDE][-1]
+    return [column for column, key in columns.items() if key not in OPTIONAL][-1]
 
 
 def shorten(value: Any) -> str:

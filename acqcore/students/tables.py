@@ -14,6 +14,8 @@ KINDS = (("prompt", "completion"), ("messages",), ("question", "answer"), ("text
 BESIDE = ("tools", "chat_template_kwargs")
 #: Columns that a student of text does not see; rows that have any of them are rejected.
 IMAGES = ("image", "images")
+#: Columns that a row may lack.
+OPTIONAL = (*BESIDE, *IMAGES)
 _LISTING = ("to_pylist", "to_list", "tolist")
 EXPECTED = (
     'strings, mappings with "prompt" and "completion", "messages", "question" and "answer", or "text", a '
@@ -35,7 +37,7 @@ def listed(samples: Any) -> list[Any]:
         if kind is None:
             expected = ", or ".join(" and ".join(kind) for kind in KINDS)
             raise TypeError(f"samples: expected columns {expected}, got {', '.join(map(str, columns))}")
-        found = {key: _list(samples[key]) for key in (*kind, *(key for key in (*BESIDE, *IMAGES) if key in columns))}
+        found = {key: _list(samples[key]) for key in (*kind, *(key for key in OPTIONAL if key in columns))}
         for key, values in found.items():
             if values is None:
                 raise TypeError(
