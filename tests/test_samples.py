@@ -419,6 +419,9 @@ class TestRowsOfAnySource:
         assert_same(encoded(frame.to_dict("records")), encoded(rows))
         texts = pandas.DataFrame([{"text": "a fox", "tools": float("nan")}])
         assert_same(encoded(texts), encoded(["a fox"]))
+        for missing in (pandas.NA, pandas.NaT):
+            texts = pandas.DataFrame({"text": ["a fox"], "image": [missing], "chat_template_kwargs": [missing]})
+            assert_same(encoded(texts), encoded(["a fox"]))
 
     @pytest.mark.parametrize("kind", ["numpy", "tuple", "pandas", "polars", "pyarrow"])
     def test_a_column_of_strings(self, kind, encoded):

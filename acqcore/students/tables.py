@@ -54,8 +54,8 @@ def listed(samples: Any) -> list[Any]:
 def plain(value: Any) -> Any:
     """The value with NumPy arrays, which pandas reads from nested parquet columns, converted to lists.
 
-    Keys of mappings without a value are dropped at any depth: a table has a null, or a frame NaN, where a row lacks a
-    key that other rows have.
+    Keys of mappings without a value are dropped at any depth: a table has a null, or a frame NaN, NA or NaT, where a
+    row lacks a key that other rows have.
     """
     if isinstance(value, Mapping):
         return {key: plain(part) for key, part in value.items() if not _missing(part)}
@@ -67,7 +67,9 @@ def plain(value: Any) -> Any:
 
 
 def _missing(value: Any) -> bool:
-    return value is None or bool(isinstance(value, numbers.Real) and value != value)
+    if value is None or type(value).__name__ in ("NAType", "NaTType"):  # of pandas, which need not be installed
+        return True
+    return bool(isinstance(value, numbers.Real) and value != value)
 
 
 def columns_of(samples: Any) -> list[Any] | None:
