@@ -305,12 +305,11 @@ def _conversation(
         raise ValueError("tokenizer: messages require a chat template, this tokenizer has none")
     if not context:
         raise ValueError(f"samples[{index}]: expected a message before the scored one, got none")
-    if not any(shown(message, message is reply[-1]) for message in reply):
-        raise ValueError(f"samples[{index}]: the completion is empty, there is nothing to score")
-
     messages = joined(index, tokenizer, [*context, *reply])
     context, reply = messages[: len(context)], messages[len(context) :]
     text = sound(index, "messages", rendered(index, tokenizer, messages, False, **options))
+    if not any(shown(message, message is reply[-1]) for message in reply):
+        raise ValueError(f"samples[{index}]: the completion is empty, there is nothing to score")
     start = reply_start(index, tokenizer, text, context, reply, options)
     return _Text(text, start, True, generated(index, tokenizer, messages, options))
 
