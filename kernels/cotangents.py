@@ -164,7 +164,7 @@ def write_cotangents(
     for k in range(probes):  # not unrolled, so variants do not depend on the number of probes
         probe = (tl.zeros((), tl.int32) + k).to(tl.uint32)
         words = sign_words(begin, position, sample, probe | (SITE << 16), seed.to(tl.uint64), WORDS)
-        part = flipped(size, ~words[:, :, None] << bit & 0x80000000)
+        part = flipped(size, (words[:, :, None] ^ 0xFFFFFFFF) << bit & 0x80000000)
         of_part = widen(part)
         if HAS_CAP:
             of_part = tl.where(slope > 0, of_part / slope, 0.0)
