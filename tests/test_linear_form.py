@@ -657,3 +657,8 @@ def test_half_precision_has_the_values_of_float32(options, factor, dtype, tiny_m
     # Rounded to bfloat16, large logits are off by so much that even the entropy changes by an eighth.
     rounded = dtype == torch.bfloat16 and factor > 1
     torch.testing.assert_close(got, exact, rtol=0.25 if rounded else 0.1, atol=0)
+
+
+def test_an_unknown_form_names_the_known_ones(tiny_model):
+    with pytest.raises(ValueError, match="form: unknown 'row', expected one of linear, element, block"):
+        _score(tiny_model("Llama"), _samples(4), form="row")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 import torch
 
@@ -270,7 +270,8 @@ class InformationOptions(DrawOptions):
             return given
         if not isinstance(given, Mapping):
             return DrawOptions.of(name, given)
-        form = given.get("form")
+        if (form := given.get("form")) is not None:
+            checks.one_of("form", form, ("linear", *get_args(Form)))
         drawn = [argument for argument in ("draws", "members", "block") if argument in given]
         of_linear = ("positions", "posterior", "probes", "reference", "variance")
         linear = [argument for argument in of_linear if argument in given]
