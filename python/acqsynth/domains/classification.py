@@ -2,14 +2,15 @@
 
 The labels are a closed set: the answers of the seed rows (:meth:`Classification.with_seeds`). Comparison reads
 underscores as spaces, so ``card_arrival`` is learnt and written as ``card arrival``, and ignores case and what stands
-around a label: ``category:``, quotes, bold, a full stop. A generator prompt shows seeds of one label and asks for
-another text with that label; without seeds, the generator chooses the label.
+around a label: ``category:`` or ``the answer is``, a bullet, quotes, bold, a full stop. A generator prompt shows seeds
+of one label and asks for another text with that label; without seeds, the generator chooses the label.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from acqsynth.domains.base import Domain, Layout, Messages, Row, Sample, text, w
 INTENTS = "intents:"
 
 _MARKER = r"(?:intent|label|category|class|topic)"
+_BEFORE = re.compile(rf"^(?:[-*•] )?(?:(?:the )?(?:(?:final |correct )?answer|{_MARKER})(?: is\b ?[:：]?| ?[:：]))?")
 
 
 def spoken(label: str) -> str:
@@ -28,9 +30,14 @@ def spoken(label: str) -> str:
     return " ".join(label.replace("_", " ").split())
 
 
+def _key(label: str) -> str:
+    """The label as it is compared: accents composed, in lower case."""
+    return unicodedata.normalize("NFC", spoken(label)).casefold()
+
+
 def _bare(name: str) -> str:
-    """The name without what a student may write around a label: its marker, bold, quotes, a full stop."""
-    plain = re.sub(rf"^{_MARKER}\s*:", "", name.replace("**", ""))
+    """The name without what a student may write around a label: a bullet, its marker, bold, quotes, a full stop."""
+    plain = _BEFORE.sub("", name.replace("**", ""))
     return plain.lstrip(" \"'`*“‘").rstrip(" \"'`*”’.") or name
 
 
@@ -74,7 +81,7 @@ class Classification(Domain):
         for label in labels or ():
             if not label.strip() or "\n" in label.strip():
                 raise ValueError(f"labels: expected names of one line, got {label!r:.60}")
-            other = self._labels.setdefault(spoken(label).casefold(), label)
+            other = self._labels.setdefault(_key(label), label)
             if other != label:
                 raise ValueError(f"labels: {other!r} and {label!r} are the same name")
         self._by_bare: dict[str, str] = {}  # bare name -> canonical label, "" if several labels have this bare name
@@ -120,9 +127,9 @@ class Classification(Domain):
         return lines[0].strip() if lines else None
 
     def canonical(self, answer: str) -> str:
-        """The answer in lower case, without ``category:`` before it or bold, quotes and a full stop around it. They are
-        kept if they belong to a label or are the only difference between labels."""
-        plain = spoken(answer).casefold()
+        """The answer in lower case, without ``category:`` or ``the answer is`` before it or a bullet, bold, quotes and
+        a full stop around it. They are kept if they belong to a label or are the only difference between labels."""
+        plain = _key(answer)
         if plain in self._labels:
             return plain
         bare = _bare(plain)
