@@ -35,13 +35,22 @@ STATED = re.compile(
 
 @dataclass(frozen=True)
 class Sample:
-    """A question with its answer: a seed row or a generated sample."""
+    """A question with its answer: a seed row or a generated sample.
+
+    Raises:
+        TypeError: question, answer or reasoning is not a string.
+    """
 
     question: str
     answer: str
     reasoning: str = ""
     #: read only by its domain: options of a choice, tests and entry point of a program, the skill
     extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("question", "answer", "reasoning"):
+            if not isinstance(value := getattr(self, name), str):
+                raise TypeError(f"{name}: expected a string, got {value!r:.60}")
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,12 @@ def test_what_is_written_is_parsed():
     assert domain("math").parse("<question>Why?</question>") is None
 
 
+@pytest.mark.parametrize(("name", "value"), [("question", None), ("answer", 4), ("reasoning", ["a"])])
+def test_a_sample_is_made_of_strings(name, value):
+    with pytest.raises(TypeError, match=f"{name}: expected a string, got"):
+        Sample(**({"question": "2 + 2?", "answer": "4"} | {name: value}))
+
+
 def test_one_example_is_not_many():
     [turn] = ask_for_sample("a riddle", "a word", [Sample("Q?", "A")])
     assert "Write a riddle" in turn["content"]
