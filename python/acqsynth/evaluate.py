@@ -70,7 +70,8 @@ def evaluate(
     """
     if not rows:
         raise ValueError("rows: expected at least one, got none")
-    sampling = Sampling(temperature=0.0, max_tokens=max_tokens or domain.answer_tokens, seed=seed)
+    most = domain.answer_tokens if max_tokens is None else max_tokens
+    sampling = Sampling(temperature=0.0, max_tokens=most, seed=seed)
     drawn = engine.generate([domain.student_prompt(row.question) for row in rows], sampling)
     completions = [group[0].text for group in drawn]
     answers = [domain.answer_of(text) for text in completions]

@@ -49,10 +49,12 @@ def label(
         max_tokens: maximum tokens per answer; by default the domain's.
 
     Raises:
-        ValueError: k below 1 or a threshold outside (0, 1].
+        ValueError: k below 1, a threshold outside (0, 1], or temperature 0 with several answers, which are equal.
     """
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold: expected a share in (0, 1], got {threshold}")
+    if temperature == 0 and k > 1:
+        raise ValueError("temperature: expected more than 0, as equal answers always agree, or k of 1")
     most = domain.answer_tokens if max_tokens is None else max_tokens
     sampling = Sampling(n=k, temperature=temperature, max_tokens=most, seed=seed)
     drawn = engine.generate([domain.student_prompt(sample.question) for sample in samples], sampling)

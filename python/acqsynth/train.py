@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import random
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +34,7 @@ from acqsynth.callbacks import (
 from acqsynth.domains import Domain, Messages, Sample
 from acqsynth.engines import Engine, Sampling, check_ids, encode, eos_ids
 from acqsynth.models import load_tokenizer
+from acqsynth.rewards.batch import require_samples
 from acqsynth.train_options import check_prompts, configuration as configuration, grpo_steps, optimizer_steps
 from acqsynth.write import Candidate, Scorer, candidates
 
@@ -54,7 +56,7 @@ def training_rows(domain: Domain, samples: Sequence[Sample]) -> list[Row]:
 
 
 def sft(
-    student: str,
+    student: str | Path,
     domain: Domain,
     samples: Sequence[Sample],
     output: str | Path,
@@ -74,13 +76,13 @@ def sft(
         replay_share: share of replay among all rows; the option ``seed`` determines which rows are drawn.
 
     Raises:
+        TypeError: a row that is not a ``Sample``.
         ValueError: no samples, a share outside [0, 1), too few replay rows for the share, or as
             :func:`configuration`; every prompt fills ``max_length``, which is at most the student's positions; a token
             outside the student's vocabulary.
     """
-    if not samples:
-        raise ValueError("samples: expected at least one")
-    output = Path(output)
+    require_samples("samples", samples, some=True)
+    student, output = os.fspath(student), Path(output)
     config, lora = configuration("sft", options or {}, output)
     _keep_within(student, config, "max_length")
     rows = training_rows(domain, samples)
@@ -163,7 +165,7 @@ def replay_count(available: int, share: float, n: int) -> int:
 
 
 def grpo(
-    generator: str,
+    generator: str | Path,
     prompts: Sequence[Messages],
     reward: Reward | Sequence[Reward],
     output: str | Path,
@@ -188,16 +190,21 @@ def grpo(
 
     Raises:
         ValueError: fewer prompts than a generation takes, one that leaves no room in the generator's positions or has
-            a token outside its vocabulary, or as :func:`configuration`.
+            a token outside its vocabulary, no end-of-sequence token, or as :func:`configuration`.
+        TypeError: a reward that is no function.
     """
-    output = Path(output)
+    generator, output = os.fspath(generator), Path(output)
+    rewards = list(reward) if isinstance(reward, Sequence) else [reward]
+    if not all(map(callable, rewards)):
+        raise TypeError(f"reward: expected a function or a list of functions, got {reward!r:.60}")
     config, lora = configuration("grpo", options or {}, output)
     check_prompts(config, len(prompts))
     tokenizer = load_tokenizer(generator)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"generator: expected a tokenizer with an end-of-sequence token, {generator} has none")
     encoded = encode(tokenizer, prompts)
     check_ids("prompts", encoded, tokenizer, AutoConfig.from_pretrained(generator))
     _keep_within(generator, config, "max_completion_length", max(map(len, encoded)))
-    rewards = list(reward) if isinstance(reward, Sequence) else [reward]
     clock = StepClock()
     timed = [clock.timed(function) for function in rewards]
     data = datasets.Dataset.from_list([{"prompt": prompt} for prompt in prompts])
@@ -211,7 +218,7 @@ def grpo(
 
 
 def dpo(
-    generator: str,
+    generator: str | Path,
     prompts: Sequence[Messages],
     reward: Scorer,
     output: str | Path,
@@ -234,9 +241,11 @@ def dpo(
         engine: creates an engine for the generator.
 
     Raises:
-        ValueError: no pair was found or fits in ``max_length``, or as :func:`configuration`.
+        ValueError: one candidate per prompt, no pair was found or fits in ``max_length``, or as :func:`configuration`.
     """
-    output = Path(output)
+    if sampling.n < 2:
+        raise ValueError(f"sampling: expected n of at least 2 candidates to choose from, got {sampling.n}")
+    generator, output = os.fspath(generator), Path(output)
     config, lora = configuration("dpo", options or {}, output)
     _keep_within(generator, config, "max_length")
     table = output / "pairs.parquet"

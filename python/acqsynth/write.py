@@ -14,7 +14,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from acqsynth import checks
 from acqsynth.domains import Domain, Messages, Sample
 from acqsynth.engines import Engine, Sampling, derived_seed
-from acqsynth.rewards.batch import Batch
+from acqsynth.rewards.batch import Batch, require_samples
 from acqsynth.rewards.texts import NearCopies
 
 logger = logging.getLogger(__name__)
@@ -39,6 +39,7 @@ def prompts(
 
     Raises:
         ValueError: n is below 1, shown is negative or above the number of seeds, or seed is negative.
+        TypeError: a seed row that is not a ``Sample``.
     """
     return [prompt(domain, hand, turns) for hand in deal(domain, seeds, n, shown=shown, seed=seed)]
 
@@ -46,6 +47,7 @@ def prompts(
 def deal(domain: Domain, seeds: Sequence[Sample], n: int, *, shown: int, seed: int) -> list[list[Sample]]:
     """The seeds that each of the n prompts of :func:`prompts` shows."""
     checks.positive_int("n", n)
+    require_samples("seeds", seeds)
     if not isinstance(shown, int) or not 0 <= shown <= len(seeds):
         raise ValueError(f"shown: expected 0 to {len(seeds)}, the number of seeds, got {shown}")
     if seed < 0:  # random.Random ignores the sign
@@ -212,7 +214,10 @@ class Candidate:
 def candidates(
     engine: Engine, prompts: Sequence[Messages], reward: Scorer, sampling: Sampling
 ) -> list[list[Candidate]]:
-    """Draws ``sampling.n`` candidates per prompt and scores all of them in one call."""
+    """Draws ``sampling.n`` candidates per prompt and scores all of them in one call. TypeError for a reward without
+    ``score``, such as ``AcquisitionReward``."""
+    if not hasattr(reward, "score"):
+        raise TypeError(f"reward: expected one with score, such as ComposedReward, got {reward!r:.60}")
     texts = [draw.text for group in engine.generate(prompts, sampling) for draw in group]
     groups = [i for i in range(len(prompts)) for _ in range(sampling.n)]
     rewards = reward.score(texts, groups)

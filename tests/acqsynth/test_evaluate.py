@@ -45,6 +45,8 @@ def test_evaluate_takes_the_most_likely_answer_and_lets_the_domain_judge(sums, e
 def test_no_rows_are_refused(sums, echo):
     with pytest.raises(ValueError, match="rows: expected at least one, got none"):
         evaluate(echo, sums, [])
+    with pytest.raises(ValueError, match="max_tokens: expected at least 1, got 0"):
+        evaluate(echo, sums, [Sample("1+1", "2")], max_tokens=0)
 
 
 def test_of_one_fit_the_interval_is_students_over_rows():

@@ -207,6 +207,8 @@ def test_wrong_arguments(sums, scripted):
         labelled(sums, scripted, ["7"], threshold=0)
     with pytest.raises(ValueError, match="n: expected at least 1, got 0"):
         label(scripted(str), sums, [QUESTION], k=0)
+    with pytest.raises(ValueError, match="temperature: expected more than 0, as equal answers always agree, or k of 1"):
+        label(scripted(str), sums, [QUESTION], k=2, temperature=0)
 
 
 def test_a_labeller_asks_the_student_or_the_teacher(sums, scripted):

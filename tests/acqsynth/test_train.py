@@ -136,7 +136,7 @@ def test_a_student_learns_and_its_folder_is_a_model(sums, student_path, tmp_path
     options = QUICK | {"num_train_epochs": 80, "learning_rate": 1e-2, "save_strategy": "no"}
     output, said, shown = tmp_path / "out", [], []
     callbacks = [Progress(said.append, shown.append)]
-    assert train.sft(str(student_path), sums, SAMPLES, output, options, callbacks=callbacks) == output
+    assert train.sft(student_path, sums, SAMPLES, output, options, callbacks=callbacks) == output
     losses = [row["loss"] for row in read_log(output) if "loss" in row]
     assert losses[-1] < 0.1 < 4 < losses[0]
     engine = TransformersEngine(output)
@@ -268,6 +268,22 @@ def test_wrong_arguments(sums, student_path, answer_reward, tmp_path):
         train.sft(str(student_path), sums, [], tmp_path)
     with pytest.raises(ValueError, match="prompts: expected at least 10, as many as a generation takes, got 8"):
         train.grpo(str(student_path), ASK, answer_reward, tmp_path, GRPO | {"per_device_train_batch_size": 20})
+    with pytest.raises(TypeError, match=r"samples\[0\]: expected acqsynth.domains.Sample"):
+        train.sft(str(student_path), sums, [{"question": "0", "answer": "0"}], tmp_path)
+    for reward in ("entropy", None, [answer_reward, "entropy"]):
+        with pytest.raises(TypeError, match="reward: expected a function or a list of functions, got"):
+            train.grpo(student_path, ASK, reward, tmp_path, GRPO)
+    with pytest.raises(ValueError, match="sampling: expected n of at least 2 candidates to choose from, got 1"):
+        train.dpo(student_path, ASK, answer_reward, tmp_path, sampling=Sampling(), engine=None)
+
+
+def test_a_generator_that_cannot_end_is_refused(model, tokenizer, answer_reward, tmp_path):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.eos_token = None
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="generator: expected a tokenizer with an end-of-sequence token"):
+        train.grpo(tmp_path / "model", ASK, answer_reward, tmp_path, GRPO)
 
 
 def test_a_token_without_an_embedding_is_named(sums, model, tokenizer, answer_reward, tmp_path):

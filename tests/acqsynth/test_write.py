@@ -63,6 +63,8 @@ def test_prompts_that_can_not_be(sums):
             prompts(sums, SEEDS, 1, shown=shown, seed=0)
     with pytest.raises(ValueError, match="seed: expected at least 0, got -1"):
         prompts(sums, SEEDS, 1, shown=1, seed=-1)
+    with pytest.raises(TypeError, match=r"seeds\[0\]: expected acqsynth.domains.Sample"):
+        prompts(sums, [{"question": "1+1", "answer": "2"}], 1, shown=1, seed=0)
 
 
 def test_seeds_are_shown_within_the_request_or_as_turns(sums):
@@ -244,6 +246,12 @@ def test_candidates_of_a_prompt_are_a_group(engine, answer_reward):
     assert groups[1][2].prompt == ASK[1]
     assert groups[1][0].components == {"value": 18.0}
     assert groups[1][0].gates == {"parses": True, "good": False}
+
+
+def test_a_reward_that_scores_no_candidates_is_refused(engine):
+    with pytest.raises(TypeError, match="reward: expected one with score, such as ComposedReward, got"):
+        best(engine, ASK, len, Sampling(n=2), rows=1)
+    assert not engine.calls
 
 
 def test_the_best_of_each_prompt(engine, answer_reward):
