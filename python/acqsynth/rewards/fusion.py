@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -82,13 +83,18 @@ def checked_weights(names: Mapping[str, object], weights: Mapping[str, float] | 
     unknown = set(weights or ()) - set(names)
     if unknown:
         raise ValueError(f"weights: unknown {sorted(unknown)}, known signals: {', '.join(names) or 'none'}")
-    every = {name: float((weights or {}).get(name, 1.0)) for name in names}
-    if not all(np.isfinite(value) for value in every.values()):
-        raise ValueError(f"weights: expected finite numbers, got {every}")
+    every = {name: finite_weight((weights or {}).get(name, 1.0)) for name in names}
     weight = {name: value for name, value in every.items() if value != 0}
     if not weight:
         raise ValueError("weights: expected at least one signal with a nonzero weight")
     return weight
+
+
+def finite_weight(weight: Any) -> float:
+    """The weight as a float; ValueError if it is no finite number."""
+    if not isinstance(weight, Real) or not math.isfinite(weight):
+        raise ValueError(f"weights: expected finite numbers, got {weight!r:.60}")
+    return float(weight)
 
 
 # Each method takes values r [K, n] of K signals, groups g [n], weights w [K] and earlier values of each signal, and

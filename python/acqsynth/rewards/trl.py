@@ -1,7 +1,8 @@
 """TRL 1.16's contract for reward functions: arguments, logging and warnings.
 
-TRL excludes a masked sample (None) from the advantage only if every reward masks it; otherwise the reward that masks it
-counts as 0. :func:`combined` adds several rewards and masks a sample for all of them.
+GRPO and RLOO exclude a masked sample (None) from the advantage only if every reward masks it; otherwise the reward that
+masks it counts as 0. :func:`combined` adds several rewards and masks a sample for all of them. The experimental
+OnlineDPO counts every masked sample as 0.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from acqsynth.rewards.batch import Watch
+from acqsynth.rewards.fusion import finite_weight
 
 logger = logging.getLogger(__name__)
 
@@ -77,11 +79,14 @@ class TrlReward:
             columns: other columns that TRL passes; ignored.
 
         Raises:
-            TypeError: a string in place of a list. RuntimeError, ValueError, TypeError: as documented by the class.
+            TypeError: a string in place of a list. ValueError: prompts and completions differ in number. RuntimeError,
+            ValueError, TypeError: as documented by the class.
         """
         for name, values in (("prompts", prompts), ("completions", completions)):
             if isinstance(values, str):
                 raise TypeError(f"{name}: expected a list with one entry for each completion, got a string")
+        if len(prompts) != len(completions):
+            raise ValueError(f"prompts: expected {len(completions)}, one for each completion, got {len(prompts)}")
         return self._reward(prompts, completions, Log(log_extra, log_metric))
 
     def _reward(self, prompts: Sequence[Any], completions: Sequence[Completion], log: Log) -> list[float | None]:
@@ -120,6 +125,16 @@ def warn_of_mask() -> None:
     logger.warning(
         "TRL counts a sample that could not be scored as 0 if there are other rewards: "
         "acqsynth.rewards.combined([...]) merges the rewards into one, which masks the sample"
+    )
+
+
+@functools.cache
+def warn_of_ranks(name: str) -> None:
+    """Warns, once per process, that a reward compares only the samples of its own rank."""
+    logger.warning(
+        "%s: each rank compares only its own samples, so the rewards of a group that straddles ranks do not compare; "
+        "make the reward with sync=True if all ranks call it together, as in TRL",
+        name,
     )
 
 
@@ -179,14 +194,17 @@ def combined(
         name: name under which TRL logs; each reward is also logged under its own name.
 
     Raises:
-        ValueError: no rewards, or a number of weights that differs from that of rewards.
+        ValueError: no rewards, a number of weights that differs from that of rewards, or a weight that is no finite
+            number. A call raises it for a reward that returns another number of values than there are completions.
         TypeError: a reward that is no function, such as the name of a reward model.
     """
     if callable(rewards) or not all(map(callable, rewards)):
         raise TypeError(f"rewards: expected a list of reward functions, got {rewards!r:.80}")
-    scales = [1.0] * len(rewards) if weights is None else [float(weight) for weight in weights]
-    if not rewards or len(scales) != len(rewards):
-        raise ValueError(f"weights: expected {max(1, len(rewards))}, one per reward, got {len(scales)}")
+    if not rewards:
+        raise ValueError("rewards: expected at least one")
+    scales = [1.0] * len(rewards) if weights is None else [finite_weight(weight) for weight in weights]
+    if len(scales) != len(rewards):
+        raise ValueError(f"weights: expected {len(rewards)}, one per reward, got {len(scales)}")
     waits = any(inspect.iscoroutinefunction(f) or inspect.iscoroutinefunction(type(f).__call__) for f in rewards)
     return (_Awaited if waits else _Combined)(rewards, scales, name)
 
@@ -216,6 +234,10 @@ class _Combined:
         return {str(i): reward for i, reward in enumerate(self._rewards) if hasattr(reward, "state_dict")}
 
     def _total(self, columns: Sequence[Sequence[float | None]]) -> list[float | None]:
+        for reward, column in zip(self._rewards, columns, strict=True):
+            if len(column) != len(columns[0]):
+                name = getattr(reward, "__name__", type(reward).__name__)
+                raise ValueError(f"{self.__name__}: {name} returned {len(column)} rewards, expected {len(columns[0])}")
         return [
             None
             if any(value is None for value in row)

@@ -224,10 +224,26 @@ class TestSeveralRewards:
 
         assert asyncio.run(combined([waits, waits])(prompts=["p"], completions=["a"])) == [2.0]
 
-    @pytest.mark.parametrize(("rewards", "weights"), [([], None), ([first], [1.0, 2.0])])
-    def test_one_weight_a_reward(self, rewards, weights):
-        with pytest.raises(ValueError, match="weights: expected 1, one per reward"):
+    @pytest.mark.parametrize(
+        ("rewards", "weights", "message"),
+        [
+            ([], None, "rewards: expected at least one"),
+            ([first], [1.0, 2.0], "weights: expected 1, one per reward, got 2"),
+            ([first], ["1"], "weights: expected finite numbers, got '1'"),
+            ([first], [None], "weights: expected finite numbers, got None"),
+            ([first], [float("nan")], "weights: expected finite numbers, got nan"),
+        ],
+    )
+    def test_one_weight_a_reward(self, rewards, weights, message):
+        with pytest.raises(ValueError, match=message):
             combined(rewards, weights)
+
+    def test_one_value_a_completion(self):
+        def single(prompts, completions, **_):
+            return [1.0]
+
+        with pytest.raises(ValueError, match="combined: single returned 1 rewards, expected 2"):
+            combined([first, single])(prompts=["p"] * 2, completions=["a", "b"])
 
     @pytest.mark.parametrize("rewards", [first, "org/model", [first, "org/model"], [first, None]])
     def test_a_reward_is_a_function(self, rewards):

@@ -112,6 +112,7 @@ def test_a_weight_of_zero_leaves_a_signal_out_and_masks_nothing():
         ({"weights": {"c": 1}}, r"weights: unknown \['c'\], known signals: a"),
         ({"weights": {"a": 0}}, "weights: expected at least one signal"),
         ({"weights": {"a": math.nan}}, "weights: expected finite numbers"),
+        ({"weights": {"a": "much"}}, "weights: expected finite numbers, got 'much'"),
         ({"groups": ["p"]}, "components: expected 1 values of 'a', one per sample, got 6"),
     ],
 )
