@@ -21,9 +21,10 @@ from typing import Any
 
 import torch
 
+import acqcore
 from acqcore import Reduction
 from acqsynth.parsing import parse_sample
-from acqsynth.rewards.batch import Spread
+from acqsynth.rewards.batch import Guard, Spread
 from acqsynth.rewards.scoring import Scored, Scorer
 from acqsynth.rewards.trl import Completion, Log, LogExtra, LogMetric, TrlReward, completion_text, prompt_key, summary
 
@@ -32,7 +33,7 @@ logger = logging.getLogger(__name__)
 #: Maps a completion's text to a sample for ``acqcore.score``, or to None.
 Parser = Callable[[str], Any]
 
-_FAILED = object()  #: replaces the sample if the parser raised
+_FAILED = object()  #: replaces the sample if the parser failed
 
 
 class AcquisitionReward(TrlReward):
@@ -43,7 +44,8 @@ class AcquisitionReward(TrlReward):
     cannot be scored are masked. Logged per sample: the value and whether the text parses. Logged per call: shares
     parsed and masked, mean, correlation with length and, for randomly estimated acquisitions, ``reliability`` as in
     :meth:`ComposedReward.metrics`. A call raises RuntimeError if ``ACQSYNTH_STUDENT`` is needed and not set, or if
-    values have no lower bound on several ranks without ``sync``; otherwise it raises as ``acqcore.score`` does.
+    values have no lower bound on several ranks without ``sync``, or if ``parse`` has failed on all texts so far, at
+    least three; otherwise it raises as ``acqcore.score`` does.
 
     Args:
         student: a transformers causal LM (even the model in training: it is scored in eval mode and left unchanged), an
@@ -99,6 +101,7 @@ class AcquisitionReward(TrlReward):
         super().__init__(name or f"acquisition_{acquisition}")
         self.acquisition = acquisition
         self.parse = parse
+        self._guard = Guard(self.__name__)
         self._sync = sync
         cosine = acquisition == "influence" and (arguments or {}).get("similarity", "cosine") == "cosine"
         self._least = -1.0 if cosine else 0.0  #: the known lower bound of the values
@@ -108,7 +111,7 @@ class AcquisitionReward(TrlReward):
     def _reward(self, prompts: Sequence[Any], completions: Sequence[Completion], log: Log) -> list[float | None]:
         if not self._checked_form:
             self.scorer.check()  # reports a missing student even if nothing parses
-        samples = [self._sample(completion) for completion in completions]
+        samples = [self._sample(completion, log) for completion in completions]
         scored = self.scorer([sample for sample in samples if _parsed(sample)])
         return self._rewards(prompts, samples, scored, log)
 
@@ -116,14 +119,19 @@ class AcquisitionReward(TrlReward):
         """The rewards, for direct use in a script or notebook; works for local and remote students."""
         return self(prompts, completions)
 
-    def _sample(self, completion: Completion) -> Any:
-        """The result of ``parse``, or ``_FAILED`` if it raises."""
+    def _sample(self, completion: Completion, log: Log) -> Any:
+        """The result of ``parse``, or ``_FAILED`` if it raises or returns what is no sample."""
         text = completion_text(completion)
-        try:
-            return None if text is None else self.parse(text)
-        except Exception:
-            logger.exception("%s: parse failed on a text", self.__name__)
-            return _FAILED
+        if text is None:
+            return None
+        [read] = self._guard("parse", self._read, [text], needed=not log.evaluates)
+        return _FAILED if read is None else read[0]
+
+    def _read(self, texts: Sequence[str]) -> list[tuple[Any]]:
+        found = self.parse(texts[0])
+        if not isinstance(found, str | Mapping | acqcore.Row | None):
+            raise TypeError(f"parse: expected a sample for acqcore.score or None, got {type(found).__name__}")
+        return [(found,)]
 
     def _rewards(self, prompts: Sequence[Any], samples: Sequence[Any], scored: Scored, log: Log) -> list[float | None]:
         """Rewards for n samples (None: text that does not parse), given the scores of the parsed ones."""
@@ -255,7 +263,7 @@ class RemoteAcquisitionReward(AcquisitionReward):
     async def _reward(  # type: ignore[override]
         self, prompts: Sequence[Any], completions: Sequence[Completion], log: Log
     ) -> list[float | None]:
-        samples = [self._sample(completion) for completion in completions]
+        samples = [self._sample(completion, log) for completion in completions]
         given = [sample for sample in samples if _parsed(sample)]
         scored = await self.client.score(given, (self.acquisition,), **self._spec)
         return self._rewards(prompts, samples, scored, log)

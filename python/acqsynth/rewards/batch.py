@@ -275,6 +275,11 @@ class Guard:
         self._worked: set[str] = set()
         self._failed: Counter[str] = Counter()  # samples on which a needed part failed before it ever worked
 
+    def restart(self) -> None:
+        """Forgets which parts have worked, as with another student none may."""
+        self._worked.clear()
+        self._failed.clear()
+
     def state_dict(self) -> dict[str, Any]:
         return {"failures": self.failures, "worked": sorted(self._worked), "failed": dict(self._failed)}
 

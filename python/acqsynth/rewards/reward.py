@@ -38,7 +38,7 @@ from acqsynth.rewards.fusion import BOUNDED, HISTORY, METHODS, LengthBins, check
 from acqsynth.rewards.gates import Gate, Label, default_gates
 from acqsynth.rewards.signals import Diversity, Signal, acquisition_signals
 from acqsynth.rewards.texts import Embedder, NgramEmbedder
-from acqsynth.rewards.trl import Completion, Log, TrlReward, completion_text, prompt_key, summary
+from acqsynth.rewards.trl import Completion, Log, TrlReward, completion_text, prompt_key, summary, warn_of_ranks
 
 PARSES = "parses"  #: name of the gate before all others
 
@@ -78,12 +78,13 @@ class ComposedReward(TrlReward):
         weights: signal -> weight, 1 by default. A negative weight reverses a signal; 0 only logs it.
         length_normalised: signals to normalise by length bin; True for all.
         sync: the ranks of the ``torch.distributed`` group call together and share archives, running statistics, and
-            groups that straddle ranks. Every call uses one collective, so every rank must call.
+            groups that straddle ranks. Every call uses one collective, so every rank must call. Without it, a rank
+            compares a sample only with its own, and the reward warns.
         name: name under which TRL logs.
 
     Raises:
         ValueError: an unknown fusion method, weight or signal to normalise, or a duplicate name.
-        TypeError: a signal or gate that is not callable or has no name.
+        TypeError: a domain that is none, such as its name; a signal or gate that is not callable or has no name.
     """
 
     def __init__(
@@ -98,12 +99,16 @@ class ComposedReward(TrlReward):
         sync: bool = False,
         name: str = "reward",
     ) -> None:
+        if not isinstance(domain, Domain):
+            raise TypeError(f"domain: expected a Domain, as acqsynth.domains.domain(name) returns, got {domain!r:.60}")
         _check_names("signals", signals, "total")
         _check_names("gates", gates, PARSES)
         if fusion not in METHODS:
             raise ValueError(f"fusion: unknown {fusion!r}, expected one of {', '.join(METHODS)}")
         names = dict.fromkeys(signal.name for signal in signals)
         self.weights = checked_weights(names, weights) if signals else {}
+        if isinstance(length_normalised, str):
+            raise TypeError(f"length_normalised: expected names or a bool, got {length_normalised!r}")
         chosen = set(names) if length_normalised is True else set(length_normalised or ())
         if chosen - set(names):
             raise ValueError(f"length_normalised: unknown {sorted(chosen - set(names))}, known signals: {list(names)}")
@@ -186,8 +191,11 @@ class ComposedReward(TrlReward):
 
         Raises:
             ValueError: texts and groups differ in length.
-            TypeError: a group that is not hashable, or a tensor, which equals only itself.
+            TypeError: a string in place of the texts; a group that is not hashable, or a tensor, which equals only
+                itself.
         """
+        if isinstance(texts, str):
+            raise TypeError("texts: expected a list of texts, got a string")
         for i, group in enumerate(groups):
             try:
                 hash(group)
@@ -242,6 +250,7 @@ class ComposedReward(TrlReward):
         # Signals and gates share answers and labels, so each object is refreshed once.
         shared = [getattr(part, name, None) for part in parts for name in ("answers", "label")]
         with self._turn:
+            self._guard.restart()
             for part in {id(part): part for part in (*parts, *shared)}.values():
                 if hasattr(part, "refresh"):
                     part.refresh(student)
@@ -294,8 +303,7 @@ class ComposedReward(TrlReward):
             raise ValueError(f"groups: expected {len(texts)}, one per text, got {len(groups)}")
         local = [Entry(group, text) for group, text in zip(groups, texts, strict=True)]
         batch = Batch()
-        for entry in local:
-            self._parse(entry)
+        ranks, own = self._gathered(local, batch, update)
         if update:
             self._check_form(
                 [entry.sample for entry in local],
@@ -303,7 +311,6 @@ class ComposedReward(TrlReward):
                 "generator for the expected format",
                 self.domain.name,
             )
-        ranks, own = self._gathered(local, batch, update)
         entries = [entry for rank in ranks for entry in rank]
         if by_runs:
             for j, (_, members) in enumerate(groupby(entries, key=lambda entry: entry.group)):
@@ -323,10 +330,12 @@ class ComposedReward(TrlReward):
             self._watch.add(rewards.spread)
         return rewards
 
-    def _parse(self, entry: Entry) -> None:
+    def _parse(self, entry: Entry, update: bool) -> None:
         parsed: Any = False
         if entry.text is not None:
-            [parsed] = self._guard("parse", lambda texts: [self.domain.parse(texts[0]) or False], [entry.text])
+            [parsed] = self._guard(
+                "parse", lambda texts: [self.domain.parse(texts[0]) or False], [entry.text], needed=update
+            )
         if parsed is False:
             entry.rejected_by = PARSES
         else:
@@ -342,7 +351,9 @@ class ComposedReward(TrlReward):
                 entry.rejected_by = gate.name
 
     def _judge(self, local: Sequence[Entry], batch: Batch, update: bool) -> None:
-        """The gates and the signals that do not compare samples, on the texts of this process."""
+        """Parses the texts of this process, and asks the gates and the signals that do not compare samples."""
+        for entry in local:
+            self._parse(entry, update)
         for i, gate in enumerate(self.gates):
             valid = [(entry, entry.sample) for entry in local if entry.valid]
             self._gate(gate, [entry for entry, _ in valid], batch, update)
@@ -354,7 +365,10 @@ class ComposedReward(TrlReward):
     def _gathered(self, local: list[Entry], batch: Batch, update: bool) -> tuple[list[list[Entry]], int]:
         """The entries of each rank with the signals' values, and this process's rank."""
         distributed = torch.distributed
-        synced = self.sync and distributed.is_available() and distributed.is_initialized()
+        ranks_exist = distributed.is_available() and distributed.is_initialized()
+        synced = self.sync and ranks_exist
+        if ranks_exist and not synced and distributed.get_world_size() > 1:
+            warn_of_ranks(self.__name__)
         broken = None
         try:
             self._judge(local, batch, update)
@@ -431,6 +445,8 @@ class ComposedReward(TrlReward):
 
 
 def _check_names(argument: str, parts: Sequence[Any], taken: str) -> None:
+    if callable(parts):
+        raise TypeError(f"{argument}: expected a list, got {parts!r}")
     seen = {taken}
     for part in parts:
         name = getattr(part, "name", None)

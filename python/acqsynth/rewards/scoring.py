@@ -81,13 +81,16 @@ class Scorer:
         if not acquisitions:
             raise ValueError("acquisitions: expected at least one name")
         for acquisition in acquisitions:
-            if acquisition not in REGISTRY:
+            if not isinstance(acquisition, str) or acquisition not in REGISTRY:
                 raise ValueError(f"acquisition: unknown {acquisition!r}, expected one of {', '.join(REGISTRY)}")
-        if isinstance(student, torch.nn.Module) and tokenizer is None:
-            raise ValueError("tokenizer: expected the student's tokenizer, as student is a model, which has none")
         if not isinstance(max_length, int) or max_length < 2:
             raise ValueError(f"max_length: expected at least 2 tokens, got {max_length!r}")
-        self.student = student
+        self.tokenizer = tokenizer
+        self.student: Any = None
+        self._reference: acqcore.Reference | None = None
+        self._shared: SharedStudent | None = None
+        self._special: frozenset[str] | None = None
+        self.refresh(student)
         self.acquisitions = tuple(acquisitions)
         self.domain = domain
         self.arguments = dict(arguments or {})
@@ -98,14 +101,10 @@ class Scorer:
         self.arguments = {name: self._opened(name, given or {}) for name, given in self.arguments.items()}
         self.name = name
         self.reduction = reduction
-        self.tokenizer = tokenizer
         self.backend = backend
         self.batch_tokens = batch_tokens
         self.max_length = max_length
         self.device = device
-        self._reference: acqcore.Reference | None = None
-        self._shared: SharedStudent | None = None
-        self._special: frozenset[str] | None = None
 
     def _arguments(self, reference: Callable[..., acqcore.Reference]) -> dict[str, dict[str, Any]]:
         """The arguments for ``acqcore.score``; ``reference`` maps influence's reference samples and their options."""
@@ -166,7 +165,10 @@ class Scorer:
             return acqcore.grad_sketch(student, rows, **options, **self._passes(student, tokenizer))
 
     def refresh(self, student: Any) -> None:
-        """Switches to another student; the gradient of reference samples is recomputed."""
+        """Switches to another student; the gradient of reference samples is recomputed. ValueError for a model if the
+        scorer has no tokenizer."""
+        if isinstance(student, torch.nn.Module) and self.tokenizer is None:
+            raise ValueError("tokenizer: expected the student's tokenizer, as student is a model, which has none")
         with _scoring:  # a thread may be loading the previous student
             self.student = student
             self._reference = self._shared = self._special = None

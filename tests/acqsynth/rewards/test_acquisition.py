@@ -18,6 +18,7 @@ from trl.trainer.utils import get_callable_name, is_async_callable
 import acqcore
 from acqcore.acquisitions import REGISTRY
 from acqsynth import rewards
+from acqsynth.domains import domain
 from acqsynth.parsing import as_text, parse_chat_sample, parse_sample
 from acqsynth.rewards import AcquisitionReward, Scorer
 
@@ -82,6 +83,11 @@ def test_a_completion_without_text_is_no_sample(model, tokenizer):
 def test_a_string_is_no_list(prompts, completions, name, model, tokenizer):
     with pytest.raises(TypeError, match=f"{name}: expected a list with one entry for each completion, got a string"):
         AcquisitionReward(model, tokenizer=tokenizer)(prompts, completions)
+
+
+def test_one_prompt_a_completion(model, tokenizer):
+    with pytest.raises(ValueError, match="prompts: expected 2, one for each completion, got 1"):
+        AcquisitionReward(model, tokenizer=tokenizer)(["a"], [GOOD, GOOD])
 
 
 def test_log_functions_get_values_and_metrics(model, tokenizer):
@@ -213,6 +219,12 @@ def test_a_parser_that_fails_masks_its_text_alone(student_path):
     assert [reward is None for reward in rewards] == [False, True, False]
 
 
+@pytest.mark.parametrize("parse", [domain("math").parse, str.encode, len, lambda text: text["question"]])
+def test_a_parser_that_never_works_is_raised(parse, student_path):
+    with pytest.raises(RuntimeError, match="'parse' failed on each of the 3 samples tried: TypeError"):
+        AcquisitionReward(student_path, parse=parse)(["a"] * 3, [GOOD] * 3)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -231,6 +243,7 @@ def test_a_parser_that_fails_masks_its_text_alone(student_path):
         ({"backend": "gpu"}, "backend: unknown 'gpu'"),
         ({"device": "gpu"}, "device: expected cpu"),
         ({"acquisition": "entrpy"}, "acquisition: unknown 'entrpy', expected one of loss"),
+        ({"acquisition": ["entropy"]}, r"acquisition: unknown \['entropy'\]"),
         ({"parse": "tags"}, "parse: expected a function of a text, got str"),
         ({"max_length": 1}, "max_length: expected at least 2 tokens, got 1"),
     ],
@@ -372,11 +385,12 @@ def test_other_attributes_are_missing():
         _ = rewards.entrpy
 
 
-def test_two_steps_of_grpo(model, tokenizer, tmp_path):
+@pytest.mark.parametrize("method", ["GRPO", "RLOO"])
+def test_two_steps_of_training(method, model, tokenizer, tmp_path):
     """Runs real TRL with the trained model as its own student."""
     entropy = AcquisitionReward(model, tokenizer=tokenizer, parse=as_text)
     gated = AcquisitionReward(model, "loss", tokenizer=tokenizer)
-    steps = trained(model, tokenizer, [entropy, gated], tmp_path)
+    steps = trained(model, tokenizer, [entropy, gated], tmp_path, method)
     assert len(steps) == 2
     for row in steps:
         assert row["rewards/acquisition_entropy/mean"] > 0

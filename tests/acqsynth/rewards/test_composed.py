@@ -18,7 +18,14 @@ from fakes import Log, Told, trained, written
 
 import acqcore
 from acqsynth.domains import Sample
-from acqsynth.rewards import ComposedReward, Diversity, Learnability, NgramEmbedder, SampledAnswers
+from acqsynth.rewards import (
+    ComposedReward,
+    Diversity,
+    Learnability,
+    NgramEmbedder,
+    SampledAnswers,
+    acquisition_signals,
+)
 from acqsynth.rewards.batch import BrokenPartError
 from acqsynth.rewards.fusion import BOUNDED, METHODS, fuse
 from acqsynth.rewards.gates import Check, Labelled, New, sample_gates
@@ -211,6 +218,38 @@ def test_a_student_that_is_not_there_is_raised(domain):
         reward([[{"role": "user", "content": "p"}]] * 3, texts)
 
 
+def test_a_student_that_is_gone_after_a_refresh_is_raised(domain, model, tokenizer, tmp_path):
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    reward = plain(domain, *acquisition_signals(str(tmp_path), ["entropy"], domain))
+    assert None not in reward.score(TEXTS, GROUPS).total
+    with pytest.raises(ValueError, match="tokenizer: expected the student's tokenizer"):
+        reward.refresh(model)
+    assert None not in reward.score(TEXTS, GROUPS).total
+    reward.refresh("/no/such/student")
+    with pytest.raises(BrokenPartError, match=r"failed on each of the 3 samples tried: .*/no/such/student"):
+        reward.score(TEXTS, GROUPS)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"domain": "math"}, "domain: expected a Domain"),
+        ({"signals": Told("a", {})}, "signals: expected a list, got"),
+        ({"gates": Told("a", {})}, "gates: expected a list, got"),
+        ({"length_normalised": "a"}, "length_normalised: expected names or a bool, got 'a'"),
+    ],
+)
+def test_arguments_of_the_wrong_type(wrong, message, domain):
+    with pytest.raises(TypeError, match=message):
+        ComposedReward(**({"domain": domain, "signals": [Told("a", {})]} | wrong))
+
+
+def test_a_text_is_no_list_of_texts(domain):
+    with pytest.raises(TypeError, match="texts: expected a list of texts, got a string"):
+        plain(domain).score(text(1), text(1))
+
+
 def test_the_raw_floor_is_below_the_samples_of_all_calls(domain):
     """Trainers such as verl send one sample a call, so the call of a gated sample has no valid one."""
     odd = Check("odd", lambda sample: sample.answer not in "14")
@@ -278,8 +317,10 @@ def test_a_gate_that_raises_or_cannot_tell_masks(domain):
         assert reward.score(TEXTS[:3], GROUPS[:3]).total == expected
     domain.parse = lambda text: 1 / 0
     reward = plain(domain, Told("a", VALUES))
-    assert reward.score(TEXTS, GROUPS).total == [None] * 6
-    assert reward.failures == 6
+    assert reward.score(TEXTS[:2], GROUPS[:2]).total == [None] * 2
+    assert reward.failures == 2
+    with pytest.raises(BrokenPartError, match="'parse' failed on each of the 3 samples tried: ZeroDivisionError"):
+        reward.score(TEXTS, GROUPS)
 
 
 def test_signals_see_the_label_that_a_sample_goes_on_with(domain):

@@ -10,6 +10,7 @@ from fakes import PlainDomain
 from acqsynth.rewards import ComposedReward, Diversity, NgramEmbedder
 from acqsynth.rewards.batch import BrokenPartError
 from acqsynth.rewards.gates import Check, New
+from acqsynth.rewards.trl import warn_of_ranks
 
 TOPICS = ("a saddle", "a violin", "iron ore", "copper", "a window", "gardens", "a rocket", "tunnels")
 # Groups of four on ranks of six: the second group spans both ranks.
@@ -69,6 +70,14 @@ def broken_on_first(rank, store):
         return str(error)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_ranks_that_do_not_share_are_told_once(monkeypatch, caplog):
+    warn_of_ranks.cache_clear()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    calls(slice(6), sync=False)
+    assert caplog.text.count("make the reward with sync=True") == 1
 
 
 def test_all_ranks_raise_what_one_does(tmp_path):

@@ -147,8 +147,8 @@ def teach(model, batches):
         optimizer.step()
 
 
-def trained(model, tokenizer, rewards, folder, **options):
-    """The logged steps of a real TRL GRPO run on a CPU; by default two steps of two prompts."""
+def trained(model, tokenizer, rewards, folder, method="GRPO", **options):
+    """The logged steps of a real TRL run on a CPU; by default two steps of two prompts."""
     import datasets
     import trl
 
@@ -162,11 +162,12 @@ def trained(model, tokenizer, rewards, folder, **options):
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
+        "beta": 0.0,
     }
-    trainer = trl.GRPOTrainer(
+    trainer = getattr(trl, f"{method}Trainer")(
         model=model,
         reward_funcs=rewards,
-        args=trl.GRPOConfig(
+        args=getattr(trl, f"{method}Config")(
             output_dir=str(folder), use_cpu=True, bf16=False, gradient_checkpointing=False, **{**given, **options}
         ),
         train_dataset=datasets.Dataset.from_dict(
