@@ -112,7 +112,9 @@ def _z(r: Values, g: Groups, w: Values, past: list[Values]) -> Values:
         # Do not divide by a deviation that is only rounding error: equal values stay equal.
         level = np.abs(values).max() * 1e-12
         total += weight * np.where(scale[g] > level, (values - mean[g]) / np.maximum(scale[g], level or 1.0), 0.0)
-    return total
+    # Signals that cancel out give equal totals, which DPO does not pair.
+    size = np.abs(w).sum()
+    return np.round(total / size, 12) * size
 
 
 def _gdpo(r: Values, g: Groups, w: Values, past: list[Values]) -> Values:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import statistics
 
 import pytest
@@ -31,6 +32,14 @@ def test_raw():
 def test_z():
     expected = [2 * a - b for a, b in zip(z_of(A), z_of(B), strict=True)]
     assert fuse({"a": A, "b": B}, GROUPS, "z", {"a": 2, "b": -1}) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("method", ["z", "gdpo", "rank", "quantile"])
+def test_signals_that_cancel_out_give_equal_totals(method):
+    draw = random.Random(0).random
+    for _ in range(100):
+        first, second = fuse({"a": sorted([draw(), draw()]), "b": sorted([draw(), draw()])[::-1]}, "pp", method)
+        assert first == second
 
 
 def test_gdpo():
