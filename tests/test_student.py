@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -125,6 +127,31 @@ def test_a_student_follows_its_model_in_training(tiny_model):
         for parameter in model.parameters():
             parameter.mul_(1.1)
     assert_own_logits(model, student)
+
+
+@pytest.mark.parametrize("how", [copy.copy, copy.deepcopy, lambda student: pickle.loads(pickle.dumps(student))])
+@pytest.mark.parametrize("explicit", [False, True])
+def test_copies(how, explicit, tiny_model, tokenizer):
+    """A deep copy does not follow the model, and nothing of it runs the model."""
+    model = tiny_model("GPT2", resid_pdrop=0.3)
+    student = acqcore.Student.from_model(model, tokenizer=tokenizer)
+    if explicit:
+        student = acqcore.Student(model.transformer, acqcore.Head(model.lm_head.weight), tokenizer=tokenizer)
+    student.max_length = 32
+
+    def values(student):
+        own = {"mutual_information": {"layers": "own"}}
+        scores = acqcore.score(student, ["a lazy dog"], ["entropy", *own], acquisition_args=own)
+        return [*scores.values(), acqcore.grad_norm(student, ["a lazy dog"], 1)]
+
+    expected = values(student)
+    found = how(student)
+    assert found.max_length == 32
+    if how is not copy.copy:
+        with torch.no_grad():
+            model.lm_head.weight.mul_(1.5)
+            model.transformer.h[1].mlp.c_fc.weight.mul_(1.5)
+    torch.testing.assert_close(values(found), expected)
 
 
 @pytest.mark.parametrize("part", ["trunk", "vocabulary"])

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -44,6 +45,8 @@ class Student:
         tokenizer: default for ``score``.
         max_length: maximum tokens per sample; None for no limit.
 
+    Deep copies and pickles contain the model, or the trunk and the head.
+
     Raises:
         TypeError: trunk is not callable, head is not a Head. ValueError: max_length below 1.
     """
@@ -58,6 +61,7 @@ class Student:
             max_length = checks.positive_int("max_length", max_length)
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self._made: tuple[Callable[..., Student], tuple[Any, ...]] = type(self), (trunk, head)
         self._find_trunk: Callable[[], Callable[..., Any]] = lambda: trunk
         self._find_head: Callable[[], Head] = lambda: head
         self._find_vocab_size: Callable[[], int] = lambda: head.vocab_size
@@ -104,6 +108,7 @@ class Student:
         student = cls.__new__(cls)
         student.tokenizer = tokenizer
         student.max_length = causal.max_length
+        student._made = partial(cls.from_model, verify=verify), (model,)
         student._find_trunk = lambda: causal.trunk
         student._module = model
         student._data_parallel = causal.data_parallel
@@ -141,6 +146,10 @@ class Student:
         if device is not None:
             model = model.to(device)
         return cls.from_model(model.eval(), tokenizer=load_tokenizer(path))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # For copies and pickles: made anew of the copied model, as the closures would still run the original one.
+        return *self._made, {"tokenizer": self.tokenizer, "max_length": self.max_length}
 
     @property
     def trunk(self) -> Callable[..., Any]:
