@@ -156,6 +156,25 @@ def test_ones_own_over_samples_and_over_the_set(own_name, student):
         acqcore.score_stream(student, ["a"], own_name)
 
 
+@pytest.mark.parametrize("over", ["token", "sample", "set"])
+def test_learned_parameters_of_ones_own_get_no_gradient(over, own_name, student):
+    width, needs = {"set": (16, GradientNeed(dim=16))}.get(over, (8, BatchNeed()))
+    probe = torch.nn.Linear(width, 1)
+
+    @acqcore.register(own_name, needs=needs, over=over, finish=lambda values: values * probe.bias)
+    def learned(found: SampleBatch | torch.Tensor) -> torch.Tensor:
+        """A linear probe."""
+        vectors = found.hidden if isinstance(found, SampleBatch) else found
+        if over == "sample":
+            vectors = torch.stack([vectors[begin:end].mean(dim=0) for begin, end in found.bounds])
+        return probe(vectors)[:, 0]
+
+    scores = acqcore.score(student, IDS, [own_name, "entropy"], keep_tokens=True)
+    assert scores.valid.all()
+    values = [*scores.values(), *(column for columns in scores.tokens.values() for column in columns)]
+    assert not any(value.requires_grad for value in values)
+
+
 def test_ones_own_of_draws(own_name, student):
     @acqcore.register(own_name, options=DrawOptions, needs=lambda options: options)
     def doubt(stats: acqcore.BayesStats, options: DrawOptions) -> torch.Tensor:
@@ -181,6 +200,12 @@ def test_registering_without_a_docstring():
     with pytest.raises(ValueError, match="nameless: an acquisition function needs a docstring"):
         acqcore.register("nameless")(lambda stats: stats.entropy)
     assert "nameless" not in REGISTRY
+
+
+@pytest.mark.parametrize("name", [lambda stats: stats.entropy, 3, None])
+def test_registering_without_a_name(name):
+    with pytest.raises(TypeError, match=r"name: expected the acquisition's name, as in @acqcore\.register\("):
+        acqcore.register(name)
 
 
 def test_python_without_docstrings():

@@ -108,7 +108,7 @@ def test_as_a_reward(register, loaded, tokenizer, monkeypatch, student):
     assert getattr(rewards, NAME).__name__ == f"acquisition_{NAME}"
 
 
-@pytest.mark.parametrize("needs", ["x", None, (acqcore.acquisitions.RowNeed(), "x")])
+@pytest.mark.parametrize("needs", ["x", None, acqcore.acquisitions.RowNeed, (acqcore.acquisitions.RowNeed(), "x")])
 def test_needs_that_are_no_needs(needs):
     with pytest.raises(TypeError, match="needs: expected needs"):
         acqcore.register("wrong", needs=needs)

@@ -60,6 +60,7 @@ class Acquisition:
         """Its needs under ``options``."""
         return all_needs(self.needs(options) if callable(self.needs) else self.needs)
 
+    @torch.no_grad()
     def compute(self, options: Options, found: Mapping[Any, Any]) -> torch.Tensor:
         """Its values, given the result of each need."""
         results = [found[need] for need in self.needed(options)]
@@ -100,7 +101,7 @@ def register(
     """Decorator that registers a function as an acquisition; the first line of its docstring is the description.
 
     The arguments are those of :class:`acqcore.acquisitions.Acquisition`. Registering a name again replaces the
-    acquisition.
+    acquisition. The function runs without gradients.
 
     >>> @dataclass(frozen=True)
     ... class GapOptions(acqcore.acquisitions.Options):
@@ -111,14 +112,16 @@ def register(
     ...     return (1 - 2 * stats.top1_prob) ** options.power
 
     Raises:
-        ValueError: the function has no docstring, or an unknown ``over``. TypeError: ``needs`` that are not needs,
-            ``options`` that do not extend :class:`acqcore.acquisitions.Options`.
+        ValueError: the function has no docstring, or an unknown ``over``. TypeError: a name that is no string, as in
+            ``@register`` without one, ``needs`` that are not needs, ``options`` that do not extend
+            :class:`acqcore.acquisitions.Options`.
     """
+    checks.instance("name", name, str, "the acquisition's name, as in @acqcore.register('confidence_gap')")
     if not (isinstance(options, type) and issubclass(options, Options)):
         raise TypeError(f"options: expected a dataclass that extends acqcore.acquisitions.Options, got {options!r}")
     if not callable(over):
         checks.literal("over", over, Over)
-    if not callable(needs):
+    if isinstance(needs, type) or not callable(needs):
         all_needs(needs)
 
     def decorate(function: Function) -> Function:

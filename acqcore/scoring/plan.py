@@ -68,7 +68,8 @@ class Plan:
         for name in arguments:
             if name not in names:
                 raise ValueError(f"acquisition_args: {name!r} is not among the acquisitions asked for")
-            checks.one_of("acquisition_args", name, [n for n, entry in REGISTRY.items() if fields(entry.options)])
+            if not fields(REGISTRY[name].options):
+                raise ValueError(f"acquisition_args: {name!r} takes no arguments")
         records = [REGISTRY[name] for name in names]
         asked = tuple((entry, entry.options.of(entry.name, arguments.get(entry.name, {}))) for entry in records)
         for entry, options in asked:
@@ -133,6 +134,7 @@ class Plan:
         """Values of each batch of :meth:`Runner.batches`."""
         return map(self._scored, runner.batches(rows, done))
 
+    @torch.no_grad()
     def _scored(self, found: Found) -> Scored:
         counts = found.counts
         columns: dict[str, torch.Tensor] = {}
