@@ -9,8 +9,8 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import itertools
-import math
 import numbers
+import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, get_args
 
@@ -43,10 +43,10 @@ def float_tensor(name: str, value: Any, shape: str, dims: int) -> None:
         raise TypeError(f"{name}: expected a tensor {shape}, got {describe(value)}")
     if value.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64 {shape}, got {describe(value)}")
+    if value.layout is not torch.strided or value.is_nested:
+        raise TypeError(f"{name}: expected a dense tensor, got layout {'nested' if value.is_nested else value.layout}")
     if value.dim() != dims:
         raise ValueError(f"{name}: expected shape {shape}, got {describe(value)}")
-    if value.layout is not torch.strided:
-        raise TypeError(f"{name}: expected a dense tensor, got layout {value.layout}")
 
 
 def same_device(name: str, value: torch.Tensor, other: str, tensor: torch.Tensor) -> None:
@@ -59,7 +59,7 @@ def finite(name: str, value: Any) -> float:
     number = value.item() if getattr(value, "shape", None) == () else value
     if isinstance(number, bool) or not isinstance(number, (int, float)):
         raise TypeError(f"{name}: expected a number, got {describe(value)}")
-    if not math.isfinite(number):
+    if not abs(number) <= sys.float_info.max:  # math.isfinite fails on larger ints
         raise ValueError(f"{name}: expected a finite number, got {number}")
     return number
 
@@ -159,7 +159,7 @@ def names(name: str, values: Any, known: Collection[str]) -> tuple[str, ...]:
     """A non-empty sequence of known names, or one of them as a plain string."""
     if isinstance(values, str):
         values = (values,)
-    if not isinstance(values, Iterable):
+    if not isinstance(values, Iterable) or isinstance(values, Mapping):  # whose values would be ignored
         raise TypeError(f"{name}: expected a sequence of names, got {describe(values)}")
     result = tuple(values)
     if not result:

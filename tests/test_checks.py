@@ -24,6 +24,7 @@ Y = torch.zeros(3, dtype=torch.int64)
         (torch.zeros(3, 4, dtype=torch.int64), TypeError, r"hidden: expected float32, .*int64 tensor of shape"),
         ([[0.0] * 4], TypeError, r"hidden: expected a tensor \[N, D\], got list"),
         (torch.zeros(3, 4).to_sparse(), TypeError, "hidden: expected a dense tensor, got layout torch.sparse_coo"),
+        (torch.nested.nested_tensor([H, H]), TypeError, "hidden: expected a dense tensor, got layout nested"),
         (torch.zeros(3, 4, device="meta"), ValueError, "hidden: is on meta but head.weight is on cpu"),
     ],
 )  # fmt: skip
@@ -211,6 +212,12 @@ def test_floats_of_numpy_and_scalar_tensors_are_floats(kind, tiny_model):
 def test_what_is_not_a_number(value):
     with pytest.raises(TypeError, match="temperature: expected a number, got"):
         acqcore.row_stats(H, HEAD, temperature=value)
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400), float("inf"), float("nan")], ids=["large", "small", "inf", "nan"])
+def test_what_is_not_finite(value):
+    with pytest.raises(ValueError, match="scale: expected a finite number, got"):
+        acqcore.Head(torch.zeros(10, 4), scale=value)
 
 
 @pytest.mark.parametrize("value", [True, np.True_, 8.0, np.float64(8), "8", torch.tensor(8)])
