@@ -194,7 +194,7 @@ def ensemble_stats(
 
     Returns, raises: as :func:`mutual_information`; ValueError for heads that differ in shape, softcap, scale or dtype.
     """
-    members = (heads,) if isinstance(heads, Head) else tuple(heads)
+    members = tuple(heads) if isinstance(heads, Sequence) else (heads,)
     for member in members:
         checks.instance("head", member, Head, "acqcore.Head")
     checks.drawn_hidden(hidden, len(members), [member.weight for member in members])

@@ -304,6 +304,9 @@ def test_bad_ensembles():
         ensemble_stats(torch.ones(1, 3, 4), head)
     with pytest.raises(ValueError, match="head: expected one, or one for each of the 3 draws, got 2"):
         ensemble_stats(torch.ones(3, 2, 4), [head, head])
+    for heads in (None, {"head": head}):
+        with pytest.raises(TypeError, match=r"head: expected acqcore\.Head, got"):
+            ensemble_stats(torch.ones(2, 2, 4), heads)
     with pytest.raises(ValueError, match="with the same shape"):
         ensemble_stats(torch.ones(2, 2, 4), [head, acqcore.Head(torch.ones(6, 4))])
     with pytest.raises(ValueError, match=r"with the same softcap, got None and 2.0 for draw 1"):

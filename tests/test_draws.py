@@ -245,6 +245,13 @@ def test_members(tiny_model):
         _assert_draws(scores, i, logits, atol=2e-5)
 
 
+@pytest.mark.parametrize("config", [{"hidden_size": 48}, {"vocab_size": 321}])
+def test_members_have_heads_of_one_shape(config, tiny_model):
+    members = [tiny_model("Llama"), tiny_model("Llama", **config)]
+    with pytest.raises(ValueError, match=r"members: expected heads of one shape, got \[320, 32\] and .* at 1"):
+        _score(members[0], _ids(5), members=members)
+
+
 def test_the_shortest_member_limits_the_length(tiny_model):
     errors: dict[int, str] = {}
     samples = _padded(_ids(40, 16))

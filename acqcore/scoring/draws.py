@@ -74,6 +74,9 @@ class Draws:
                 raise ValueError(
                     f"members: expected models that each rank runs independently, got one under FSDP or ZeRO-3 at {i}"
                 )
+            shapes = [list(m.head.weight.shape) for m in (self.members[0], member)]
+            if shapes[0] != shapes[1]:
+                raise ValueError(f"members: expected heads of one shape, got {shapes[0]} and {shapes[1]} at {i}")
         self._trunk: TrunkDraws | None = None
         if not self.members and not options.on_hidden:
             assert options.layers is not None
