@@ -220,6 +220,15 @@ def test_bad_influence_arguments(tiny_model, tmp_path):
         acqcore.influence(3, samples(2), reference)
 
 
+@pytest.mark.parametrize("content", [b"hello", b"t", b"rv", b"prompt,completion\n", b"{}", b""])
+def test_a_file_that_is_no_reference(content, tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_bytes(content)
+    for name, argument in (("influence", "reference"), ("epig", "reference"), ("archive_novelty", "archive")):
+        with pytest.raises(ValueError, match=rf"^{argument}: expected a .*notes\.txt"):
+            acqcore.check_request(name, {name: {argument: path}})
+
+
 def test_the_error_of_a_cosine_is_that_of_its_dimension(tiny_model, exact):
     model = tiny_model("Llama")
     ids = torch.randint(3, 320, (48, 12), generator=torch.Generator().manual_seed(0))

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +27,9 @@ class NoveltyOptions(SketchOptions):
             archive = Archive()
             try:
                 archive.load_state_dict(torch.load(self.archive, weights_only=True))
-            except (TypeError, KeyError, EOFError, pickle.UnpicklingError, RuntimeError) as error:
+            except OSError:
+                raise
+            except Exception as error:  # as in Saved.load
                 path = os.fspath(self.archive)
                 raise ValueError(f"archive: expected a saved state_dict() of acqcore.Archive, got {path}") from error
             object.__setattr__(self, "archive", archive)

@@ -11,7 +11,6 @@ Sources: Pruthi et al. 2020 (TracIn, one checkpoint); Xia et al. 2024 (LESS: cos
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Self
@@ -55,7 +54,9 @@ class Saved:
         """
         try:
             return cls(**torch.load(path, weights_only=True))
-        except (TypeError, EOFError, pickle.UnpicklingError, RuntimeError) as error:
+        except OSError:
+            raise
+        except Exception as error:  # torch's reader raises whatever its parsing does, such as KeyError for text
             raise ValueError(f"reference: expected a file from {cls.written_by}, got {os.fspath(path)}") from error
 
     @classmethod
