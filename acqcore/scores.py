@@ -52,7 +52,13 @@ class Scores(Mapping[str, torch.Tensor]):
             raise ValueError("tokens: per-token values were not kept, expected score(..., keep_tokens=True)")
         return self._tokens
 
+    # A mapping's equality would compare tensors as booleans.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
     def __getitem__(self, name: str) -> torch.Tensor:
+        if not isinstance(name, str) or name not in self._values:
+            raise KeyError(f"{name!r}: expected one of {', '.join(self)}")
         return self._values[name]
 
     def __iter__(self) -> Iterator[str]:

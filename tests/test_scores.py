@@ -25,8 +25,11 @@ def test_mapping():
     assert list(s) == ["entropy", "margin"]
     assert len(s) == 2
     assert s["margin"][2] == 1
-    with pytest.raises(KeyError):
-        s["loss"]
+    for name in ("loss", 0, slice(2)):
+        with pytest.raises(KeyError, match="expected one of entropy, margin"):
+            s[name]
+    assert s in {s}
+    assert s != scores()
 
 
 def test_tokens_only_where_kept():
