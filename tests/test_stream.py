@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 import acqcore
+from acqcore.acquisitions import REGISTRY
 
 TEXTS = [f"the fox {i} " + "no " * (i % 4) for i in range(10)]
 
@@ -62,6 +65,19 @@ def test_what_is_wrong_is_told_at_once_or_with_its_chunk(student):
     next(stream)
     with pytest.raises(ValueError, match=r"^chunk from sample 4: samples\[1\]: "):
         next(stream)
+
+
+def test_an_error_class_of_ones_own(student):
+    class OwnError(ValueError):
+        def __init__(self, message, code):
+            super().__init__(message)
+
+    def fail(stats):
+        raise OwnError("too many", 3)
+
+    entry = replace(REGISTRY["entropy"], value=fail)
+    with mock.patch.dict(REGISTRY, entropy=entry), pytest.raises(ValueError, match="chunk from sample 0: too many"):
+        next(acqcore.score_stream(student, TEXTS))
 
 
 @pytest.mark.parametrize("source", ["columns", "pandas", "polars", "pyarrow", "datasets"])

@@ -188,7 +188,8 @@ def score_stream(
             try:
                 scores = score(loaded, held, acquisitions, errors=found, **options)
             except (ValueError, TypeError) as error:
-                raise type(error)(f"chunk from sample {start}: {error}") from error
+                kind = TypeError if isinstance(error, TypeError) else ValueError  # a subclass may take other arguments
+                raise kind(f"chunk from sample {start}: {error}") from error
             if errors is not None:
                 errors.update({start + i: message for i, message in (found or {}).items()})
             start += len(held)
