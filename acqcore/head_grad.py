@@ -16,8 +16,10 @@ over those columns, so the ranks add up D numbers for dL/dh, one for the squared
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Iterator
 from dataclasses import replace
+from operator import itemgetter
 from typing import TypeAlias
 
 import torch
@@ -423,9 +425,9 @@ def _multiply(
 
 def _within(bounds: Bounds, begin: int, end: int) -> tuple[int, list[int]]:
     """The first sample with rows in ``[begin, end)``, and how many each has from there on."""
-    rows = [min(last, end) - max(first, begin) for first, last in bounds]
-    found = [i for i, count in enumerate(rows) if count > 0]
-    return found[0], rows[found[0] : found[-1] + 1]
+    first = bisect_right(bounds, begin, key=itemgetter(1))
+    after = bisect_left(bounds, end, key=itemgetter(0))
+    return first, [min(last, end) - max(start, begin) for start, last in bounds[first:after]]
 
 
 def head_places(head: Head, dim: int, seed: int) -> tuple[torch.Tensor, ColumnHash]:

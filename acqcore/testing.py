@@ -50,8 +50,9 @@ class Case:
         """The case rounded to ``dtype``; strides are kept."""
 
         def convert(tensor: torch.Tensor) -> torch.Tensor:
-            out = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device=device)
-            return out.copy_(tensor)
+            last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            memory = tensor.as_strided((last + 1 if tensor.numel() else 0,), (1,))  # elements may overlap
+            return memory.to(device, dtype, copy=True).as_strided(tensor.shape, tensor.stride())
 
         bias = None if self.head.bias is None else self.head.bias.to(device)
         head = replace(self.head, weight=convert(self.head.weight), bias=bias)
@@ -131,6 +132,12 @@ def _strided() -> Case:
     return Case(case.hidden[:, ::2], Head(case.head.weight.T.contiguous().T[:, ::2]), case.targets)
 
 
+def _expanded() -> Case:
+    """Rows and columns of stride 0."""
+    case = random_case(20, 64, 300)
+    return Case(case.hidden[:1].expand(20, 64), Head(case.head.weight[:, :1].expand(300, 64)), case.targets)
+
+
 def _ignored(every: int) -> Case:
     case = random_case(23, 40, 301)
     assert case.targets is not None
@@ -172,6 +179,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "N = 0": lambda: random_case(0, 96, 1000),
     "N = 8200": lambda: random_case(8200, 4, 70),
     "strided": _strided,
+    "expanded": _expanded,
     "some rows ignored": lambda: _ignored(3),
     "all rows ignored": lambda: _ignored(1),
     "no targets": lambda: random_case(11, 40, 600, targets=False),
