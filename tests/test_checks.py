@@ -214,7 +214,9 @@ def test_what_is_not_a_number(value):
         acqcore.row_stats(H, HEAD, temperature=value)
 
 
-@pytest.mark.parametrize("value", [10**400, -(10**400), float("inf"), float("nan")], ids=["large", "small", "inf", "nan"])
+@pytest.mark.parametrize(
+    "value", [10**400, -(10**400), float("inf"), float("nan")], ids=["large", "small", "inf", "nan"]
+)
 def test_what_is_not_finite(value):
     with pytest.raises(ValueError, match="scale: expected a finite number, got"):
         acqcore.Head(torch.zeros(10, 4), scale=value)
