@@ -28,8 +28,8 @@ EVIDENCE = {
 _COST = {
     "RowNeed": "one forward",
     "BatchNeed": "one forward",
+    "ProbeNeed": "one forward, and one backward per probe",
     "DrawOptions": "one forward per draw",
-    "ProbeNeed": "in linear form one forward, and one backward per probe",
     "GradientNeed": "one forward, and one backward unless `parameters` is `head`",
 }
 
@@ -92,7 +92,7 @@ def _cost(entry: Any) -> str:
         names = [name for name in _COST if name in str(found)]
     else:
         names = [type(need).__name__ for need in (needs if isinstance(needs, tuple) else (needs,))]
-    return "; ".join(_COST[name] for name in names) or "one forward"
+    return "; or ".join(_COST[name] for name in names) or "one forward"
 
 
 def command_line(program: str) -> str:
@@ -107,7 +107,7 @@ def command_line(program: str) -> str:
         if isinstance(action, argparse._SubParsersAction):
             helps = {choice.dest: choice.help for choice in action._choices_actions}
             for name, command in action.choices.items():
-                rows = [["option", "meaning"]]
+                rows = []
                 for option in command._actions:
                     if option.dest != "help":
                         shown = ", ".join(option.option_strings) or str(option.metavar or option.dest)
@@ -117,7 +117,8 @@ def command_line(program: str) -> str:
                             else ""
                         )
                         rows.append([f"`{shown}{value}`", _plain(_expand(option))])
-                parts.append(f"## {program} {name}\n\n{(helps[name] or '').capitalize()}.\n\n{_table(rows)}")
+                options = f"\n\n{_table([['option', 'meaning'], *rows])}" if rows else ""
+                parts.append(f"## {program} {name}\n\n{(helps[name] or '').capitalize()}.{options}")
     return _page(f"Command line of {program}", *parts)
 
 
@@ -143,7 +144,7 @@ def http() -> str:
         ["`POST /score`", "returns values, numbers of scored tokens and the student that scored them", "yes"],
         ["`POST /get_reward`", "answers OpenRLHF's reward requests", "yes, or in the URL"],
         ["`POST /student`", "loads another student below `--student-root`", "admin token"],
-        ["`GET /health`", "reports whether the model is loaded", "no"],
+        ["`GET /health`", "reports whether the server accepts requests", "no"],
         ["`GET /metrics`", "returns Prometheus metrics", "yes"],
         ["`GET /openapi.json`", "returns the OpenAPI description", "yes"],
     ]
@@ -152,8 +153,9 @@ def http() -> str:
         "HTTP",
         _table(rows),
         f"A request body for `POST /score`:\n\n```json\n{json.dumps(body, indent=2)}\n```",
-        "Errors are JSON with one sentence in `error`: 413 if a request is too large, 429 with `Retry-After` if there "
-        "are too many, 504 after a timeout. Except on loopback, a token is required: `Authorization: Bearer ...`.",
+        'Errors are JSON, `{"error": {"type": ..., "message": ...}}`: 413 if a request is too large, 422 if it is '
+        "invalid, 429 with `Retry-After` if there are too many, 504 after a timeout; the OpenAPI description lists all. "
+        "Except on loopback, a token is required: `Authorization: Bearer ...`.",
     )
 
 

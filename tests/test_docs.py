@@ -7,6 +7,7 @@ parse, and recipes must be accepted.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import json
 import re
@@ -22,8 +23,10 @@ from unittest import mock
 import pytest
 import yaml
 
+import acqcore
 from acqcore.acquisitions import REGISTRY
 from acqcore.cli import main as acqcore_command
+from acqsynth.serve.middleware import ERRORS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -213,5 +216,17 @@ def test_generated_pages():
     for command in ("run", "report", "serve"):
         assert f"\n## acqsynth {command}\n" in generate.command_line("acqsynth")
     assert "`generator.options`" in generate.recipe()
+    assert "| option |" not in generate.command_line("acqcore").split("\n## acqcore info\n")[1]
     for route in ("/score", "/get_reward", "/student", "/health", "/metrics"):
         assert f" {route}`" in generate.http()
+    named = {int(status) for status in re.findall(r"\b[45]\d\d\b", generate.http())}
+    assert named
+    assert named <= {status for status, _ in ERRORS.values()}
+
+
+def test_the_api_page_lists_every_public_name():
+    listed = re.findall(r"auto(?:function|class):: (\w+)$", (ROOT / "docs/reference/api.md").read_text(), re.MULTILINE)
+    for name in acqcore.__all__:
+        public = getattr(acqcore, name)
+        if inspect.isclass(public) or inspect.isfunction(public):
+            assert name in listed, name
