@@ -15,6 +15,7 @@ import torch
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
+from acqsynth import write
 from acqsynth.domains import domain
 from acqsynth.rewards import ComposedReward, Diversity, NgramEmbedder, acquisition_signals, default_gates
 from acqsynth.seeds import bundled
@@ -36,11 +37,12 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, float]]:
         fusion="z",
         weights={"mutual_information": 1.0, "diversity": 0.1},
     )
-    shown = [[seeds[i % len(seeds)], seeds[(i + 1) % len(seeds)]] for i in range(2 * options.steps)]
+    # As earlier turns of the chat: shown within the request, small models seldom follow the format.
+    prompts = write.prompts(maths, seeds, 2 * options.steps, shown=2, turns=True, seed=0)
     trainer = GRPOTrainer(
         model=options.student,
         reward_funcs=[reward],
-        train_dataset=Dataset.from_list([{"prompt": maths.generator_prompt(pair)} for pair in shown]),
+        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
         args=GRPOConfig(
             output_dir=options.output,
             max_steps=options.steps,

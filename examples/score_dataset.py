@@ -1,7 +1,7 @@
 """Score a data set with ``Dataset.map`` and keep the rows with the highest values.
 
 python examples/score_dataset.py
-python examples/score_dataset.py --data rows.jsonl --acquisition grad_norm --keep 100
+python examples/score_dataset.py --data rows.jsonl --acquisition margin --keep 100
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import acqcore
 
 def main(arguments: Sequence[str] | None = None) -> datasets.Dataset:
     parser = common.parser(__doc__)
-    parser.add_argument("--acquisition", default="loss")
+    parser.add_argument("--acquisition", default="mutual_information")
     parser.add_argument("--keep", type=int, default=8)
     options = parser.parse_args(arguments)
     student = acqcore.Student.load(options.student)
