@@ -41,6 +41,9 @@ class RowStats:
     Rows whose target is -100, and rows without a finite logit, hold NaN (``top1_index`` -1). Fields that need a target
     (``logprob``, ``residual_norm``) are None without targets; ``hidden_norm`` is None if only logits were given.
 
+    The formulas below use the largest logit ``m``, sums over the other tokens of ``e = exp(z - m)``, ``R = sum e``,
+    ``S1 = sum e (z - m)``, ``S2 = sum e^2`` and ``S11 = sum e (z - m)^2``, and ``Z = 1 + R``.
+
     Attributes:
         state: ``[7, N]`` float64: largest and second largest logit, R, S1, S2, S11, the target's logit.
         max_index: ``[N]`` int64, index of the largest logit in the whole vocabulary, the lowest on ties.
@@ -208,7 +211,7 @@ def row_stats(
             backend, shards that do not tile the vocabulary.
         RuntimeError: the backend is not available here (the message says why).
 
-    Source: Milakov & Gimelshein 2018 (online softmax), extended to the sums above.
+    Source: Milakov & Gimelshein 2018 (online softmax), extended to the other sums of :class:`RowStats`.
     """
     temperature = checks.positive("temperature", temperature)
     chosen = checked_backend(hidden, head, targets, backend)

@@ -48,7 +48,7 @@ def gradient_diversity(
     """Log-determinant gain of the sample's gradient over the others of the call, log(1 + r_i).
 
     ``r_i`` is the part of the sample's direction that the other samples' gradients leave unexplained
-    (``diversity.py``). Copies score ~0. The order of the samples only matters with ``ordered``.
+    (:func:`acqcore.gradient_diversity`). Copies score ~0. The order of the samples only matters with ``ordered``.
 
     Source: Kulesza & Taskar 2012; for gradients, Jung et al. 2025 (G-Vendi).
     """

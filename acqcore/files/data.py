@@ -134,8 +134,12 @@ def _scan_parquet(path: Path, block_rows: int, limit: int | None) -> tuple[list[
 def records(path: str | os.PathLike[str]) -> Iterator[Record]:
     """The rows of a .jsonl, .csv or .parquet file in order, read lazily.
 
+    Returns:
+        An iterator of records: ``line``, the line (jsonl) or row in the file, from 1; ``values``, column -> value; and
+        ``error``, the reason why the row is not readable, or None.
+
     Raises:
-        ValueError: an invalid parquet file, text that is not UTF-8.
+        ValueError: an invalid parquet file; another extension's file that is compressed, binary, UTF-16 or a pipe.
         OSError: the file cannot be read. ModuleNotFoundError: parquet without pyarrow.
     """
     path = Path(path)

@@ -132,7 +132,7 @@ def encode(
     """Tokenized samples, in order.
 
     Args:
-        samples: all of one kind above, or rows from an earlier call.
+        samples: as in :func:`acqcore.score`, or rows from an earlier call.
         tokenizer: a transformers tokenizer; not needed for tensors.
         vocab_size: exclusive upper bound of the token ids.
         limit: maximum number of tokens that the student accepts, or None.

@@ -82,7 +82,7 @@ class Source(Section):
 
     source: str = Field(min_length=1)
     """hub id (openai/gsm8k:main names a configuration), path of a .jsonl, .csv or .parquet file, bundled:mathematics or
-    bundled:word_problems for packaged rows, world:<seed> in the domain arithmetic, or intents:<name> in the domain
+    bundled:word_problems for packaged rows, world:<seed> in the arithmetic domains, or intents:<name> in the domain
     classification"""
     split: str = "train"
     """split of a hub data set; a local file has none"""

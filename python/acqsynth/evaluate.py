@@ -62,8 +62,10 @@ def evaluate(
     """Answers each row by greedy decoding; the domain judges the answers.
 
     Args:
+        engine: engine of the student.
         rows: n rows with the right answer.
         max_tokens: maximum tokens per answer; by default the domain's.
+        seed: passed to the engine.
 
     Raises:
         ValueError: no rows.
@@ -84,6 +86,7 @@ def evaluate_by_likelihood(engine: Any, domain: Domain, rows: Sequence[Sample], 
     Args:
         engine: ``transformers``, which computes log-probabilities of given texts.
         rows: n rows with the right answer.
+        domain: supplies the prompts and judges the answers.
         labels: distinct names; of equally likely ones the first wins.
 
     Raises:
@@ -108,6 +111,7 @@ def accuracy_interval(right: Right, *, generators: Sequence[int] | None = None, 
         right: ``[S, N]``, S fits of a student on N rows. With a single fit the interval covers only other rows.
         generators: the generator that wrote the rows of each of the S fits; with ``FEWEST`` or more generators, the
             fits of one generator count as a single draw.
+        level: confidence level.
 
     Raises:
         ValueError: right is not a matrix or is empty, there is not one generator per fit, or level is not in (0, 1).
@@ -132,7 +136,7 @@ def change(
     Args:
         right: ``[S, N]``.
         other: ``[S', N]``, on the same rows.
-        generators, other_generators: as in :func:`accuracy_interval`.
+        generators, other_generators, level: as in :func:`accuracy_interval`.
         learnt: whether the fits of ``other`` vary; False for the base student, which is fixed.
 
     Raises:

@@ -45,6 +45,7 @@ def label(
         engine: engine of the student or a stronger teacher.
         samples: their answers and reasoning are ignored.
         k: answers per question.
+        temperature, seed: of the sampled answers.
         threshold: minimum share of the k completions that agree; a completion without an answer counts as dissent.
         max_tokens: maximum tokens per answer; by default the domain's.
 

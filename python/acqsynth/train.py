@@ -70,10 +70,12 @@ def sft(
 
     Args:
         student: path or hub id.
+        domain: supplies the prompts and solutions.
         output: folder of the model.
         options: as in :func:`configuration`.
         replay: :func:`training_rows` of other domains or general data, to prevent forgetting.
         replay_share: share of replay among all rows; the option ``seed`` determines which rows are drawn.
+        callbacks: further callbacks of the trainer.
 
     Raises:
         TypeError: a row that is not a ``Sample``.
@@ -187,6 +189,7 @@ def grpo(
         output: folder of the model.
         options: as in :func:`configuration`, including TRL's vLLM modes.
         refresh: refreshes the student behind the reward.
+        callbacks: further callbacks of the trainer.
 
     Raises:
         ValueError: fewer prompts than a generation takes, one that leaves no room in the generator's positions or has
@@ -239,6 +242,7 @@ def dpo(
         options: as in :func:`configuration`.
         sampling: its ``n`` is the number of candidates per prompt.
         engine: creates an engine for the generator.
+        callbacks: further callbacks of the trainer.
 
     Raises:
         ValueError: one candidate per prompt, no pair was found or fits in ``max_length``, or as :func:`configuration`.

@@ -151,6 +151,7 @@ class ComposedReward(TrlReward):
         """The default gates, then the signals of ``DEFAULT_WEIGHTS``.
 
         Args:
+            domain: parses texts.
             student: as :class:`acqsynth.rewards.scoring.Scorer`, but not sharded across ranks, which the linear form of
                 mutual information does not support.
             seeds: rows shown to the generator.
