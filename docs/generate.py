@@ -154,8 +154,8 @@ def http() -> str:
         _table(rows),
         f"A request body for `POST /score`:\n\n```json\n{json.dumps(body, indent=2)}\n```",
         'Errors are JSON, `{"error": {"type": ..., "message": ...}}`: 413 if a request is too large, 422 if it is '
-        "invalid, 429 with `Retry-After` if there are too many, 504 after a timeout; the OpenAPI description lists all. "
-        "Except on loopback, a token is required: `Authorization: Bearer ...`.",
+        "invalid, 429 with `Retry-After` if there are too many, 504 after a timeout; the OpenAPI description lists all "
+        "statuses. Except on loopback, a token is required: `Authorization: Bearer ...`.",
     )
 
 
