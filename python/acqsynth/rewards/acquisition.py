@@ -111,7 +111,7 @@ class AcquisitionReward(TrlReward):
     def _reward(self, prompts: Sequence[Any], completions: Sequence[Completion], log: Log) -> list[float | None]:
         if not self._checked_form:
             self.scorer.check()  # reports a missing student even if nothing parses
-        samples = [self._sample(completion, log) for completion in completions]
+        samples = self._samples(completions, log)
         scored = self.scorer([sample for sample in samples if _parsed(sample)])
         return self._rewards(prompts, samples, scored, log)
 
@@ -119,19 +119,20 @@ class AcquisitionReward(TrlReward):
         """The rewards, for direct use in a script or notebook; works for local and remote students."""
         return self(prompts, completions)
 
-    def _sample(self, completion: Completion, log: Log) -> Any:
-        """The result of ``parse``, or ``_FAILED`` if it raises or returns what is no sample."""
-        text = completion_text(completion)
-        if text is None:
-            return None
-        [read] = self._guard("parse", self._read, [text], needed=not log.evaluates)
-        return _FAILED if read is None else read[0]
+    def _samples(self, completions: Sequence[Completion], log: Log) -> list[Any]:
+        """The result of ``parse`` for each completion, or ``_FAILED`` where it raises or returns what is no sample."""
+        texts = [completion_text(completion) for completion in completions]
+        read = self._guard.each("parse", self._read, texts, needed=not log.evaluates)
+        return [
+            None if text is None else _FAILED if found is None else found[0]
+            for text, found in zip(texts, read, strict=True)
+        ]
 
-    def _read(self, texts: Sequence[str]) -> list[tuple[Any]]:
-        found = self.parse(texts[0])
+    def _read(self, text: str) -> Any:
+        found = self.parse(text)
         if not isinstance(found, str | Mapping | acqcore.Row | None):
             raise TypeError(f"parse: expected a sample for acqcore.score or None, got {type(found).__name__}")
-        return [(found,)]
+        return found
 
     def _rewards(self, prompts: Sequence[Any], samples: Sequence[Any], scored: Scored, log: Log) -> list[float | None]:
         """Rewards for n samples (None: text that does not parse), given the scores of the parsed ones."""
@@ -263,7 +264,7 @@ class RemoteAcquisitionReward(AcquisitionReward):
     async def _reward(  # type: ignore[override]
         self, prompts: Sequence[Any], completions: Sequence[Completion], log: Log
     ) -> list[float | None]:
-        samples = [self._sample(completion, log) for completion in completions]
+        samples = self._samples(completions, log)
         given = [sample for sample in samples if _parsed(sample)]
         scored = await self.client.score(given, (self.acquisition,), **self._spec)
         return self._rewards(prompts, samples, scored, log)

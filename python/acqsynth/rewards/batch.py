@@ -338,6 +338,28 @@ class Guard:
                 raise BrokenPartError(f"{summary}: {type(cause).__name__}: {cause}") from cause
         return found
 
+    def each(
+        self, part: str, function: Callable[[str], Any], texts: Sequence[str | None], *, needed: bool
+    ) -> list[tuple[Any] | None]:
+        """``(value,)`` of each text, None for those that are None or that the function fails on.
+
+        Raises:
+            BrokenPartError: as a call does, but only if the part works on no text.
+        """
+        found: list[tuple[Any] | None] = []
+        broken = None
+        for text in texts:
+            value = None
+            try:
+                if text is not None:
+                    [value] = self(part, lambda one: [(function(one[0]),)], [text], needed=needed)
+            except BrokenPartError as error:
+                broken = error
+            found.append(value)
+        if broken is not None and part not in self._worked:
+            raise broken
+        return found
+
 
 class _WrongLengthError(ValueError):
     """A signal or gate returned a different number of values than samples, so no single sample is at fault."""

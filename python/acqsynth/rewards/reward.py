@@ -331,16 +331,13 @@ class ComposedReward(TrlReward):
             self._watch.add(rewards.spread)
         return rewards
 
-    def _parse(self, entry: Entry, update: bool) -> None:
-        parsed: Any = False
-        if entry.text is not None:
-            [parsed] = self._guard(
-                "parse", lambda texts: [self.domain.parse(texts[0]) or False], [entry.text], needed=update
-            )
-        if parsed is False:
-            entry.rejected_by = PARSES
-        else:
-            entry.sample, entry.masked = parsed, parsed is None
+    def _parse(self, entries: Sequence[Entry], update: bool) -> None:
+        read = self._guard.each("parse", self.domain.parse, [entry.text for entry in entries], needed=update)
+        for entry, parsed in zip(entries, read, strict=True):
+            if entry.text is None or parsed == (None,):
+                entry.rejected_by = PARSES
+            else:
+                entry.sample, entry.masked = (None, True) if parsed is None else (parsed[0], False)
 
     def _gate(self, gate: Gate, asked: Sequence[Entry], batch: Batch, update: bool) -> None:
         for entry, verdict in zip(asked, self._ask(gate, gate, _samples(asked, batch), update), strict=True):
@@ -353,8 +350,7 @@ class ComposedReward(TrlReward):
 
     def _judge(self, local: Sequence[Entry], batch: Batch, update: bool) -> None:
         """Parses the texts of this process, and asks the gates and the signals that do not compare samples."""
-        for entry in local:
-            self._parse(entry, update)
+        self._parse(local, update)
         for i, gate in enumerate(self.gates):
             valid = [(entry, entry.sample) for entry in local if entry.valid]
             self._gate(gate, [entry for entry, _ in valid], batch, update)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import pickle
 import sys
 import threading
@@ -223,6 +224,14 @@ def test_a_parser_that_fails_masks_its_text_alone(student_path):
 def test_a_parser_that_never_works_is_raised(parse, student_path):
     with pytest.raises(RuntimeError, match="'parse' failed on each of the 3 samples tried: TypeError"):
         AcquisitionReward(student_path, parse=parse)(["a"] * 3, [GOOD] * 3)
+
+
+def test_a_parser_that_works_once_masks_the_other_texts(student_path):
+    """Also if it fails on the first texts of the first call, as those of an untrained generator."""
+    reward = AcquisitionReward(student_path, parse=lambda text: json.loads(text)["text"])
+    texts = ["not JSON"] * 4 + ['{"text": "What is six times seven?"}'] + ["not JSON"] * 4
+    for _ in range(2):
+        assert [value is None for value in reward(["a"] * 9, texts)] == [True] * 4 + [False] + [True] * 4
 
 
 @pytest.mark.parametrize(
