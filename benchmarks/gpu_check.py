@@ -33,9 +33,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+if not __package__:  # run as a script, whose folder is not its package's
+    sys.path.insert(0, str(ROOT))
 
-from benchmarks import gpu_tables  # noqa: E402 - needs the path above: a script's folder is not its package's
+from benchmarks import gpu_tables  # noqa: E402
 
 WORK = ROOT / "build" / "gpu-check"
 SITE = WORK / "site"

@@ -33,7 +33,7 @@ REFUSED = {
     "reward.signals={influence: {similarity: l2}}": "similarity: unknown 'l2'",
     "reward.signals={influence: {dim: -8}}": "dim: expected an int >= 1, got -8",
     "reward.signals={grad_norm: {parameters: some}}": "parameters: unknown 'some'",
-    "reward.signals={entropy: {x: 1}}": "x",
+    "reward.signals={entropy: {x: 1}}": "'entropy' takes no arguments",
     "reward.signals={diversity: {capacity: -1}}": "reward.signals.diversity: capacity: expected an int >= 1",
     "reward.signals={diversity: {ridge: -1}}": "reward.signals.diversity: ridge: expected",
     "reward.weights={margin: 1}": "reward.weights: unknown ['margin'], known signals",
