@@ -370,9 +370,9 @@ def _tokenized(texts: Sequence[_Text], tokenizer: Any) -> list[Row]:
 def _once(row: Row, added: Sequence[int], tokenizer: Any) -> Row:
     """The row without a special token that the tokenizer adds (``added``, to an empty text) to a text that already
     begins or ends with it."""
-    ids, names = row.ids, [getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "cls", "eos", "sep")]
-    if len(added) == 0 or len(ids) < 2:
+    if len(added) == 0 or len(row.ids) < 2:
         return row
+    ids, names = row.ids, [getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "cls", "eos", "sep")]
     first = int(added[0] in names[:2] and added[0] == int(ids[0]) == int(ids[1]))
     last = int(len(ids) - first > 1 and added[-1] in names[2:] and added[-1] == int(ids[-1]) == int(ids[-2]))
     if not first and not last:

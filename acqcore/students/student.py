@@ -340,8 +340,7 @@ class Student:
         """Context in evaluation mode without gradients, :meth:`alone` and uncompiled; each module's training flag is
         restored afterwards."""
         with self.alone(), uncompiled():
-            modules = list(self._module.modules()) if self._module is not None else []
-            flags = [module.training for module in modules]
+            modules = [] if self._module is None else [module for module in self._module.modules() if module.training]
             # Set one by one: eval() and train() give every submodule the root's mode, and some classes override them.
             for module in modules:
                 module.training = False
@@ -349,8 +348,8 @@ class Student:
                 with torch.no_grad():
                     yield
             finally:
-                for module, flag in zip(modules, flags, strict=True):
-                    module.training = flag
+                for module in modules:
+                    module.training = True
 
 
 def _force_eager() -> Callable[[], None]:
