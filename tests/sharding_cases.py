@@ -420,15 +420,15 @@ def data_parallel(wrap: Callable[[Any], Any], make: Callable[[], Any] = tiny_lla
         return pairs
     # The model trains like one that was never scored, and its scores follow.
     fresh = wrap(make())
-    pairs["training goes on"] = (one_step(wrapped), one_step(fresh))
+    pairs["training goes on"] = (one_step(wrapped, lambda: scored(student, few)), one_step(fresh))
     again = scored(student, few)
     pairs["after a step"] = (again["entropy"], scored(acqcore.Student.from_model(fresh), few)["entropy"])
     pairs["it did step"] = (bool((again["entropy"] != got["entropy"]).all()), True)
     return pairs
 
 
-def one_step(model: Any) -> float:
-    """Loss after a step of gradient descent on one batch, the same on every rank."""
+def one_step(model: Any, before_step: Callable[[], Any] = lambda: None) -> float:
+    """Loss after a step of gradient descent on one batch, the same on every rank. DeepSpeed ignores ``before_step``."""
     ids = samples(3, seed=9)["input_ids"]
     of_deepspeed = hasattr(model, "backward")  # its engine contains the optimizer
     optimizer = model if of_deepspeed else torch.optim.SGD(model.parameters(), lr=0.5)
@@ -439,6 +439,7 @@ def one_step(model: Any) -> float:
         else:
             optimizer.zero_grad()
             loss.backward()
+            before_step()
         optimizer.step()
     return round(loss.item(), 4)
 

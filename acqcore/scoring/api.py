@@ -159,7 +159,8 @@ def score_stream(
     """Acquisition values of any number of samples, holding one chunk in memory at a time.
 
     Args:
-        student: as in :func:`acqcore.score`; loaded once.
+        student: as in :func:`acqcore.score`; loaded once. Under FSDP and ZeRO-3, every rank needs the same number of
+            chunks.
         samples: strings or mappings as in :func:`acqcore.score`, from any iterable such as a generator or a
             ``datasets.IterableDataset``; read one chunk at a time. Also a table or tensors.
         acquisitions: names from ``acqcore.acquisitions()``, except those that compare the samples of a call.

@@ -146,6 +146,7 @@ class Fsdp1(DataParallel):
 
     @contextmanager
     def whole(self, layer: nn.Module) -> Iterator[None]:
+        self.rest()
         units = self._units()
         # Outermost to innermost.
         owners = [unit for unit in units if any(module is layer for module in unit.modules())]
@@ -154,6 +155,15 @@ class Fsdp1(DataParallel):
             for unit in {id(unit): unit for unit in (owners[0], owners[-1])}.values():
                 stack.enter_context(type(unit).summon_full_params(unit, recurse=False, writeback=False))
             yield
+
+    def rest(self) -> None:
+        """As for FSDP2; with ``SHARD_GRAD_OP``, all units keep their parameters gathered."""
+        from torch.distributed.fsdp._runtime_utils import _reshard
+
+        for unit in self._units():
+            # A unit that has not run yet or does not shard has no space for gathered parameters.
+            if (handle := unit._handle) is not None and hasattr(handle.flat_param, "_full_param_padded"):
+                _reshard(unit, handle, True)
 
     def _units(self) -> list[Any]:
         return [module for module in self.model.modules() if is_fsdp1(module)]
