@@ -357,6 +357,11 @@ def compared(student: Any, reference: Any, given: Any) -> Pairs:
         "ValueError: parameters: 1 needs a student with unsharded parameters; for a sharded one "
         "(tensor parallel, FSDP, ZeRO-3) only 'head' is supported",
     )
+    pairs["linear form"] = (
+        message(lambda: acqcore.score(student, given, "mutual_information")),
+        "ValueError: layers: gradients in the trunk need a student with unsharded parameters, got a sharded one "
+        "(tensor parallel, FSDP, ZeRO-3)",
+    )
     return pairs
 
 

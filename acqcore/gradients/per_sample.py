@@ -52,6 +52,8 @@ class SampleGradients:
         self._selections = {
             p: select_parameters(student, head, p) for p in dict.fromkeys(need.parameters for need in self._needs)
         }
+        if any(need.layers != 0 for need in self._probed):
+            whole_parameters(student)
         if self._probed:
             checks.whole_head(len(head.weight), head.vocab_size, head.group)
         self._linear = {
@@ -64,7 +66,6 @@ class SampleGradients:
         self._sites: dict[ProbeNeed, dict[nn.Module, float]] = {}
         for need in self._probed:
             if need.of == "sites" and need.layers != 0:
-                whole_parameters(student)
                 found = DropoutSites.of(student, need.layers, need.dropout)
                 self._sites[need] = {module: p for _, module, p in found.sites}
         chosen = [*self._selections.values(), *self._linear.values()]
