@@ -1,1 +1,2 @@
-"""Triton kernels of acqcore (installed as ``acqcore.kernels``); they import only torch, triton and ``acqcore.kept``."""
+"""Triton kernels of acqcore (installed as ``acqcore.kernels``); they import only torch, triton, ``acqcore.kept`` and
+``acqcore.slots``."""

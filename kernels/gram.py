@@ -26,8 +26,8 @@ import triton.language as tl
 from acqcore.kept import kept, on_device
 from acqcore.kernels.config import GramTiles
 from acqcore.kernels.fold import INV_SCALE, LOG2E, LOWEST, empty_state, fold, merge, store_state
-from acqcore.kernels.packing import BLOCK, pack, slot_table
 from acqcore.kernels.product import GATHER_TILE, TABLES, Product, empty_rows, logit_tile, place
+from acqcore.slots import BLOCK, pack, slot_table
 
 #: Scratch memory of a call: Gram matrices, split states and packed hidden states of the blocks in flight.
 SCRATCH_BYTES = 60 << 20

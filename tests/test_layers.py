@@ -24,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "acquisitions": {
         "bayes", "checks", "gradients", "head", "head_grad", "literals", "row_stats", "selection", "students",
     },
-    "backends": {"_core", "checks", "defaults", "head", "kept", "kernels", "philox", "vocab_parallel"},
+    "backends": {"_core", "checks", "defaults", "head", "kept", "kernels", "philox", "slots", "vocab_parallel"},
     "bayes": {"backends", "checks", "defaults", "head", "head_grad", "kept", "literals", "vocab_parallel"},
     "checks": set(),
     "costs": {
@@ -45,7 +45,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "head_visit": {"backends", "head", "kept", "row_stats", "vocab_parallel"},
     "kept": set(),
-    "kernels": {"kept"},
+    "kernels": {"kept", "slots"},
     "literals": set(),
     "philox": set(),
     "progress": set(),
@@ -57,6 +57,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "selection": {"checks", "defaults", "literals", "scores"},
     "signs": {"backends", "kept"},
+    "slots": set(),
     "students": {"backends", "checks", "defaults", "head", "literals", "vocab_parallel"},
     "testing": {"head", "row_stats"},
     "vocab_parallel": {"checks", "head"},

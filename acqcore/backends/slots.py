@@ -6,8 +6,8 @@ from functools import lru_cache
 
 import torch
 
-from acqcore.kernels import packing
-from acqcore.kernels.packing import BLOCK
+from acqcore import slots
+from acqcore.slots import BLOCK
 
 #: Blocks of slots come in pairs.
 PAIR = 2
@@ -25,10 +25,10 @@ def slot_table(
     stretches of their own, with a start of -1.
     """
     stretches = list(bounds)
-    for begin, end in packing.gaps(bounds, n):
+    for begin, end in slots.gaps(bounds, n):
         stretches += [(first, min(first + BLOCK, end)) for first in range(begin, end, BLOCK)]
-    first_slots, blocks = packing.pack([end - begin for begin, end in stretches])
-    rows, samples, firsts, lasts = packing.slot_table(first_slots, -(-blocks // PAIR) * PAIR, stretches)
+    first_slots, blocks = slots.pack([end - begin for begin, end in stretches])
+    rows, samples, firsts, lasts = slots.slot_table(first_slots, -(-blocks // PAIR) * PAIR, stretches)
     table = torch.empty((len(rows), 4), dtype=torch.int32)
     table[:, 0] = rows
     table[:, 1] = (firsts | lasts << 16).where(rows >= 0, 0)

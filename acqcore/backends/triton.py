@@ -24,8 +24,8 @@ from acqcore.backends.chunked import Chunked
 from acqcore.backends.extension import constant_when_compiled
 from acqcore.head import Head
 from acqcore.kept import on_device
-from acqcore.kernels.packing import BLOCK, gaps
 from acqcore.philox import threshold
+from acqcore.slots import BLOCK, gaps
 
 if TYPE_CHECKING:
     from acqcore.kernels.factors import Factors

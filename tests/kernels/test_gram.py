@@ -9,10 +9,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from acqcore import slots
 from acqcore.backends import eager
 from acqcore.backends.base import Gram, HeadRows
 from acqcore.head import Head
-from acqcore.kernels import gram, gram_norm, packing
+from acqcore.kernels import gram, gram_norm
 from acqcore.kernels.config import GramTiles
 from acqcore.kernels.product import Product
 from acqcore.row_stats import RowStats
@@ -202,15 +203,15 @@ def test_descriptors_read_what_pointers_read(depth):
 def test_packing():
     """Blocks have whole samples and at most 128 rows each, and are no more than first fit would open."""
     lengths = [1, 128, 64, 65, 63, 3, 60, 128, 2]
-    first_slots, blocks = packing.pack(lengths)
-    slots = [slot for first, length in zip(first_slots, lengths, strict=True) for slot in range(first, first + length)]
-    assert len(set(slots)) == sum(lengths)
+    first_slots, blocks = slots.pack(lengths)
+    taken = [slot for first, length in zip(first_slots, lengths, strict=True) for slot in range(first, first + length)]
+    assert len(set(taken)) == sum(lengths)
     assert all(first // 128 == (first + n - 1) // 128 for first, n in zip(first_slots, lengths, strict=True))
     assert blocks == 5
-    assert max(slots) < 5 * 128
-    assert packing.pack([1] * 300) == ([*range(300)], 3)
-    assert packing.pack([0, 128, 0]) == ([0, 0, 0], 1)
-    assert packing.pack([]) == ([], 0)
+    assert max(taken) < 5 * 128
+    assert slots.pack([1] * 300) == ([*range(300)], 3)
+    assert slots.pack([0, 128, 0]) == ([0, 0, 0], 1)
+    assert slots.pack([]) == ([], 0)
 
 
 @pytest.mark.parametrize(
