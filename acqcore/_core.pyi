@@ -207,7 +207,7 @@ class CudaRowStatsArgs:
         vocab_start: int,
         state: int,  # float64 [7, N], written
         index: int,  # int64 [N], written
-        slots: int = 0,  # int32 [slot_count, 4] of backends/slots.py, or 0: no Gram matrices
+        slots: int = 0,  # int32 [slot_count, 4] of backends/cuda.py, or 0: no Gram matrices
         slot_count: int = 0,
         products: int = 0,  # float32, the Gram matrices, written
     ) -> None: ...

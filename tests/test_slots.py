@@ -7,7 +7,8 @@ import random
 import pytest
 import torch
 
-from acqcore.backends.slots import BLOCK, PAIR, slot_table
+from acqcore.backends.cuda import PAIR, cuda_slots
+from acqcore.slots import BLOCK
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -22,7 +23,7 @@ def test_every_row_has_a_slot_and_every_sample_stays_whole(seed):
         row, element = row + length, element + length**2
     draw.shuffle(samples)
     n = row + draw.choice([0, 5])
-    table = slot_table(tuple(bounds for bounds, _ in samples), tuple(start for _, start in samples), n)
+    table = cuda_slots(tuple(bounds for bounds, _ in samples), tuple(start for _, start in samples), n)
     assert len(table) % (PAIR * BLOCK) == 0
     slot_of = {int(r): slot for slot, r in enumerate(table[:, 0]) if r >= 0}
     assert sorted(slot_of) == list(range(n))
@@ -37,4 +38,4 @@ def test_every_row_has_a_slot_and_every_sample_stays_whole(seed):
 
 def test_packing_fills_blocks():
     bounds = tuple((i, i + 32) for i in range(0, 4096, 32))
-    assert len(slot_table(bounds, tuple(range(0, 128 * 1024, 1024)), 4096)) == 4096
+    assert len(cuda_slots(bounds, tuple(range(0, 128 * 1024, 1024)), 4096)) == 4096

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,17 +18,19 @@ from acqcore.backends import extension
 from acqcore.backends.base import Gram, HeadRows, LogitRows
 from acqcore.backends.chunked import Chunked
 from acqcore.backends.extension import constant_when_compiled, core, matrix, pointer
-from acqcore.backends.slots import BLOCK, slot_table
 from acqcore.backends.triton import Triton
 from acqcore.defaults import float32_products
 from acqcore.head import Head
 from acqcore.kept import on_device
+from acqcore.slots import BLOCK, gaps, pack, slot_table
 
 #: Block of logits that row_stats holds: at most 1024 rows x 8192 columns, 32 MiB in float32.
 BLOCK_ROWS = 1024
 BLOCK_COLUMNS = 8192
 #: Bound in bytes on a float32 copy of a block's hidden states, and on one of a tile of weights.
 COPY_BYTES = 16 << 20
+#: Blocks of slots come in pairs.
+PAIR = 2
 
 _TRITON = Triton()
 
@@ -90,7 +93,7 @@ class Cuda(Chunked):
         targets = None if rows.targets is None else rows.targets.contiguous()
         slots = None
         if gram is not None:
-            slots = on_device(slot_table(gram.bounds, gram.starts, len(rows.hidden)), rows.hidden.device)
+            slots = on_device(cuda_slots(gram.bounds, gram.starts, len(rows.hidden)), rows.hidden.device)
         arguments = core.CudaRowStatsArgs(
             matrix(rows.hidden),
             matrix(head.weight),
@@ -241,3 +244,27 @@ def _stating_memory(op: str) -> Iterator[None]:
         raise torch.OutOfMemoryError(
             f"cuda {op}: not enough device memory for up to 64 MiB of work space: {str(error).split('. ')[0]}"
         ) from error
+
+
+@lru_cache(maxsize=64)
+def cuda_slots(
+    bounds: tuple[tuple[int, int], ...],  # [begin, end) rows of each sample, at most BLOCK, none overlapping
+    starts: tuple[int, ...],  # first element of each sample's matrix
+    n: int,  # rows
+) -> torch.Tensor:
+    """``[slots, 4]`` int32: a slot's row, -1 if empty; ``first | last << 16``; ``start`` as int64.
+
+    First and last are the slots of the row's sample, counted from the start of its block. Rows outside all samples form
+    stretches of their own, with a start of -1.
+    """
+    stretches = list(bounds)
+    for begin, end in gaps(bounds, n):
+        stretches += [(first, min(first + BLOCK, end)) for first in range(begin, end, BLOCK)]
+    first_slots, blocks = pack([end - begin for begin, end in stretches])
+    rows, samples, firsts, lasts = slot_table(first_slots, -(-blocks // PAIR) * PAIR, stretches)
+    table = torch.empty((len(rows), 4), dtype=torch.int32)
+    table[:, 0] = rows
+    table[:, 1] = (firsts | lasts << 16).where(rows >= 0, 0)
+    no_matrix = [-1] * (len(stretches) - len(bounds) + 1)  # the last one for empty slots
+    table[:, 2:] = torch.tensor([*starts, *no_matrix])[samples].view(torch.int32).view(-1, 2)
+    return table
