@@ -112,8 +112,8 @@ def register(
     ...     return (1 - 2 * stats.top1_prob) ** options.power
 
     Raises:
-        ValueError: the function has no docstring, or an unknown ``over``. TypeError: a name that is no string, as in
-            ``@register`` without one, ``needs`` that are not needs, ``options`` that do not extend
+        ValueError: the function has no docstring, or an unknown ``over``. TypeError: a name that is not a string, as
+            in ``@register`` without one, ``needs`` that are not needs, ``options`` that do not extend
             :class:`acqcore.acquisitions.Options`.
     """
     checks.instance("name", name, str, "the acquisition's name, as in @acqcore.register('confidence_gap')")

@@ -313,7 +313,7 @@ class Capture:
         call = calls.pop() if self._last else calls[0]  # the last backward frees the input
         if not any(map(self._taken, call.names.values())):
             return
-        self._recomputing = False  # forming pieces may call the module; that is no checkpoint rerun
+        self._recomputing = False  # forming pieces may call the module; that is not a checkpoint's rerun
         try:
             pieces = call.pieces(gradient)
         except Uncovered:

@@ -194,7 +194,7 @@ def grpo(
     Raises:
         ValueError: fewer prompts than a generation takes, one that leaves no room in the generator's positions or has
             a token outside its vocabulary, no end-of-sequence token, or as :func:`configuration`.
-        TypeError: a reward that is no function.
+        TypeError: a reward that is not a function.
     """
     generator, output = os.fspath(generator), Path(output)
     rewards = list(reward) if isinstance(reward, Sequence) else [reward]

@@ -120,7 +120,7 @@ class AcquisitionReward(TrlReward):
         return self(prompts, completions)
 
     def _samples(self, completions: Sequence[Completion], log: Log) -> list[Any]:
-        """The result of ``parse`` for each completion, or ``_FAILED`` where it raises or returns what is no sample."""
+        """The result of ``parse`` for each completion, or ``_FAILED`` where it raises or returns something else."""
         texts = [completion_text(completion) for completion in completions]
         read = self._guard.each("parse", self._read, texts, needed=not log.evaluates)
         return [

@@ -91,7 +91,7 @@ def checked_weights(names: Mapping[str, object], weights: Mapping[str, float] | 
 
 
 def finite_weight(weight: Any) -> float:
-    """The weight as a float; ValueError if it is no finite number."""
+    """The weight as a float; ValueError if it is not a finite number."""
     if not isinstance(weight, Real) or not math.isfinite(weight):
         raise ValueError(f"weights: expected finite numbers, got {weight!r:.60}")
     return float(weight)

@@ -194,9 +194,9 @@ def combined(
         name: name under which TRL logs; each reward is also logged under its own name.
 
     Raises:
-        ValueError: no rewards, a number of weights that differs from that of rewards, or a weight that is no finite
-            number. A call raises it for a reward that returns another number of values than there are completions.
-        TypeError: a reward that is no function, such as the name of a reward model.
+        ValueError: no rewards, not one weight per reward, or a weight that is not a finite number. A call raises it
+            for a reward that returns another number of values than there are completions.
+        TypeError: a reward that is not a function, such as the name of a reward model.
     """
     if callable(rewards) or not all(map(callable, rewards)):
         raise TypeError(f"rewards: expected a list of reward functions, got {rewards!r:.80}")
