@@ -84,7 +84,8 @@ class ComposedReward(TrlReward):
 
     Raises:
         ValueError: an unknown fusion method, weight or signal to normalise, or a duplicate name.
-        TypeError: a domain that is not a ``Domain``, such as its name; a signal or gate that is not callable or has no name.
+        TypeError: a domain that is not a ``Domain``, such as its name; a signal or gate that is not callable or has no
+            name.
     """
 
     def __init__(
