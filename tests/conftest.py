@@ -486,11 +486,14 @@ def dropped_logits():
 
 
 @pytest.fixture(scope="session")
-def informed_student():
-    """A trained student that knows some answers, cannot know others and never saw the rest."""
+def informed_students():
+    """Trained students that know some answers, cannot know others and never saw the rest.
+
+    Three, since rounding differs between processors, and training carries that into the AUROC of one: 0.94 to 1.00.
+    """
     from benchmarks import toy_student
 
-    return toy_student.train(seed=0)
+    return [toy_student.train(seed) for seed in range(3)]
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import statistics
 from typing import Any
 
 import pytest
@@ -316,17 +317,20 @@ def test_trunks_without_blocks():
     assert len(_score(student, _ids(4), "mutual_information", layers=0)["mutual_information"]) == 1
 
 
-def test_tells_ignorance_from_ambiguity(informed_student):
+def test_tells_ignorance_from_ambiguity(informed_students):
     """Mutual information ranks unseen keys above random answers and known keys; entropy does not."""
-    generator = torch.Generator().manual_seed(0)
-    values: dict[str, dict[str, torch.Tensor]] = {}
-    for kind in toy_student.KINDS:
-        asked = toy_student.samples(toy_student.questions(kind, 128, generator))
-        scores = acqcore.score(informed_student, asked, ["entropy", "mutual_information"])
-        values[kind] = dict(scores.items())
-    for name, low, high in (("mutual_information", 0.9, 1.0), ("entropy", 0.0, 0.65)):
-        others = torch.cat([values["easy"][name], values["ambiguous"][name]])
-        assert low <= toy_student.auroc(values["unseen"][name], others) <= high
+    found: dict[str, list[float]] = {"mutual_information": [], "entropy": []}
+    for student in informed_students:
+        generator = torch.Generator().manual_seed(0)
+        values: dict[str, dict[str, torch.Tensor]] = {}
+        for kind in toy_student.KINDS:
+            asked = toy_student.samples(toy_student.questions(kind, 128, generator))
+            values[kind] = dict(acqcore.score(student, asked, list(found)).items())
+        for name, aurocs in found.items():
+            others = torch.cat([values["easy"][name], values["ambiguous"][name]])
+            aurocs.append(toy_student.auroc(values["unseen"][name], others))
+    assert statistics.fmean(found["mutual_information"]) >= 0.9
+    assert statistics.fmean(found["entropy"]) <= 0.65
 
 
 @pytest.mark.parametrize("layers", ["all", 1])

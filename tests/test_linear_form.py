@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from functools import partial
 from typing import Any
 
@@ -631,16 +632,19 @@ def test_ready_made_options(tiny_model):
 
 
 @pytest.mark.parametrize("posterior", ["dropout", "isotropic"])
-def test_tells_ignorance_from_ambiguity(posterior, informed_student):
+def test_tells_ignorance_from_ambiguity(posterior, informed_students):
     """Two probes rank unseen keys above keys with random answers, and above these and known keys together."""
-    generator = torch.Generator().manual_seed(0)
-    found = {}
-    for kind in toy_student.KINDS:
-        asked = toy_student.samples(toy_student.questions(kind, 128, generator))
-        found[kind] = _score(informed_student, asked, posterior=posterior)["mutual_information"]
-    others = torch.cat([found["easy"], found["ambiguous"]])
-    assert toy_student.auroc(found["unseen"], others) >= 0.95
-    assert toy_student.auroc(found["unseen"], found["ambiguous"]) >= 0.93
+    among_all, among_ambiguous = [], []
+    for student in informed_students:
+        generator = torch.Generator().manual_seed(0)
+        found = {}
+        for kind in toy_student.KINDS:
+            asked = toy_student.samples(toy_student.questions(kind, 128, generator))
+            found[kind] = _score(student, asked, posterior=posterior)["mutual_information"]
+        among_all.append(toy_student.auroc(found["unseen"], torch.cat([found["easy"], found["ambiguous"]])))
+        among_ambiguous.append(toy_student.auroc(found["unseen"], found["ambiguous"]))
+    assert statistics.fmean(among_all) >= 0.95
+    assert statistics.fmean(among_ambiguous) >= 0.93
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
