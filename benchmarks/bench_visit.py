@@ -99,7 +99,7 @@ def draw_peers(
     The student's trunk only looks up hidden states, so that the head accounts for the whole cost.
     """
     head = acqcore.Head(weight)
-    student = acqcore.Student(lambda ids: hidden[ids], head)
+    student = acqcore.Student(lambda ids: hidden[ids % len(hidden)], head)  # other ids: its test rows
     samples = {"input_ids": torch.arange(len(hidden)).view(-1, 128)}
     draws = {"mutual_information": {"form": "block", "draws": DRAWS}}
 
