@@ -5,7 +5,7 @@
 // For each tile of the vocabulary a block folds the logits, forms the factors e cap' and sqrt(e) r cap', and adds their
 // products with the tile's weights to separate sums (values.h). The sums exclude the largest logit so far, the top;
 // when it rises, they are rescaled and the former top joins them. Signs are bits of Philox words, recomputed per tile:
-// 128 columns per counter. With bfloat16 inputs, tile registers use sqrt(e) rounded to bfloat16, in sums with and
+// 128 columns per counter. With bfloat16 inputs, products of bfloat16 use sqrt(e) rounded to it, in sums with and
 // without W alike, so that a cotangent still adds up to 0: its entries change by 0.1 %, the expectation of their
 // squares by 1e-6, and half of the products are saved.
 #include "../philox.h"
@@ -43,7 +43,9 @@ struct Workspace {
 };
 
 // Whether square roots are rounded to bfloat16: only if the inputs are.
-inline bool rounds(const HeadArgs& head) { return kHasTiles && is_bfloat16(head.hidden) && is_bfloat16(head.weight); }
+inline bool rounds(const HeadArgs& head) {
+  return kHasBf16Product && is_bfloat16(head.hidden) && is_bfloat16(head.weight);
+}
 
 // Sign words of columns [tile, tile + kTile): bit i of word w belongs to column tile + 32 w + i.
 void sign_words(const FisherSumsArgs& args, int64_t row, int probe, int64_t tile, uint32_t* words /* [kWords] */) {

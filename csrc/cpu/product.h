@@ -74,8 +74,11 @@ inline void pack_rows(const Matrix& hidden, const int64_t* rows, int count, bool
   }
 }
 
-// Memory layout of the left factor of a product: a packed panel, a matrix read by rows, or a matrix read by columns.
-// Strides locate entry (row, k).
+// Memory layout of the left factor of a product: runs of kTileUnits units of a row, a packed panel, a matrix read by
+// rows, or a matrix read by columns. Strides locate entry (row, k).
+struct Runs {
+  static constexpr int kRowStride = kTileUnits, kStepStride = 1, kSteps = kTileUnits;
+};
 struct Packed {
   static constexpr int kRowStride = kRun, kStepStride = kRun == 1 ? kPanelRows : 1, kSteps = kRun;
 };

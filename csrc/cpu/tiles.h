@@ -1,4 +1,5 @@
-// Products of bfloat16 pairs in AMX tile registers: 16 rows of 64 bytes, 16 x 16 x 32 multiply-adds per instruction.
+// Panels of bfloat16 pairs, and their products in AMX tile registers: 16 rows of 64 bytes, 16 x 16 x 32 multiply-adds
+// per instruction.
 #pragma once
 #include "simd.h"
 
@@ -14,6 +15,45 @@ constexpr int kTileUnits = 16;  // units per tile row
 // Fetches a line of rows to be read soon into L2, where the rows of a block do not fit: the product is 5 % faster (Xeon,
 // N = 4096, D = 576).
 inline void fetch(const float* line) { __builtin_prefetch(line, 0, 2); }
+
+#if defined(__AVX512BF16__)
+
+// x rounded to bfloat16. The remainder is at most 2^-8 of x and of either sign; with truncation all remainders would
+// have the sign of their factor, which made squared norms 1e-5 too small.
+inline Vec high_part(Vec x) { return (Vec)(((UintVec)x + 0x8000u) & 0xffff0000u); }
+
+// Splits x into panels [n / 32, kPanelRows, kTileUnits] of bfloat16 pairs, x = high + low to 2^-16. kLanes divides n.
+inline void split_panel(const float* x /* [kPanelRows, n] */, int64_t stride, int n, float* high, float* low) {
+  for (int k = 0; k < n; k += 2 * kLanes) {
+    for (int i = 0; i < kPanelRows; ++i) {
+      const Vec a = load(x + i * stride + k), b = k + kLanes < n ? load(x + i * stride + k + kLanes) : Vec{};
+      const Vec a_high = high_part(a), b_high = high_part(b);
+      const int64_t place = (k / 2 / kTileUnits * kPanelRows + i) * kTileUnits;
+      store(high + place, (Vec)_mm512_cvtne2ps_pbh((__m512)b_high, (__m512)a_high));
+      store(low + place, (Vec)_mm512_cvtne2ps_pbh((__m512)(b - b_high), (__m512)(a - a_high)));
+    }
+  }
+}
+
+// Packs x rounded to bfloat16 in the same layout.
+inline void round_panel(const float* x /* [kPanelRows, n] */, int64_t stride, int n, float* rounded) {
+  for (int k = 0; k < n; k += 2 * kLanes) {
+    for (int i = 0; i < kPanelRows; ++i) {
+      const Vec a = load(x + i * stride + k), b = k + kLanes < n ? load(x + i * stride + k + kLanes) : Vec{};
+      const int64_t place = (k / 2 / kTileUnits * kPanelRows + i) * kTileUnits;
+      store(rounded + place, (Vec)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a));
+    }
+  }
+}
+
+#else
+
+// Stubs without bfloat16 products. The functions are never called.
+inline Vec high_part(Vec x) { return x; }
+inline void split_panel(const float*, int64_t, int, float*, float*) {}
+inline void round_panel(const float*, int64_t, int, float*) {}
+
+#endif
 
 #if defined(__AMX_BF16__)
 
@@ -99,34 +139,6 @@ inline void add_part(const float* part, float* out, int64_t stride) {
   }
 }
 
-// x rounded to bfloat16. The remainder is at most 2^-8 of x and of either sign; with truncation all remainders would
-// have the sign of their factor, which made squared norms 1e-5 too small.
-inline Vec high_part(Vec x) { return (Vec)(((UintVec)x + 0x8000u) & 0xffff0000u); }
-
-// Splits x into panels [n / 32, kPanelRows, kTileUnits] of bfloat16 pairs, x = high + low to 2^-16. kLanes divides n.
-inline void split_panel(const float* x /* [kPanelRows, n] */, int64_t stride, int n, float* high, float* low) {
-  for (int k = 0; k < n; k += 2 * kLanes) {
-    for (int i = 0; i < kPanelRows; ++i) {
-      const Vec a = load(x + i * stride + k), b = k + kLanes < n ? load(x + i * stride + k + kLanes) : Vec{};
-      const Vec a_high = high_part(a), b_high = high_part(b);
-      const int64_t place = (k / 2 / kTileUnits * kPanelRows + i) * kTileUnits;
-      store(high + place, (Vec)_mm512_cvtne2ps_pbh((__m512)b_high, (__m512)a_high));
-      store(low + place, (Vec)_mm512_cvtne2ps_pbh((__m512)(b - b_high), (__m512)(a - a_high)));
-    }
-  }
-}
-
-// Packs x rounded to bfloat16 in the same layout.
-inline void round_panel(const float* x /* [kPanelRows, n] */, int64_t stride, int n, float* rounded) {
-  for (int k = 0; k < n; k += 2 * kLanes) {
-    for (int i = 0; i < kPanelRows; ++i) {
-      const Vec a = load(x + i * stride + k), b = k + kLanes < n ? load(x + i * stride + k + kLanes) : Vec{};
-      const int64_t place = (k / 2 / kTileUnits * kPanelRows + i) * kTileUnits;
-      store(rounded + place, (Vec)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a));
-    }
-  }
-}
-
 // Transposes a panel [k / kTileUnits, kPanelRows, kTileUnits] to columns [k, kPanelRows].
 inline void transpose_panel(const float* panel, int64_t k, float* columns) {
   for (int64_t u = 0; u < k; u += kTileUnits) {
@@ -183,9 +195,6 @@ template <int kParts = 1>
 inline void tile_product(const float*, const float*, int64_t, float*, int64_t, const float* = nullptr, int64_t = 0,
                          const float* = nullptr) {}
 inline void add_part(const float*, float*, int64_t) {}
-inline Vec high_part(Vec x) { return x; }
-inline void split_panel(const float*, int64_t, int, float*, float*) {}
-inline void round_panel(const float*, int64_t, int, float*) {}
 inline void transpose_panel(const float*, int64_t, float*) {}
 inline void tile_gram(const float*, const float*, const float*, const float*, int64_t, float*, int64_t) {}
 

@@ -37,8 +37,11 @@ inline int64_t pack_block(const HeadArgs& head, const Inner& inner, const int64_
   return ceil_div(count, kPanelRows) * kPanelRows;
 }
 
-// Tile registers multiply bfloat16 values directly; other values, and factors, as sums of two bfloat16.
 inline bool is_bfloat16(const Matrix& values) { return values.dtype == DType::kBFloat16; }
+
+// Whether products with these values take bfloat16 pairs: tile registers always do, float32 values and factors as sums
+// of two bfloat16; dot products of vectors only with bfloat16 values, as such sums cost them more than float32.
+inline bool in_pairs(const Matrix& values) { return kHasTiles || (kHasBf16Product && is_bfloat16(values)); }
 
 inline int64_t value_columns(int64_t columns) { return ceil_div(columns, kPanelColumns) * kPanelColumns; }
 
@@ -63,11 +66,11 @@ inline void pack_split_pair(const Matrix& values, int64_t row, int64_t last, int
   }
 }
 
-// Packs values [tile, tile + width) as panels [columns / kPanelColumns, kTile, kPanelColumns]; for tile registers, as
-// pairs of rows in panels [columns / kPanelColumns, kTile / 2, kPanelColumns], high parts first, then low parts.
+// Packs values [tile, tile + width) as panels [columns / kPanelColumns, kTile, kPanelColumns], or as pairs of rows in
+// panels [columns / kPanelColumns, kTile / 2, kPanelColumns], high parts first, then low parts.
 inline void pack_values(const Matrix& values, int64_t tile, int width, float* out) {
   const int64_t columns = value_columns(values.columns);
-  if (kHasTiles) {
+  if (in_pairs(values)) {
     const int64_t units = ceil_div(width, 2 * kTileUnits) * kTileUnits, last = tile + width;
     float* low = out + columns * (kTile / 2);
     for (int64_t u = 0; u < units; ++u) {  // reads along the rows
@@ -93,7 +96,7 @@ inline void pack_values(const Matrix& values, int64_t tile, int width, float* ou
 }
 
 // sums [rows, columns] += factors times packed values. Factors are 0 from width up to a whole vector; rows are whole
-// panels. `split` is scratch of [2, kTile / 2, kPanelRows]. With `rounded`, tile registers round factors to bfloat16.
+// panels. `split` is scratch of [2, kTile / 2, kPanelRows]. With `rounded`, factors of pairs are rounded to bfloat16.
 inline void add_values(const Matrix& values, const float* factors /* [rows, kTile] */, int64_t rows, int width,
                        const float* packed, float* split, float* sums, bool rounded = false) {
   const int64_t columns = value_columns(values.columns);
@@ -105,7 +108,7 @@ inline void add_values(const Matrix& values, const float* factors /* [rows, kTil
   for (int64_t row = 0; row < rows; row += kPanelRows) {
     const float* of_rows = factors + row * kTile;
     float* out = sums + row * columns;
-    if (!kHasTiles) {
+    if (!in_pairs(values)) {
       for (int64_t j = 0; j < columns; j += kPanelColumns) {
         panel_product<false, ByRows<kTile>>(of_rows, packed + j * kTile, width, true, out + j, columns);
       }
@@ -118,6 +121,11 @@ inline void add_values(const Matrix& values, const float* factors /* [rows, kTil
     }
     for (int64_t j = 0; j < columns; j += kPanelColumns) {
       const float* panel = packed + j * (kTile / 2);
+      if (!kHasTiles) {
+        panel_product<true, Runs>(split, panel, units, true, out + j, columns);
+        if (!rounded) panel_product<true, Runs>(split + kPart, panel, units, true, out + j, columns);
+        continue;
+      }
       const float* rest = is_bfloat16(values) ? nullptr : low + j * (kTile / 2);
       if (rounded) {
         tile_product(split, panel, units, sum, kPanelColumns, nullptr, 0, rest);
