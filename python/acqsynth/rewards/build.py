@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -166,23 +167,22 @@ def _signals(
 ) -> list[Signal]:
     """The signals in recipe order; acquisitions share one pass."""
     released: dict[str, Any] = {"paper_compat": True} if config.paper_compat else {}
-    embed = _embedder(config.embedder) if embeds(config) else None
+    embed: Any = _embedder(config.embedder) if embeds(config) else None
     embedded = {**released, "embed": embed} if released else {}
-    kinds: dict[str, tuple[Callable[..., Signal], tuple[Any, ...], dict[str, Any]]] = {
-        "confidence": (Confidence, (drawn,), released),
-        "answer_variance": (AnswerVariance, (drawn,), embedded),
-        "semantic_entropy": (SemanticEntropy, (drawn,), {}),
-        "learnability": (Learnability, (drawn,), {}),
-        "proximity": (Proximity, (embed, seeds), released),
-        "diversity": (Diversity, (embed,), released),
-        "gradient": (Gradient, (student, domain, seeds), {**released, **scoring}),
+    kinds: dict[str, Callable[..., Signal]] = {
+        "confidence": partial(Confidence, drawn, **released),
+        "answer_variance": partial(AnswerVariance, drawn, **embedded),
+        "semantic_entropy": partial(SemanticEntropy, drawn),
+        "learnability": partial(Learnability, drawn),
+        "proximity": partial(Proximity, embed, seeds, **released),
+        "diversity": partial(Diversity, embed, **released),
+        "gradient": partial(Gradient, student, domain, seeds, **released, **scoring),
     }
     acquisitions: dict[str, dict[str, Any]] = {}
     made: dict[str, Signal] = {}
     for name, options in wanted.items():
         if name in kinds:
-            kind, arguments, fixed = kinds[name]
-            made[name] = _named(f"signals.{name}", kind, *arguments, **fixed, **options)
+            made[name] = _named(f"signals.{name}", kinds[name], **options)
         elif name in acqcore.acquisitions():
             reference = {"reference": list(aim[: config.reference])} if name == "influence" else {}
             acquisitions[name] = reference | options

@@ -111,7 +111,8 @@ def test_a_teacher_labels_with_an_engine_of_its_own(domain, scripted, monkeypatc
 def test_signals_are_those_named_in_their_order(domain, student_path):
     names = ["diversity", "entropy", "semantic_entropy", "gradient", "margin", "confidence", "proximity"]
     config = RewardConfig(
-        signals={name: {} for name in names} | {"proximity": {"clusters": 4}},
+        signals={name: {} for name in names} | {"proximity": {"clusters": 4}, "gradient": {"max_length": 64}},
+        scoring={"max_length": 96},
         fusion="z",
         weights={"entropy": 2.0},
         gates=["sound", "new"],
@@ -123,6 +124,7 @@ def test_signals_are_those_named_in_their_order(domain, student_path):
     assert [gate.name for gate in made.gates] == ["sound", "new"]
     by_name = {signal.name: signal for signal in made.signals}
     assert by_name["entropy"].scorer is by_name["margin"].scorer
+    assert (by_name["entropy"].scorer.max_length, by_name["gradient"].scorer.max_length) == (96, 64)
     assert by_name["confidence"].answers.sampling.top2
 
 
