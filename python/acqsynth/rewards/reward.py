@@ -320,7 +320,7 @@ class ComposedReward(TrlReward):
                     entry.group = j
         self._total(entries, update)
         if update:
-            accepted = batch.part(e.sample for e in entries if e.sample is not None and e.valid and e.total is not None)
+            accepted = _samples([entry for entry in entries if entry.valid and entry.total is not None], batch)
             for part in self._parts():
                 if hasattr(part, "accept"):
                     self._guard(part.name, partial(_accept, part), accepted, singly=False)
@@ -340,8 +340,9 @@ class ComposedReward(TrlReward):
             else:
                 entry.sample, entry.masked = (None, True) if parsed is None else (parsed[0], False)
 
-    def _gate(self, gate: Gate, asked: Sequence[Entry], batch: Batch, update: bool) -> None:
-        for entry, verdict in zip(asked, self._ask(gate, gate, _samples(asked, batch), update), strict=True):
+    def _gate(self, gate: Gate, entries: Sequence[Entry], batch: Batch, update: bool) -> None:
+        valid = [entry for entry in entries if entry.valid]
+        for entry, verdict in zip(valid, self._ask(gate, gate, _samples(valid, batch), update), strict=True):
             if verdict is None:
                 entry.masked = True
             elif isinstance(verdict, Sample):
@@ -353,11 +354,11 @@ class ComposedReward(TrlReward):
         """Parses the texts of this process, and asks the gates and the signals that do not compare samples."""
         self._parse(local, update)
         for i, gate in enumerate(self.gates):
-            valid = [(entry, entry.sample) for entry in local if entry.valid]
-            self._gate(gate, [entry for entry, _ in valid], batch, update)
-            replaced = [entry for entry, sample in valid if entry.sample is not sample]
+            before = [entry.sample for entry in local]
+            self._gate(gate, local, batch, update)
+            replaced = [entry for entry, sample in zip(local, before, strict=True) if entry.sample is not sample]
             for earlier in self.gates[:i]:
-                self._gate(earlier, [entry for entry in replaced if entry.valid], batch, update)
+                self._gate(earlier, replaced, batch, update)
         self._value([signal for signal in self.signals if not _compares(signal)], local, batch, update)
 
     def _gathered(self, local: list[Entry], batch: Batch, update: bool) -> tuple[list[list[Entry]], int]:
@@ -371,8 +372,6 @@ class ComposedReward(TrlReward):
         try:
             self._judge(local, batch, update)
         except BrokenPartError as error:
-            if not synced:
-                raise
             broken = error  # raised on all ranks: the others would wait for this one
         found: list[Any] = [(local, broken)]
         if synced:
