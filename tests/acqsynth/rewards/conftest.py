@@ -8,6 +8,7 @@ import re
 import pytest
 from fakes import FakeEngine, PlainDomain
 
+import acqcore
 from acqsynth.domains import Sample
 from acqsynth.engines import Completion
 from acqsynth.rewards import SentenceEmbedder
@@ -79,6 +80,20 @@ def domain():
 @pytest.fixture
 def scripted():
     return Scripted
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """The acquisitions and the number of samples of each call of ``acqcore.score``."""
+    calls = []
+    score = acqcore.score
+
+    def counting(student, samples, acquisitions, **options):
+        calls.append((tuple(acquisitions), len(samples)))
+        return score(student, samples, acquisitions, **options)
+
+    monkeypatch.setattr(acqcore, "score", counting)
+    return calls
 
 
 @pytest.fixture

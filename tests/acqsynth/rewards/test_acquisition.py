@@ -50,17 +50,9 @@ def test_no_sample_outranks_no_value_below_zero(model, tokenizer):
     assert values[1] == values[0] < values[2]
 
 
-def test_one_score_call_for_all_completions(model, tokenizer, monkeypatch):
-    sizes = []
-    score = acqcore.score
-
-    def counted(student, samples, *args, **options):
-        sizes.append(len(samples))
-        return score(student, samples, *args, **options)
-
-    monkeypatch.setattr(acqcore, "score", counted)
+def test_one_score_call_for_all_completions(model, tokenizer, counted):
     Log().call(AcquisitionReward(model, tokenizer=tokenizer), COMPLETIONS * 4)
-    assert sizes == [8]
+    assert counted == [(("entropy",), 8)]
 
 
 def test_conversational_completions_score_as_their_text(model, tokenizer):
@@ -80,15 +72,17 @@ def test_a_completion_without_text_is_no_sample(model, tokenizer):
     assert Log().call(reward, []) == []
 
 
-@pytest.mark.parametrize(("prompts", "completions", "name"), [("a", [GOOD], "prompts"), (["a"], GOOD, "completions")])
-def test_a_string_is_no_list(prompts, completions, name, model, tokenizer):
-    with pytest.raises(TypeError, match=f"{name}: expected a list with one entry for each completion, got a string"):
-        AcquisitionReward(model, tokenizer=tokenizer)(prompts, completions)
-
-
-def test_one_prompt_a_completion(model, tokenizer):
-    with pytest.raises(ValueError, match="prompts: expected 2, one for each completion, got 1"):
-        AcquisitionReward(model, tokenizer=tokenizer)(["a"], [GOOD, GOOD])
+@pytest.mark.parametrize(
+    ("prompts", "completions", "message"),
+    [
+        ("a", [GOOD], "prompts: expected a list with one entry for each completion, got a string"),
+        (["a"], GOOD, "completions: expected a list with one entry for each completion, got a string"),
+        (["a"], [GOOD, GOOD], "prompts: expected 2, one for each completion, got 1"),
+    ],
+)
+def test_one_prompt_for_each_completion(prompts, completions, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        AcquisitionReward("student")(prompts, completions)
 
 
 def test_log_functions_get_values_and_metrics(model, tokenizer):

@@ -211,10 +211,6 @@ class TestConfidence:
         assert sampling.max_tokens == 512
         assert corrected.answers.engine.calls[0][0] == [[{"role": "user", "content": "sharp"}]]
 
-    def test_needs_the_probabilities(self, domain, scripted, answers):
-        with pytest.raises(ValueError, match="answers: expected SampledAnswers with top2=True"):
-            Confidence(answers)
-
 
 class TestReleasedAnswerVariance:
     def embed(self, texts):
@@ -243,11 +239,16 @@ class TestReleasedAnswerVariance:
         assert corrected == 2 / 8
         assert released != corrected
 
-    def test_needs_an_embedder(self, answers):
-        with pytest.raises(ValueError, match="embed: expected"):
-            AnswerVariance(answers, paper_compat=True)
 
-
-def test_wrong_k(domain, scripted):
-    with pytest.raises(ValueError, match="k: expected an int >= 1, got 0"):
-        SampledAnswers(scripted(SCRIPT.__getitem__), domain, k=0)
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda answers: SampledAnswers(answers.engine, answers.domain, k=0), "k: expected an int >= 1, got 0"),
+        (Confidence, "answers: expected SampledAnswers with top2=True"),
+        (lambda answers: AnswerVariance(answers, paper_compat=True), "embed: expected a sentence embedder"),
+    ],
+    ids=["k", "top2", "embed"],
+)
+def test_wrong_arguments(make, message, answers):
+    with pytest.raises(ValueError, match=message):
+        make(answers)

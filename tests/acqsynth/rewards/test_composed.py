@@ -175,17 +175,12 @@ def test_a_part_that_has_never_worked_raises(domain, set_level):
     assert None not in logged_only.score(TEXTS, GROUPS).total
 
 
-def test_three_bad_samples_do_not_break_a_signal(domain):
-    """The first, the middle and the last sample are tried first."""
-    reward = plain(domain, Told("a", {answer: VALUES[answer] for answer in "345"}), fusion="raw")
-    assert reward.score(TEXTS, GROUPS).total == [None, None, None, 10.0, 30.0, 20.0]
-
-
-def test_a_sample_without_a_value_is_not_a_failure(domain):
-    """The first and the last sample fail, the middle one is scored and has no value."""
-    known = {answer: value for answer, value in VALUES.items() if answer not in "05"}
-    reward = plain(domain, Told("a", known | {"3": None}), fusion="raw")
-    assert reward.score(TEXTS, GROUPS).total == [None, VALUES["1"], VALUES["2"], None, VALUES["4"], None]
+@pytest.mark.parametrize(("failing", "unknown"), [("012", {}), ("05", {"3": None})])
+def test_bad_samples_do_not_break_a_signal(domain, failing, unknown):
+    """The first, the middle (3) and the last sample are tried first; one that is scored without a value worked."""
+    known = {answer: value for answer, value in VALUES.items() if answer not in failing} | unknown
+    reward = plain(domain, Told("a", known), fusion="raw")
+    assert reward.score(TEXTS, GROUPS).total == [known.get(answer) for answer in VALUES]
 
 
 @pytest.mark.parametrize("older", [False, True])
@@ -229,25 +224,6 @@ def test_a_student_that_is_gone_after_a_refresh_is_raised(domain, model, tokeniz
     reward.refresh("/no/such/student")
     with pytest.raises(BrokenPartError, match=r"failed on each of the 3 samples tried: .*/no/such/student"):
         reward.score(TEXTS, GROUPS)
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"domain": "math"}, "domain: expected a Domain"),
-        ({"signals": Told("a", {})}, "signals: expected a list, got"),
-        ({"gates": Told("a", {})}, "gates: expected a list, got"),
-        ({"length_normalised": "a"}, "length_normalised: expected names or a bool, got 'a'"),
-    ],
-)
-def test_arguments_of_the_wrong_type(wrong, message, domain):
-    with pytest.raises(TypeError, match=message):
-        ComposedReward(**({"domain": domain, "signals": [Told("a", {})]} | wrong))
-
-
-def test_a_text_is_no_list_of_texts(domain):
-    with pytest.raises(TypeError, match="texts: expected a list of texts, got a string"):
-        plain(domain).score(text(1), text(1))
 
 
 def test_the_raw_floor_is_below_the_samples_of_all_calls(domain):
@@ -568,23 +544,32 @@ def test_refresh_reaches_every_scorer(domain, sample, student_path):
         ({"signals": [Told("total", {})]}, ValueError, "signals: the name 'total' is duplicated or reserved"),
         ({"signals": [lambda samples: []]}, TypeError, "signals: expected callable objects with a name"),
         ({"signals": ["entropy"]}, TypeError, "signals: expected callable objects with a name"),
+        ({"signals": Told("a", {})}, TypeError, "signals: expected a list, got"),
         ({"gates": [Check("parses", bool)]}, ValueError, "gates: the name 'parses' is duplicated or reserved"),
+        ({"gates": Told("a", {})}, TypeError, "gates: expected a list, got"),
+        ({"length_normalised": "a"}, TypeError, "length_normalised: expected names or a bool, got 'a'"),
+        ({"domain": "math"}, TypeError, "domain: expected a Domain"),
     ],
 )
 def test_wrong_configuration_raises_at_once(domain, options, error, message):
     with pytest.raises(error, match=message):
-        ComposedReward(domain, **({"signals": [Told("a", {})]} | options))
+        ComposedReward(**({"domain": domain, "signals": [Told("a", {})]} | options))
 
 
-@pytest.mark.parametrize("group", [["a"], {"uid": 1}, ("a", [1]), torch.tensor(1)])
-def test_a_group_without_equals_is_named(domain, group):
-    with pytest.raises(TypeError, match=r"groups\[1\]: expected a hashable key such as a string, got"):
-        ComposedReward(domain, []).score(["a", "b"], [0, group])
-
-
-def test_groups_of_another_length(domain):
-    with pytest.raises(ValueError, match="groups: expected 6, one per text, got 1"):
-        plain(domain, Told("a", VALUES)).score(TEXTS, ["p"])
+@pytest.mark.parametrize(
+    ("texts", "groups", "error", "message"),
+    [
+        *(
+            (["a", "b"], [0, group], TypeError, r"groups\[1\]: expected a hashable key such as a string, got")
+            for group in (["a"], {"uid": 1}, ("a", [1]), torch.tensor(1))
+        ),
+        (TEXTS, ["p"], ValueError, "groups: expected 6, one per text, got 1"),
+        (text(1), text(1), TypeError, "texts: expected a list of texts, got a string"),
+    ],
+)
+def test_wrong_texts_and_groups(domain, texts, groups, error, message):
+    with pytest.raises(error, match=message):
+        plain(domain).score(texts, groups)
 
 
 def test_two_steps_of_grpo(domain, model, tokenizer, sample, scripted, tmp_path):

@@ -232,10 +232,14 @@ class TestSeveralRewards:
             ([first], ["1"], "weights: expected finite numbers, got '1'"),
             ([first], [None], "weights: expected finite numbers, got None"),
             ([first], [float("nan")], "weights: expected finite numbers, got nan"),
+            *(
+                (rewards, None, "rewards: expected a list of reward functions, got")
+                for rewards in (first, "org/model", [first, "org/model"], [first, None])
+            ),
         ],
     )
-    def test_one_weight_a_reward(self, rewards, weights, message):
-        with pytest.raises(ValueError, match=message):
+    def test_wrong_rewards_and_weights(self, rewards, weights, message):
+        with pytest.raises((TypeError, ValueError), match=message):
             combined(rewards, weights)
 
     def test_one_value_a_completion(self):
@@ -244,11 +248,6 @@ class TestSeveralRewards:
 
         with pytest.raises(ValueError, match="combined: single returned 1 rewards, expected 2"):
             combined([first, single])(prompts=["p"] * 2, completions=["a", "b"])
-
-    @pytest.mark.parametrize("rewards", [first, "org/model", [first, "org/model"], [first, None]])
-    def test_a_reward_is_a_function(self, rewards):
-        with pytest.raises(TypeError, match="rewards: expected a list of reward functions, got"):
-            combined(rewards)
 
     def test_state_of_the_rewards(self):
         def made():

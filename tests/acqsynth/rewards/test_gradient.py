@@ -9,7 +9,6 @@ import pytest
 import torch
 from fakes import teach, written
 
-import acqcore
 from acqsynth.rewards import ComposedReward, Gradient, default_gates
 
 
@@ -56,21 +55,13 @@ def test_no_more_than_the_seeds(domain, sample, model, tokenizer):
     assert signal.limit() != limit
 
 
-def test_released_is_a_loop_of_single_backwards_without_template(domain, samples, model, tokenizer, monkeypatch):
-    sizes = []
-    score = acqcore.score
-
-    def counting(student, rows, *args, **options):
-        sizes.append(len(rows))
-        return score(student, rows, *args, **options)
-
-    monkeypatch.setattr(acqcore, "score", counting)
+def test_released_is_a_loop_of_single_backwards_without_template(domain, samples, model, tokenizer, counted):
     values = Gradient(model, domain, paper_compat=True, tokenizer=tokenizer)(samples)
-    assert sizes == [1] * 4
+    assert counted == [(("grad_norm",), 1)] * 4
     assert values == pytest.approx(norms(model, tokenizer, domain, samples, chat=False)[0], rel=1e-4)
-    sizes.clear()
+    counted.clear()
     Gradient(model, domain, samples, tokenizer=tokenizer)(samples)
-    assert sizes == [4, 4]  # the samples, then the seeds once
+    assert counted == [(("grad_norm",), 4)] * 2  # the samples, then the seeds once
 
 
 def test_released_falls_with_length(domain, sample, model, tokenizer):
