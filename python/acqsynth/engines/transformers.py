@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers.cache_utils import DynamicLayer
 
 import acqcore
 from acqsynth import checks
@@ -152,12 +153,21 @@ class TransformersEngine(Engine):
 
     def _continued(self, prompt: list[int], parts: list[tuple[torch.Tensor, torch.Tensor]]) -> list[float]:
         """The log-probability of each row of the parts after the prompt."""
-        first = self.model(input_ids=torch.tensor([prompt], device=self.model.device), use_cache=True)
+        before = torch.tensor([prompt], device=self.model.device)
+        first = self.model(input_ids=before, use_cache=True)
+        name = "cache" if "cache" in first else "past_key_values"  # before transformers 5.24
+        # Recurrent and convolutional states may take only one token at a time, so other models read the prompt again.
+        layers = getattr(first.get(name), "layers", [None])
+        shared = not self.model._is_stateful and all(isinstance(layer, DynamicLayer) for layer in layers)
         found: list[float] = []
         for tokens, there in parts:
-            cache = copy.deepcopy(first.past_key_values)
-            cache.batch_repeat_interleave(len(tokens))
-            later = self.model(input_ids=tokens[:, :-1], past_key_values=cache, use_cache=True).logits  # [m, T - 1, V]
+            if shared:
+                cache = copy.deepcopy(first[name])
+                cache.batch_repeat_interleave(len(tokens))
+                later = self.model(input_ids=tokens[:, :-1], use_cache=True, **{name: cache}).logits  # [m, T - 1, V]
+            else:
+                whole = torch.cat([before.expand(len(tokens), -1), tokens[:, :-1]], dim=1)
+                later = self.model(input_ids=whole, use_cache=False).logits[:, len(prompt) :]
             logits = torch.cat([first.logits[:, -1:].expand(len(tokens), -1, -1), later], dim=1).float()
             own = logits.gather(2, tokens[:, :, None])[:, :, 0] - logits.logsumexp(dim=2)
             found += own.where(there, 0).sum(dim=1).tolist()

@@ -54,10 +54,12 @@ def test_learned_positions_sliding_windows_and_tied_heads(tiny_model, tokenizer,
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 32])
-@pytest.mark.parametrize("kind", ["Llama", "GPT2", "Gemma3", "Qwen2"])
-def test_logprobs_of_texts(tiny_model, tokenizer, kind, at_once):
+@pytest.mark.parametrize("kind", ["Llama", "GPT2", "Gemma3", "Qwen2", "mamba", "falcon_h1", "lfm2_moe"])
+def test_logprobs_of_texts(tiny_model, small_model, tokenizer, kind, at_once):
     """Values match one forward pass without padding or cache, also for a text that is a prefix of another."""
-    engine = TransformersEngine(tiny_model(kind, eos_token_id=tokenizer.eos_token_id), tokenizer)
+    ids = {"vocab_size": len(tokenizer)} if kind.islower() else {}
+    model = (small_model if kind.islower() else tiny_model)(kind, eos_token_id=tokenizer.eos_token_id, **ids)
+    engine = TransformersEngine(model, tokenizer)
     prompts, answers = ["a", "What is 6 * 7?"], ["card", "card arrival", 'say "hi", then go']
     found = engine.logprobs(prompts, answers, at_once)
     for prompt, row in zip(prompts, found, strict=True):
