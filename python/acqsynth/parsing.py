@@ -13,20 +13,24 @@ from acqsynth.normal_form import visible
 
 TAGS = ("question", "reasoning", "answer")
 
+SURROGATE = re.compile("[\ud800-\udfff]")  #: half a character of UTF-16, which no file and no tokenizer accepts
 _TAG = re.compile(r"<(/?)(question|reasoning|answer)>")
 
 
 def fields(text: str) -> dict[str, str] | None:
     """The stripped contents of the tags by name, ``reasoning`` only if given; None if the format is broken.
 
-    The format is broken if a tag is missing, empty, repeated, unclosed, nested in another or out of order.
+    The format is broken if a tag is missing, empty, repeated, unclosed, nested in another or out of order, or contains
+    text that is not valid Unicode.
     """
     tags = list(_TAG.finditer(text))
     found: dict[str, str] = {}
     for start, end in zip(tags[::2], tags[1::2], strict=False):
         opens, closes = start[1] == "", end[1] == "/"
         content = text[start.end() : end.start()].strip()
-        if not opens or not closes or start[2] != end[2] or start[2] in found or not visible(content).strip():
+        if not opens or not closes or start[2] != end[2] or start[2] in found:
+            return None
+        if not visible(content).strip() or SURROGATE.search(content):
             return None
         found[start[2]] = content
     in_order = tuple(found) in (TAGS, ("question", "answer"))

@@ -60,6 +60,7 @@ def test_a_chat_sample_has_the_same_parts():
         "<answer>4</answer><question>a</question>",
         "<question>a</question><answer>4</answer><reasoning>r</reasoning>",
         "</question>a<question><answer>4</answer>",
+        "<question>a \ud83d</question><answer>4</answer>",
     ],
 )
 def test_a_broken_format_is_none(text):

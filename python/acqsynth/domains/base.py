@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from acqsynth import checks
-from acqsynth.parsing import fields
+from acqsynth.parsing import SURROGATE, fields
 
 Messages = list[dict[str, str]]  #: chat turns, each ``{"role", "content"}``
 Row = Mapping[str, Any]  #: row of a data set
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")  #: suffixes of local files
-_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character of UTF-16, which no file can hold
 _ANSWER = r"(?:the\s+)?(?:final\s+|correct\s+)?answer(?:\s+is\b|\s*:)"
 # A later sentence that states an answer again, "Wait, no, the answer is 6.", but not "The answer is clear." or "If the
 # answer is 6": what follows must not begin with a word in lower case.
@@ -269,7 +268,7 @@ def text(row: Row, column: str) -> str:
     value = row.get(column)
     if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf:
         value = str(value)  # a csv file does not distinguish 5 from "5"
-    if not isinstance(value, str) or not value.strip() or _SURROGATE.search(value):
+    if not isinstance(value, str) or not value.strip() or SURROGATE.search(value):
         encoded = " in UTF-8" if isinstance(value, str) and value.strip() else ""
         raise ValueError(f"{column}: expected text{encoded}, got {value!r:.60}")
     return value.replace("\r\n", "\n").strip()
