@@ -214,7 +214,7 @@ class ComposedReward(TrlReward):
         texts, groups = [completion_text(c) for c in completions], [prompt_key(prompt) for prompt in prompts]
         with self._turn:
             rewards = self._score(texts, groups, not log.evaluates, by_runs=True)
-            metrics = self.metrics(rewards) if rewards.total else {}
+            metrics = self.metrics(rewards)
         shown: dict[str, Sequence[Any]] = {**rewards.components, "gate": rewards.rejected_by}
         self._log(rewards.total, shown, metrics, log)
         return rewards.total
@@ -227,7 +227,8 @@ class ComposedReward(TrlReward):
         groups that is not estimation noise (:class:`acqsynth.rewards.batch.Spread`), for signals with standard errors.
         ``archive/<signal or gate>``: number of entries. Signals and gates add the metrics in their ``logged``.
         """
-        n = len(rewards.total)
+        if not (n := len(rewards.total)):
+            return {}
         found = {f"gated/{name}": passes.count(False) / n for name, passes in rewards.gates.items()}
         found["masked"] = rewards.total.count(None) / n
         total = [value if ok else None for value, ok in zip(rewards.total, rewards.passed, strict=True)]

@@ -15,6 +15,7 @@ import json
 import logging
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -145,7 +146,8 @@ def summary(values: Sequence[float | None], lengths: Sequence[int]) -> dict[str,
         return {}
     found = {"mean": statistics.fmean(value for value, _ in scored)}
     if min(len(set(column)) for column in zip(*scored, strict=True)) > 1:
-        found["length_correlation"] = statistics.correlation(*zip(*scored, strict=True))
+        with suppress(statistics.StatisticsError):  # the squares of tiny differences underflow
+            found["length_correlation"] = statistics.correlation(*zip(*scored, strict=True))
     return found
 
 

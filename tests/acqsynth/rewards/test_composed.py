@@ -397,6 +397,11 @@ def test_what_is_logged(domain):
     log.call(reward, completions, [*GROUPS, "q", "q"])
     assert log.metrics["reward/gated/new"] == 5 / 8  # seen before, or different only in the number of dots
     assert Log().call(reward, [], []) == []
+    assert reward.metrics(reward.score([], [])) == {}
+    tiny, log = plain(domain, Told("a", {"0": 1e-174, "1": 1e-200})), Log()
+    log.call(tiny, completions[:2])
+    assert log.metrics["reward/a/mean"] == 5e-175
+    assert "reward/a/length_correlation" not in log.metrics  # the squares of the deviations are 0
 
 
 def novel(i):
