@@ -153,7 +153,10 @@ def encode(tokenizer: Any, prompts: Sequence[str | Messages]) -> list[list[int]]
 
     Raises:
         ValueError: an empty prompt; messages for a tokenizer without a chat template.
+        TypeError: a single prompt instead of a list.
     """
+    if isinstance(prompts, str) or any(isinstance(prompt, Mapping) for prompt in prompts):
+        raise TypeError("prompts: expected a list of prompts, got a single one; wrap it in a list")
     encoded = []
     for i, prompt in enumerate(prompts):
         if isinstance(prompt, str):

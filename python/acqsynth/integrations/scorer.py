@@ -42,9 +42,14 @@ class TextScorer:
     Args:
         reward: the reward; None uses the one named by the environment.
         limit, wait: as in :class:`acqsynth.batching.Batcher`, in texts and seconds.
+
+    Raises:
+        TypeError: another kind of reward, such as ``AcquisitionReward``.
     """
 
     def __init__(self, reward: ComposedReward | None = None, *, limit: int = 64, wait: float = 0.05) -> None:
+        if not isinstance(reward, ComposedReward | None):
+            raise TypeError(f"reward: expected a ComposedReward or None, got {reward!r:.60}")
         self._given = reward
         self.batcher = Batcher(self._score, limit=limit, wait=wait)
         self._typical = 0.5

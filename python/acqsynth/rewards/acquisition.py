@@ -235,8 +235,8 @@ class RemoteAcquisitionReward(AcquisitionReward):
             ) from error
         if student is not None:
             raise ValueError("student: expected None with url, as the server has its own")
-        if max_length < 2:
-            raise ValueError(f"max_length: expected at least 2 tokens, got {max_length}")
+        if not isinstance(max_length, int) or max_length < 2:
+            raise ValueError(f"max_length: expected at least 2 tokens, got {max_length!r}")
         self._set_up(acquisition, parse, name, arguments, sync)
         self.client = ScorerClient(url, token=token, **(client or {}))
         self._spec: dict[str, Any] = {

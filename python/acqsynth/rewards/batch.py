@@ -143,7 +143,7 @@ class Batch(list[Sample]):
 
     def verified(self, domain: Domain) -> list[bool | None]:
         """``domain.verify`` for each sample, called only once because it may run programs."""
-        return self.each((domain, "verified"), self, domain.verify, id)
+        return self.each((id(domain), "verified"), self, domain.verify, id)  # a dataclass need not be hashable
 
 
 def require_samples(name: str, rows: Sequence[Any], *, some: bool = False) -> None:

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,7 +50,7 @@ class Scorer:
 
     Args:
         student: as :class:`acqsynth.rewards.AcquisitionReward`.
-        acquisitions: names from ``acqcore.acquisitions()``.
+        acquisitions: one or more names from ``acqcore.acquisitions()``.
         domain: if given, samples are :class:`acqsynth.domains.Sample`, scored in the format that the student is trained
             on; otherwise samples are those of ``acqcore.score``.
         arguments: acquisition -> its arguments, as in ``acquisition_args`` of ``acqcore.score``. Instead of an
@@ -66,7 +66,7 @@ class Scorer:
     def __init__(
         self,
         student: Any,
-        acquisitions: Sequence[str],
+        acquisitions: str | Iterable[str],
         *,
         domain: Domain | None = None,
         arguments: Mapping[str, Mapping[str, Any]] | None = None,
@@ -78,9 +78,10 @@ class Scorer:
         max_length: int = 2048,
         device: str | None = None,
     ) -> None:
-        if not acquisitions:
+        self.acquisitions = (acquisitions,) if isinstance(acquisitions, str) else tuple(acquisitions)
+        if not self.acquisitions:
             raise ValueError("acquisitions: expected at least one name")
-        for acquisition in acquisitions:
+        for acquisition in self.acquisitions:
             if not isinstance(acquisition, str) or acquisition not in REGISTRY:
                 raise ValueError(f"acquisition: unknown {acquisition!r}, expected one of {', '.join(REGISTRY)}")
         if not isinstance(max_length, int) or max_length < 2:
@@ -91,12 +92,11 @@ class Scorer:
         self._shared: SharedStudent | None = None
         self._special: frozenset[str] | None = None
         self.refresh(student)
-        self.acquisitions = tuple(acquisitions)
         self.domain = domain
         self.arguments = dict(arguments or {})
         checked = self._arguments(_placeholder)
         acqcore.check_request(
-            acquisitions, checked, reduction=reduction, batch_tokens=batch_tokens, backend=backend, device=device
+            self.acquisitions, checked, reduction=reduction, batch_tokens=batch_tokens, backend=backend, device=device
         )
         self.arguments = {name: self._opened(name, given or {}) for name, given in self.arguments.items()}
         self.name = name

@@ -112,16 +112,16 @@ class ArchiveNovelty(AcquisitionSignal):
 
 
 def acquisition_signals(
-    student: Any, acquisitions: Sequence[str] | Mapping[str, Mapping[str, Any]], domain: Domain, **options: Any
+    student: Any, acquisitions: str | Sequence[str] | Mapping[str, Mapping[str, Any]], domain: Domain, **options: Any
 ) -> list[AcquisitionSignal]:
     """One signal per acquisition; a single ``acqcore.score`` call computes all values.
 
     Args:
-        acquisitions: names, or name -> arguments.
+        acquisitions: a name, several names, or name -> arguments.
         student, options: as :class:`acqsynth.rewards.scoring.Scorer`, whose errors it raises.
     """
     arguments = acquisitions if isinstance(acquisitions, Mapping) else None
-    scorer = Scorer(student, tuple(acquisitions), domain=domain, arguments=arguments, **options)
+    scorer = Scorer(student, acquisitions, domain=domain, arguments=arguments, **options)
     kinds = {"archive_novelty": ArchiveNovelty}
     return [kinds.get(acquisition, AcquisitionSignal)(scorer, acquisition) for acquisition in scorer.acquisitions]
 

@@ -17,7 +17,8 @@ import torch
 from fakes import written
 
 from acqsynth.integrations import verl
-from acqsynth.integrations.scorer import REWARD_VARIABLE
+from acqsynth.integrations.scorer import REWARD_VARIABLE, TextScorer
+from acqsynth.rewards import AcquisitionReward
 
 text = functools.partial(written, "What is it?")
 
@@ -166,6 +167,11 @@ def test_a_missing_reward_is_told(monkeypatch, value, error, message):
         monkeypatch.setenv(REWARD_VARIABLE, value)
     with pytest.raises(error, match=message):
         asyncio.run(batch([text(1)]))
+
+
+def test_another_kind_of_reward_is_named():
+    with pytest.raises(TypeError, match=r"reward: expected a ComposedReward or None, got AcquisitionReward\('entropy'"):
+        TextScorer(AcquisitionReward("student"))
 
 
 def test_no_trainer_is_imported():

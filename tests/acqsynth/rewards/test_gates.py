@@ -396,7 +396,8 @@ def test_an_answer_known_to_be_right_needs_no_student(domain, scripted, sample):
     assert len(prompts) == 2
 
 
-def test_a_sample_is_verified_once_a_call(domain, scripted, sample):
+def test_a_sample_is_verified_once_a_call(domain, scripted, sample, monkeypatch):
+    monkeypatch.setattr(type(domain), "__hash__", None)  # as of a dataclass
     verify, asked = domain.verify, []
     domain.verify = lambda samples: asked.append(len(samples)) or verify(samples)
     gates = Verified(domain), Answerable(SampledAnswers(scripted(lambda question: ["7"]), domain))

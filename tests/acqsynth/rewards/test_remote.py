@@ -142,6 +142,7 @@ def test_grpo_awaits_two_at_once(url, model, tokenizer, tmp_path):
         ({"url": "scorer"}, ValueError, "url: expected http://host:port"),
         ({"url": URL, "student": "path"}, ValueError, "student: expected None with url"),
         ({"url": URL, "max_length": 1}, ValueError, "max_length: expected at least 2 tokens, got 1"),
+        ({"url": URL, "max_length": None}, ValueError, "max_length: expected at least 2 tokens, got None"),
         ({"url": URL, "parse": 3}, TypeError, "parse: expected a function of a text, got int"),
         ({"url": URL, "device": "cuda"}, TypeError, "device"),
         ({"url": URL, "client": {"attempts": 0}}, ValueError, "attempts: expected an int >= 1, got 0"),

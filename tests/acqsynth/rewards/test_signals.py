@@ -29,8 +29,8 @@ def samples(sample):
 
 
 def test_values_are_those_of_the_chat_the_student_learns(domain, samples, model, tokenizer):
-    for name in ("entropy", "grad_norm", "margin"):
-        [signal] = acquisition_signals(model, [name], domain, tokenizer=tokenizer)
+    for name, given in (("entropy", "entropy"), ("grad_norm", ["grad_norm"]), ("margin", {"margin": {}})):
+        [signal] = acquisition_signals(model, given, domain, tokenizer=tokenizer)
         assert isinstance(signal, Signal)
         assert signal.name == name
         assert signal(samples) == acqcore.score(model, rows(samples), (name,), tokenizer=tokenizer)[name].tolist()
