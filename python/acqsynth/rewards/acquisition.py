@@ -24,7 +24,7 @@ import torch
 import acqcore
 from acqcore import Reduction
 from acqsynth.parsing import parse_sample
-from acqsynth.rewards.batch import Guard, Spread
+from acqsynth.rewards.batch import Spread
 from acqsynth.rewards.scoring import Scored, Scorer
 from acqsynth.rewards.trl import Completion, Log, LogExtra, LogMetric, TrlReward, completion_text, prompt_key, summary
 
@@ -101,7 +101,6 @@ class AcquisitionReward(TrlReward):
         super().__init__(name or f"acquisition_{acquisition}")
         self.acquisition = acquisition
         self.parse = parse
-        self._guard = Guard(self.__name__)
         self._sync = sync
         cosine = acquisition == "influence" and (arguments or {}).get("similarity", "cosine") == "cosine"
         self._least = -1.0 if cosine else 0.0  #: the known lower bound of the values

@@ -198,7 +198,7 @@ class Learnability:
         self.answers = answers
         self.verified = verified
         #: Metrics that a reward logs besides the values.
-        self.logged = {"by_majority": float(not answers.domain.proves)} if verified and answers else {}
+        self.logged = {"by_majority": float(not answers.domain.proves)} if verified else {}
 
     def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
         batch = Batch.of(samples)

@@ -3,22 +3,8 @@
 Difficulty and uncertainty are largest for text that is not a question: random tokens have a higher loss, repeated ones
 more agreement and unsolvable questions more entropy than any honest sample. Gates keep such text away from the signals.
 
-====================  ===========================================================================================
-``sound``             the domain finds no fault, and no text spells a chat template's control token
-``length``            question and whole sample are within length bounds
-``no_repetition``     no field mostly repeats itself
-``no_leak``           the question does not give the answer away
-``new``               not a near copy of a seed, another shown row or an earlier accepted sample
-``not_in_evaluation`` not in the evaluation set
-``labelled``          the sample has a label, which replaces its own answer
-``fluent``            the student finds the text about as plausible as the seeds, which rules out random tokens
-``verified``          the domain does not refute the sample's own answer
-``answerable``        the student sometimes gives the sample's own answer, or the domain confirms it; rules out
-                      questions that are unsolvable, ambiguous or wrongly answered
-====================  ===========================================================================================
-
-Cheap gates come first; each sees only samples that passed the earlier ones. Gates that compare or measure text use its
-normal form (:mod:`acqsynth.normal_form`).
+:func:`default_gates` orders them, cheap ones first; each sees only samples that passed the earlier ones. Gates that
+compare or measure text use its normal form (:mod:`acqsynth.normal_form`).
 """
 
 from __future__ import annotations
@@ -374,17 +360,16 @@ def default_gates(
     ``shown`` are rows besides the seeds that prompts show, so samples may not copy them, and ``options`` are passed to
     :class:`acqsynth.rewards.scoring.Scorer`."""
     fluent = None if student is None else Fluent(student, seeds, **options)
-    gates: list[Gate] = [*sample_gates(domain, None if fluent is None else fluent.scorer), New([*seeds, *shown])]
-    if evaluation:
-        gates.append(NotInEvaluation(evaluation))
-    if label is not None:
-        gates.append(Labelled(label))
-    if fluent is not None:
-        gates.append(fluent)
-    gates.append(Verified(domain))
-    if answers is not None:
-        gates.append(Answerable(answers))
-    return gates
+    gates: list[Gate | None] = [
+        *sample_gates(domain, None if fluent is None else fluent.scorer),
+        New([*seeds, *shown]),
+        NotInEvaluation(evaluation) if evaluation else None,
+        None if label is None else Labelled(label),
+        fluent,
+        Verified(domain),
+        None if answers is None else Answerable(answers),
+    ]
+    return [gate for gate in gates if gate is not None]
 
 
 def repetition(text: str) -> float:

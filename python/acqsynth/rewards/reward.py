@@ -33,7 +33,7 @@ import acqcore
 from acqsynth.domains import Domain, Sample
 from acqsynth.engines import Engine
 from acqsynth.rewards.answers import Learnability, SampledAnswers
-from acqsynth.rewards.batch import Batch, BrokenPartError, Entry, Guard, Rewards, numbers, require_samples, set_floor
+from acqsynth.rewards.batch import Batch, BrokenPartError, Entry, Rewards, numbers, require_samples, set_floor
 from acqsynth.rewards.fusion import BOUNDED, HISTORY, METHODS, LengthBins, checked_weights, fuse
 from acqsynth.rewards.gates import Gate, Label, default_gates
 from acqsynth.rewards.signals import Diversity, Signal, acquisition_signals
@@ -123,7 +123,6 @@ class ComposedReward(TrlReward):
         self.history: dict[str, list[float]] = {name: [] for name in names}
         self.scored = 0  #: number of texts scored so far, without evaluation and probes
         self._lowest = math.inf  # of the totals of all calls
-        self._guard = Guard(name)
         self._turn = threading.RLock()  # calls and refreshes in threads take turns
 
     def __getstate__(self) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from acqsynth.rewards.batch import Watch
+from acqsynth.rewards.batch import Guard, Watch
 from acqsynth.rewards.fusion import finite_weight
 
 logger = logging.getLogger(__name__)
@@ -58,6 +58,7 @@ class TrlReward:
     def __init__(self, name: str) -> None:
         self.__name__ = name
         self.masked = 0  #: number of samples masked so far
+        self._guard = Guard(name)
         self._watch = Watch(name)
         self._checked_form = False
 
