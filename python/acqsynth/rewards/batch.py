@@ -111,8 +111,6 @@ class Batch(list[Sample]):
     def __init__(self, samples: Iterable[Sample] = (), results: dict[Hashable, dict[Any, Any]] | None = None) -> None:
         super().__init__(samples)
         self._results = {} if results is None else results
-        #: scorer -> its values for exactly these samples
-        self.scores: dict[Any, Any] = {}
 
     @classmethod
     def of(cls, samples: Sequence[Sample]) -> Batch:

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from weakref import WeakValueDictionary
 
 import torch
@@ -148,13 +148,11 @@ class Scorer:
         return self._special
 
     def __call__(self, samples: Sequence[Any]) -> Scored:
-        """Scores n samples; callers that pass the same :class:`Batch` share one pass."""
+        """Scores n samples; callers that pass the same samples of a :class:`Batch` share one pass."""
         if not isinstance(samples, Batch):
             return self._score(samples)
-        if self not in samples.scores:
-            samples.scores[self] = self._score(samples)
-        scored: Scored = samples.scores[self]
-        return scored
+        [scored] = samples.each(self, [samples], lambda new: [self._score(new[0])], lambda batch: tuple(map(id, batch)))
+        return cast(Scored, scored)
 
     def sketches(self, samples: Sequence[Any], **options: Any) -> torch.Tensor:
         """``acqcore.grad_sketch`` of n samples, ``[n, dim]``; takes its options ``parameters``, ``dim``, ``seed``."""

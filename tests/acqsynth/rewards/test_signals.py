@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
+from fakes import written
 
 import acqcore
-from acqsynth.rewards import AcquisitionSignal, Scorer, Signal, acquisition_signals
+from acqsynth.rewards import AcquisitionSignal, ComposedReward, Scorer, Signal, acquisition_signals
 from acqsynth.rewards.batch import Batch
 from acqsynth.rewards.signals import ArchiveNovelty
 
@@ -58,6 +59,10 @@ def test_signals_of_one_student_share_a_pass_within_a_call(domain, samples, mode
     signals[0](samples)
     signals[0](samples)
     assert len(counted) == 4
+    counted.clear()
+    signals = acquisition_signals(model, ["loss", "gradient_diversity"], domain, tokenizer=tokenizer)  # of one, of all
+    ComposedReward(domain, signals).score([written(s.question, s.answer) for s in samples], [0] * 3)
+    assert counted == [(("loss", "gradient_diversity"), 3)]
 
 
 def test_influence_of_reference_samples_follows_the_student(domain, samples, model, tokenizer):
