@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import acqcore
 from acqcore.acquisitions import REGISTRY
-from acqsynth.rewards.acquisition import (
-    AcquisitionReward as AcquisitionReward,
-    reward_from_environment as _reward_from_environment,
-)
+from acqsynth.rewards.acquisition import AcquisitionReward as AcquisitionReward
 from acqsynth.rewards.answers import (
     AnswerVariance as AnswerVariance,
     Confidence as Confidence,
@@ -35,11 +33,13 @@ from acqsynth.rewards.trl import combined as combined, completion_text as comple
 
 if not TYPE_CHECKING:  # a type checker should flag misspelt names
 
+    @functools.cache
     def __getattr__(name: str) -> AcquisitionReward:
-        """A ready-made reward for any acquisition without required arguments, including user-defined ones."""
+        """A ready-made reward for any acquisition without required arguments, including user-defined ones; the
+        environment names its student."""
         if name in acqcore.acquisitions():
             try:
-                return _reward_from_environment(name)
+                return AcquisitionReward(None, name)
             except ValueError as error:  # it has required arguments
                 raise AttributeError(f"{name} is not ready-made: {error}") from error
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

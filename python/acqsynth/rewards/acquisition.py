@@ -13,7 +13,6 @@ text would still rank first.
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -272,12 +271,6 @@ class RemoteAcquisitionReward(AcquisitionReward):
         """As :meth:`AcquisitionReward.rewards`; blocks, whereas calling the reward returns a coroutine."""
         with ThreadPoolExecutor(1) as pool:  # a notebook already runs an event loop
             return pool.submit(asyncio.run, self(prompts, completions)).result()
-
-
-@functools.cache
-def reward_from_environment(acquisition: str) -> AcquisitionReward:
-    """The ready-made reward for an acquisition; the environment names its student."""
-    return AcquisitionReward(None, acquisition)
 
 
 def _parsed(sample: Any) -> bool:

@@ -181,43 +181,23 @@ EGGS = (
 
 
 @pytest.mark.parametrize(
-    ("number", "other"),
+    ("number", "other", "copy"),
     [
-        *(("12", other) for other in ("twelve", "a dozen", "1 dozen", "XII", "1 2", "12th", "several")),
-        *(("1000", other) for other in ("1 000", "1,000", "1k", "1 thousand", "one thousand", "10^3", "10**3", "10³")),
-        *(("12", other) for other in ("0xc", "0XC", "0b1100", "(10+2)", "15 - 3", "3 × 4", r"(3\*4)", "(24/2)")),
-        *(("1000", other) for other in ("0x3e8", "0o1750", "(999 + 1)", "(999.5+.5)")),
-        *(("1000", other) for other in ("10 hundred", "1e3", "1 × 10^3", "$10^{3}$", "1000.0")),
+        *(("12", other, True) for other in ("twelve", "a dozen", "1 dozen", "XII", "1 2", "12th", "several")),
+        *(("12", other, True) for other in ("0xc", "0XC", "0b1100", "(10+2)", "15 - 3", "3 × 4", r"(3\*4)", "(24/2)")),
+        *(("1000", other, True) for other in ("1 000", "1,000", "1k", "1 thousand", "one thousand", "10 hundred")),
+        *(("1000", other, True) for other in ("1e3", "10^3", "10**3", "10³", "1 × 10^3", "$10^{3}$", "1000.0")),
+        *(("1000", other, True) for other in ("0x3e8", "0o1750", "(999 + 1)", "(999.5+.5)")),
+        *(("12", other, False) for other in ("13", "2 1", "13 dozen", "1.2", "0xd", "(10+3)", "6/0")),
+        *(("1000", other, False) for other in ("2k", "10^4", "2 000")),
     ],
 )
-def test_a_number_in_another_form_is_no_other_number(number, other):
-    copies = NearCopies()
-    copies.add([EGGS])
-    assert copies.find(EGGS.replace(number, other)) == EGGS
-    copies = NearCopies()
-    copies.add([EGGS.replace(number, other)])
-    assert copies.find(EGGS)
-
-
-@pytest.mark.parametrize(
-    ("number", "other"),
-    [
-        ("12", "13"),
-        ("12", "2 1"),
-        ("12", "13 dozen"),
-        ("1000", "2k"),
-        ("1000", "10^4"),
-        ("1000", "2 000"),
-        ("12", "1.2"),
-        ("12", "0xd"),
-        ("12", "(10+3)"),
-        ("12", "6/0"),
-    ],
-)
-def test_another_number_in_another_form_is_another_exercise(number, other):
-    copies = NearCopies()
-    copies.add([EGGS])
-    assert copies.find(EGGS.replace(number, other)) is None
+def test_numbers_in_another_form_are_compared_by_value(number, other, copy):
+    changed = EGGS.replace(number, other)
+    for one, two in ((EGGS, changed), (changed, EGGS)):
+        copies = NearCopies()
+        copies.add([one])
+        assert copies.find(two) == (one if copy else None)
 
 
 HEART = "Does a treatment with drug X increase the survival of patients with chronic heart failure after surgery?"
