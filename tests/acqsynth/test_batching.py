@@ -97,14 +97,14 @@ def test_batches_hold_the_limit_and_the_order(batcher, doubler):
     assert doubler.items == [[1, 2], [3], [4], [5]]  # an item of size 30 gets its own batch
 
 
-def test_a_full_batch_does_not_wait_and_a_lone_item_no_longer_than_told(batcher):
+def test_a_full_batch_does_not_wait_and_a_lone_item_waits_as_set(batcher):
     assert batcher(limit=10, wait=1000.0).submit("a", [1, 2], [5, 5]).result(60) == [2, 4]
     begin = time.monotonic()
     assert batcher(wait=0.1).submit("a", [4]).result(60) == [8]
     assert time.monotonic() - begin > 0.09
 
 
-def test_no_items_are_no_batch(batcher, doubler):
+def test_no_items_make_no_batch(batcher, doubler):
     assert batcher().submit("a", []).result() == []
     assert doubler.batches == []
 
@@ -135,7 +135,7 @@ def test_a_wrong_count_is_an_error():
         Batcher(lambda key, items: [1, 2], limit=1, wait=0).submit(None, [0]).result(60)
 
 
-def test_what_was_cancelled_does_not_run(batcher, doubler):
+def test_cancelled_items_do_not_run(batcher, doubler):
     one = batcher(limit=10)
     begun = held(doubler, one, items=[0, 5], sizes=[10, 10])  # 5 is left for a second batch
     cancelled, kept = one.submit("a", [1]), one.submit("a", [2])
@@ -188,7 +188,7 @@ def test_coroutines_share_batches_and_a_cancelled_task_drops_out(batcher, double
     assert doubler.items == [others]
 
 
-def test_a_close_finishes_what_was_taken_and_takes_no_more(batcher, doubler):
+def test_close_finishes_queued_items_and_accepts_no_more(batcher, doubler):
     one = batcher()
     taken = [held(doubler, one), *(one.submit(key, [i]) for i, key in ((1, "a"), (2, "b")))]
     closing = threading.Thread(target=one.close)
@@ -201,7 +201,7 @@ def test_a_close_finishes_what_was_taken_and_takes_no_more(batcher, doubler):
     assert [future.result(0) for future in taken] == [[0], [2], [4]]
 
 
-def test_threads_are_each_answered_with_their_own_one_batch_at_a_time(batcher, doubler):
+def test_each_thread_gets_its_own_results_from_one_batch_at_a_time(batcher, doubler):
     one = batcher(limit=50, wait=0.001)
 
     def ask(i):

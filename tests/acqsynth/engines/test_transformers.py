@@ -73,7 +73,7 @@ def test_logprobs_of_texts(tiny_model, small_model, tokenizer, kind, at_once):
 
 
 @pytest.mark.parametrize("answers", [[""], ["card", ""], ["b" * 5000]])
-def test_logprobs_of_no_text_or_too_long_a_one(engine, answers):
+def test_logprobs_of_an_empty_or_too_long_text(engine, answers):
     with pytest.raises(ValueError, match="texts: expected"):
         engine.logprobs(["a"], answers)
 

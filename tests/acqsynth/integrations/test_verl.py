@@ -160,7 +160,7 @@ class TestRewardManager:
         ("acqsynth.domains:__all__", TypeError, "to give a ComposedReward, got list"),
     ],
 )
-def test_a_missing_reward_is_told(monkeypatch, value, error, message):
+def test_a_missing_reward_raises(monkeypatch, value, error, message):
     if value is None:
         monkeypatch.delenv(REWARD_VARIABLE, raising=False)
     else:

@@ -39,7 +39,7 @@ def test_reward_is_the_score_times_the_gate(model, tokenizer):
     assert min(values[0], values[2]) > 0
 
 
-def test_no_sample_outranks_no_value_below_zero(model, tokenizer):
+def test_broken_text_is_below_negative_values(model, tokenizer):
     """Influence can be negative, so a reward of 0 for broken text would rank above a valid sample."""
     samples = [parse_sample(GOOD), parse_sample(LONGER)]
     reference = acqcore.influence_reference(model, samples[:1], tokenizer=tokenizer)
@@ -63,7 +63,7 @@ def test_conversational_completions_score_as_their_text(model, tokenizer):
     assert Log().call(reward, blocks) == Log().call(reward, [GOOD])
 
 
-def test_a_completion_without_text_is_no_sample(model, tokenizer):
+def test_a_completion_without_text_is_not_a_sample(model, tokenizer):
     tool_call = [{"role": "assistant", "content": None, "tool_calls": []}, {"role": "tool", "content": GOOD}]
     reward = AcquisitionReward(model, tokenizer=tokenizer)
     block = [{"role": "assistant", "content": [{"type": "text", "text": None}, "a"]}]
@@ -175,14 +175,14 @@ def test_the_student_is_left_as_found(model, tokenizer):
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_a_forgotten_student_is_told_at_the_first_call():
+def test_a_missing_student_is_reported_at_the_first_call():
     for reward, completion in ((AcquisitionReward(), BROKEN), (rewards.entropy, GOOD)):
         with pytest.raises(RuntimeError, match="ACQSYNTH_STUDENT is not set: 'acquisition_entropy' expects"):
             Log().call(reward, [completion])
 
 
 @pytest.mark.parametrize("completions", [[BROKEN], [BROKEN, "", "Six."], [[{"role": "assistant", "content": "x"}]]])
-def test_completions_of_another_form_are_told_once(completions, student_path, caplog):
+def test_completions_of_another_form_are_reported_once(completions, student_path, caplog):
     reward = AcquisitionReward(student_path)
     for _ in range(3):
         assert Log().call(reward, completions) == [0.0] * len(completions)
@@ -194,7 +194,7 @@ def test_completions_of_another_form_are_told_once(completions, student_path, ca
 
 
 @pytest.mark.parametrize("bad", [{"text": "c \ud83d d"}, {"text": 5.5, "prompt": "a"}, {"text": None}, 7])
-def test_one_bad_sample_masks_itself_alone(bad, student_path, caplog):
+def test_a_bad_sample_masks_only_itself(bad, student_path, caplog):
     samples = {GOOD: {"text": "What is six times seven?"}, "bad": bad}
     reward = AcquisitionReward(student_path, parse=samples.get)
     rewards = Log().call(reward, [GOOD, "bad", GOOD, "broken"])
@@ -204,7 +204,7 @@ def test_one_bad_sample_masks_itself_alone(bad, student_path, caplog):
     assert reward.masked == rewards.count(None)
 
 
-def test_a_parser_that_fails_masks_its_text_alone(student_path):
+def test_a_parser_that_fails_masks_only_its_text(student_path):
     def parse(text):
         if "bad" in text:
             raise KeyError(text)
@@ -215,7 +215,7 @@ def test_a_parser_that_fails_masks_its_text_alone(student_path):
 
 
 @pytest.mark.parametrize("parse", [domain("math").parse, str.encode, len, lambda text: text["question"]])
-def test_a_parser_that_never_works_is_raised(parse, student_path):
+def test_a_parser_that_never_works_raises(parse, student_path):
     with pytest.raises(RuntimeError, match="'parse' failed on each of the 3 samples tried: TypeError"):
         AcquisitionReward(student_path, parse=parse)(["a"] * 3, [GOOD] * 3)
 
@@ -251,7 +251,7 @@ def test_a_parser_that_works_once_masks_the_other_texts(student_path):
         ({"max_length": 1}, "max_length: expected at least 2 tokens, got 1"),
     ],
 )
-def test_what_a_call_would_refuse_is_refused_before(options, message):
+def test_invalid_arguments_are_refused_before_the_first_call(options, message):
     with pytest.raises((ValueError, TypeError), match=message):
         AcquisitionReward("student", **options)
 
@@ -268,7 +268,7 @@ def test_a_reference_may_be_a_table(model, tokenizer):
     assert scored[1:] == scored[:1] * 2
 
 
-def test_an_acquisition_with_required_arguments_is_no_ready_made_reward():
+def test_an_acquisition_with_required_arguments_is_not_ready_made():
     with pytest.raises(
         AttributeError, match="influence is not ready-made: acquisition_args: 'influence' needs 'refere"
     ):
@@ -323,7 +323,7 @@ def test_a_student_is_whole_under_zero3(student_path, zero3):
     assert deepspeed.is_deepspeed_zero3_enabled()
 
 
-def test_what_trl_makes_of_a_reward(student_path):
+def test_trl_sees_a_function_with_a_name(student_path):
     reward = AcquisitionReward(student_path, "varentropy")
     assert get_callable_name(reward) == "acquisition_varentropy"
     assert not is_async_callable(reward)

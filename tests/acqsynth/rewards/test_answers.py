@@ -65,7 +65,7 @@ def test_learnability_of_verified_answers(answers, samples, domain, monkeypatch)
     assert Learnability(answers, verified=True)(samples) == [0, 0, 3 / 16, 0]
 
 
-def test_where_nothing_proves_an_answer_the_majority_does(scripted, domain, monkeypatch):
+def test_the_majority_decides_where_nothing_proves_an_answer(scripted, domain, monkeypatch):
     """p (1 - p) if the sample's answer is that of the majority; 0 if it is not, is refuted or there is no majority."""
     # Like mathematics, this domain can refute answers but not prove them.
     monkeypatch.setattr(type(domain), "proves", False)
@@ -87,7 +87,7 @@ def test_domains_that_only_refute_answers_ask_the_majority(domain, scripted):
     assert learnability.logged == {"by_majority": 1.0}
 
 
-def test_where_something_does_it_does_not(answers):
+def test_domains_that_prove_answers_do_not_ask_the_majority(answers):
     assert Learnability(answers, verified=True).logged == {"by_majority": 0.0}
     assert Learnability(answers).logged == {}
 

@@ -132,7 +132,7 @@ EMBEDDERS = {"ngrams": "ngram", "MiniLM": "minilm", "minilm2": "minilm", "my-ngr
 
 
 @pytest.mark.parametrize(("name", "meant"), EMBEDDERS.items())
-def test_a_misspelt_embedder_is_told_unless_it_is_a_folder(domain, tmp_path, monkeypatch, name, meant):
+def test_a_misspelt_embedder_is_reported_unless_it_is_a_folder(domain, tmp_path, monkeypatch, name, meant):
     monkeypatch.chdir(tmp_path)
     config = RewardConfig(signals={"diversity": {}}, embedder=name)
     with pytest.raises(ValueError, match=f"'{name}', did you mean {meant}") if meant else nullcontext():

@@ -111,7 +111,7 @@ def test_a_failed_sample_is_masked_and_left_out(domain):
     assert reward.failures == 0
 
 
-def test_a_scorer_that_raises_masks_what_it_was_asked(domain, caplog):
+def test_a_scorer_that_raises_masks_its_samples(domain, caplog):
     reward = plain(domain, Told("a", {"9": 1.0}), Told("b", VALUES | {"9": 1.0}))
     assert reward.score([text(9)], ["p"]).total == [0.5]
     with caplog.at_level(logging.ERROR):
@@ -126,7 +126,7 @@ def test_a_scorer_that_raises_masks_what_it_was_asked(domain, caplog):
 
 
 @pytest.mark.parametrize("bad", [0, 2, 5])
-def test_one_sample_that_a_scorer_raises_for_masks_itself_alone(domain, bad):
+def test_a_sample_on_which_a_scorer_raises_masks_only_itself(domain, bad):
     """Holds for signals and gates; a signal that compares all samples is not retried on single ones."""
     values = {answer: value for answer, value in VALUES.items() if answer != str(bad)}
     rewards = (reward := plain(domain, Told("a", values))).score(TEXTS, GROUPS)
@@ -261,7 +261,7 @@ def test_prompts_of_any_object_make_groups(domain, kind):
     assert Log().call(reward, turns, prompts) == pytest.approx(reward.score(TEXTS, GROUPS).total)
 
 
-def test_texts_that_never_parse_are_told_once(domain, caplog):
+def test_texts_that_never_parse_are_reported_once(domain, caplog):
     reward = plain(domain, Told("a", VALUES))
     for _ in range(2):
         reward.score(["no tags", "none"], ["p", "p"])
@@ -270,7 +270,7 @@ def test_texts_that_never_parse_are_told_once(domain, caplog):
 
 
 @pytest.mark.parametrize("rows", ["seeds", "reference", "evaluation"])
-def test_rows_that_are_no_samples_are_refused(domain, rows):
+def test_rows_that_are_not_samples_are_refused(domain, rows):
     given = {"seeds": [Sample("What is it?", "1")], rows: [{"question": "What is it?", "answer": "1"}]}
     with pytest.raises(TypeError, match=rf"{rows}\[0\]: expected acqsynth\.domains\.Sample"):
         ComposedReward.default(domain, "student", **given)
@@ -299,7 +299,7 @@ def test_a_gate_that_raises_or_cannot_tell_masks(domain):
         reward.score(TEXTS, GROUPS)
 
 
-def test_signals_see_the_label_that_a_sample_goes_on_with(domain):
+def test_signals_see_the_label_of_a_sample(domain):
     labels = {"0": Sample("What is it?", "5"), "1": None, "2": Sample("What is it?", "3")}
     told = Told("a", VALUES)
     reward = plain(domain, told, gates=[Labelled(lambda samples: [labels[sample.answer] for sample in samples])])
@@ -459,7 +459,7 @@ def test_values_of_any_numeric_type_become_floats(domain, kind, whole):
 
 
 @pytest.mark.parametrize("bad", ["high", [1.0], object()])
-def test_a_value_that_is_no_number_is_a_failure(domain, bad):
+def test_a_value_that_is_not_a_number_is_a_failure(domain, bad):
     reward = plain(domain, Told("a", VALUES | {"1": bad}))
     rewards = reward.score(TEXTS, GROUPS)
     assert rewards.components["a"] == [None if i == 1 else VALUES[str(i)] for i in range(6)]
@@ -467,7 +467,7 @@ def test_a_value_that_is_no_number_is_a_failure(domain, bad):
 
 
 @pytest.mark.parametrize("fusion", METHODS)
-def test_a_huge_value_overflows_no_statistic(domain, fusion):
+def test_a_huge_value_does_not_overflow(domain, fusion):
     reward = ComposedReward(domain, [Told("a", VALUES | {"1": 1e300})], fusion=fusion)
     total = reward.score(TEXTS, GROUPS).total
     assert np.isfinite(np.array(total, dtype=float)).all()
@@ -475,7 +475,7 @@ def test_a_huge_value_overflows_no_statistic(domain, fusion):
 
 
 @pytest.mark.parametrize("bad", [5, b"text", {"a": 1}, ["text"]])
-def test_an_object_that_is_no_text_costs_itself(domain, bad):
+def test_an_object_that_is_not_text_masks_only_itself(domain, bad):
     rewards = plain(domain, Told("a", VALUES)).score([bad, *TEXTS[1:]], GROUPS)
     assert (rewards.total[0], rewards.lengths[0]) == (None, 0)
     assert None not in rewards.total[1:]
@@ -504,7 +504,7 @@ def test_pickles(domain, student_path, sample, scripted):
 
 
 class TestDefault:
-    def test_signals_by_what_is_there(self, domain, student_path, sample, scripted):
+    def test_signals_depend_on_the_arguments(self, domain, student_path, sample, scripted):
         seeds, path = [sample(3, 4)], str(student_path)
         engine = scripted(lambda question: ["7", "8"])
         both = ComposedReward.default(domain, path, seeds=seeds, reference=seeds, engine=engine)

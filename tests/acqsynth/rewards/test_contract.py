@@ -200,7 +200,7 @@ async def third(prompts, completions, **_):
 
 
 class TestSeveralRewards:
-    def test_what_one_masks_all_mask(self):
+    def test_a_sample_masked_by_one_is_masked_by_all(self):
         function = combined([first, second], [1.0, 2.0], name="both")
         assert function.__name__ == "both"
         for each in (function, pickle.loads(pickle.dumps(function))):
@@ -265,7 +265,7 @@ class TestSeveralRewards:
             combined([made(), third]).load_state_dict(combined([first, third]).state_dict())
 
     @pytest.mark.parametrize(("others", "warns"), [([second], True), ([], False)])
-    def test_a_mask_beside_other_rewards_is_told_once(self, others, warns, caplog):
+    def test_a_mask_beside_other_rewards_is_reported_once(self, others, warns, caplog):
         warn_of_mask.cache_clear()
         reward = ComposedReward(WORDS, [Told("fails", {"1": None})])
         trainer = Trainer([reward, *others])

@@ -28,7 +28,7 @@ def drawn(n, d=32, seed=0):
     return torch.nn.functional.normalize(x, dim=1)
 
 
-def test_the_lesser_of_what_archive_and_call_leave():
+def test_the_smaller_gain_of_archive_and_call():
     signal = Diversity(at, capacity=8, ridge=0.1)
     first = samples(drawn(5))
     second = samples(
@@ -116,7 +116,7 @@ def test_released_rewards_far_points_and_not_coverage():
 
 
 @pytest.mark.parametrize("paper_compat", [False, True])
-def test_state_goes_on(paper_compat):
+def test_state_is_restored(paper_compat):
     one, other = (Diversity(at, paper_compat=paper_compat) for _ in range(2))
     other.load_state_dict(one.state_dict())
     first, second = samples(drawn(6)), samples(drawn(6, seed=2))

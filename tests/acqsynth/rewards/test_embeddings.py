@@ -35,7 +35,7 @@ def test_a_vector_does_not_depend_on_its_batch(minilm):
     assert minilm([]).shape == (0, 384)
 
 
-def test_mean_over_the_tokens_that_are_no_padding(minilm):
+def test_the_mean_skips_padding(minilm):
     from transformers import AutoModel, AutoTokenizer
 
     model, tokenizer = AutoModel.from_pretrained(minilm.model).eval(), AutoTokenizer.from_pretrained(minilm.model)

@@ -82,7 +82,7 @@ def test_an_outlier_does_not_drown_the_other_signal():
 
 @pytest.mark.parametrize("unknown", [None, math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("method", METHODS)
-def test_masked_samples_are_in_no_statistic(method, unknown):
+def test_masked_samples_enter_no_statistic(method, unknown):
     a = [1.0, unknown, 2.0, 4.0, 10.0, 50.0, 13.0]
     b = [0.3, 7.0, 0.1, 0.2, 0.5, unknown, 0.9]
     groups = ["p", "p", "p", "p", "q", "q", "q"]

@@ -57,7 +57,7 @@ def test_a_control_token_is_not_sound(domain, token, field):
     assert Sound(domain)([replace(honest, **{field: f"{text}{token}7"})]) == [False]
 
 
-def test_what_only_looks_like_a_control_token_is_sound():
+def test_text_like_a_control_token_is_sound():
     text = "If <|x|> is 3, a <| f |> b, x<s and s>y, [1] and <b>bold</b>, how much is |x|<|y|>2?"
     assert passes(Sound(find_domain("math")), text)
 
@@ -237,7 +237,7 @@ class TestNoLeak:
             ("The answer is a whole number.", r"\boxed{5}"),
         ],
     )
-    def test_another_value_is_no_leak(self, stated, answer):
+    def test_another_value_is_not_a_leak(self, stated, answer):
         assert passes(NoLeak(find_domain("math")), f"{stated} What is it in the end?", answer)
 
     @pytest.mark.parametrize(
@@ -290,7 +290,7 @@ class TestNoLeak:
             ("Correct answer = 5 points\nWrong answer = -2 points\nAnn had 3 right. What is her score?", "15"),
         ],
     )
-    def test_other_marks_are_no_leak(self, question, answer):
+    def test_other_marks_are_not_a_leak(self, question, answer):
         assert passes(NoLeak(find_domain("math")), question, answer)
 
     def test_a_marked_decision_leaks(self):
@@ -345,7 +345,7 @@ class TestNoLeak:
         assert not passes(NoLeak(domain), f"What is 3 + 4? {reasoning}", "7", reasoning)
         assert passes(NoLeak(domain), "What is 3 + 4?", "7", reasoning)
 
-    def test_one_label_is_no_list_of_options(self, domain):
+    def test_one_label_is_not_a_list_of_options(self, domain):
         assert not passes(NoLeak(domain), "Vitamin A. The answer is 7. What is 3 + 4?", "7")
         assert not passes(NoLeak(domain), "Vitamin A. It is low iron in blood. What is it?", "low iron in blood")
 
@@ -443,7 +443,7 @@ class TestFluent:
         gate.refresh(type(model)(model.config))
         assert gate.limits() != before
 
-    def test_it_goes_by_the_mean_whatever_the_signals_do(self, model, tokenizer, sample):
+    def test_it_uses_the_mean_whatever_the_reduction(self, model, tokenizer, sample):
         one, other = (
             Fluent(model, [sample(3, 4), sample(5, 6)], tokenizer=tokenizer, reduction=reduction).limits()
             for reduction in ("mean", "sum")
@@ -455,7 +455,7 @@ class TestFluent:
             Fluent(model, [], tokenizer=tokenizer)
 
 
-def test_default_gates_go_by_what_is_there(domain, scripted, sample, model, tokenizer):
+def test_default_gates_depend_on_the_arguments(domain, scripted, sample, model, tokenizer):
     def names(**options):
         return [gate.name for gate in default_gates(domain, seeds=[sample(3, 4)], **options)]
 

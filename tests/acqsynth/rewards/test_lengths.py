@@ -19,7 +19,7 @@ def drawn(n, seed=0):
     return [length**0.5 + (1 + length / 300) * w for length, w in zip(lengths, worth, strict=True)], lengths, worth
 
 
-def test_the_correlation_with_length_goes_and_the_worth_stays():
+def test_removes_the_correlation_with_length_only():
     bins = LengthBins()
     values, lengths, worth = drawn(2000)
     assert statistics.correlation(values, lengths) > 0.8
@@ -98,7 +98,7 @@ def test_without_update_nothing_is_counted():
     assert bins.state_dict() == state
 
 
-def test_state_goes_on():
+def test_state_is_restored():
     values, lengths, _ = drawn(200)
     one, other = LengthBins(), LengthBins()
     one(values[:100], lengths[:100])

@@ -35,7 +35,7 @@ def logged(reward, n, group=MEMBERS):
 
 
 @pytest.mark.parametrize("noise", [0.25, 1.0, 3.0])
-def test_is_what_a_second_measurement_agrees_with(noise):
+def test_reliability_is_the_correlation_of_two_measurements(noise):
     rng = np.random.default_rng(0)
     level = 10 * rng.standard_normal((GROUPS, 1))  # variation between groups, which must not count
     true = level + rng.standard_normal((GROUPS, MEMBERS))

@@ -56,7 +56,7 @@ def test_the_numbers_are_those_of_process(url, model, tokenizer, options):
     assert logs[0] == logs[1]
 
 
-def test_what_can_not_be_scored_is_masked_as_in_process(url, model, tokenizer):
+def test_unscorable_samples_are_masked_as_in_process(url, model, tokenizer):
     local = AcquisitionReward(model, tokenizer=tokenizer, parse=str)
     remote = AcquisitionReward(url=url, parse=str)
     expected = call(local, ["a fox", "x"])
@@ -93,7 +93,7 @@ def test_a_server_that_is_down_masks_and_counts(monkeypatch):
 
 
 @pytest.mark.parametrize(("prompts", "completions"), [("a", [GOOD]), (["a"], GOOD)])
-def test_a_string_is_no_list(prompts, completions):
+def test_a_string_is_not_a_list(prompts, completions):
     with pytest.raises(TypeError, match="expected a list with one entry for each completion, got a string"):
         AcquisitionReward(url=URL).rewards(prompts, completions)
 

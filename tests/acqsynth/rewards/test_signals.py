@@ -139,7 +139,7 @@ def test_saved_references_and_archives_are_given_by_path(domain, samples, model,
     assert signal(samples)[2] < before[2]
 
 
-def test_what_depends_on_the_others_is_asked_with_all_of_them(domain, samples, model, tokenizer):
+def test_acquisitions_that_compare_samples_are_set_level(domain, samples, model, tokenizer):
     alone, among = acquisition_signals(model, ["entropy", "gradient_diversity"], domain, tokenizer=tokenizer)
     assert not alone.set_level
     assert among.set_level

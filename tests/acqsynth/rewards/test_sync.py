@@ -72,7 +72,7 @@ def broken_on_first(rank, store):
         torch.distributed.destroy_process_group()
 
 
-def test_ranks_that_do_not_share_are_told_once(monkeypatch, caplog):
+def test_ranks_that_do_not_share_are_reported_once(monkeypatch, caplog):
     warn_of_ranks.cache_clear()
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
@@ -80,7 +80,7 @@ def test_ranks_that_do_not_share_are_told_once(monkeypatch, caplog):
     assert caplog.text.count("make the reward with sync=True") == 1
 
 
-def test_all_ranks_raise_what_one_does(tmp_path):
+def test_all_ranks_raise_the_error_of_one(tmp_path):
     with multiprocessing.get_context("fork").Pool(2) as pool:
         told = pool.starmap_async(broken_on_first, [(rank, tmp_path / "store") for rank in (0, 1)]).get(60)
     assert told == ["reward: 'fails' failed on each of the 3 samples tried: OSError: no such student"] * 2
