@@ -66,15 +66,12 @@ def response_of(query: str, prompt: str) -> str | None:
         return None
     if query.startswith(prompt):
         return query[len(prompt) :]
-    begin = query.find(prompt.strip())
-    if begin >= 0:
-        return query[begin + len(prompt.strip()) :]
     plain = "".join(prompt.split())  # ignore white space
     begin = "".join(query.split()).find(plain)
     if begin < 0:
         return None
-    ends = [i + 1 for i, character in enumerate(query) if not character.isspace()]
-    return query[ends[begin + len(plain) - 1] :]
+    ends = [0, *(i + 1 for i, character in enumerate(query) if not character.isspace())]
+    return query[ends[begin + len(plain)] :]
 
 
 def _scored(scorer: TextScorer, queries: Sequence[str], prompts: Sequence[str], names: Sequence[str]) -> list[Scored]:

@@ -281,11 +281,10 @@ class Guard:
     def state_dict(self) -> dict[str, Any]:
         return {"failures": self.failures, "worked": sorted(self._worked), "failed": dict(self._failed)}
 
-    def load_state_dict(self, state: Mapping[str, Any], parts: Iterable[str]) -> None:
-        """Restores a state. If it does not record which parts have worked, all ``parts`` count as having worked."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.failures = state["failures"]
-        self._worked = set(state.get("worked", parts))
-        self._failed = Counter(state.get("failed", {}))
+        self._worked = set(state["worked"])
+        self._failed = Counter(state["failed"])
 
     def __call__(
         self,

@@ -286,10 +286,8 @@ class ComposedReward(TrlReward):
             if (found := set(state.get(key, ()))) != set(ours):
                 raise ValueError(f"state: expected {key} {sorted(ours)}, got {sorted(found)}")
         with self._turn:
-            self._guard.load_state_dict(state, (part.name for part in self._parts()))
-            self.masked = state["masked"]
-            # Older states lack these.
-            self.scored, self._lowest = state.get("scored", 0), state.get("lowest", math.inf)
+            self._guard.load_state_dict(state)
+            self.masked, self.scored, self._lowest = state["masked"], state["scored"], state["lowest"]
             self.history = {name: list(values) for name, values in state["history"].items()}
             for name, bins in self.length_bins.items():
                 bins.load_state_dict(state["length_bins"][name])
