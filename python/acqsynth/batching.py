@@ -223,13 +223,15 @@ class Batcher(Generic[Key, Item, Result]):
         return batch
 
     def _answer(self, key: Key, batch: list[_Entry]) -> None:
+        jobs = dict.fromkeys(entry.job for entry in batch)
         try:
             results = self._call(key, batch)
         except BaseException as error:  # a dead worker would leave its callers waiting forever
-            jobs = dict.fromkeys(entry.job for entry in batch)
             if len(jobs) == 1:
                 batch[0].job.finish(error)
                 return
+            results = None
+        if results is None:  # retries here, where the failed call's memory is free
             for job in jobs:
                 self._answer(key, [entry for entry in batch if entry.job is job])
             return

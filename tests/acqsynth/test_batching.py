@@ -8,9 +8,11 @@ import pickle
 import sys
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from acqsynth import batching
@@ -128,6 +130,20 @@ def test_one_requests_failure_is_not_anothers(batcher, doubler):
     assert last.result(60) == [8]
     assert doubler.items == [[1, 13, 4, 2, 3], [1, 2], [13, 3], [4]]
     assert one.submit("a", [5]).result(60) == [10]  # the worker survives
+
+
+def test_a_failed_batch_frees_its_memory_before_the_retry():
+    held = []
+
+    def large(key, items):
+        free, array = all(reference() is None for reference in held), np.zeros(len(items))
+        held.append(weakref.ref(array))
+        if len(items) > 1:
+            raise MemoryError
+        return [free]
+
+    one = Batcher(large, limit=9, wait=0.3)
+    assert results([one.submit("a", [i]) for i in range(3)]) == [[True]] * 3
 
 
 def test_a_wrong_count_is_an_error():

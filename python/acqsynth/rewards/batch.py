@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import math
 import statistics
+import traceback
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -313,6 +314,7 @@ class Guard:
         except Exception as error:
             cause = error
             logger.exception("%s: %r failed on %d samples", self.name, part, len(samples))
+            traceback.clear_frames(error.__traceback__)  # frees what the call held, such as a GPU's memory
             self.failures += 1
             tried = len(samples) if singly or len(samples) >= _TRIES else 0
             singly = singly and not isinstance(error, _WrongLengthError)

@@ -7,6 +7,7 @@ import io
 import logging
 import pickle
 import statistics
+import weakref
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
@@ -148,6 +149,21 @@ def test_a_sample_on_which_a_scorer_raises_masks_only_itself(domain, bad):
         rewards = plain(domain, errs).score(TEXTS, GROUPS)
         assert None not in rewards.total
         assert errs.asked_errors == calls
+
+
+def test_a_failed_call_frees_its_memory_before_the_retry(domain):
+    held = []
+
+    def large(samples):
+        assert all(reference() is None for reference in held)
+        array = np.zeros(len(samples))
+        held.append(weakref.ref(array))
+        if len(samples) > 1:
+            raise MemoryError
+        return [1.0]
+
+    large.name = "large"
+    assert None not in plain(domain, large).score(TEXTS, GROUPS).total
 
 
 BROKEN = r"reward: 'broken' failed on each of the {} samples tried: OSError: no such student"
