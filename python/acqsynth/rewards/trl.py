@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from acqsynth.rewards.batch import Guard, Watch
@@ -173,6 +174,8 @@ def prompt_key(prompt: Any) -> str:
 
 
 def _hashable(value: Any) -> Any:
+    if isinstance(value, np.ndarray) and value.dtype.hasobject:  # pandas reads nested columns as such
+        value = value.tolist()
     if isinstance(value, Mapping):
         return {str(key): _hashable(part) for key, part in value.items()}
     if isinstance(value, list | tuple):

@@ -258,14 +258,13 @@ class Picture:
         return self.content
 
 
+@pytest.mark.parametrize("whole", [list, functools.partial(np.array, dtype=object)])
 @pytest.mark.parametrize("kind", [Picture, bytes, object])
-def test_prompts_of_any_object_make_groups(domain, kind):
+def test_prompts_of_any_object_make_groups(domain, kind, whole):
     """Prompts are grouped by content, whatever objects they contain."""
     pictures = [kind(), kind()] if kind is object else [kind(b"p"), kind(b"q")]
-    prompts = [
-        [{"role": "user", "content": [{"type": "image", "image": pictures[i // 3]}, {"type": "text", "text": "?"}]}]
-        for i in range(6)
-    ]
+    parts = [[{"type": "image", "image": pictures[i // 3]}, {"type": "text", "text": "?"}] for i in range(6)]
+    prompts = [whole([{"role": "user", "content": whole(part)}]) for part in parts]
     turns = [[{"role": "assistant", "content": t}] for t in TEXTS]
     reward = plain(domain, Told("a", VALUES), fusion="rank")
     assert Log().call(reward, turns, prompts) == pytest.approx(reward.score(TEXTS, GROUPS).total)
