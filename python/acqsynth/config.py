@@ -198,7 +198,7 @@ class RewardConfig(Section):
     """signal -> its options; an acqcore acquisition, confidence, answer_variance, semantic_entropy, learnability,
     proximity, diversity or gradient; null: the signals of the default reward"""
     weights: dict[str, float] = {}
-    """signal -> weight in the fusion; by default its weight in the default reward, or 1 if it is not part of that"""
+    """signal -> weight in the fusion; by default 1, or with signals null its weight in the default reward"""
     labelling: LabellingConfig | None = None
     """labels to score questions with; by default the answers that the generator wrote"""
     gates: list[str] | None = None

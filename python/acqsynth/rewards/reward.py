@@ -397,7 +397,7 @@ class ComposedReward(TrlReward):
                         entry.stderr[signal.name] = error
 
     def _ask(self, part: Any, function: Callable[[Any], Sequence[Any]], samples: Batch, update: bool) -> Sequence[Any]:
-        # A signal of weight 0 masks nothing, nor does a failed probe.
+        # Only a part that masks training samples may raise: no signal of weight 0, and none in a probe.
         needed = update and (part in self.gates or part.name in self.weights)
         return self._guard(part.name, function, samples, singly=not _compares(part), needed=needed)
 

@@ -120,7 +120,7 @@ def test_signals_are_those_named_in_their_order(domain, student_path):
     made = reward(config, domain, student_path)
     assert [signal.name for signal in made.signals] == names
     assert made.fusion == "z"
-    assert made.weights["entropy"] == 2.0
+    assert made.weights == dict.fromkeys(names, 1.0) | {"entropy": 2.0}
     assert [gate.name for gate in made.gates] == ["sound", "new"]
     by_name = {signal.name: signal for signal in made.signals}
     assert by_name["entropy"].scorer is by_name["margin"].scorer
