@@ -213,7 +213,8 @@ def _picked(gates: Sequence[Gate], names: Sequence[str] | None) -> list[Gate]:
     known = [gate.name for gate in gates]
     for name in names or ():
         if name not in known:
-            raise ValueError(f"gates: unknown {name!r}, expected one of {', '.join(known)}")
+            needs = "; answerable needs a signal of sampled answers, labelled needs reward.labelling"
+            raise ValueError(f"gates: unknown {name!r}, expected one of {', '.join(known)}{needs}")
     return [gate for gate in gates if names is None or gate.name in names]
 
 

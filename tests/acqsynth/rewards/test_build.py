@@ -173,6 +173,7 @@ def test_the_released_reward(domain, student_path):
         (RewardConfig(signals={"entropi": {}}), "^signals: unknown 'entropi', expected one of confidence"),
         (RewardConfig(signals={"entropy": {}}, gates=["sond"]), "^gates: unknown 'sond', expected one of sound"),
         (RewardConfig(gates=["sond"]), "^gates: unknown 'sond', expected one of sound"),
+        (RewardConfig(signals={"entropy": {}}, gates=["answerable"]), "answerable needs a signal of sampled answers"),
         (RewardConfig(signals={"entropy": {}}, answers={"kk": 4}), "^answers: .*unexpected keyword argument 'kk'"),
     ],
 )
