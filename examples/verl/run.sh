@@ -14,4 +14,4 @@ python -m verl.trainer.main_ppo \
     reward.custom_reward_function.path=pkg://acqsynth.integrations.verl \
     reward.custom_reward_function.name=compute_score \
     reward.num_workers=1 \
-    trainer.n_gpus_per_node=1 trainer.total_epochs=1 trainer.logger=console
+    trainer.n_gpus_per_node=1 trainer.total_epochs=1 trainer.logger=console trainer.val_before_train=false
