@@ -82,18 +82,15 @@ class TextScorer:
                 known.setdefault(group, []).append(total)
         if known:
             self._typical = statistics.fmean(total for totals in known.values() for total in totals)
-        found = []
-        for i, ((_, group), passed) in enumerate(zip(items, rewards.passed, strict=True)):
-            total = rewards.total[i]
-            found.append(
-                Scored(
-                    statistics.fmean(known.get(group, [self._typical])) if total is None else total,
-                    total is None,
-                    not passed,
-                    {name: math.nan if (x := rewards.components[name][i]) is None else x for name in names},
-                )
+        return [
+            Scored(
+                statistics.fmean(known.get(group, [self._typical])) if total is None else total,
+                total is None,
+                not passed,
+                {name: math.nan if (x := rewards.components[name][i]) is None else x for name in names},
             )
-        return found
+            for i, ((_, group), total, passed) in enumerate(zip(items, rewards.total, rewards.passed, strict=True))
+        ]
 
     def masked(self, names: Sequence[str]) -> Scored:
         """The result of a text that could not be scored."""
