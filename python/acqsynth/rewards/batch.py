@@ -330,11 +330,7 @@ class Guard:
                     self._worked.add(part)
                 except Exception:
                     failed += 1
-        if needed and part not in self._worked:
-            self._failed[part] += tried
-            if self._failed[part] >= _TRIES:
-                summary = f"{self.name}: {part!r} failed on each of the {self._failed[part]} samples tried"
-                raise BrokenPartError(f"{summary}: {type(cause).__name__}: {cause}") from cause
+        self._count(part, tried, cause, needed)
         return found
 
     def each(
@@ -343,21 +339,30 @@ class Guard:
         """``(value,)`` of each text, None for those that are None or that the function fails on.
 
         Raises:
-            BrokenPartError: as a call does, but only if the part works on no text.
+            BrokenPartError: as a call does.
         """
-        found: list[tuple[Any] | None] = []
-        broken = None
-        for text in texts:
-            value = None
+        found: list[tuple[Any] | None] = [None] * len(texts)
+        cause, failed = None, 0
+        for i, text in enumerate(texts):
             try:
                 if text is not None:
-                    [value] = self(part, lambda one: [(function(one[0]),)], [text], needed=needed)
-            except BrokenPartError as error:
-                broken = error
-            found.append(value)
-        if broken is not None and part not in self._worked:
-            raise broken
+                    found[i] = (function(text),)
+                    self._worked.add(part)
+            except Exception as error:
+                cause, failed = cause or error, failed + 1
+        if cause is not None:  # one entry for all: a generator may begin with hundreds of broken texts
+            logger.error("%s: %r failed on %d of %d texts", self.name, part, failed, len(texts), exc_info=cause)
+            self.failures += failed
+            self._count(part, failed, cause, needed)
         return found
+
+    def _count(self, part: str, tried: int, cause: Exception, needed: bool) -> None:
+        """Counts samples on which a part failed; raises if it is needed and has never worked."""
+        if needed and part not in self._worked:
+            self._failed[part] += tried
+            if self._failed[part] >= _TRIES:
+                summary = f"{self.name}: {part!r} failed on each of the {self._failed[part]} samples tried"
+                raise BrokenPartError(f"{summary}: {type(cause).__name__}: {cause}") from cause
 
 
 class _WrongLengthError(ValueError):

@@ -220,12 +220,15 @@ def test_a_parser_that_never_works_raises(parse, student_path):
         AcquisitionReward(student_path, parse=parse)(["a"] * 3, [GOOD] * 3)
 
 
-def test_a_parser_that_works_once_masks_the_other_texts(student_path):
-    """Also if it fails on the first texts of the first call, as those of an untrained generator."""
+def test_a_parser_that_works_once_masks_the_other_texts(student_path, caplog):
+    """Also if it fails on the first texts of the first call, as those of an untrained generator; logged once a call."""
     reward = AcquisitionReward(student_path, parse=lambda text: json.loads(text)["text"])
     texts = ["not JSON"] * 4 + ['{"text": "What is six times seven?"}'] + ["not JSON"] * 4
     for _ in range(2):
         assert [value is None for value in reward(["a"] * 9, texts)] == [True] * 4 + [False] + [True] * 4
+    failed = "acquisition_entropy: 'parse' failed on 8 of 9 texts"
+    assert [record.getMessage() for record in caplog.records] == [failed] * 2
+    assert "JSONDecodeError" in caplog.text
 
 
 @pytest.mark.parametrize(
