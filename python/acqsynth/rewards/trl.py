@@ -182,6 +182,8 @@ def _hashable(value: Any) -> Any:
         return [_hashable(part) for part in value]
     if value is None or isinstance(value, str | int | float):
         return value
+    if isinstance(value, torch.Tensor):  # as text it lacks most of its elements
+        value = value.detach().cpu().flatten().view(torch.uint8).numpy()
     content = value.tobytes() if hasattr(value, "tobytes") else value if isinstance(value, bytes) else b""
     return [type(value).__qualname__, hashlib.sha256(content).hexdigest() if content else str(value)]
 
