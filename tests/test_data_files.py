@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 import acqcore
 from acqcore.files.data import Block, Reader, Record, choose_columns, records, scan
@@ -40,8 +42,6 @@ def read_all(path: Path, block_rows: int = 4096, limit: int | None = None) -> li
 @pytest.mark.parametrize("block_rows", [1, 2, 3, 10])
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
 def test_what_is_written_is_read(suffix, block_rows, tmp_path):
-    if suffix == "parquet":
-        pytest.importorskip("pyarrow")
     parts = [tmp_path / f"{i}.{suffix}" for i in range(2)]
     for i, part in enumerate(parts):
         rows = ROWS[2 * i : 2 * i + 2]
@@ -154,8 +154,6 @@ def test_a_cell_without_an_end(tmp_path, monkeypatch):
 
 
 def test_text_of_a_parquet_that_is_not_utf8(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
     texts = pyarrow.array([b"a", b"\xff\xfe", b"c"]).view(pyarrow.string())
     parquet.write_table(pyarrow.table({"text": texts, "id": [1, 2, 3]}), tmp_path / "data.parquet")
     found = read_all(tmp_path / "data.parquet")
@@ -172,8 +170,6 @@ def test_a_file_without_rows_has_no_blocks(name, tmp_path):
 
 def test_a_damaged_parquet_is_read_or_names_itself(tmp_path):
     """Any damaged byte gives rows or a one-sentence error; one such error is a row count that is too high."""
-    parquet = pytest.importorskip("pyarrow.parquet")
-    pyarrow = pytest.importorskip("pyarrow")
     path = tmp_path / "data.parquet"
     parquet.write_table(pyarrow.Table.from_pylist([{"text": "a fox", "n": 1, "of": {"x": [1.5]}}] * 3), path)
     whole = path.read_bytes()
@@ -194,8 +190,6 @@ def test_a_damaged_parquet_is_read_or_names_itself(tmp_path):
 
 def test_parquet_blocks_in_any_order(tmp_path, monkeypatch):
     """Blocks span row groups and decoded batches."""
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
     monkeypatch.setattr("acqcore.files.data._READ_ROWS", 3)
     table = pyarrow.table({"text": [str(i) for i in range(20)], "other": list(range(20))})
     parquet.write_table(table, tmp_path / "data.parquet", row_group_size=7)
@@ -206,7 +200,6 @@ def test_parquet_blocks_in_any_order(tmp_path, monkeypatch):
 
 
 def test_a_parquet_is_read_again_after_an_error(tmp_path, monkeypatch):
-    pytest.importorskip("pyarrow")
     write_block(tmp_path / "data.parquet", {"text": [str(i) for i in range(5)]})
     reader = Reader(tmp_path / "data.parquet")
     blocks, _ = scan(tmp_path / "data.parquet", 2, None)
@@ -230,7 +223,6 @@ def test_nan_is_null_or_empty(tmp_path):
 
 @pytest.mark.parametrize("out", ["all.parquet", "all"])
 def test_parquet_parts_get_one_schema(out, tmp_path):
-    parquet = pytest.importorskip("pyarrow.parquet")
     tables = [{"m": [[{"role": "user"}]], "error": [None]}, {"m": [[{"role": "user", "name": "x"}]], "error": ["bad"]}]
     parts = [tmp_path / f"{i}.parquet" for i in range(2)]
     for part, table in zip(parts, tables, strict=True):
@@ -292,8 +284,6 @@ def without_nulls(value: Any) -> Any:
 @pytest.mark.parametrize("n_parts", [1, 2])
 @pytest.mark.parametrize("suffix", ["parquet", "jsonl", "csv"])
 def test_no_value_is_refused(suffix, n_parts, values, tmp_path):
-    if suffix == "parquet":
-        pytest.importorskip("pyarrow")
     parts = [tmp_path / f"{i}.{suffix}" for i in range(n_parts)]
     for part, some in zip(parts, [values] if n_parts == 1 else [values[:1], values[1:]], strict=True):
         write_block(part, {"v": some, "score": np.ones(len(some), dtype=np.float32)})
@@ -312,7 +302,6 @@ def test_no_value_is_refused(suffix, n_parts, values, tmp_path):
 
 
 def test_a_type_that_arrow_cannot_build(tmp_path):
-    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     kind = pyarrow.fixed_shape_tensor(pyarrow.float32(), [2], permutation=[0])
     write_block(tmp_path / "0.parquet", {"v": [[1.0, 2.0], None]}, {"v": kind})
     write_block(tmp_path / "1.parquet", {"v": [[3.0, 4.0]]}, {"v": kind})
@@ -322,8 +311,6 @@ def test_a_type_that_arrow_cannot_build(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["parquet", "jsonl", "csv"])
 def test_any_name_of_a_column(suffix, tmp_path):
-    if suffix == "parquet":
-        pytest.importorskip("pyarrow")
     names = ["", "a.b", "\ud83d", "caf\udce9", "a\nb"]
     write_block(tmp_path / f"0.{suffix}", {name: [i] for i, name in enumerate(names)})
     join([tmp_path / f"0.{suffix}"], tmp_path / f"all.{suffix}", names)
@@ -341,7 +328,6 @@ def test_equal_names_of_columns(suffix, block_rows, tmp_path):
         path.write_text("text,text,,id,\n" + "".join(f"{row},not {row},x,1,y\n" for row in rows))
         more = {"": "x", "id": "1", ".1": "y"}
     else:
-        pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
         columns = [pyarrow.array(rows), pyarrow.array([f"not {row}" for row in rows]), pyarrow.array([1, 1])]
         parquet.write_table(pyarrow.Table.from_arrays(columns, names=["text", "text", "id"]), path)
         more = {"id": 1}
@@ -428,9 +414,11 @@ def test_values_of_parquet_that_json_has_not(tmp_path):
     assert row.values == line.values | {"array": "[1, 2]", "nested": '[{"at": "2026-01-02T03:00:00"}]'}
 
 
-def test_unknown_extension(tmp_path):
-    with pytest.raises(ValueError, match=r"extension of data\.txt: unknown '\.txt', expected one of \.jsonl"):
-        scan(tmp_path / "data.txt", 1, None)
+@pytest.mark.parametrize("read", [lambda path: scan(path, 1, None), lambda path: next(acqcore.records(path))])
+def test_unknown_extension(read, tmp_path):
+    (tmp_path / "data.json").write_text('{"text": "a"}')
+    with pytest.raises(ValueError, match=r"extension of data\.json: unknown '\.json', expected one of \.jsonl"):
+        read(tmp_path / "data.json")
 
 
 @pytest.mark.parametrize(

@@ -92,12 +92,17 @@ def listing(folder: Path) -> list[list[Any]]:
     return [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files if f.is_file()]
 
 
+def check_extension(path: Path) -> None:
+    """Check that the file's format is known."""
+    checks.one_of("extension of " + path.name, path.suffix, SUFFIXES)
+
+
 def scan(path: Path, block_rows: int, limit: int | None) -> tuple[list[Block], list[str]]:
     """The blocks of a file's first ``limit`` rows, and all columns that occur; keeps no rows in memory.
 
     Blank jsonl lines are not rows. Each block has ``block_rows`` rows, the last one the remainder.
     """
-    checks.one_of("extension of " + path.name, path.suffix, SUFFIXES)
+    check_extension(path)
     path.stat()  # same error for a missing file of any extension
     if path.suffix == ".parquet":
         return _scan_parquet(path, block_rows, limit)
@@ -139,10 +144,12 @@ def records(path: str | os.PathLike[str]) -> Iterator[Record]:
         ``error``, the reason why the row is not readable, or None.
 
     Raises:
-        ValueError: an invalid parquet file; another extension's file that is compressed, binary, UTF-16 or a pipe.
+        ValueError: an invalid parquet file; a jsonl or csv that is compressed, binary, UTF-16 or a pipe; another
+            extension.
         OSError: the file cannot be read. ModuleNotFoundError: parquet without pyarrow.
     """
     path = Path(path)
+    check_extension(path)
     if path.suffix != ".parquet":
         with _open(path) as (found, _):
             yield from found
