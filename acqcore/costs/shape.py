@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ class Shape:
     hidden: int  # D
     vocabulary: int  # V
     widest: int  # longest side of a weight matrix in a block, usually the MLP's inner width
-    heads: int  # attention heads of a block
+    heads: int  # attention heads of a block, 0 without attention
     attention: str  # transformers' implementation; "eager" holds the scores [B, heads, T, T]
     max_tokens: int | None  # per row
     parameters: int  # a tied head counted once
@@ -71,8 +72,9 @@ def shape_of(config: Any, dtype: torch.dtype) -> Shape:
     model.tie_weights()  # transformers 5.0 leaves it out for tensors without data
     student = Student.from_model(model, verify=False)
     text = config.get_text_config()
-    # A model without weights cannot run to find its blocks.
-    lists = (module for module in model.get_decoder().modules() if isinstance(module, torch.nn.ModuleList))
+    # A model without weights cannot run to find its blocks. ModernBERT calls its head the decoder.
+    modules = chain(model.get_decoder().modules(), model.modules())
+    lists = (module for module in modules if isinstance(module, torch.nn.ModuleList))
     blocks = list(next((modules for modules in lists if len(modules) == text.num_hidden_layers), []))
     checks.some_blocks(len(blocks))
     head = student.head.weight
@@ -88,7 +90,7 @@ def shape_of(config: Any, dtype: torch.dtype) -> Shape:
         hidden=head.shape[1],
         vocabulary=head.shape[0],
         widest=max(max(p.shape) for p in blocks[0].parameters() if p.dim() > 1),
-        heads=text.num_attention_heads,
+        heads=getattr(text, "num_attention_heads", 0),  # a state space model has none
         attention=model.config._attn_implementation,
         max_tokens=student.max_length,
         parameters=sum(p.numel() for p in parameters),
