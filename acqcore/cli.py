@@ -8,6 +8,7 @@ import importlib.metadata
 import io
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Collection, Iterator, Sequence
@@ -17,21 +18,22 @@ from typing import Any, get_args
 
 import torch
 
-from acqcore import __version__, checks
+from acqcore import __version__
 from acqcore.acquisitions import REGISTRY
 from acqcore.backends import backends
 from acqcore.costs import command as plan_command
 from acqcore.files import choose, data as data_files, reference as reference_command
 from acqcore.files.data import BLOCK_ROWS, Block, located
 from acqcore.files.executors import Executor, executor_of
-from acqcore.files.parts import Parts, check_output, table_output
+from acqcore.files.parts import Parts, check_output
 from acqcore.files.summary import Summary
 from acqcore.files.table import join, keep_top
 from acqcore.files.worker import ATTEMPTS, Job, write_failed
 from acqcore.literals import Reduction
+from acqcore.options import at_least, json_value, table_output
 from acqcore.progress import print_table, progress_bar
 from acqcore.scoring.plan import Plan
-from acqcore.students.loading import DTYPES
+from acqcore.students.loading import DTYPES, check_request
 
 _DESCRIPTION = (
     "Scores data files with a student (score), keeps the best rows (select), computes the reference that influence is "
@@ -70,8 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(options.command(options))
     except _UsageError as error:
         # A leading argument is spelled as an option: ``--max-length: expected ...``.
-        name, colon, rest = str(error).partition(":")
-        message = f"--{name.replace('_', '-')}{colon}{rest}" if name in vars(options) else str(error)
+        name = re.split(r"[:\[]", str(error), maxsplit=1)[0]
+        message = str(error).replace(name, f"--{name.replace('_', '-')}", 1) if name in vars(options) else str(error)
         print(f"acqcore: error: {message}", file=sys.stderr)
         return 2
     except OSError as error:  # stdout, if its disk is full
@@ -107,16 +109,17 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     score = commands.add_parser("score", help="score the rows of a data file with a student")
     score.set_defaults(command=_score)
-    score.add_argument("--student", required=True, metavar="M", help="hub id or local path")
-    score.add_argument(
+    add = score.add_argument
+    add("--student", required=True, metavar="M", help="hub id or local path")
+    add(
         "--out",
         required=True,
         type=table_output,
         metavar="F",
         help=".parquet, .jsonl or .csv; without an extension a folder of parquet files; keeps every column of the data",
     )
-    score.add_argument("--top-k", type=int, metavar="K", help="write only the top K rows by the first acquisition")
-    score.add_argument(
+    add("--top-k", type=at_least(1), metavar="K", help="write only the top K rows by the first acquisition")
+    add(
         "--acquisitions",
         default="entropy",
         metavar="A,B",
@@ -124,22 +127,22 @@ def _parser() -> argparse.ArgumentParser:
         f"{', '.join(name for name, entry in REGISTRY.items() if entry.over != 'set')}",
     )
     _add_scoring_options(score, "set by the engine: cpu or one GPU per process")
-    score.add_argument(
+    add(
         "--keep-tokens",
         action="store_true",
         help="also write the scored tokens (token_ids) and their values (<acquisition>_tokens) as lists",
     )
-    score.add_argument(
+    add(
         "--engine",
         choices=["local", "accelerate", "ray"],
         default="local",
         help="run in this process, under 'accelerate launch -m acqcore score ...', or on Ray actors",
     )
-    score.add_argument("--workers", type=int, metavar="N", help="Ray actors (default: one per GPU)")
-    score.add_argument("--ray-address", metavar="A", help="address of a running Ray cluster (default: start one)")
-    score.add_argument(
+    add("--workers", type=at_least(1), metavar="N", help="Ray actors (default: one per GPU)")
+    add("--ray-address", metavar="A", help="address of a running Ray cluster (default: start one)")
+    add(
         "--block-rows",
-        type=int,
+        type=at_least(1),
         default=BLOCK_ROWS,
         metavar="N",
         help=f"rows per block, the unit of reading, retrying and writing (default: {BLOCK_ROWS})",
@@ -168,7 +171,7 @@ def _add_scoring_options(parser: argparse.ArgumentParser, device: str) -> None:
     )
     add("--data-config", metavar="C", help="configuration of a hub data set")
     add("--split", default="train", metavar="S", help="split of a hub data set (default: train)")
-    add("--acquisition-args", type=plan_command.json_value, metavar="JSON", help=plan_command.ARGUMENTS_HELP)
+    add("--acquisition-args", type=json_value, metavar="JSON", help=plan_command.ARGUMENTS_HELP)
     add("--reduction", default="mean", help=f"reduce token values by {', '.join(get_args(Reduction))} (default: mean)")
     add("--topk", type=int, default=8, metavar="N", help="tokens averaged by --reduction topk (default: 8)")
     _add_sample_options(parser, device)
@@ -182,11 +185,11 @@ def _add_sample_options(parser: argparse.ArgumentParser, device: str) -> None:
     add("--completion-column", metavar="C", help="column with the scored text")
     add("--text-column", metavar="C", help="column with text to score in full")
     add("--batch-tokens", type=int, default=8192, metavar="N", help="maximum padded tokens per forward (default: 8192)")
-    add("--max-length", type=int, metavar="N", help="truncate samples to N tokens")
+    add("--max-length", type=at_least(2), metavar="N", help="truncate samples to N tokens")
     add("--dtype", choices=list(DTYPES), help="dtype of the weights (default: as stored)")
     add("--device", metavar="D", help=f"device (default: {device})")
-    add("--backend", metavar="B", help="backend; 'acqcore info' lists them")
-    add("--limit", type=int, metavar="N", help="read only the first N rows")
+    add("--backend", choices=[row.name for row in backends()], help="backend; 'acqcore info' describes them")
+    add("--limit", type=at_least(1), metavar="N", help="read only the first N rows")
 
 
 def _info(options: argparse.Namespace) -> int:
@@ -209,19 +212,18 @@ def _info(options: argparse.Namespace) -> int:
 
 def _score(options: argparse.Namespace) -> int:
     begun = time.time()
+    parts = Parts(options.out.absolute())
     try:
         with _usage_errors():
-            job, blocks, manifest = _prepare(options)
+            job, blocks, manifest = _prepare(options, parts)
             executor = executor_of(options.engine, options.workers, options.ray_address, options.device)
-            parts = Parts(job.out)
             if executor.reports:
                 parts.claim(manifest)
-    except _UsageError:
-        with suppress(ValueError, OSError):  # an impossible name
-            Parts(options.out).remove_unclaimed()
-        raise
-    try:
         return _run(options, job, blocks, executor, parts, begun)
+    except _UsageError:
+        with suppress(OSError):  # an impossible name
+            parts.remove_unclaimed()
+        raise
     finally:
         parts.release()
 
@@ -262,17 +264,14 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0]
 
 
-def _prepare(options: argparse.Namespace) -> tuple[Job, list[Block], dict[str, Any]]:
-    """The job, its blocks and its manifest. Checks every argument except the student, cheapest first."""
+def _prepare(options: argparse.Namespace, parts: Parts) -> tuple[Job, list[Block], dict[str, Any]]:
+    """The job, its blocks and its manifest. Checks every argument before any weights are read, cheapest first."""
     names = [name.strip() for name in options.acquisitions.split(",")]
     plan = Plan.of(
         names, options.acquisition_args,
         reduction=options.reduction, topk=options.topk, batch_tokens=options.batch_tokens, backend=options.backend,
     )  # fmt: skip
     plan.sample_by_sample("call acqcore.score from Python")
-    for name in ("limit", "block_rows", "top_k"):
-        if getattr(options, name) is not None:
-            checks.positive_int(name, getattr(options, name))
     n_processes = int(os.environ.get("WORLD_SIZE", "1"))
     if n_processes > 1 and options.engine != "accelerate":
         raise ValueError(
@@ -281,18 +280,14 @@ def _prepare(options: argparse.Namespace) -> tuple[Job, list[Block], dict[str, A
     for option, value in (("--workers", options.workers), ("--ray-address", options.ray_address)):
         if value is not None and options.engine != "ray":
             raise ValueError(f"{option}: requires --engine ray, got --engine {options.engine}")
-    if options.workers is not None:
-        checks.positive_int("workers", options.workers)
     if options.engine == "ray" and options.device not in (None, "cpu", "cuda"):
         raise ValueError(
             f"device: expected cpu or cuda with --engine ray, which assigns each worker's device, got {options.device}"
         )
-    if options.engine != "ray":  # Ray workers may have other devices
-        checks.device("device", options.device)
-    if Path(options.student).is_file():
-        raise ValueError(f"student: expected a folder or hub id, {options.student} is a file")
-    check_output(options.out, options.data, options.overwrite)
-    data = data_files.local_file(options.data, options.data_config, options.split, Parts(options.out).folder)
+    # Ray workers may have other devices.
+    check_request(options.student, options.dtype, None if options.engine == "ray" else options.device)
+    check_output(options.out, options.data, options.overwrite or parts.begun)
+    data = data_files.local_file(options.data, options.data_config, options.split, parts.folder)
     blocks, present = data_files.scan(data, options.block_rows, options.limit)
     if not blocks:
         raise ValueError(f"data: {options.data} has no rows")

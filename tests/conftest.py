@@ -586,13 +586,14 @@ def refused(capsys):
 
 @pytest.fixture
 def command(student, tmp_path):
-    """``command(rows, **options)``: a command line that scores ``rows`` (dicts, or raw lines) into out.jsonl."""
+    """``command(rows, **options)``: a command line that scores ``rows`` (dicts, or raw lines) into out.jsonl. An option
+    of None is omitted."""
 
     def build(rows, **options):
         data = tmp_path / "data.jsonl"
         data.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
         settings = {"student": student, "data": data, "out": tmp_path / "out.jsonl", "backend": "eager", **options}
-        flags = [(f"--{key.replace('_', '-')}", str(value)) for key, value in settings.items()]
+        flags = [(f"--{key.replace('_', '-')}", str(value)) for key, value in settings.items() if value is not None]
         return ["score", *(word for flag in flags for word in flag)]
 
     return build

@@ -6,9 +6,12 @@ import csv
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
+import pyarrow
 import pytest
 import torch
+from pyarrow import parquet
 
 import acqcore
 from acqcore.cli import main
@@ -24,17 +27,7 @@ ROWS = [{"text": text} for text in TEXTS]
 def choose(command):
     """``choose(rows, **options)``: a command line that chooses three of ``rows`` by entropy; None drops an option."""
 
-    def build(rows, **options):
-        settings = {"signal": "entropy", "n": 3, **options}
-        dropped = [name for name, value in settings.items() if value is None]
-        words = command(rows, **{name: value for name, value in settings.items() if value is not None})
-        for name in dropped:
-            if f"--{name}" in words:
-                at = words.index(f"--{name}")
-                del words[at : at + 2]
-        return ["select", *words[1:]]
-
-    return build
+    return lambda rows, **options: ["select", *command(rows, **{"signal": "entropy", "n": 3, **options})[1:]]
 
 
 def entropies(student: Path, texts: list[str]) -> torch.Tensor:
@@ -130,8 +123,6 @@ def test_a_smaller_choice_is_the_beginning_of_a_larger(choose, tmp_path, read):
 @pytest.mark.parametrize("source", ["jsonl", "csv", "parquet"])
 @pytest.mark.parametrize("target", ["jsonl", "csv", "parquet"])
 def test_every_kind_of_file(source, target, choose, student, tmp_path, read):
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
     texts = ['a "fox", a dog', "The\nlines", "ünïcode 🙂", "a, b"]
     data, out = tmp_path / f"in.{source}", tmp_path / f"out.{target}"
     if source == "parquet":
@@ -152,7 +143,8 @@ def test_every_kind_of_file(source, target, choose, student, tmp_path, read):
 
 
 def test_a_data_set_by_name(choose, student, tmp_path, monkeypatch, read):
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     asked: list[Any] = []
 
     def load(*arguments, **options):
@@ -302,10 +294,7 @@ def test_columns_with_an_outputs_name(column, choose, refused):
 
 
 def test_an_interrupt_leaves_nothing(choose, tmp_path, monkeypatch, capsys):
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("acqcore.files.choose.score", interrupted)
+    monkeypatch.setattr("acqcore.files.choose.score", Mock(side_effect=KeyboardInterrupt))
     assert main(choose(ROWS)) == 130
     assert capsys.readouterr().err == "acqcore: interrupted; nothing was written\n"
     assert not list(tmp_path.glob("out*"))

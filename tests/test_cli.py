@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -152,16 +153,16 @@ def test_a_killed_run_goes_on_where_it_stopped(command, tmp_path, read):
 def test_another_run_may_not_take_over(command, tmp_path, monkeypatch, capsys, refused):
     rows = [{"text": text} for text in TEXTS]
 
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr("acqcore.scoring.plan.Plan.batches", interrupted)
+        patch.setattr("acqcore.scoring.plan.Plan.batches", Mock(side_effect=KeyboardInterrupt))
         assert main(command(rows)) == 130
     assert "the same command resumes" in capsys.readouterr().err
     message = refused(command(rows, acquisitions="margin"))
     assert "holds an interrupted run with different acquisitions ('entropy' there, 'margin' here)" in message
     assert "with different data" in refused(command(rows[1:]))
+    (tmp_path / "out.jsonl").write_text("keep")
+    words = ["select", *command(rows)[3:7], "--n", "1", "--signal", "x"]
+    assert refused(words) == f"--out: {tmp_path / 'out.jsonl'} exists; --overwrite replaces it"
     assert main(command(rows)) == 0
 
 
@@ -234,11 +235,6 @@ def test_the_highest_of_rows_with_long_cells(suffix, command, tmp_path):
 
 
 def test_a_data_set_by_name(command, tmp_path, monkeypatch, refused, read, capsys):
-    pytest.importorskip("datasets")
-
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "org" / "name").mkdir(parents=True)
@@ -257,7 +253,7 @@ def test_a_data_set_by_name(command, tmp_path, monkeypatch, refused, read, capsy
     assert not (tmp_path / "out.jsonl.parts").exists()
     beside = tmp_path / "org" / "name" / "out.jsonl"
     with monkeypatch.context() as patch:
-        patch.setattr("acqcore.cli._collect", interrupted)
+        patch.setattr("acqcore.cli._collect", Mock(side_effect=KeyboardInterrupt))
         for out in (beside, "out.jsonl"):
             assert main(command([], data="org/name", out=out)) == 130
     assert main(command([], data="org/name", out=beside)) == 0
@@ -273,7 +269,6 @@ def test_a_data_set_by_name(command, tmp_path, monkeypatch, refused, read, capsy
 
 @pytest.mark.parametrize("linked", [False, True])
 def test_a_folder_as_output(linked, command, tmp_path, read):
-    pytest.importorskip("pyarrow")
     out = tmp_path / "scores"
     for folder in (tmp_path / "linked" if linked else out, tmp_path / "scores.tmp"):
         folder.mkdir()
@@ -290,11 +285,9 @@ def test_a_folder_as_output(linked, command, tmp_path, read):
 
 
 def test_a_full_disk(command, tmp_path, monkeypatch, capsys):
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     monkeypatch.setattr("acqcore.files.worker._PAUSE_S", 0)
-    monkeypatch.setattr("acqcore.files.worker.write_block", full)
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr("acqcore.files.worker.write_block", Mock(side_effect=full))
     assert main(command([{"text": "a fox"}])) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     out = tmp_path / "out.jsonl"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from unittest.mock import Mock
 
 import pytest
 
@@ -71,11 +72,27 @@ def test_a_reference_replaces_nothing_unasked(out, message, student, tmp_path, m
     assert (tmp_path / "other.pt").read_text() == "keep"
 
 
-def test_an_interrupted_reference_keeps_the_old_one(student, tmp_path, monkeypatch, capsys):
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("dim", "0", "--dim: expected an int >= 1, got 0"),
+        ("seed", "-1", "seed: expected 0 to "),
+        ("parameters", "some", "parameters: unknown 'some', expected one of head, trainable, all"),
+        ("parameters", "0", "parameters: expected at least 1 transformer block, got 0"),
+        ("max-length", "1", "argument --max-length: expected an int >= 2, got 1"),
+        ("limit", "0", "argument --limit: expected an int >= 1, got 0"),
+        ("backend", "gpu", "argument --backend: invalid choice: 'gpu'"),
+    ],
+)
+def test_wrong_options_are_rejected_before_the_student_loads(option, value, message, refused, tmp_path):
+    data = tmp_path / "validation.jsonl"
+    data.write_text(json.dumps({"text": "a fox"}))
+    words = ["reference", "--student", "org/missing", "--data", str(data), "--out", str(tmp_path / "reference.pt")]
+    assert message in refused([*words, f"--{option}", value])
 
-    monkeypatch.setattr("acqcore.files.reference.influence_reference", interrupted)
+
+def test_an_interrupted_reference_keeps_the_old_one(student, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("acqcore.files.reference.influence_reference", Mock(side_effect=KeyboardInterrupt))
     data, out = tmp_path / "validation.jsonl", tmp_path / "reference.pt"
     data.write_text(json.dumps({"text": "a fox"}))
     out.write_text("keep")
@@ -92,14 +109,11 @@ def test_a_run_does_not_resume_with_another_reference(command, student, tmp_path
         words = ["--student", str(student), "--data", str(data), "--out", str(tmp_path / "reference.pt"), "--overwrite"]
         assert main(["reference", *words, "--dim", "64", "--backend", "eager"]) == 0
 
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
     arguments = json.dumps({"influence": {"reference": str(tmp_path / "reference.pt")}})
     scoring = command([{"text": text} for text in TEXTS], acquisitions="influence", acquisition_args=arguments)
     reference("a fox")
     with monkeypatch.context() as patch:
-        patch.setattr("acqcore.scoring.plan.Plan.batches", interrupted)
+        patch.setattr("acqcore.scoring.plan.Plan.batches", Mock(side_effect=KeyboardInterrupt))
         assert main(scoring) == 130
     reference("the lazy dog")
     assert "with different argument_files" in refused(scoring)

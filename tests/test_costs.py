@@ -60,6 +60,14 @@ def test_sizes_are_those_of_the_model(kind, dtype, tiny_model):
     assert shape.max_tokens == 64
 
 
+@pytest.mark.parametrize(("kind", "heads"), [("mamba", 0), ("modernbert-decoder", 4)])
+def test_sizes_of_other_structures(kind, heads, small_model):
+    model = small_model(kind)
+    shape = shape_of(model.config, torch.float32)
+    assert (shape.blocks, shape.heads) == (2, heads)
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
+
+
 def test_a_tied_head_is_counted_once(tiny_model):
     tied, untied = (
         shape_of(tiny_model("Llama", tie_word_embeddings=tied).config, torch.float32) for tied in (True, False)
@@ -380,7 +388,7 @@ def test_measured_from_a_configuration_alone(arguments, student, capsys, monkeyp
 
 
 def test_a_device_that_is_not_here(arguments, capsys):
-    options = arguments(device="h100", flops=4e14, bandwidth=3e12, devices=8)
+    options = arguments(device="h100", flops=4e14, bandwidth=3e12, devices=8, rows="10_000")
     assert main(options) == 0
     assert "8 devices like this one, computed" in capsys.readouterr().out
     assert main([*options, "--json"]) == 0
@@ -430,6 +438,7 @@ def test_blocks_of_several_kinds_and_long_rows_are_noted(tiny_model, tmp_path, c
             "members cannot be planned",
         ),
         ({"acquisition_args": "{"}, "argument --acquisition-args: expected JSON, got"),
+        ({"acquisitions": "influence", "acquisition_args": '{"influence": 3}'}, "--acquisition-args['influence']: "),
         ({"flops": 1e12}, "--flops and --bandwidth: expected both or neither"),
         ({"flops": -1, "bandwidth": 1}, "flops: expected a number > 0, got -1"),
         ({"device": "h100"}, "device: 'h100' is not on this machine and cannot be measured"),
@@ -464,5 +473,5 @@ def test_a_failing_measurement_is_told(tmp_path, tiny_model):
 
 def test_units():
     assert [command.size(v) for v in (3 * MIB, 2560 * MIB)] == ["3 MiB", "2.50 GiB"]
-    shown = [command.seconds(v) for v in (0.0, 0.0123, 0.5, 4.25, 42.0, 600.0, 9000.0)]
-    assert shown == ["0.0 s", "12 ms", "0.50 s", "4.2 s", "42.0 s", "10.0 min", "2.5 h"]
+    shown = [command.seconds(v) for v in (0.0, 0.0123, 0.0994, 0.0996, 0.5, 4.25, 42.0, 600.0, 9000.0)]
+    assert shown == ["0.0 s", "12 ms", "99 ms", "100 ms", "0.50 s", "4.2 s", "42.0 s", "10.0 min", "2.5 h"]

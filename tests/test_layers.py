@@ -28,10 +28,10 @@ ALLOWED: dict[str, set[str]] = {
     "bayes": {"backends", "checks", "defaults", "head", "head_grad", "kept", "literals", "vocab_parallel"},
     "checks": set(),
     "costs": {
-        "acquisitions", "checks", "gradients", "head_grad", "literals", "progress", "scoring", "selection",
+        "acquisitions", "checks", "gradients", "head_grad", "literals", "options", "progress", "scoring", "selection",
         "students",
     },
-    "files": {"acquisitions", "checks", "literals", "progress", "scoring", "selection", "students"},
+    "files": {"acquisitions", "checks", "literals", "options", "progress", "scoring", "selection", "students"},
     "defaults": set(),
     "fisher": {"backends", "bayes", "checks", "defaults", "head", "philox", "row_stats"},
     "gradients": {
@@ -47,6 +47,7 @@ ALLOWED: dict[str, set[str]] = {
     "kept": set(),
     "kernels": {"kept", "slots"},
     "literals": set(),
+    "options": {"checks"},
     "philox": set(),
     "progress": set(),
     "row_stats": {"backends", "checks", "head", "vocab_parallel"},

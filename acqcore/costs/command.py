@@ -9,7 +9,6 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,6 +17,7 @@ from acqcore.costs.estimate import Figure, from_rates, from_runs
 from acqcore.costs.measure import measure
 from acqcore.costs.shape import Shape, read_config, shape_of, stored_dtype
 from acqcore.costs.work import Work
+from acqcore.options import at_least, json_value
 from acqcore.progress import print_table
 from acqcore.students.loading import DTYPES
 
@@ -29,30 +29,22 @@ ARGUMENTS_HELP = (
 )
 
 
-def json_value(text: str) -> Any:
-    """The value of an option that holds JSON."""
-    try:
-        return json.loads(text, object_pairs_hook=checks.unique_keys)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"expected JSON, got {text!r}: {error}") from None
-
-
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of ``acqcore plan``."""
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--student", metavar="M", help="hub id or local path to read the configuration from")
     source.add_argument("--config", metavar="F", help="the config.json of a transformers model; needs no weights")
-    add("--rows", type=int, required=True, metavar="N", help="rows to score")
-    add("--tokens", type=int, required=True, metavar="T", help="tokens per row (their mean, if rows differ)")
-    add("--scored", type=int, metavar="N", help="scored tokens per row (default: all but the first)")
+    add("--rows", type=at_least(1), required=True, metavar="N", help="rows to score")
+    add("--tokens", type=at_least(1), required=True, metavar="T", help="tokens per row (their mean, if rows differ)")
+    add("--scored", type=at_least(1), metavar="N", help="scored tokens per row (default: all but the first)")
     add("--acquisitions", default="entropy", metavar="A,B", help="as for 'acqcore score' (default: entropy)")
     add("--acquisition-args", type=json_value, metavar="JSON", help=ARGUMENTS_HELP)
     add("--batch-tokens", type=int, default=8192, metavar="N", help="maximum padded tokens per forward (default: 8192)")
     add("--dtype", choices=list(DTYPES), help="dtype of the weights (default: as stored)")
     add("--device", default="cpu", metavar="D", help="device (default: cpu)")
-    add("--threads", type=int, metavar="N", help="CPU threads (default: torch's current setting)")
-    add("--devices", type=int, default=1, metavar="N", help="extrapolate to N devices (default: 1)")
+    add("--threads", type=at_least(1), metavar="N", help="CPU threads (default: torch's current setting)")
+    add("--devices", type=at_least(1), default=1, metavar="N", help="extrapolate to N devices (default: 1)")
     add("--flops", type=float, metavar="F", help="FLOP/s achieved by a device not present here")
     add("--bandwidth", type=float, metavar="B", help="bytes/s achieved by a device not present here")
     add("--json", action="store_true", help="print JSON instead of tables")
@@ -60,9 +52,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the plan."""
-    checks.positive_int("devices", options.devices)
-    if options.threads is not None:
-        checks.positive_int("threads", options.threads)
     if (options.flops is None) != (options.bandwidth is None):
         raise ValueError("--flops and --bandwidth: expected both or neither")
     if options.flops is not None:
@@ -145,4 +134,4 @@ def seconds(value: float) -> str:
         return f"{value / 60:.1f} min"
     if value >= 0.1 or value == 0:
         return f"{value:.{max(0, 1 - math.floor(math.log10(value))) if 0 < value < 10 else 1}f} s"
-    return f"{value * 1e3:.2g} ms"
+    return f"{float(f'{value * 1e3:.2g}'):g} ms"

@@ -55,14 +55,11 @@ class Work:
         arguments: Mapping[str, Mapping[str, Any]] | None,
     ) -> Work:
         """Raises ValueError or TypeError for work that cannot be scored or planned."""
-        checks.positive_int("rows", rows)
-        checks.positive_int("tokens", tokens)
         if tokens < 2:
             raise ValueError(f"tokens: expected at least 2 (a scored token and its predecessor), got {tokens}")
         if shape.max_tokens is not None and tokens > shape.max_tokens:
             raise ValueError(f"tokens: the student takes at most {shape.max_tokens} tokens, got {tokens}")
         scored = tokens - 1 if scored is None else scored
-        checks.positive_int("scored", scored)
         if scored >= tokens:
             raise ValueError(f"scored: expected at most {tokens - 1} of a row of {tokens} tokens, got {scored}")
         work = cls(rows, tokens, scored, batch_tokens, tuple(acquisitions), {} if arguments is None else arguments)
@@ -109,7 +106,8 @@ def with_objects(acquisitions: Sequence[str], arguments: Mapping[str, Any], obje
     """The arguments, with missing required ones filled in from ``objects``."""
     filled = dict(arguments)
     for name in set(acquisitions) & set(objects):
-        filled[name] = {**{key: make() for key, make in objects[name].items()}, **filled.get(name, {})}
+        if isinstance(given := arguments.get(name, {}), Mapping):  # else the plan raises
+            filled[name] = {**{key: make() for key, make in objects[name].items()}, **given}
     return filled
 
 

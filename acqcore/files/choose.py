@@ -20,10 +20,11 @@ from acqcore import checks
 from acqcore.acquisitions import REGISTRY
 from acqcore.files import data as data_files
 from acqcore.files.data import Record, located
-from acqcore.files.parts import check_output, table_output
+from acqcore.files.parts import check_output
 from acqcore.files.table import write_rows
 from acqcore.files.worker import TOP_ROWS, encode_records, load_student, record_error, shorten, shown_column
 from acqcore.literals import Method
+from acqcore.options import at_least, table_output
 from acqcore.progress import print_table
 from acqcore.scoring.api import score
 from acqcore.scoring.gradients import badge_embedding
@@ -48,7 +49,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--student", metavar="M", help="hub id or local path; not needed if --signal is a column of the data")
     add("--out", required=True, type=table_output, metavar="F", help=".jsonl, .csv or .parquet")
-    add("--n", required=True, type=int, metavar="N", help="number of rows to choose")
+    add("--n", required=True, type=at_least(1), metavar="N", help="number of rows to choose")
     add(
         "--signal",
         metavar="A",
@@ -62,7 +63,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--among",
-        type=int,
+        type=at_least(1),
         metavar="N",
         help=f"number of highest-signal rows that a diverse method chooses from (default: {POOL_FACTOR} times --n, or "
         "all rows without --signal)",
@@ -115,7 +116,6 @@ class _Pool:
 
 def _check(options: argparse.Namespace) -> None:
     """Check what does not depend on the data."""
-    checks.positive_int("n", options.n)
     checks.literal("method", options.method, Method)
     checks.seed(options.seed)
     diverse = options.method != "top_k"
@@ -126,7 +126,6 @@ def _check(options: argparse.Namespace) -> None:
     if options.among is not None:
         if not diverse or options.signal is None:
             raise ValueError("--among: requires --signal and a diverse --method")
-        checks.positive_int("among", options.among)
         if options.among < options.n:
             raise ValueError(f"--among: expected at least --n = {options.n}, got {options.among}")
     if options.label_column is not None and (diverse or options.student is None):
@@ -134,8 +133,6 @@ def _check(options: argparse.Namespace) -> None:
     for name in _OF_STUDENT if options.student is None else ():
         if getattr(options, name) is not None:
             raise ValueError(f"{name}: requires --student")
-    if options.limit is not None:
-        checks.positive_int("limit", options.limit)
     if options.student is not None:
         if options.signal is not None:
             checks.one_of("signal", options.signal, REGISTRY)
@@ -143,9 +140,8 @@ def _check(options: argparse.Namespace) -> None:
             options.signal or "entropy", options.acquisition_args,
             reduction=options.reduction, topk=options.topk, batch_tokens=options.batch_tokens, backend=options.backend,
         )  # fmt: skip
+    data_files.check_extension(options.out)
     check_output(options.out, options.data, options.overwrite)
-    if not options.out.suffix:
-        raise ValueError(f"out: expected a name with an extension, got {options.out}")
 
 
 def _read(options: argparse.Namespace, data: Path) -> _Pool:

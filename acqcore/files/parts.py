@@ -3,7 +3,6 @@ its output may be written."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import errno
 import json
@@ -189,26 +188,9 @@ class Parts:
                 path.unlink(missing_ok=True)
 
 
-def output(name: str) -> Path:
-    """The path of an output. A link to a file gives the file's path."""
-    target = os.path.realpath(name)  # may not exist although the link works: /dev/stdout
-    to_file = os.path.islink(name) and (os.path.isfile(target) or not os.path.exists(name))
-    return Path(target if to_file else name)
-
-
-def table_output(name: str) -> Path:
-    """As :func:`output`, for a table, whose format follows from the extension."""
-    path = output(name)
-    if path.suffix != Path(name).suffix:
-        raise argparse.ArgumentTypeError(f"expected a link to a file of the same extension, got one to {path}")
-    return path
-
-
 def check_output(out: Path, data: Path, overwrite: bool) -> None:
-    """Check that ``out`` is a file of a known format, or, without an extension, a folder of parquet files. It must be
-    new, belong to an unfinished run, or be replaceable, and must not be the data."""
-    if not out.name:
-        raise ValueError(f"out: expected a name, got {str(out)!r}")
+    """Check that ``out`` is a file of a known format, or, without an extension, a folder of parquet files, and may be
+    written."""
     if out.suffix and out.suffix not in SUFFIXES:
         raise ValueError(
             f"extension of {out.name}: unknown {out.suffix!r}, expected one of {', '.join(SUFFIXES)}, or "
@@ -224,8 +206,7 @@ def check_output(out: Path, data: Path, overwrite: bool) -> None:
 
 
 def check_replaceable(out: Path, data: Path, overwrite: bool) -> None:
-    """Check that writing to ``out`` loses nothing: it is new, is empty, belongs to an unfinished run or may be
-    overwritten, and it is not the data."""
+    """Check that writing to ``out`` loses nothing: it is new, is empty or may be overwritten, and is not the data."""
     if not out.absolute().parent.is_dir():
         raise ValueError(f"out: the folder {out.parent} does not exist")
     if out.exists() and data.exists() and (out.samefile(data) or out.resolve() in data.resolve().parents):
@@ -235,7 +216,7 @@ def check_replaceable(out: Path, data: Path, overwrite: bool) -> None:
     if out.is_dir() and not holds_parts_alone(out):
         raise ValueError(f"out: the folder {out} contains files other than parts of an output")
     kept = out.exists() and (any(out.iterdir()) if out.is_dir() else out.stat().st_size > 0)
-    if kept and not overwrite and not Parts(out).begun:
+    if kept and not overwrite:
         raise ValueError(f"out: {out} exists; --overwrite replaces it")
 
 

@@ -8,12 +8,13 @@ from itertools import islice
 from pathlib import Path
 from typing import get_args
 
-from acqcore import checks
+from acqcore.acquisitions import GradientNeed
 from acqcore.files import data as data_files
-from acqcore.files.parts import check_replaceable, output
+from acqcore.files.parts import check_replaceable
 from acqcore.files.table import atomically
 from acqcore.files.worker import encode_records, load_student, record_error
 from acqcore.literals import Loss
+from acqcore.options import output
 from acqcore.scoring.gradients import influence_reference
 from acqcore.scoring.plan import Plan
 
@@ -39,8 +40,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Compute and write the reference of a file's rows. An unreadable row is an error, as a reference set is small and
     should be complete."""
-    if options.limit is not None:
-        checks.positive_int("limit", options.limit)
+    GradientNeed(options.parameters, options.loss, dim=options.dim, seed=options.seed)  # raises for invalid ones
     if options.out.is_dir():
         raise ValueError(f"out: expected a file, {options.out} is a folder")
     check_replaceable(options.out, options.data, options.overwrite)
