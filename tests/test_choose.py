@@ -231,6 +231,20 @@ def test_rows_without_a_finite_value_are_not_chosen(choose, tmp_path, monkeypatc
     assert "n: expected at most 3 (the number of rows with a finite value), got 4" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("signal", [None, "entropy"])
+def test_rows_without_a_finite_gradient_are_not_chosen(signal, choose, tmp_path, monkeypatch, capsys, read):
+    vectors = torch.tensor([[1.0, 0.0], [torch.nan, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    monkeypatch.setattr("acqcore.files.choose.badge_embedding", lambda *_, **__: vectors)
+    assert main(choose(ROWS[:4], n=2, method="k_center", signal=signal)) == 0
+    assert [row["row"] for row in read(tmp_path / "out.jsonl")] == [0, 3]
+    captured = capsys.readouterr()
+    assert "data.jsonl: line 2: its gradient is not finite" in captured.err
+    assert "2 of 4 rows chosen by k_center; 1 row with an error" in captured.out
+    (tmp_path / "out.jsonl").unlink()
+    assert main(choose(ROWS[:4], n=4, method="k_center", signal=signal)) == 2
+    assert "n: expected at most 3 (the number of rows with a finite gradient), got 4" in capsys.readouterr().err
+
+
 def test_a_row_too_long_for_a_member_is_not_chosen(choose, tiny_model, tokenizer, tmp_path, capsys, read):
     for folder, n in (("one", 16), ("two", 32)):
         tiny_model("GPT2", n_positions=n).save_pretrained(tmp_path / folder)

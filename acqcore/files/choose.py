@@ -160,7 +160,7 @@ def _read(options: argparse.Namespace, data: Path) -> _Pool:
         _read_column(options, pool)
     else:
         _tokenize(options, pool)
-    _print_errors(options, pool, pool.errors)
+    _reject(options, pool, pool.errors)
     checks.at_most("n", options.n, len(pool.indices), "the number of rows that can be chosen")
     return pool
 
@@ -220,7 +220,9 @@ def _label(value: Any) -> str | None:
     return str(value) or None if isinstance(value, str | int) else None
 
 
-def _print_errors(options: argparse.Namespace, pool: _Pool, errors: Mapping[int, str]) -> None:
+def _reject(options: argparse.Namespace, pool: _Pool, errors: Mapping[int, str]) -> None:
+    """Report rows that cannot be chosen."""
+    pool.errors.update(errors)
     for index, message in sorted(errors.items()):
         print(located(options.data, pool.records[index].line, message), file=sys.stderr)
 
@@ -236,8 +238,7 @@ def _score(options: argparse.Namespace, pool: _Pool) -> None:
     values = scores[options.signal].tolist()
     nan = [i for i, value in enumerate(values) if math.isnan(value)]
     bad = {pool.indices[i]: errors.get(i, "a value is not finite") for i in nan}
-    _print_errors(options, pool, bad)
-    pool.errors |= bad
+    _reject(options, pool, bad)
     keep = [i for i, index in enumerate(pool.indices) if index not in bad]
     pool.indices, pool.rows = [pool.indices[i] for i in keep], [pool.rows[i] for i in keep]
     pool.signal = [values[i] for i in keep]
@@ -253,7 +254,12 @@ def _pick(options: argparse.Namespace, pool: _Pool) -> list[int]:
         vectors = badge_embedding(
             pool.student, [pool.rows[i] for i in among], batch_tokens=options.batch_tokens, backend=options.backend
         )
-        return [among[i] for i in select(vectors, options.n, options.method, seed=options.seed).tolist()]
+        finite = vectors.isfinite().all(dim=1)
+        bad = [pool.indices[i] for i, whole in zip(among, finite, strict=True) if not whole]
+        _reject(options, pool, dict.fromkeys(bad, "its gradient is not finite"))
+        among = [i for i, whole in zip(among, finite, strict=True) if whole]
+        checks.at_most("n", options.n, len(among), "the number of rows with a finite gradient")
+        return [among[i] for i in select(vectors[finite], options.n, options.method, seed=options.seed).tolist()]
     if options.label_column is None:
         return ranked[: options.n]
     names = [str(_label(pool.records[i].values[options.label_column])) for i in pool.indices]
