@@ -221,7 +221,7 @@ def _score(options: argparse.Namespace) -> int:
                 parts.claim(manifest)
         return _run(options, job, blocks, executor, parts, begun)
     except _UsageError:
-        with suppress(OSError):  # an impossible name
+        with suppress(ValueError, OSError):  # another process's folder, an impossible name
             parts.remove_unclaimed()
         raise
     finally:
@@ -241,7 +241,7 @@ def _run(
             if executor.reports:
                 parts.remove_unused()
             kind = "" if isinstance(error, _WRONG_USAGE) else f"{type(error).__name__}: "
-            raise _UsageError(kind + (_first_line(error) or type(error).__name__)) from error
+            raise _UsageError(kind + _first_line(error)) from error
     if not executor.reports:
         return 0
     try:
@@ -261,7 +261,7 @@ def _run(
 def _first_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return str(error).strip().split("\n")[0]
+    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def _prepare(options: argparse.Namespace, parts: Parts) -> tuple[Job, list[Block], dict[str, Any]]:

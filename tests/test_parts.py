@@ -122,8 +122,13 @@ def test_a_run_killed_while_it_removes_its_files(n_removed, parts, tmp_path, mon
 
 
 def test_one_process_at_a_time(parts, tmp_path):
+    other = Parts(tmp_path / "o.csv")
     with pytest.raises(ValueError, match="out: another process is writing to"):
-        Parts(tmp_path / "o.csv").claim({"a": 1})
+        other.claim({"a": 1})
+    (parts.folder / "manifest.json").unlink()  # as before it is written
+    with pytest.raises(ValueError, match="out: another process is writing to"):
+        other.remove_unclaimed()
+    assert parts.folder.exists()
     parts.release()
     Parts(tmp_path / "o.csv").claim({"a": 1})
 

@@ -169,8 +169,9 @@ class Parts:
             self.folder.rmdir()
 
     def remove_unclaimed(self) -> None:
-        """Remove the folder if no run claimed it."""
+        """Remove the folder if no run claimed it; raises ValueError if another process is just doing so."""
         if self.folder.is_dir() and not self.begun:
+            self._lock()
             self.remove()
 
     def remove_unused(self) -> None:
