@@ -55,7 +55,7 @@ def test_conversations_and_limit(command, tmp_path, read):
 def test_rows_with_images_are_rejected_as_in_python(suffix, command, tmp_path, read):
     rows = [{"text": "a fox", "image": image} for image in (None, "fox.png")]
     data = tmp_path / f"given.{suffix}"
-    write_rows(data, rows, ["text", "image"], tmp_path / "none.jsonl")
+    write_rows(data, rows, ["text", "image"])
     assert main(command([], data=data)) == 0
     found = read(tmp_path / "out.jsonl")
     assert [row["error"] for row in found] == [None, "image: expected text, as only text is scored"]

@@ -120,7 +120,7 @@ def test_json_that_is_text(suffix, command, student, tmp_path, read):
         *([] if suffix == "csv" else [{"prompt": user, "completion": reply}]),
     ]
     data = tmp_path / f"given.{suffix}"
-    write_rows(data, rows, ["prompt", "completion"], tmp_path / "none.jsonl")
+    write_rows(data, rows, ["prompt", "completion"])
     assert main(command([], data=data, acquisitions="loss")) == 0
     scores = acqcore.score(str(student), rows, "loss", backend="eager")
     found = read(tmp_path / "out.jsonl")
@@ -141,7 +141,7 @@ def test_deeply_nested_json_text(levels, command, tmp_path, read):
     assert "tools" in found[2]["error"].lower()
     rows = [{"prompt": "a", "completion": deep}, {"prompt": "a", "completion": deep[:levels]}]
     for name in ("texts.csv", "texts.jsonl"):
-        write_rows(tmp_path / name, rows, ["prompt", "completion"], tmp_path / "none.jsonl")
+        write_rows(tmp_path / name, rows, ["prompt", "completion"])
         out = tmp_path / f"scored-{name}.jsonl"
         assert main(command([], data=tmp_path / name, out=out, max_length=9)) == 0
         assert [row["n_tokens"] for row in read(out)] == [8, 8]

@@ -21,7 +21,7 @@ from acqcore.acquisitions import REGISTRY
 from acqcore.files import data as data_files
 from acqcore.files.data import Record, located
 from acqcore.files.parts import check_output
-from acqcore.files.table import write_rows
+from acqcore.files.table import column_types, write_rows
 from acqcore.files.worker import TOP_ROWS, encode_records, load_student, record_error, shorten, shown_column
 from acqcore.literals import Method
 from acqcore.options import at_least, table_output
@@ -282,7 +282,7 @@ def _write(options: argparse.Namespace, data: Path, pool: _Pool, picked: Sequenc
         extra[pool.indices[i]] = {**value, _RANK: place}
     number = [] if "row" in pool.columns else ["row"]
     rows = [{**dict.fromkeys(number, i), **pool.records[i].values, **extra[i]} for i in sorted(extra)]
-    write_rows(options.out, rows, [*number, *pool.columns, *next(iter(extra.values()))], data)
+    write_rows(options.out, rows, [*number, *pool.columns, *next(iter(extra.values()))], column_types(data))
 
 
 def _report(options: argparse.Namespace, pool: _Pool, picked: Sequence[int]) -> None:

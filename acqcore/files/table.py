@@ -75,14 +75,13 @@ def write_block(path: Path, table: Mapping[str, Sequence[Any]], types: Mapping[s
                 _write_line(file, path.suffix, dict(zip(table, cells, strict=True)))
 
 
-def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str], source: Path) -> None:
-    """Write rows atomically as one file; raises ModuleNotFoundError for parquet without pyarrow.
-
-    jsonl omits a row's missing columns; the other formats leave their cells empty. Parquet output keeps the column
-    types of a parquet ``source``, the file that the rows come from.
-    """
+def write_rows(
+    path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str], types: Mapping[str, Any] | None = None
+) -> None:
+    """Write rows atomically as one file. jsonl omits a row's missing columns; the other formats leave their cells
+    empty. ``types`` as in :func:`write_block`."""
     if path.suffix == ".parquet":
-        write_block(path, {name: [row.get(name) for row in rows] for name in columns}, column_types(source))
+        write_block(path, {name: [row.get(name) for row in rows] for name in columns}, types)
         return
     with atomically(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         if path.suffix == ".csv":

@@ -69,10 +69,8 @@ class Job:
 
     @cached_property
     def types(self) -> dict[str, Any]:
-        """Output column -> type of the data's column, if both files are parquet."""
-        if (self.out.suffix or ".parquet") != ".parquet":
-            return {}
-        return {self.names[column]: kind for column, kind in column_types(self.data).items() if column in self.names}
+        """Output column -> type of the data's column, if the data are parquet."""
+        return {self.names[column]: kind for column, kind in column_types(self.data).items()}
 
     @property
     def shown(self) -> str:
