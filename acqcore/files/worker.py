@@ -139,24 +139,21 @@ class BlockScorer:
         records = self.reader.read(block)
         errors: dict[int, str] = {}
         rows = encode_records(records, job.columns, self.runner, job.max_length, errors)
-        figures = np.full((len(records), len(job.measured)), np.nan, dtype=np.float32)
-        tokens: list[list[list[float]]] = [[[] for _ in job.of_tokens] for _ in records]  # row, acquisition, token
         done = self.parts.load(block.index)
-        for i, (row_figures, row_tokens) in done.items():
-            figures[i], tokens[i] = row_figures, row_tokens
         ready = len(done) + sum(row.n_scored == 0 for row in rows)
         new_rows = new_tokens = 0
         count(ready)
         for batch in job.plan.batches(self.runner, rows, done):
             found = torch.cat([batch.values, *(batch.stderr[name][None] for name in job.plan.estimated)]).T
-            figures[batch.indices] = found.numpy()
-            of_batch = [[sample[name].tolist() for name in job.of_tokens] for sample in batch.tokens]
-            for i, row_tokens in zip(batch.indices, of_batch, strict=True):
-                tokens[i] = row_tokens
-            self.parts.append(block.index, batch.indices, found.tolist(), of_batch if job.keep_tokens else None)
+            of_tokens = [[sample[name].tolist() for name in job.of_tokens] for sample in batch.tokens]
+            self.parts.append(block.index, batch.indices, found.tolist(), of_tokens if job.keep_tokens else None)
             new_rows += len(batch.indices)
             new_tokens += batch.n_input_tokens
             count(ready + new_rows)
+        figures = np.full((len(records), len(job.measured)), np.nan, dtype=np.float32)
+        tokens: list[list[list[float]]] = [[[] for _ in job.of_tokens] for _ in records]  # row, acquisition, token
+        for i, (row_figures, row_tokens) in self.parts.load(block.index).items():
+            figures[i], tokens[i] = row_figures, row_tokens
         n_tokens = np.array([row.n_scored for row in rows], dtype=np.int64)
         lists: dict[str, Sequence[Any]] = {}
         if job.keep_tokens:
