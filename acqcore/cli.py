@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
 import importlib.metadata
 import io
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        The exit code: 0; 1 if no row could be scored, a block failed or stdout cannot be written; 2 for a usage error;
+        The exit code: 0; 1 if no row could be scored, a block failed, or stdout or a disk is full; 2 for a usage error;
         130 if interrupted.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # rows and paths may hold what its encoding lacks
@@ -76,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = str(error).replace(name, f"--{name.replace('_', '-')}", 1) if name in vars(options) else str(error)
         print(f"acqcore: error: {message}", file=sys.stderr)
         return 2
-    except OSError as error:  # stdout, if its disk is full
+    except OSError as error:  # such as a full disk under stdout
         print(f"acqcore: error: {_first_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -100,6 +101,8 @@ def _usage_errors() -> Iterator[None]:
     try:
         yield
     except _WRONG_USAGE as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EPIPE):
+            raise  # a full disk or a closed stdout
         raise _UsageError(_first_line(error)) from error
 
 
@@ -220,7 +223,7 @@ def _score(options: argparse.Namespace) -> int:
             if executor.reports:
                 parts.claim(manifest)
         return _run(options, job, blocks, executor, parts, begun)
-    except _UsageError:
+    except (_UsageError, OSError):
         with suppress(ValueError, OSError):  # another process's folder, an impossible name
             parts.remove_unclaimed()
         raise

@@ -36,6 +36,7 @@ def test_a_reference_file(command, student, tmp_path, read):
         (['{"text": "a fox"}', '{"body": "a"}'], "validation.jsonl: line 2: no column 'text'"),
         (['{"text": "a fox"}', "", '{"text": ""}'], "validation.jsonl: line 3: nothing to score"),
         (['{"prompt": "a", "completion": ""}'], "validation.jsonl: line 1: the completion is empty"),
+        ([], "validation.jsonl has no rows"),
     ],
 )
 def test_a_reference_set_is_whole(lines, message, student, tmp_path, refused):

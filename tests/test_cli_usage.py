@@ -167,11 +167,12 @@ def test_info_tells_backends_and_versions(capsys):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
-def test_a_full_disk_under_stdout_is_one_sentence():
+@pytest.mark.parametrize("words", ["info", "select --data scores.jsonl --signal x --n 1 --out best.jsonl"])
+def test_a_full_disk_under_stdout_is_one_sentence(words, tmp_path):
+    (tmp_path / "scores.jsonl").write_text('{"x": 1}\n')
+    command = [sys.executable, "-m", "acqcore", *words.split()]
     with open("/dev/full", "w") as full:
-        result = subprocess.run(
-            [sys.executable, "-m", "acqcore", "info"], stdout=full, stderr=subprocess.PIPE, text=True
-        )
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
     assert result.returncode == 1
     assert result.stderr.startswith("acqcore: error: No space left on device\n")
 

@@ -44,7 +44,9 @@ def run(options: argparse.Namespace) -> int:
     if options.out.is_dir():
         raise ValueError(f"out: expected a file, {options.out} is a folder")
     check_replaceable(options.out, options.data, options.overwrite)
-    _, present = data_files.scan(options.data, data_files.BLOCK_ROWS, options.limit)
+    blocks, present = data_files.scan(options.data, data_files.BLOCK_ROWS, options.limit)
+    if not blocks:
+        raise ValueError(f"data: {options.data} has no rows")
     columns = data_files.choose_columns(present, options.prompt_column, options.completion_column, options.text_column)
     records = list(islice(data_files.records(options.data), options.limit))
     for record in records:
