@@ -29,7 +29,7 @@ from acqcore.files.executors import Executor, executor_of
 from acqcore.files.parts import Parts, check_output
 from acqcore.files.summary import Summary
 from acqcore.files.table import join, keep_top
-from acqcore.files.worker import ATTEMPTS, Job, write_failed
+from acqcore.files.worker import ATTEMPTS, Job, shown_column, write_failed
 from acqcore.literals import Reduction
 from acqcore.options import at_least, json_value, table_output
 from acqcore.progress import print_table, progress_bar
@@ -348,7 +348,7 @@ def _collect(
     options: argparse.Namespace, job: Job, parts: Parts, blocks: Sequence[Block], new: Collection[int]
 ) -> Summary:
     """Summary of all blocks. Reports rows that could not be scored and marks the rows of failed blocks."""
-    summary = Summary(job.plan.names, job.shown)
+    summary = Summary(job.plan.names, shown_column(job.columns))
     for block in blocks:
         report = parts.report(block.index)
         if report is not None:

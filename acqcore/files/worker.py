@@ -73,10 +73,6 @@ class Job:
         return {self.names[column]: kind for column, kind in column_types(self.data).items()}
 
     @property
-    def shown(self) -> str:
-        return shown_column(self.columns)
-
-    @property
     def output_columns(self) -> list[str]:
         return ["row", *self.names.values(), *self._own]
 
@@ -165,6 +161,7 @@ class BlockScorer:
         valid = np.flatnonzero(np.isfinite(values).all(axis=1))
         top = valid[np.argsort(-values[valid, 0], kind="stable")][:TOP_ROWS]
         columns = values[valid].astype(np.float64).T
+        shown = shown_column(job.columns)
         report = {
             "rows": len(records),
             "valid": len(valid),  # rows with a finite value of every acquisition
@@ -175,7 +172,7 @@ class BlockScorer:
                 if len(valid)
             },
             # The highest rows by the first acquisition: value, row of the data from 0, text.
-            "top": [(float(values[i, 0]), block.start + int(i), shorten(records[i].values[job.shown])) for i in top],
+            "top": [(float(values[i, 0]), block.start + int(i), shorten(records[i].values[shown])) for i in top],
             "new_rows": new_rows,  # scored since the last interruption
             "new_tokens": new_tokens,
             "started": started,  # seconds since the epoch
