@@ -67,7 +67,6 @@ class Parts:
             found, wanted = _manifest(path), json.loads(text)
             for key in (*wanted, *found):
                 if found.get(key) != wanted.get(key):
-                    self.release()
                     raise ValueError(
                         f"out: {folder} holds an interrupted run with different {key} ({found.get(key)!r:.60} there, "
                         f"{wanted.get(key)!r:.60} here); repeat its command to finish it, or remove the folder"
