@@ -307,10 +307,10 @@ def _prepare(options: argparse.Namespace, parts: Parts) -> tuple[Job, list[Block
         device=options.device,
         keep_tokens=options.keep_tokens,
     )
-    return job, blocks, _manifest(options, data, columns)
+    return job, blocks, _manifest(options, data, columns, parts.folder)
 
 
-def _manifest(options: argparse.Namespace, data: Path, columns: dict[str, str]) -> dict[str, Any]:
+def _manifest(options: argparse.Namespace, data: Path, columns: dict[str, str], parts: Path) -> dict[str, Any]:
     """Everything that values and batches depend on; the engine is not part of it."""
     keys = (
         "student", "acquisitions", "acquisition_args", "reduction", "topk", "batch_tokens", "max_length", "dtype",
@@ -319,19 +319,19 @@ def _manifest(options: argparse.Namespace, data: Path, columns: dict[str, str]) 
     return {
         **{key: getattr(options, key) for key in keys},
         "columns": columns,
-        "data": _content(data),
-        "student_files": _content(Path(options.student)),
-        "argument_files": {path: _content(Path(path)) for path in _paths(options.acquisition_args)},
+        "data": _content(data, parts),
+        "student_files": _content(Path(options.student), parts),
+        "argument_files": {path: _content(Path(path), parts) for path in _paths(options.acquisition_args)},
         "version": __version__,
     }
 
 
-def _content(path: Path) -> str | list[list[Any]]:
-    """The digest of a file, or the sizes and times of a folder's files."""
+def _content(path: Path, parts: Path) -> str | list[list[Any]]:
+    """The digest of a file, or the sizes and times of a folder's files outside ``parts``."""
     if path.is_file():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    return data_files.listing(path)
+    return data_files.listing(path, parts)
 
 
 def _paths(value: Any) -> Iterator[str]:

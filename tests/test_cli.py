@@ -150,20 +150,26 @@ def test_a_killed_run_goes_on_where_it_stopped(command, tmp_path, read):
         assert [row["entropy"], row["loss"]] == values
 
 
-def test_another_run_may_not_take_over(command, tmp_path, monkeypatch, capsys, refused):
-    rows = [{"text": text} for text in TEXTS]
-
+@pytest.mark.parametrize("name", ["out.jsonl", "student/out.jsonl"])
+def test_another_run_may_not_take_over(name, command, tmp_path, monkeypatch, capsys, refused):
+    rows, out = [{"text": text} for text in TEXTS], tmp_path / name
     with monkeypatch.context() as patch:
         patch.setattr("acqcore.scoring.plan.Plan.batches", Mock(side_effect=KeyboardInterrupt))
-        assert main(command(rows)) == 130
+        assert main(command(rows, out=out)) == 130
     assert "the same command resumes" in capsys.readouterr().err
-    message = refused(command(rows, acquisitions="margin"))
+    message = refused(command(rows, out=out, acquisitions="margin"))
     assert "holds an interrupted run with different acquisitions ('entropy' there, 'margin' here)" in message
-    assert "with different data" in refused(command(rows[1:]))
-    (tmp_path / "out.jsonl").write_text("keep")
+    assert "with different data" in refused(command(rows[1:], out=out))
+    assert main(command(rows, out=out)) == 0
+
+
+def test_an_interrupted_run_gives_away_no_file(command, tmp_path, monkeypatch, refused):
+    out, rows = tmp_path / "out.jsonl", [{"text": "a fox", "x": 1}]
+    out.write_text("keep")
+    monkeypatch.setattr("acqcore.scoring.plan.Plan.batches", Mock(side_effect=KeyboardInterrupt))
+    assert main([*command(rows), "--overwrite"]) == 130
     words = ["select", *command(rows)[3:7], "--n", "1", "--signal", "x"]
-    assert refused(words) == f"--out: {tmp_path / 'out.jsonl'} exists; --overwrite replaces it"
-    assert main(command(rows)) == 0
+    assert refused(words) == f"--out: {out} exists; --overwrite replaces it"
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])

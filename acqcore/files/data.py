@@ -70,9 +70,7 @@ def local_file(data: Path, config: str | None, split: str, folder: Path) -> Path
     checks.installed("datasets", f"--data {data}", "train")
     import datasets
 
-    # The output's own folder of parts may lie within the data set's.
-    content = [entry for entry in listing(data) if folder.name not in Path(entry[0]).parts]
-    key = hashlib.sha256(repr((str(data), config, split, content)).encode()).hexdigest()[:12]
+    key = hashlib.sha256(repr((str(data), config, split, listing(data, folder))).encode()).hexdigest()[:12]
     target = folder / f"dataset-{key}.parquet"
     if not target.exists():
         try:
@@ -86,10 +84,12 @@ def local_file(data: Path, config: str | None, split: str, folder: Path) -> Path
     return target
 
 
-def listing(folder: Path) -> list[list[Any]]:
-    """The names, sizes and times of a folder's files, at any depth; empty if it is not a folder."""
+def listing(folder: Path, parts: Path) -> list[list[Any]]:
+    """The names, sizes and times of a folder's files, at any depth; empty if it is not a folder. Files in an output's
+    ``parts``, which may lie within the folder, are left out."""
     files = sorted(folder.rglob("*")) if folder.is_dir() else []
-    return [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files if f.is_file()]
+    kept = [f for f in files if f.is_file() and parts.name not in f.parts]
+    return [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in kept]
 
 
 def check_extension(path: Path) -> None:
