@@ -47,11 +47,7 @@ def test_parquet_types_are_kept(options, command, tmp_path):
     }
     given = pyarrow.table({"text": ["a fox", "the dog"], **columns})
     parquet.write_table(given, tmp_path / "in.parquet")
-    arguments = command([], data=tmp_path / "in.parquet", out=tmp_path / "out.parquet", acquisitions="entropy")
-    assert (
-        main([*arguments, *(word for key, n in options.items() for word in (f"--{key.replace('_', '-')}", str(n)))])
-        == 0
-    )
+    assert main(command([], data=tmp_path / "in.parquet", out=tmp_path / "out.parquet", **options)) == 0
     found = parquet.read_table(tmp_path / "out.parquet")
     for name in given.column_names:
         column = found.column("data_entropy" if name == "entropy" else name)
