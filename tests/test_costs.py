@@ -443,6 +443,7 @@ def test_blocks_of_several_kinds_and_long_rows_are_noted(tiny_model, tmp_path, c
         ({"flops": -1, "bandwidth": 1}, "flops: expected a number > 0, got -1"),
         ({"device": "h100"}, "device: 'h100' is not on this machine and cannot be measured"),
         ({"config": "missing.json"}, "config: no file or folder missing.json"),
+        ({"config": None, "student": "./missing"}, "--student: no file or folder ./missing"),
         ({"config": None}, "one of the arguments --student --config is required"),
         ({"student": "x"}, "not allowed with argument"),
     ],
@@ -458,6 +459,7 @@ def test_without_transformers(arguments, refused, monkeypatch):
 
 
 def test_a_model_that_does_not_fit_is_not_measured(arguments, capsys, monkeypatch):
+    monkeypatch.delattr("os.getloadavg")  # as on Windows
     monkeypatch.setattr(measuring, "free_bytes", lambda device: 10 * MIB)
     assert main(arguments()) == 2
     error = capsys.readouterr().err

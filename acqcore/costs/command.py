@@ -57,9 +57,9 @@ def run(options: argparse.Namespace) -> int:
     if options.flops is not None:
         checks.positive("flops", options.flops)
         checks.positive("bandwidth", options.bandwidth)
-    if options.config is not None and not Path(options.config).exists():
-        raise ValueError(f"config: no file or folder {options.config}")
     source = options.student or options.config
+    if not Path(source).exists() and (options.config or source.startswith(("/", ".", "~"))):
+        raise ValueError(f"{'config' if options.config else 'student'}: no file or folder {source}")
     config = read_config(source)
     dtype = DTYPES[options.dtype] if options.dtype else stored_dtype(config)
     shape = shape_of(config, dtype)
@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
             )
         if sys.stderr.isatty():
             print("measuring models of a few blocks; this takes about half a minute", file=sys.stderr)
-        busy = os.getloadavg()[0]
+        busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
         runs = measure(source, config, shape, work, options.device, options.threads)
         estimate = from_runs(shape, work, runs, options.devices, on_cpu)
     notes = _notes(shape, work, busy)
