@@ -46,9 +46,8 @@ def _labelled(question: str, label: str) -> Sample:
 
 
 def _label(row: Row, column: str) -> str:
-    """The name of a label, numbers as digits; ValueError if it is missing, empty or has several lines."""
-    value = row.get(column)
-    name = str(value) if type(value) is int else text(row, column)
+    """The name of a label; ValueError if it is missing, empty or has several lines."""
+    name = text(row, column)
     if "\n" in name:
         raise ValueError(f"{column}: expected a name of one line, got {name!r:.60}")
     return name

@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import ClassVar
 
 from acqsynth.domains import sandbox
-from acqsynth.domains.base import Domain, Layout, Messages, Row, Sample, ask_for_sample, text
+from acqsynth.domains.base import Domain, Layout, Messages, Row, Sample, ask_for_sample, optional, text
 
 _FENCED = re.compile(r"```[\w+-]*[ \t]*\r?\n(.*?)```", re.DOTALL)
 
@@ -40,7 +40,7 @@ def _mbpp(row: Row) -> Sample:
     program, tests = text(row, "code"), row["test_list"]
     if not isinstance(tests, list) or not tests or not all(isinstance(test, str) for test in tests):
         raise ValueError(f"test_list: expected a list of asserts, got {tests!r:.60}")
-    source = "\n".join([row.get("test_setup_code") or "", *tests]).strip()
+    source = "\n".join([optional(row, "test_setup_code"), *tests]).strip()
     gold, held = _parsed(program), _parsed(source)
     if gold is None or held is None:
         raise ValueError(f"{'code' if gold is None else 'test_list'}: not a Python program")
@@ -61,7 +61,7 @@ def _mbpp(row: Row) -> Sample:
 
 def _humaneval(row: Row) -> Sample:
     prompt, solution, name = row["prompt"], row["canonical_solution"], text(row, "entry_point")
-    for column in ("prompt", "canonical_solution"):
+    for column in ("prompt", "canonical_solution", "test"):
         text(row, column)  # only checked: indentation matters, so the text is not stripped
     return Sample(
         f"Complete this Python function:\n{fenced(prompt)}",
@@ -165,8 +165,8 @@ class Code(Domain):
             for i, (sample, program) in enumerate(zip(gold, programs, strict=True))
             if program is not None
         }
-        passed = dict(zip(jobs, self._passed(list(jobs.values())), strict=True))
-        return [passed.get(i, False) for i in range(len(answers))]
+        passed = self._passed(jobs)
+        return [i in passed for i in range(len(answers))]
 
     def require(self) -> None:
         if not self.unsafe_without_sandbox:
@@ -178,7 +178,7 @@ class Code(Domain):
         does. Tests that fit a wrong answer are not detected."""
         checked = [i for i, sample in enumerate(samples) if sample.extra.get("tests")]
         real = {i: _job(i, samples[i], _source(samples[i].answer)) for i in checked}
-        passed = [i for i, right in zip(real, self._passed(list(real.values())), strict=True) if right]
+        passed = self._passed(real)
         idle = [replace(real[i], program="", names=(), tests=_idle(real[i])) for i in passed]
         # The tests run once per constant. Only their failure proves anything: a timeout does not.
         results = self._run(idle, replace(self.limits, seconds=_IDLE_RUNS * self.limits.seconds))
@@ -216,8 +216,10 @@ class Code(Domain):
             return "the question does not name the function"
         return None
 
-    def _passed(self, jobs: list[sandbox.Job]) -> list[bool]:
-        return [result.status == "passed" for result in self._run(jobs, self.limits)]
+    def _passed(self, jobs: dict[int, sandbox.Job]) -> list[int]:
+        """The keys of jobs that pass."""
+        results = self._run(list(jobs.values()), self.limits)
+        return [i for i, result in zip(jobs, results, strict=True) if result.status == "passed"]
 
     def _run(self, jobs: list[sandbox.Job], limits: sandbox.Limits) -> list[sandbox.Result]:
         return sandbox.run(jobs, limits, workers=self.workers, unsafe_without_sandbox=self.unsafe_without_sandbox)

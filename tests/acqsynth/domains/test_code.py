@@ -123,19 +123,21 @@ def test_mbpp_rows(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("row", "message"),
     [
-        ({"test_list": []}, r"row 1: test_list: expected a list of asserts, got \[\]"),
-        ({"test_list": "assert add(1, 2) == 3"}, "row 1: test_list: expected a list of asserts"),
-        ({"test_list": ["assert"]}, "row 1: test_list: not a Python program"),
-        ({"test_list": ["assert 1 == 1"]}, "row 1: test_list: no assert calls what the code defines"),
-        ({"code": "def add("}, "row 1: code: not a Python program"),
-        ({"code": ""}, "row 1: code: expected text"),
+        (MBPP | {"test_list": []}, r"row 1: test_list: expected a list of asserts, got \[\]"),
+        (MBPP | {"test_list": "assert add(1, 2) == 3"}, "row 1: test_list: expected a list of asserts"),
+        (MBPP | {"test_list": ["assert"]}, "row 1: test_list: not a Python program"),
+        (MBPP | {"test_list": ["assert 1 == 1"]}, "row 1: test_list: no assert calls what the code defines"),
+        (MBPP | {"test_setup_code": ["import math"]}, r"row 1: test_setup_code: expected text, got \['import math'\]"),
+        (MBPP | {"code": "def add("}, "row 1: code: not a Python program"),
+        (MBPP | {"code": ""}, "row 1: code: expected text"),
+        (HUMANEVAL | {"test": None}, "row 1: test: expected text, got None"),
     ],
 )
-def test_a_broken_row_is_named(tmp_path, change, message):
+def test_a_broken_row_is_named(tmp_path, row, message):
     with pytest.raises(ValueError, match=message):
-        load(tmp_path / "a.jsonl", {**MBPP, **change})
+        load(tmp_path / "a.jsonl", row)
 
 
 @needs_sandbox
