@@ -30,13 +30,26 @@ def test_jsonl_and_parquet_give_the_same_samples_in_order(math, tmp_path):
     assert math.load(str(tmp_path / "rows.parquet"), limit=2) == expected[:2]
 
 
-def test_a_csv_and_numbers_are_rows_like_any_other(math, tmp_path):
-    """Domains read what ``acqcore score`` reads: CSV with a byte order mark, long cells and numeric answers."""
-    long = "What is 2 + 2?" + " Count." * 30_000
-    (tmp_path / "rows.csv").write_text(f"question,answer,id\n{long},4,1\nWhat is 1 + 1?,2,2\n", encoding="utf-8-sig")
-    assert math.load(str(tmp_path / "rows.csv")) == [Sample(long, "4"), Sample("What is 1 + 1?", "2")]
-    lines = [{"question": "What is 2 + 2?", "answer": 4}, {"question": "What is half of 1?", "answer": 0.5}]
-    assert [sample.answer for sample in math.load(jsonl(tmp_path / "rows.jsonl", lines))] == ["4", "0.5"]
+LONG = "What is 2 + 2?" + " Count." * 30_000
+DIGITS = "1" + "0" * 5000
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.csv", f"question,answer,id\n{LONG},4,1\nWhy?,2,2\n", [Sample(LONG, "4"), Sample("Why?", "2")]),
+        ("a.jsonl", '{"question": "Why?", "answer": 4}\n', [Sample("Why?", "4")]),
+        ("a.jsonl", '{"question": "Why?", "answer": 0.5}\n', [Sample("Why?", "0.5")]),
+        ("a.jsonl", f'{{"question": "Why?", "answer": {DIGITS[:401]}}}\n', [Sample("Why?", DIGITS[:401])]),
+        ("a.jsonl", f'{{"x": [-{DIGITS}, {{}}], "question": "Why?", "answer": "4"}}\n', [Sample("Why?", "4")]),
+    ],
+    ids=["long cells", "an integer", "a fraction", "a long integer", "a long integer that nobody reads"],
+)
+def test_files_are_read_as_acqcore_score_reads_them(math, tmp_path, name, content, expected):
+    path = tmp_path / name
+    for encoding in ("utf-8", "utf-8-sig"):
+        path.write_text(content, encoding=encoding)
+        assert math.load(str(path)) == expected
 
 
 def test_columns_are_mapped(math, tmp_path):
@@ -45,38 +58,12 @@ def test_columns_are_mapped(math, tmp_path):
     assert math.load(source, columns=columns) == [Sample("What is 2 + 2?", "4", "Count.")]
 
 
-def test_an_integer_of_any_length_that_nobody_reads_is_no_fault(math, tmp_path):
-    lines = [f'{{"id": {"9" * 5000}, "question": "What is 2 + 2?", "answer": "4", "x": [-{"1" * 4999}, {{"y": 12}}]}}']
-    assert math.load(jsonl(tmp_path / "rows.jsonl", lines)) == [Sample("What is 2 + 2?", "4")]
-    [(_, row)] = rows(jsonl(tmp_path / "rows.jsonl", lines))
-    assert row["x"][1] == {"y": 12}
-
-
-def test_a_long_integer_is_read_whole(math, tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"question": "What is 10^400?", "answer": 1' + "0" * 400 + "}\n")
-    assert math.load(str(path))[0].answer == "1" + "0" * 400
-
-
-def test_half_a_surrogate_pair_names_its_row(math, tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"question": "a?", "answer": "5"}\n{"question": "a \\ud83d b?", "answer": "5"}\n')
-    with pytest.raises(ValueError, match=r"rows\.jsonl: row 2: question: expected text in UTF-8, got 'a \\ud83d b\?'"):
-        math.load(str(path))
-
-
 @pytest.mark.parametrize("line", ["[" * 100_000, '{"a": ' * 50_000, '{"question": "\udcff"', "\x00", '"' * 100])
 def test_a_line_that_cannot_be_read_is_named(math, tmp_path, line):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(f"{json.dumps(ROWS[0])}\n{line}\n".encode(errors="surrogateescape"))
     with pytest.raises(ValueError, match=r"rows\.jsonl: row 2: not (JSON|UTF-8)"):
         math.load(str(path))
-
-
-def test_a_byte_order_mark_is_no_fault(math, tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps(ROWS[0]) + "\n", encoding="utf-8-sig")
-    assert math.load(str(path)) == [Sample("What is 0 + 1?", "1")]
 
 
 def test_rows_after_the_limit_are_not_read(math, tmp_path):
@@ -116,26 +103,28 @@ def test_a_wrong_mapping_names_the_columns_there_are(math, tmp_path):
         math.load(source, columns={"reason": "why"})
 
 
-def test_files_that_are_none(math, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", b"question,answer\n", r"a\.csv: no rows"),
+        ("a.txt", b"question,answer\n", r"a\.txt: expected a file that ends in \.jsonl or \.csv or \.parquet"),
+        ("a.parquet", b"question", r"a\.parquet: .*[Pp]arquet"),
+        ("a.jsonl", b"\xff\xfe\n", r"a\.jsonl: expected text in UTF-8, got UTF-16"),
+        ("a.csv", b"question,answer\nA caf\xe9?,4\n", r"a\.csv: row 1: question: expected text in UTF-8, got"),
+        ("a.jsonl", b'\n{"question": "\\ud83d", "answer": "5"}', r"row 2: question: expected text in UTF-8"),
+    ],
+)
+def test_files_that_cannot_be_read(math, tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        math.load(str(tmp_path / name))
+
+
+def test_arguments_are_checked_before_the_file(math, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.jsonl: no such file"):
         math.load(str(tmp_path / "nowhere.jsonl"))
-    (tmp_path / "rows.csv").write_text("question,answer\n")
-    with pytest.raises(ValueError, match=r"rows\.csv: no rows"):
-        math.load(str(tmp_path / "rows.csv"))
-    (tmp_path / "rows.txt").write_text("question,answer\n")
-    with pytest.raises(ValueError, match=r"rows\.txt: expected a file that ends in \.jsonl or \.csv or \.parquet"):
-        math.load(str(tmp_path / "rows.txt"))
-    (tmp_path / "rows.parquet").write_text("question")
-    with pytest.raises(ValueError, match=r"rows\.parquet: .*[Pp]arquet"):
-        math.load(str(tmp_path / "rows.parquet"))
-    (tmp_path / "bytes.jsonl").write_bytes(b"\xff\xfe\n")
-    with pytest.raises(ValueError, match=r"bytes\.jsonl: expected text in UTF-8, got UTF-16"):
-        math.load(str(tmp_path / "bytes.jsonl"))
-    (tmp_path / "latin.csv").write_bytes("question,answer\nHow many legs has a caf\xe9?,4\n".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"latin\.csv: row 1: question: expected text in UTF-8, got"):
-        math.load(str(tmp_path / "latin.csv"))
     with pytest.raises(ValueError, match="limit: expected an int >= 1, got 0"):
-        math.load(str(tmp_path / "rows.tsv"), limit=0)
+        math.load(str(tmp_path / "nowhere.jsonl"), limit=0)
 
 
 def test_a_hub_id_goes_to_datasets(math, monkeypatch):

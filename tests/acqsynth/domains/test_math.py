@@ -91,6 +91,7 @@ def math():
         ("So it is half a cup, ½", "½"),
         ("So x = 3 or so, and y = $\\frac{5}{2}$", "\\frac{5}{2}"),
         ("The mass is 10^-3 kg", "10^-3"),
+        ("The mass is 10^6kg.", "10^6"),
         ("The mass is $1.5 \\times 10^{-3}$ kg", "1.5 \\times 10^{-3}"),
         ("The mass is 1.5×10⁻³ kg", "1.5×10⁻³"),
         ("So 2^10", "2^10"),
@@ -105,6 +106,7 @@ def math():
         ("There are 12 on the 3rd day.", "12"),
         ("There are 12 by 5pm.", "12"),
         ("The 12 of 2pi", "12"),
+        *((f"So it is {value}.", None) for value in ("2pi", "2sinx", "3abc", "2.5x")),
         ("There are 12, not 5million", "12"),
         ("There are 12 in 3D.", "12"),
         ("It is 18.So it is.", "18"),
@@ -328,7 +330,7 @@ def test_times_where_a_question_asks_for_a_ratio(math):
 @pytest.mark.parametrize(
     ("gold", "answers"),
     [
-        ("4", ["(4)", "\\sqrt{16}", "2+2", "4.0", "x = 4", "f(2)=4", "\\text{Area} = 4", "8/2", "2^2", "\\{4\\}"]),
+        ("4", ["(4)", "\\sqrt{16}", "2+2", "4.0", "x = 4", "f(2)=4", "\\text{Area} = 4", "10/2.5", "2^2", "\\{4\\}"]),
         ("5000000", ["5 million", "\\$5 million", "5\\times 10^6", "5\\text{ million}", "5 million people"]),
         ("24", ["2 dozen", "2 dozen eggs", "24 eggs"]),
         ("3 km", ["3", "3.0 kilometers", "3 kilometres", "x = 3 km"]),
@@ -356,6 +358,7 @@ def test_times_where_a_question_asks_for_a_ratio(math):
         ("f(2)=3", ["f(2) = 3.0", "3"]),
         ("y=2x+1", ["y = 1 + 2x", "2x+1"]),
         ("4\\frac12 hours", ["4.5 hours", "9/2"]),
+        ("2.5 kg", ["2.5", "2 1/2", "2½"]),
         ("4", ["４", "4\u200b", "\u20664\u2069", "\ufeff4", "+4", "2²"]),
         ("1/2", ["½", "0.５", "1⁄2"]),
         ("-5/2", ["−2½", "–2.5", "-2 ½"]),
@@ -471,33 +474,6 @@ def test_the_same_answer_in_other_words(math, gold, answers):
     assert [answer for answer, equal in zip(answers, right, strict=True) if not equal] == []
 
 
-@pytest.mark.parametrize(
-    ("gold", "completion", "right"),
-    [
-        ("2", "The bag weighs 2.5kg.", False),
-        ("2.5", "The bag weighs 2.5kg.", True),
-        ("2.5 kg", "The bag weighs 2.5kg.", True),
-        ("1,234 km", "It costs 1,234km", True),
-        ("1500", "So it is 1.5e3", True),
-        ("0.75", "He needs 3/4cup", True),
-        ("4", "So 10/2.5", True),
-        ("2", "So it is 2pi.", False),
-        ("2", "So it is 2sinx.", False),
-        ("3", "So there are 3abc.", False),
-        ("6", "So it weighs 10^6kg.", False),
-        ("1/2", "He needs 2 1/2 cups.", False),
-        ("2.5", "He needs 2 1/2 cups.", True),
-        ("3", "So it is 10^-3.", False),
-        ("0.0015", "So it is 1.5×10⁻³ kg.", True),
-        ("2", "So it is \\frac{1}{2}.", False),
-        ("0", "So there are 5 000.", False),
-        ("2", "So it is 2.5x.", False),
-    ],
-)
-def test_a_unit_glued_to_a_number(math, gold, completion, right):
-    assert math.equivalent([Sample("?", gold)], [math.answer_of(completion)]) == [right]
-
-
 WORKINGS = [
     "So the answer is 3 + 4 = 7.",
     "\\boxed{3+4=7}",
@@ -573,33 +549,17 @@ def test_an_equation_is_compared_with_an_equation_as_a_whole(math):
     assert math.equivalent(golds, ["0 = 0", "3+4=7", "3 + 2 = 6"]) == [False, True, False]
 
 
-@pytest.mark.parametrize("part", ["1,111,", "1", "1.", "1/", "1 ", "1e5", ",111"])
-def test_long_numbers_are_read_in_linear_time(math, part):
-    begin = time.monotonic()
-    math.answer_of(part * (200_000 // len(part)) + "x")
-    assert time.monotonic() - begin < 5
-
-
 @pytest.mark.parametrize(
     "part",
     [
-        "\\boxed{",
-        "\\boxed",
-        "{",
-        "}",
-        "\\boxed{}",
-        "\\boxed{1",
-        "\\boxed {{",
-        "answer: ",
-        "answer is *",
-        "the ",
-        "answer:\n",
+        *("1,111,", "1", "1.", "1/", "1 ", "1e5", ",111", "\\boxed{", "\\boxed", "{", "}", "\\boxed{}", "\\boxed{1"),
+        *("\\boxed {{", "answer: ", "answer is *", "the ", "answer:\n"),
     ],
 )
 def test_long_completions_are_read_in_linear_time(math, part):
     begin = time.monotonic()
-    math.answer_of(part * (400_000 // len(part)))
-    math.answer_of(part * (200_000 // len(part)) + "\\boxed{7}")
+    for end in ("", "x", "\\boxed{7}"):
+        math.answer_of(part * (400_000 // len(part)) + end)
     assert time.monotonic() - begin < 5
 
 
