@@ -26,12 +26,20 @@ Kind = tuple[str, ...]
 
 @dataclass(frozen=True, eq=False)
 class Loaded:
-    """A served student. A request keeps the student it was tokenized for, even if another is loaded."""
+    """A served student. A request keeps the student it was tokenized for, even if another is loaded.
+
+    Raises:
+        ValueError: the student has no tokenizer.
+    """
 
     name: str  #: as requested
     version: int  #: 1 for the initial student
     fingerprint: str  #: hash of its parameters
     student: acqcore.Student
+
+    def __post_init__(self) -> None:
+        if self.student.tokenizer is None:
+            raise ValueError(f"student: {self.name} has no tokenizer")
 
     @functools.cached_property
     def vocab_size(self) -> int:
@@ -153,10 +161,10 @@ class Students:
             try:
                 student = await asyncio.to_thread(acqcore.Student.load, folder, device=self._device)
                 mark = await asyncio.to_thread(fingerprint, student)
+                self.current = Loaded(path, self.current.version + 1, mark, student)
             except Exception as error:  # transformers raises arbitrary exceptions for broken files
                 reason = str(error).strip().split("\n")[0].replace(str(self._root), "")
                 raise ServiceError("invalid_request", f"path: {path!r} cannot be loaded: {reason}") from error
-            self.current = Loaded(path, self.current.version + 1, mark, student)
             return self.current
 
 

@@ -15,7 +15,7 @@ import acqcore
 from acqsynth.parsing import parse_sample
 from acqsynth.serve.middleware import Access
 from acqsynth.serve.options import Limits
-from acqsynth.serve.students import Loaded, Question, Values
+from acqsynth.serve.students import Loaded, Question, Students, Values
 
 
 class Held:
@@ -230,8 +230,9 @@ class TestStudent:
         root = tmp_path / "root"
         with torch.no_grad():
             model.lm_head.weight.mul_(2)
-        for folder in (root / "second", tmp_path / "outside"):
+        for folder in (root / "second", tmp_path / "outside", root / "wordless"):
             model.save_pretrained(folder)
+        for folder in (root / "second", tmp_path / "outside"):
             tokenizer.save_pretrained(folder)
         with torch.no_grad():
             model.lm_head.weight.div_(2)
@@ -284,6 +285,7 @@ class TestStudent:
             ("adapter", "with a complete model"),
             ("second/config.json", "with a complete model"),
             ("broken", "'broken' cannot be loaded: "),
+            ("wordless", "'wordless' cannot be loaded: student: wordless has no tokenizer"),
         ],
     )
     def test_nothing_else_is_loaded_and_the_one_before_stays(self, change, root, path, message):
@@ -336,6 +338,11 @@ def test_samples_are_tokenized_while_others_are_scored(student):
     with ThreadPoolExecutor(1) as pool, student.alone():
         rows, _ = pool.submit(loaded.encode, ["a dog"], Limits(), None, ()).result(timeout=20)
     assert [row.ids.tolist() for row in rows] == [row.ids.tolist() for row in expected]
+
+
+def test_a_student_without_a_tokenizer_is_not_served(model):
+    with pytest.raises(ValueError, match="student: wordless has no tokenizer"):
+        Students(acqcore.Student.from_model(model.eval()), "wordless")
 
 
 def test_errors_carry_json_that_every_client_reads(ask, serve):
