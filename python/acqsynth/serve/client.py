@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from acqcore.students.tables import listed
 from acqsynth import checks
 from acqsynth.rewards.scoring import Scored
 from acqsynth.serve.options import TOKEN_VARIABLE, checked_token, is_loopback, token_from
@@ -133,7 +134,7 @@ class ScorerClient:
 
     async def score(
         self,
-        samples: Sequence[Any],
+        samples: Any,
         acquisitions: str | Sequence[str],
         *,
         arguments: Mapping[str, Mapping[str, Any]] | None = None,
@@ -149,10 +150,9 @@ class ScorerClient:
 
         Raises:
             ScorerError: the server rejects the request, or is not a scorer.
-            TypeError: samples are one string.
+            TypeError: samples are neither a list nor a table.
         """
-        if isinstance(samples, str):
-            raise TypeError("samples: expected a list of samples, got a string")
+        samples = listed(samples)
         acquisitions = [acquisitions] if isinstance(acquisitions, str) else list(acquisitions)
         question = {
             "acquisitions": acquisitions,
@@ -160,7 +160,7 @@ class ScorerClient:
             "reduction": reduction,
             "max_length": max_length,
         }
-        token = self._token if self._token is not None else token_from(TOKEN_VARIABLE, None)
+        token = self._token if self._token is not None else token_from(TOKEN_VARIABLE)
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         sound = [i for i, sample in enumerate(samples) if _encodable(i, sample)]
         chunks = [sound[i : i + self.batch] for i in range(0, len(sound), self.batch)]

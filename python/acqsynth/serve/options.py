@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -52,12 +51,12 @@ class Limits:
                 raise ValueError(f"{name}: expected seconds above 0, got {getattr(self, name)}")
 
 
-def token_from(variable: str, file: Path | None, environment: Mapping[str, str] | None = None) -> str | None:
+def token_from(variable: str, file: Path | None = None) -> str | None:
     """Reads a token from a file, else from an environment variable, else returns None. Tokens are never taken from the
     command line, which every user of the machine can read."""
     if file is not None:
-        return checked_token(file.read_text(encoding="utf-8"), str(file))
-    found = (os.environ if environment is None else environment).get(variable)
+        return checked_token(file.read_text(encoding="ascii", errors="replace"), str(file))
+    found = os.environ.get(variable)
     return None if found is None else checked_token(found, variable)
 
 

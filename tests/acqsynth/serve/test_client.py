@@ -11,6 +11,7 @@ import pickle
 import random
 
 import httpx
+import pandas
 import pytest
 
 from acqsynth.serve.client import CircuitBreaker, ScorerClient, ScorerError
@@ -140,6 +141,17 @@ def test_one_acquisition_may_be_named_alone(reached):
     values = asyncio.run(ScorerClient(URL).score(["3"], "entropy")).values
     assert values == {"entropy": [3.0]}
     assert json.loads(server.asked[0].content)["acquisitions"] == ["entropy"]
+
+
+def test_samples_may_be_a_table(reached):
+    reached(server := Server(httpx.Response(200, json={"values": {"loss": [1.0, 2.0]}, "n_tokens": [1, 1]})))
+    columns = {"text": ["a", "b"], "id": [1, 2]}
+    for table in (columns, pandas.DataFrame(columns)):
+        assert ask(ScorerClient(URL), table) == ({"loss": [1.0, 2.0]}, [1, 1])
+        assert json.loads(server.asked[-1].content)["samples"] == [{"text": "a"}, {"text": "b"}]
+    for other in ("abc", b"abc", None, iter("abc")):
+        with pytest.raises(TypeError, match="samples: expected a list of strings"):
+            ask(ScorerClient(URL), other)
 
 
 def test_the_token_is_sent(reached, monkeypatch):
@@ -356,8 +368,6 @@ def test_a_copy_of_another_process_finds_out_for_itself(reached):
     ],
 )
 def test_bad_arguments(options, message):
-    with pytest.raises(TypeError, match="samples: expected a list of samples, got a string"):
-        ask(ScorerClient(URL), "abc")
     with pytest.raises(ValueError, match=message):
         ScorerClient(**options)
     with pytest.raises(ValueError, match="failures: expected an int >= 1, got 0"):

@@ -39,18 +39,24 @@ def test_loopback(host, expected):
     assert is_loopback(host) is expected
 
 
-def test_tokens_come_from_a_file_before_the_environment(tmp_path):
-    file = tmp_path / "token"
-    file.write_text("from-file\n")
-    assert token_from(TOKEN_VARIABLE, file, {TOKEN_VARIABLE: "from-variable"}) == "from-file"
-    assert token_from(TOKEN_VARIABLE, None, {TOKEN_VARIABLE: "from-variable"}) == "from-variable"
-    assert token_from(TOKEN_VARIABLE, None, {}) is None
+def test_tokens_come_from_a_file_before_the_environment(tmp_path, monkeypatch):
+    monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
+    assert token_from(TOKEN_VARIABLE) is None
+    monkeypatch.setenv(TOKEN_VARIABLE, "from-variable")
+    assert token_from(TOKEN_VARIABLE) == "from-variable"
+    (tmp_path / "token").write_text("from-file\n")
+    assert token_from(TOKEN_VARIABLE, tmp_path / "token") == "from-file"
+    with pytest.raises(FileNotFoundError):
+        token_from(TOKEN_VARIABLE, tmp_path / "missing")
 
 
 @pytest.mark.parametrize("token", ["", "  ", "two words", "naïve", "a\nb"])
-def test_a_token_that_no_header_carries(token, tmp_path):
+def test_a_token_that_no_header_carries(token, tmp_path, monkeypatch):
     """An empty variable must not open the server."""
-    with pytest.raises(ValueError, match=f"{TOKEN_VARIABLE}: expected a token of visible ASCII characters"):
-        token_from(TOKEN_VARIABLE, None, {TOKEN_VARIABLE: token})
-    with pytest.raises(FileNotFoundError):
-        token_from(TOKEN_VARIABLE, tmp_path / "missing")
+    expected = "expected a token of visible ASCII characters"
+    monkeypatch.setenv(TOKEN_VARIABLE, token)
+    with pytest.raises(ValueError, match=f"{TOKEN_VARIABLE}: {expected}"):
+        token_from(TOKEN_VARIABLE)
+    (tmp_path / "token").write_text(token, encoding="latin-1")
+    with pytest.raises(ValueError, match=f"{tmp_path / 'token'}: {expected}"):
+        token_from(TOKEN_VARIABLE, tmp_path / "token")
