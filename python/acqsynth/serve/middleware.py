@@ -185,6 +185,7 @@ class Gate:
             await self.app(scope, receive, send)
             return
         begin = time.monotonic()
+        route = scope["path"] if scope["path"] in ROUTES else "other"
         status, _ = ERRORS["client_closed"]
 
         async def counted(message: Message) -> None:
@@ -203,12 +204,11 @@ class Gate:
             # The rest of the body may still arrive, so the connection cannot be reused.
             await error_response(error, close=True)(scope, receive, counted)
         except Exception:
-            logger.exception("%s failed", scope["path"] if scope["path"] in ROUTES else "a request")
+            logger.exception("a request failed, route %s", route)
             await error_response(ServiceError("internal", "the scorer failed; see its log"))(scope, receive, counted)
         finally:
             self._active -= 1
             self._held -= sum(map(len, pieces))
-            route = scope["path"] if scope["path"] in ROUTES else "other"
             self._metrics.requests.labels(route, str(status)).inc()
             self._metrics.seconds.labels(route).observe(time.monotonic() - begin)
 

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import contextlib
 import importlib.util
+import os
 import signal
 import socket
 import sys
@@ -28,13 +29,17 @@ HEAD_BYTES = 1 << 15  #: maximum bytes of request line and headers; a token and 
 
 
 class _Server(uvicorn.Server):
-    """Stops accepting immediately on a signal, not one tick later, and does not re-raise the signal at exit."""
+    """Stops accepting immediately on a signal, not one tick later, and does not re-raise the signal at exit. A second
+    interrupt ends the process."""
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
         self._service = service
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._service.stopping and sig == signal.SIGINT:
+            print("acqsynth: interrupted; requests in progress were not answered", file=sys.stderr, flush=True)
+            os._exit(130)  # the batch in progress cannot be cancelled
         self._service.stopping = True
         super().handle_exit(sig, frame)
 
@@ -52,11 +57,11 @@ def main(options: argparse.Namespace) -> int:
     """Serves until SIGTERM or SIGINT, then drains the accepted requests.
 
     Returns:
-        0, or 2 if the options are wrong.
+        0, or 2 if the options are wrong. A second SIGINT ends the process with 130.
     """
     try:
         service, listener = prepare(options)
-    except (ValueError, OSError, ModuleNotFoundError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         print(f"acqsynth: error: {str(error).strip().splitlines()[0]}", file=sys.stderr)
         return 2
     print(banner(service, listener, options), flush=True)
@@ -78,8 +83,8 @@ def prepare(options: argparse.Namespace) -> tuple[Service, socket.socket]:
     """Creates the service and its socket from the options; the cheap checks come first.
 
     Raises:
-        ValueError: invalid options, or the address is in use. OSError: no such student or file.
-        ModuleNotFoundError: transformers is not installed. RuntimeError: no backend runs on this machine.
+        ValueError: invalid options, a student that does not load, or the address is in use.
+        OSError: no such file. RuntimeError: the backend is not available on this machine.
     """
     access = Access(
         token_from(TOKEN_VARIABLE, options.token_file), token_from(ADMIN_TOKEN_VARIABLE, options.admin_token_file)
@@ -106,7 +111,10 @@ def prepare(options: argparse.Namespace) -> tuple[Service, socket.socket]:
 
         logging.disable_progress_bar()  # progress bars clutter log files
     try:
-        student = acqcore.Student.load(resolve(options.student), device=options.device)
+        try:
+            student = acqcore.Student.load(resolve(options.student), device=options.device)
+        except Exception as error:  # transformers raises arbitrary exceptions for broken files
+            raise ValueError(f"--student {options.student} cannot be loaded: {str(error).strip()}") from error
         students = Students(student, options.student, root=options.student_root, device=options.device)
         service = Service(
             students, limits=limits, access=access, acquisition=options.acquisition, backend=options.backend

@@ -200,6 +200,24 @@ def test_a_signal_lets_it_finish_what_it_took(start, root):
     assert "Traceback" not in (root / "stderr").read_text()
 
 
+def test_a_second_interrupt_ends_it_at_once(start, root):
+    process, url = start("--body-timeout", "60")
+    parts = urlsplit(url)
+    with socket.create_connection((parts.hostname, parts.port)) as client:
+        client.sendall(request_head("Authorization: Bearer secret\r\nContent-Length: 9"))
+        while metrics_of(httpx.get(f"{url}/metrics", headers=BEARER).text)["acqsynth_active_requests"] < 2:
+            pass
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(httpx.TransportError):
+            while True:
+                httpx.get(f"{url}/health")
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "answered" not in output
+    assert (root / "stderr").read_text() == "acqsynth: interrupted; requests in progress were not answered\n"
+
+
 class TestUsage:
     """Usage errors are reported in one sentence with exit code 2."""
 
@@ -216,39 +234,46 @@ class TestUsage:
         assert sentence.startswith("acqsynth: error: ")
         return sentence
 
-    @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "scorer.example.com"])
-    def test_other_machines_need_a_token(self, host, capsys):
-        error = self.fails(capsys, "--student", "nowhere", "--host", host)
-        assert f"--host {host} is not loopback and needs a token: set ACQSYNTH_TOKEN or pass --token-file" in error
+    @pytest.mark.parametrize(
+        ("options", "sentence"),
+        [
+            *(
+                (f"--host {host}", f"--host {host} is not loopback and needs a token: set ACQSYNTH_TOKEN or pass")
+                for host in ("0.0.0.0", "::", "192.0.2.1", "scorer.example.com")
+            ),
+            ("--student-root {root}", "--student-root needs an admin token: set ACQSYNTH_ADMIN_TOKEN"),
+            ("--student-root {root}/missing", "--student-root: no such folder"),
+            ("--token-file {root}/missing", "No such file"),
+            ("--student {root}/missing", "holds no model"),
+            ("--port 99999", "--port: expected 0 to 65535, got 99999"),
+            ("--max-samples 0", "max_samples: expected at least 1, got 0"),
+            ("--acquisition influence", "acquisition: unknown 'influence', expected one of"),
+            ("--backend nope", "backend: unknown 'nope'"),
+            ("--backend cuda", "'cuda'"),
+        ],
+    )
+    def test_wrong_options(self, capsys, root, options, sentence):
+        given = options.format(root=root).split()
+        assert sentence in self.fails(capsys, "--student", str(root / "one"), "--port", "0", *given)
+
+    def test_a_broken_student(self, capsys, root):
+        (root / "one" / "model.safetensors").write_bytes(b"")
+        error = self.fails(capsys, "--student", str(root / "one"), "--port", "0")
+        assert f"--student {root / 'one'} cannot be loaded: Error while deserializing header" in error
 
     def test_an_empty_token_is_none(self, capsys, monkeypatch):
         monkeypatch.setenv(TOKEN_VARIABLE, "")
         error = self.fails(capsys, "--student", "nowhere", "--host", "0.0.0.0")
         assert "ACQSYNTH_TOKEN: expected a token of visible ASCII characters" in error
 
-    def test_a_root_needs_an_admin_token(self, capsys, tmp_path):
-        error = self.fails(capsys, "--student", "nowhere", "--student-root", str(tmp_path))
-        assert "--student-root needs an admin token: set ACQSYNTH_ADMIN_TOKEN" in error
-        error = self.fails(capsys, "--student", "nowhere", "--student-root", str(tmp_path / "missing"))
-        assert "--student-root: no such folder" in error
-
     def test_an_address_that_is_taken(self, capsys):
         with socket.create_server(("127.0.0.1", 0)) as other:
             port = str(other.getsockname()[1])
             assert f"127.0.0.1:{port} cannot be bound" in self.fails(capsys, "--student", "nowhere", "--port", port)
-        assert "--port: expected 0 to 65535, got 99999" in self.fails(capsys, "--student", "nowhere", "--port", "99999")
 
-    def test_other_options(self, capsys, root, tmp_path):
-        one = str(root / "one")
-        assert "max_samples: expected at least 1, got 0" in self.fails(capsys, "--student", one, "--max-samples", "0")
-        error = self.fails(capsys, "--student", one, "--port", "0", "--acquisition", "influence")
-        assert "acquisition: unknown 'influence', expected one of" in error
-        assert "backend: unknown 'nope'" in self.fails(capsys, "--student", one, "--port", "0", "--backend", "nope")
-        assert "'cuda'" in self.fails(capsys, "--student", one, "--port", "0", "--backend", "cuda")
-        assert "No such file" in self.fails(capsys, "--student", one, "--token-file", str(tmp_path / "missing"))
-        self.fails(capsys, "--student", str(tmp_path / "missing"), "--port", "0")
+    def test_overrides_are_those_of_recipes(self):
         with pytest.raises(SystemExit) as caught:
-            main(["serve", "--student", one, "seed=1"])
+            main(["serve", "--student", "nowhere", "seed=1"])
         assert caught.value.code == 2
 
     def test_without_fastapi_it_says_what_to_install(self, capsys, monkeypatch):
