@@ -36,7 +36,7 @@ _RECURRING = re.compile(r"([-+]?)(\d*)\.(\d*)(?:\\(?:overline|bar|dot)\{(\d+)\}|
 _MODULO = re.compile(r"\(?\\?[pb]?mod(?:ulo)?(?![A-Za-z])\s*\{?(\d+|[A-Za-z])\}?\)?")
 _COMPARED = re.compile(r"\\([lg]e)q?(?:slant)?(?![A-Za-z])")
 _FUNCTION = re.compile(
-    r"(?<![\\A-Za-z])(pi(?![A-Za-z])|(?:(?:arc)?(?:sin|cos|tan)|cot|csc|ln|log)(?=\s*(?:[(\\{^_\d]|[A-Za-z](?![A-Za-z]))))"
+    r"(?<![\\A-Za-z])(pi(?![A-Za-z])|(?:(?:arc)?(?:sin|cos|tan)|cot|csc|exp|ln|log)(?=\s*(?:[(\\{^_\d]|[A-Za-z](?![A-Za-z]))))"
 )
 _EXPONENT = re.compile(r"\^(?:\(([^()]*)\)|\s*(-\s*(?:[\d.]*\d|[A-Za-z]))(?!\s*\^))")
 _BUILDER = re.compile(r"\\\{\s*([A-Za-z])\s*(?:\\mid|[:|])\s*(.*(?<![A-Za-z])\1(?![A-Za-z]).*)\\\}")
@@ -177,8 +177,8 @@ def quantity(answer: str) -> Quantity:
     if number is not None:
         while unit and unit[0] in SCALES:
             number, unit = number * SCALES[unit[0]], unit[1:]
-        scaled = str(number) != str(_rational(plain))
-        return Quantity(str(number), str(number) if scaled else plain, unit)
+        kept = _DECIMAL.fullmatch(plain) and number == _rational(plain)
+        return Quantity(str(number), plain if kept else str(number), unit)  # math-verify misreads 1e3, 0x10, 1 3/4
     if _RATIO.fullmatch(plain):
         terms = [int(term) for term in plain.split(":")]
         return Quantity(":".join(str(term // gcd(*terms)) for term in terms), plain, unit)
@@ -342,7 +342,7 @@ def compare(truth: Quantity, given: Quantity) -> bool | list[tuple[str, str]]:
     if truth.form == given.form or any(a == b for a, b in _sides(truth.plain, given.plain)):
         return True
     if {truth.unit, given.unit} & {("am",), ("pm",)}:
-        return False  # 10:30 is not a ratio
+        return truth.form.removesuffix(":00") == given.form.removesuffix(":00")  # 10:30 is not a ratio
     pairs = [(truth, given)]
     if (truth.unit == ("%",)) != (given.unit == ("%",)) and not _differ_in_reading(truth.plain, given.plain):
         pairs.append((_hundredth(truth), _hundredth(given)))
