@@ -1,10 +1,11 @@
 from __future__ import annotations
 
-import csv
 import json
 import time
 from collections import Counter
 
+import datasets
+import pandas
 import pytest
 
 from acqsynth import write
@@ -169,7 +170,7 @@ def test_a_free_prompt_names_no_label():
     assert "card" not in prompt[0]["content"]
 
 
-def test_a_label_with_one_seed_shows_that(tmp_path):
+def test_a_label_with_one_seed_shows_that():
     seeds = [row("Where?", "card"), row("When?", "card_arrival"), row("How long?", "card_arrival")]
     prompts = write.prompts(classification, seeds, 4, shown=2, seed=0)
     shown = Counter(prompt[0]["content"].count("<question>") - 1 for prompt in prompts)
@@ -180,15 +181,13 @@ def test_a_label_with_one_seed_shows_that(tmp_path):
 def test_rows_of_any_file(suffix, tmp_path):
     rows = [('Hello, "you"\nthere', 'say "hi", then go'), ("Where?", "card"), ("A, b", "card_arrival")]
     path = tmp_path / f"data.{suffix}"
-    names = ("utterance", "category")
+    frame = pandas.DataFrame(rows, columns=["utterance", "category"])
     if suffix == "csv":
-        with path.open("w", newline="") as file:
-            csv.writer(file).writerows([names, *rows])
+        frame.to_csv(path, index=False)
     elif suffix == "jsonl":
-        path.write_text("".join(json.dumps(dict(zip(names, values, strict=True))) + "\n" for values in rows))
+        frame.to_json(path, orient="records", lines=True)
     else:
-        pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-        parquet.write_table(pyarrow.Table.from_pylist([dict(zip(names, v, strict=True)) for v in rows]), path)
+        frame.to_parquet(path)
     found = classification.load(str(path), columns={"text": "utterance", "label": "category"})
     assert found == [row(text, label) for text, label in rows]
     with pytest.raises(ValueError, match=r"expected the columns \(text, label\) or \(text, intent\)"):
@@ -216,7 +215,6 @@ def test_rows_that_cannot_be_read(values, message, tmp_path):
 
 
 def test_classes_of_a_hub_data_set_have_their_names(monkeypatch):
-    datasets = pytest.importorskip("datasets")
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=LABELS)})
     texts = ["Who?", "Where?", "Why?", "When?"]
     found = datasets.Dataset.from_dict({"text": texts, "label": [-1, 0, None, 2]}, features)

@@ -34,6 +34,23 @@ def student(model, tokenizer):
 
 
 @pytest.fixture
+def tokenizing(student):
+    """``tokenizing(check)`` makes the student's tokenizer call ``check(texts)`` first."""
+    tokenizer = student.tokenizer
+
+    def wrap(check):
+        def wrapped(texts, **options):
+            check(texts)
+            return tokenizer(texts, **options)
+
+        wrapped.apply_chat_template = tokenizer.apply_chat_template
+        wrapped.is_fast = True
+        student.tokenizer = wrapped
+
+    return wrap
+
+
+@pytest.fixture
 def forwards(student):
     """Batch sizes of the student's forward passes from now on."""
     sizes = []
@@ -105,11 +122,11 @@ def samples():
 def root(model, tokenizer, tmp_path):
     """A folder with the students ``one`` and ``two``."""
     for name in ("one", "two"):
-        model.save_pretrained(tmp_path / name)
-        tokenizer.save_pretrained(tmp_path / name)
+        model.save_pretrained(tmp_path / "root" / name)
+        tokenizer.save_pretrained(tmp_path / "root" / name)
         with torch.no_grad():
             model.lm_head.weight.mul_(1.5)
-    return tmp_path
+    return tmp_path / "root"
 
 
 @pytest.fixture

@@ -141,22 +141,15 @@ class TestStructure:
 
 
 class TestSamples:
-    def test_a_sample_of_too_many_characters_is_told_alone(self, post, student):
-        long = "a" * 101
-        samples = ["a fox", long, "a dog", long[:100]]
-
-        answer = post("/score", {"samples": samples}, limits={"max_characters": 100}).json()
-        assert answer["errors"] == [{"index": 1, "message": "101 characters, at most 100 are tokenized"}]
-        scored = [samples[0], *samples[2:]]
-        expected = acqcore.score(student, scored, "entropy", progress=False)["entropy"].tolist()
-        assert [answer["values"]["entropy"][i] for i in (0, 2, 3)] == pytest.approx(expected, rel=2e-6)
-
     def test_samples_of_several_chunks_keep_their_places(self, post, student):
-        samples = ["one fox " * n for n in (6, 1, 5, 7, 2, 0, 9, 3)]
-
+        samples = ["a" * length for length in (48, 8, 40, 60, 16, 0, 61, 24)]
         answer = post("/score", {"samples": samples}, limits={"max_characters": 60}).json()
         assert [error["index"] for error in answer["errors"]] == [5, 6]
-        assert answer["n_tokens"] == [max(len(text) - 1, 0) if len(text) <= 60 else 0 for text in samples]
+        assert answer["errors"][1]["message"] == "61 characters, at most 60 are tokenized"
+        assert answer["n_tokens"] == [47, 7, 39, 59, 15, 0, 0, 23]
+        scored = [0, 1, 2, 3, 4, 7]
+        expected = acqcore.score(student, [samples[i] for i in scored], "entropy", progress=False)["entropy"].tolist()
+        assert [answer["values"]["entropy"][i] for i in scored] == pytest.approx(expected, rel=2e-6)
 
     def test_samples_of_several_chunks_are_of_one_kind(self, post):
         pair = {"prompt": "a fox\n", "completion": "runs"}
@@ -169,18 +162,12 @@ class TestSamples:
         assert [answer["valid"] for answer in answers] == [[True, False, True]] * 2
 
     @pytest.mark.parametrize("error", [KeyError("x"), RecursionError(), AttributeError("strip"), ValueError("\ud800")])
-    def test_whatever_one_sample_raises_is_its_own(self, post, student, error):
-        tokenizer = student.tokenizer
-
-        def picky(texts, **options):
+    def test_whatever_one_sample_raises_is_its_own(self, post, tokenizing, error):
+        def check(texts):
             if any("bad" in text for text in texts):
                 raise error
-            return tokenizer(texts, **options)
 
-        picky.apply_chat_template = tokenizer.apply_chat_template
-        picky.is_fast = True
-        student.tokenizer = picky
-
+        tokenizing(check)
         answer = post("/score", {"samples": ["a fox", "a bad dog", "a cat"]}).json()
         assert answer["valid"] == [True, False, True], answer["errors"]
         assert [found["index"] for found in answer["errors"]] == [1]

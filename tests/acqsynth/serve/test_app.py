@@ -97,19 +97,16 @@ class TestPressure:
         assert 'acqsynth_requests_total{route="/score",status="504"} 1.0' in metrics
         assert "acqsynth_queue_tokens 0.0" in metrics
 
-    def test_a_stopping_server_answers_what_it_took(self, asked, serve, held, student):
+    def test_a_stopping_server_answers_what_it_took(self, asked, serve, held, tokenizing):
         """Holds for requests in the model and for those still being tokenized."""
-        tokenizer, tokenizing, go_on = student.tokenizer, threading.Event(), threading.Event()
+        begun, go_on = threading.Event(), threading.Event()
 
-        def slow(texts, **options):
+        def slow(texts):
             if "slow" in texts:
-                tokenizing.set()
+                begun.set()
                 assert go_on.wait(20)
-            return tokenizer(texts, **options)
 
-        slow.apply_chat_template = tokenizer.apply_chat_template
-        slow.is_fast = True
-        student.tokenizer = slow
+        tokenizing(slow)
 
         async def main():
             service = serve()
@@ -117,7 +114,7 @@ class TestPressure:
                 taken = [asyncio.create_task(client.post("/score", json={"samples": ["a b"]}))]
                 await held.wait()
                 taken.append(asyncio.create_task(client.post("/score", json={"samples": ["slow"]})))
-                assert await asyncio.to_thread(tokenizing.wait, 20)
+                assert await asyncio.to_thread(begun.wait, 20)
                 service.stopping = True
                 refused, health = await client.post("/score", json={"samples": ["a b"]}), await client.get("/health")
                 go_on.set()
@@ -132,15 +129,12 @@ class TestPressure:
 
 class TestTokens:
     @pytest.mark.parametrize("path", ["/score", "/get_reward", "/student", "/metrics", "/openapi.json", "/nowhere"])
-    def test_nothing_reaches_the_model_without_the_token(self, ask, serve, forwards, path, student):
+    def test_nothing_reaches_the_model_without_the_token(self, ask, serve, forwards, path, tokenizing):
         """Without the token nothing is tokenized either, and the body, which may be of any size, is not read."""
         bodies = {"/score": {"samples": ["a b"]}, "/get_reward": {"query": [GOOD], "prompts": [""]}}
 
-        def fail(*arguments, **options):
-            raise AssertionError("tokenized")
-
-        student.tokenizer = fail
-
+        tokenized = []
+        tokenizing(tokenized.append)
         wrong = [{}, *({"authorization": text} for text in ("Bearer wrong", "Bearer ", "secret", "Basic c2Vj"))]
         wrong += [{"Authorization": "Bearer admin" if path != "/student" else "Bearer secret"}]
         requests = [
@@ -151,7 +145,7 @@ class TestTokens:
         for response in ask(serve(access=Access("secret", "admin")), *requests):
             assert error_of(response)[:2] == (401, "unauthorized")
             assert response.headers["www-authenticate"] == "Bearer"
-        assert forwards == []
+        assert forwards == tokenized == []
 
     def test_health_tells_strangers_that_it_lives_and_no_more(self, ask, serve):
         told, head = ask(serve(access=Access("secret")), ("GET", "/health", {}), ("HEAD", "/health", {}))
@@ -225,18 +219,12 @@ class TestMetrics:
 
 class TestStudent:
     @pytest.fixture
-    def root(self, model, tokenizer, tmp_path):
+    def root(self, root, model):
         """A student root with the student ``second``; another student lies outside it and must not be loaded."""
-        root = tmp_path / "root"
-        with torch.no_grad():
-            model.lm_head.weight.mul_(2)
-        for folder in (root / "second", tmp_path / "outside", root / "wordless"):
-            model.save_pretrained(folder)
-        for folder in (root / "second", tmp_path / "outside"):
-            tokenizer.save_pretrained(folder)
-        with torch.no_grad():
-            model.lm_head.weight.div_(2)
-        (root / "link").symlink_to(tmp_path / "outside")
+        (root / "one").rename(root.with_name("outside"))
+        (root / "two").rename(root / "second")
+        model.save_pretrained(root / "wordless")
+        (root / "link").symlink_to(root.with_name("outside"))
         (root / "empty").mkdir()
         (root / "adapter").mkdir()
         for name in ("config.json", "adapter_config.json"):

@@ -59,12 +59,13 @@ def scores(request: httpx.Request) -> httpx.Response:
 
 @pytest.fixture
 def reached(monkeypatch):
-    """``reached(server)`` makes every client talk to this server from now on."""
+    """``reached(server)`` makes every client talk to this server from now on, and returns it."""
     monkeypatch.delenv("ACQSYNTH_TOKEN", raising=False)
     original = httpx.AsyncClient
 
     def put(server):
         monkeypatch.setattr(httpx, "AsyncClient", functools.partial(original, transport=httpx.MockTransport(server)))
+        return server
 
     return put
 
@@ -123,8 +124,7 @@ class TestProxies:
 
 
 def test_answers_come_back_in_order_however_they_are_split(reached):
-    server = Server(200)
-    reached(server)
+    server = reached(Server(200))
     texts = [str(i) for i in range(20)]
     values, counts = ask(ScorerClient(URL, batch=3), texts)
     assert values == {"loss": [None if i == 13 else float(i) for i in range(20)]}
@@ -137,14 +137,14 @@ def test_answers_come_back_in_order_however_they_are_split(reached):
 
 
 def test_one_acquisition_may_be_named_alone(reached):
-    reached(server := Server(200))
+    server = reached(Server(200))
     values = asyncio.run(ScorerClient(URL).score(["3"], "entropy")).values
     assert values == {"entropy": [3.0]}
     assert json.loads(server.asked[0].content)["acquisitions"] == ["entropy"]
 
 
 def test_samples_may_be_a_table(reached):
-    reached(server := Server(httpx.Response(200, json={"values": {"loss": [1.0, 2.0]}, "n_tokens": [1, 1]})))
+    server = reached(Server(httpx.Response(200, json={"values": {"loss": [1.0, 2.0]}, "n_tokens": [1, 1]})))
     columns = {"text": ["a", "b"], "id": [1, 2]}
     for table in (columns, pandas.DataFrame(columns)):
         assert ask(ScorerClient(URL), table) == ({"loss": [1.0, 2.0]}, [1, 1])
@@ -155,8 +155,7 @@ def test_samples_may_be_a_table(reached):
 
 
 def test_the_token_is_sent(reached, monkeypatch):
-    server = Server(200)
-    reached(server)
+    server = reached(Server(200))
     ask(ScorerClient(URL, token="given"), ["1"])
     monkeypatch.setenv("ACQSYNTH_TOKEN", "of-environment")
     ask(ScorerClient(URL), ["1"])
@@ -174,8 +173,7 @@ def test_the_token_is_sent(reached, monkeypatch):
     ],
 )
 def test_what_may_get_better_is_asked_again(reached, failure, caplog):
-    server = Server(failure, failure, 200)
-    reached(server)
+    server = reached(Server(failure, failure, 200))
     assert ask(ScorerClient(URL, backoff=0.001), ["4"])[0] == {"loss": [4.0]}
     assert len(server.asked) == 3
     assert caplog.text.count("retrying in") == 2
@@ -183,8 +181,7 @@ def test_what_may_get_better_is_asked_again(reached, failure, caplog):
 
 @pytest.mark.parametrize("status", [301, 400, 401, 403, 404, 405, 413, 422])
 def test_what_can_not_is_raised_at_once(reached, status):
-    server = Server(status)
-    reached(server)
+    server = reached(Server(status))
     client = ScorerClient(URL)
     with pytest.raises(ScorerError, match=f"^http://scorer:8000: {status} words$"):
         ask(client, ["1"])
@@ -231,7 +228,7 @@ def test_a_message_is_short(reached, body):
 
 
 def test_the_password_of_the_url_is_sent_but_not_shown(reached, caplog):
-    reached(server := Server(503))
+    server = reached(Server(503))
     client = ScorerClient("http://user:secret@scorer:8000/", attempts=1)
     ask(client, ["1"])
     assert server.asked[0].headers["authorization"] == "Basic dXNlcjpzZWNyZXQ="
@@ -282,8 +279,7 @@ def test_the_time_of_a_call_is_kept(reached, caplog):
 def test_the_breaker_stops_asking_and_tries_once_later(reached, caplog):
     clock = Clock()
     client = ScorerClient(URL, attempts=2, backoff=0.001, breaker=CircuitBreaker(2, 30.0, clock))
-    server = Server(503)
-    reached(server)
+    server = reached(Server(503))
     for asked in (2, 4, 4, 4):  # opens after two requests of two tries each
         assert ask(client, ["1"])[0] == {"loss": [None]}
         assert len(server.asked) == asked
@@ -304,8 +300,7 @@ def test_the_breaker_stops_asking_and_tries_once_later(reached, caplog):
 def test_one_try_alone_while_it_is_open(reached):
     clock = Clock()
     client = ScorerClient(URL, batch=1, attempts=1, breaker=CircuitBreaker(1, 30.0, clock))
-    server = Server(503)
-    reached(server)
+    server = reached(Server(503))
     ask(client, ["1"])
     clock.now = 31.0
     ask(client, ["1", "2", "3", "4"])
@@ -321,8 +316,7 @@ def test_a_busy_server_does_not_open_it(reached):
 
 def test_a_short_absence_does_not_open_it(reached):
     """If the server restarts, all eight requests of a call fail together, and each is retried."""
-    server = Server(*[httpx.ConnectError("refused")] * 8, 200)
-    reached(server)
+    reached(Server(*[httpx.ConnectError("refused")] * 8, 200))
     client = ScorerClient(URL, batch=1, backoff=0.001)
     assert ask(client, [str(i) for i in range(8)])[0] == {"loss": [float(i) for i in range(8)]}
 
