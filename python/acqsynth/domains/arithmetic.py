@@ -14,11 +14,11 @@ import math
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar, Literal
 
-from acqsynth.domains.base import Domain, Layout, Messages, Sample, optional, text, written
+from acqsynth.domains.base import Domain, Messages, Sample, written
 
 Kind = Literal["strong", "weak", "coin", "table"]
 SPLITS = ("train", "test")
@@ -94,12 +94,6 @@ class Arithmetic(Domain):
 
     name: ClassVar[str] = "arithmetic"
     answer_tokens: ClassVar[int] = 32
-    layouts: ClassVar[Sequence[Layout]] = (
-        Layout(
-            ("question", "answer"),
-            lambda row: _with_skill(text(row, "question"), text(row, "answer"), optional(row, "reasoning")),
-        ),
-    )
 
     def generator_prompt(self, shown: Sequence[Sample]) -> Messages:
         return [{"role": "user", "content": "\n".join(["new", *map(self.tagged, shown)])}]
@@ -119,7 +113,7 @@ class Arithmetic(Domain):
 
     def parse(self, text: str) -> Sample | None:
         sample = super().parse(text)
-        return sample and _with_skill(sample.question, sample.answer, sample.reasoning)
+        return sample and _with_skill(sample)
 
     def fault(self, sample: Sample) -> str | None:
         return None if skill_of(sample.question) else "no question of a known skill"
@@ -128,11 +122,9 @@ class Arithmetic(Domain):
         """By computation; None for a coin's yes or no, which is undecidable; False for text that is not a question."""
         right: list[bool | None] = []
         for sample in samples:
-            skill, answer = skill_of(sample.question), self.canonical(sample.answer)
-            if skill is not None and SKILLS[skill].solve is None and answer in COIN:
-                right.append(None)
-            else:
-                right.append(answer == self.truth(sample.question))
+            read, answer = _read(sample.question), self.canonical(sample.answer)
+            tossed = read is not None and read[0].solve is None and answer in COIN
+            right.append(None if tossed else answer == self.truth(sample.question))
         return right
 
     def truth(self, question: str) -> str | None:
@@ -200,7 +192,7 @@ class Arithmetic(Domain):
             raise ValueError(f"question: expected the word of a skill and its numbers, got {question!r:.60}")
         skill, numbers = read
         reasoning, answer = self.solve(skill, numbers) or ("", self.toss(rng))
-        return _with_skill(question, answer, reasoning)
+        return _with_skill(Sample(question, answer, reasoning))
 
     def load(
         self, source: str, split: str = "train", columns: Mapping[str, str] | None = None, limit: int | None = None
@@ -213,7 +205,7 @@ class Arithmetic(Domain):
             if columns:
                 raise ValueError(f"columns: {source} has none, its rows are generated")
             return self.rows(ROWS if limit is None else limit, int(world[1] or 0), split=split)
-        return super().load(source, split, columns, limit)
+        return [_with_skill(sample) for sample in super().load(source, split, columns, limit)]
 
 
 class SkewedArithmetic(Arithmetic):
@@ -241,9 +233,9 @@ def skill_of(question: str) -> str | None:
     return read and read[0].name
 
 
-def _with_skill(question: str, answer: str, reasoning: str) -> Sample:
-    skill = skill_of(question)
-    return Sample(question, answer, reasoning, {} if skill is None else {"skill": skill})
+def _with_skill(sample: Sample) -> Sample:
+    skill = skill_of(sample.question)
+    return sample if skill is None else replace(sample, extra={"skill": skill})
 
 
 def _read(question: str) -> tuple[Skill, tuple[int, ...]] | None:

@@ -65,6 +65,11 @@ class Layout:
     optional: tuple[str, ...] = ()  #: columns that are read if present
 
 
+def pair(row: Row) -> Sample:
+    """The sample of the columns ``question``, ``answer`` and, if present, ``reasoning``."""
+    return Sample(text(row, "question"), text(row, "answer"), optional(row, "reasoning"))
+
+
 def written(sample: Sample, end: str = "\n") -> str:
     """A sample in the format of ``acqsynth.parsing``; ``end`` separates tags and fields."""
     parts = {"question": sample.question, "reasoning": sample.reasoning, "answer": sample.answer}
@@ -102,7 +107,8 @@ class Domain(ABC):
     answer_tokens: ClassVar[int] = 512
     #: whether :meth:`verify` can confirm an answer; by default, whether the domain overrides it
     proves: ClassVar[bool] = False
-    layouts: ClassVar[Sequence[Layout]] = ()  #: for :meth:`load`, which uses the first with all columns present
+    #: for :meth:`load`, which uses the first with all columns present
+    layouts: ClassVar[Sequence[Layout]] = (Layout(("question", "answer"), pair, ("reasoning",)),)
     class_names: ClassVar[bool] = False  #: read the classes of a hub data set by name, not by number
 
     def __init_subclass__(cls, **options: Any) -> None:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from itertools import groupby, takewhile
 from typing import Any, ClassVar, NamedTuple
 
-from acqsynth.domains.base import STATED, Domain, Layout, Messages, Row, Sample, ask_for_sample, optional, text
+from acqsynth.domains.base import STATED, Domain, Layout, Messages, Row, Sample, ask_for_sample, optional, pair, text
 
 LETTERS = "ABCD"
 DECISIONS = ("yes", "no", "maybe")
@@ -70,12 +70,10 @@ def _pubmedqa(row: Row) -> Sample:
     return Sample(question, decision, text(row, "long_answer"))
 
 
-def _plain(row: Row) -> Sample:
-    """``question`` (including its options, if any), ``answer`` and, if present, ``reasoning``."""
-    question = text(row, "question")
-    options = _options(question)
-    extra = {"options": options} if options else {}
-    return Sample(question, text(row, "answer"), optional(row, "reasoning"), extra)
+def _with_options(sample: Sample) -> Sample:
+    """The sample with the options of its question, if any, as ``extra["options"]``."""
+    options = _options(sample.question)
+    return replace(sample, extra={"options": options}) if options else sample
 
 
 class Medical(Domain):
@@ -86,7 +84,7 @@ class Medical(Domain):
         Layout(("question", "opa", "opb", "opc", "opd", "cop"), _medmcqa, ("exp",)),
         Layout(("question", "contexts", "long_answer", "final_decision"), _pubmedqa),
         Layout(("question", "context", "long_answer", "final_decision"), _pubmedqa),
-        Layout(("question", "answer"), _plain, ("reasoning",)),
+        Layout(("question", "answer"), lambda row: _with_options(pair(row)), ("reasoning",)),
     )
     proves: ClassVar[bool] = False  # verify only refutes
 
@@ -136,8 +134,7 @@ class Medical(Domain):
     def parse(self, text: str) -> Sample | None:
         """As :meth:`Domain.parse`; the options of the question become ``extra["options"]``."""
         sample = super().parse(text)
-        options = {} if sample is None else _options(sample.question)
-        return replace(sample, extra={"options": options}) if sample and options else sample
+        return sample and _with_options(sample)
 
     def fault(self, sample: Sample) -> str | None:
         if len(sample.question) < 20:

@@ -108,10 +108,9 @@ class ScorerClient:
             address = httpx.URL(url)
         except httpx.InvalidURL:
             address = httpx.URL()
-        bare = re.sub(r"//[^/]*@", "//", url)  # without the password
         sent = address.scheme in ("http", "https") and address.host and not re.search("[?#]", url)
         if not sent or (address.port or 0) > 65535:
-            raise ValueError(f"url: expected http://host:port, got {bare!r}")
+            raise ValueError(f"url: expected http://host:port, got {_without_password(url)!r}")
         for name, value in (("batch", batch), ("attempts", attempts)):
             checks.positive_int(name, value)
         if not isinstance(timeout, int | float) or not timeout > 0:
@@ -287,9 +286,8 @@ def _encodable(index: int, sample: Any) -> bool:
     return True
 
 
-def _without_password(proxy: str) -> str:
-    scheme, found, rest = proxy.rpartition("://")
-    return f"{scheme}{found}{rest.rpartition('@')[2]}"
+def _without_password(url: str) -> str:
+    return re.sub(r"(^|//)[^/]*@", r"\1", url)
 
 
 def _reason(response: httpx.Response) -> str:

@@ -61,7 +61,7 @@ def token_from(variable: str, file: Path | None = None) -> str | None:
 
 
 def checked_token(text: str, source: str) -> str:
-    """The token in ``text``, without white space around it; raises ValueError as :func:`token_from`."""
+    """The token in ``text``, without white space around it; ValueError, which names the source, if it is none."""
     token = text.strip() if isinstance(text, str) else ""
     if not token or not all("!" <= character <= "~" for character in token):
         raise ValueError(f"{source}: expected a token of visible ASCII characters without spaces")

@@ -216,9 +216,9 @@ def test_load_generated_rows():
 def test_load_a_file(tmp_path):
     path = tmp_path / "rows.jsonl"
     rows = WORLD.rows(9, 0)
-    lines = [{"q": row.question, "reasoning": row.reasoning, "answer": row.answer} for row in rows]
+    lines = [{"q": row.question, "why": row.reasoning, "answer": row.answer} for row in rows]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert WORLD.load(str(path), columns={"question": "q"}) == rows
+    assert WORLD.load(str(path), columns={"question": "q", "reasoning": "why"}) == rows
     with pytest.raises(ValueError, match="question"):
         WORLD.load(str(path))
     with pytest.raises(FileNotFoundError):

@@ -5,8 +5,9 @@ import json
 import datasets
 import pandas
 import pytest
+from fakes import PlainDomain
 
-from acqsynth.domains import Sample, domain
+from acqsynth.domains import Domain, Sample, domain
 from acqsynth.domains.base import rows
 
 ROWS = [{"question": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(5)]
@@ -50,6 +51,15 @@ def test_files_are_read_as_acqcore_score_reads_them(math, tmp_path, name, conten
     for encoding in ("utf-8", "utf-8-sig"):
         path.write_text(content, encoding=encoding)
         assert math.load(str(path)) == expected
+
+
+def test_a_domain_of_ones_own_reads_questions_and_answers(tmp_path):
+    class Own(PlainDomain):
+        load = Domain.load
+
+    rows = [{"question": "Why?", "answer": "So.", "reasoning": "As."}, {"question": "Who?", "answer": "I."}]
+    found = Own().load(jsonl(tmp_path / "rows.jsonl", rows))
+    assert found == [Sample("Why?", "So.", "As."), Sample("Who?", "I.")]
 
 
 def test_columns_are_mapped(math, tmp_path):
