@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
+import math
 import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -13,8 +14,8 @@ TOKEN_VARIABLE = "ACQSYNTH_TOKEN"
 ADMIN_TOKEN_VARIABLE = "ACQSYNTH_ADMIN_TOKEN"
 
 
-def _limit(default: float, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+def _limit(default: float, help: str, least: float = 1) -> Any:
+    return field(default=default, metadata={"help": help, "least": least})
 
 
 @dataclass(frozen=True)
@@ -22,33 +23,25 @@ class Limits:
     """Limits of a server, with help texts."""
 
     batch_tokens: int = _limit(8192, "maximum tokens per scoring call; requests are batched up to this")
-    batch_seconds: float = _limit(0.5, "maximum time per scoring call; requests wait for about three calls at most")
-    wait: float = _limit(0.005, "time a sample waits for others while the model is idle")
+    batch_seconds: float = _limit(0.5, "maximum time per scoring call; requests wait for about three at most", 0.001)
+    wait: float = _limit(0.005, "time a sample waits for others while the model is idle", 0)
     queue_tokens: int = _limit(262_144, "maximum tokens in the queue; requests beyond it get 429")
     max_samples: int = _limit(256, "maximum samples per request")
-    max_length: int = _limit(2048, "maximum tokens per sample")
+    max_length: int = _limit(2048, "maximum tokens per sample", 2)
     max_characters: int = _limit(1 << 16, "maximum characters per sample; longer ones are not tokenized")
     max_body: int = _limit(8 << 20, "maximum bytes per request body")
     max_bodies: int = _limit(64 << 20, "maximum total bytes of bodies held; requests beyond it get 429")
     max_requests: int = _limit(256, "maximum concurrent requests")
-    timeout: float = _limit(120.0, "maximum time from a request's arrival to its answer; after that it gets 504")
-    body_timeout: float = _limit(10.0, "maximum time for a body to arrive; after that it gets 408")
+    timeout: float = _limit(120.0, "maximum time from a request's arrival to its answer; after that it gets 504", 0.001)
+    body_timeout: float = _limit(10.0, "maximum time for a body to arrive; after that it gets 408", 0.001)
 
     def __post_init__(self) -> None:
-        for name in (
-            "batch_tokens", "queue_tokens", "max_samples", "max_characters", "max_body", "max_bodies", "max_requests"
-        ):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if self.max_length < 2:
-            raise ValueError(f"max_length: expected at least 2 tokens, got {self.max_length}")
+        for limit in fields(self):
+            value, least = getattr(self, limit.name), limit.metadata["least"]
+            if not least <= value < math.inf:
+                raise ValueError(f"{limit.name}: expected a finite number >= {least}, got {value}")
         if self.max_bodies < self.max_body:
             raise ValueError(f"max_bodies: expected at least max_body ({self.max_body} bytes), got {self.max_bodies}")
-        if not 0 <= self.wait < float("inf"):
-            raise ValueError(f"wait: expected at least 0 seconds, got {self.wait}")
-        for name in ("timeout", "body_timeout", "batch_seconds"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}: expected seconds above 0, got {getattr(self, name)}")
 
 
 def token_from(variable: str, file: Path | None = None) -> str | None:

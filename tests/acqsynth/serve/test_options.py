@@ -8,12 +8,13 @@ from acqsynth.serve.options import TOKEN_VARIABLE, Limits, is_loopback, token_fr
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_samples": 0}, "max_samples: expected at least 1, got 0"),
-        ({"max_length": 1}, "max_length: expected at least 2 tokens, got 1"),
-        ({"wait": -1.0}, "wait: expected at least 0 seconds, got -1.0"),
-        ({"wait": float("nan")}, "wait: expected at least 0 seconds"),
-        ({"timeout": 0.0}, "timeout: expected seconds above 0, got 0.0"),
-        ({"body_timeout": float("inf")}, "body_timeout: expected seconds above 0"),
+        ({"max_samples": 0}, "max_samples: expected a finite number >= 1, got 0"),
+        ({"max_length": 1}, "max_length: expected a finite number >= 2, got 1"),
+        ({"wait": -1.0}, "wait: expected a finite number >= 0, got -1.0"),
+        ({"wait": float("nan")}, "wait: expected a finite number >= 0, got nan"),
+        ({"timeout": 0.0}, "timeout: expected a finite number >= 0.001, got 0.0"),
+        ({"body_timeout": float("inf")}, "body_timeout: expected a finite number >= 0.001, got inf"),
+        ({"max_bodies": 1}, r"max_bodies: expected at least max_body \(8388608 bytes\), got 1"),
     ],
 )
 def test_limits_out_of_range(options, message):

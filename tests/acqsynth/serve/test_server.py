@@ -246,7 +246,7 @@ class TestUsage:
             ("--token-file {root}/missing", "No such file"),
             ("--student {root}/missing", "holds no model"),
             ("--port 99999", "--port: expected 0 to 65535, got 99999"),
-            ("--max-samples 0", "max_samples: expected at least 1, got 0"),
+            ("--max-samples 0", "max_samples: expected a finite number >= 1, got 0"),
             ("--acquisition influence", "acquisition: unknown 'influence', expected one of"),
             ("--backend nope", "backend: unknown 'nope'"),
             ("--backend cuda", "'cuda'"),
