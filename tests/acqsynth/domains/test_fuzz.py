@@ -1,18 +1,14 @@
-"""Fuzzed texts and data files raise only documented exceptions and are handled quickly.
-
-Seeds are fixed; ``make fuzz`` runs other seeds and more examples for an hour.
-"""
+"""Fuzzed texts and data files raise only documented exceptions and are handled quickly."""
 
 from __future__ import annotations
 
 import json
-import os
 import time
 
-import hypothesis
 import pyarrow
 import pyarrow.parquet
 import pytest
+from fuzzing import fuzzed
 from hypothesis import strategies as st
 
 from acqsynth.domains import DOMAINS, Sample, domain
@@ -21,8 +17,6 @@ from acqsynth.domains.math_check import MathChecker
 from acqsynth.normal_form import normal_form
 from acqsynth.rewards.gates import Length, New, NoLeak, NoRepetition, NotInEvaluation, Sound
 
-SEED = int(os.environ.get("FUZZ_SEED", "0"))
-FACTOR = int(os.environ.get("FUZZ_FACTOR", "1"))
 SLOW = 5.0  # maximum CPU seconds per example
 
 FRAGMENTS = [
@@ -54,21 +48,6 @@ texts = st.one_of(
     st.lists(st.sampled_from(FRAGMENTS), max_size=30).map("".join),
     st.builds(lambda part, size: part * (size // len(part)), st.sampled_from(FRAGMENTS), st.integers(1, 60_000)),
 )
-
-
-def fuzzed(examples, **strategies):
-    """Runs a test on generated examples, reproducible for a given ``FUZZ_SEED``."""
-
-    def decorate(function):
-        settings = hypothesis.settings(
-            max_examples=examples * FACTOR,
-            deadline=None,
-            database=None,
-            suppress_health_check=list(hypothesis.HealthCheck),
-        )
-        return hypothesis.seed(SEED)(settings(hypothesis.given(**strategies)(function)))
-
-    return decorate
 
 
 @pytest.fixture(scope="module")

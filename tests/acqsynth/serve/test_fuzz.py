@@ -1,13 +1,10 @@
 """Valid and invalid requests generated from the schema, and arbitrary bodies: none causes a 500, and the schema is
 accurate.
-
-Seeds are fixed; ``make fuzz`` runs other seeds and more examples for an hour.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import threading
 import time
@@ -18,6 +15,7 @@ import hypothesis
 import pytest
 import requests
 import schemathesis
+from fuzzing import SEED, fuzzed
 from hypothesis import strategies as st
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
@@ -29,9 +27,6 @@ from schemathesis.specs.openapi.checks import (
 
 from acqsynth.serve.app import create_app
 from acqsynth.serve.middleware import Access
-
-SEED = int(os.environ.get("FUZZ_SEED", "0"))
-FACTOR = int(os.environ.get("FUZZ_FACTOR", "1"))
 
 CHECKS: list[Any] = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 
@@ -50,15 +45,11 @@ def test_no_request_ends_in_a_500(serve, on_socket, forwards, mode, tmp_path):
             if mode == GenerationMode.NEGATIVE and operation.method == "get":
                 continue  # such a request cannot be invalid
 
-            @hypothesis.seed(SEED)
-            @hypothesis.settings(
-                max_examples=FACTOR * {"/score": 160, "/get_reward": 40, "/student": 40}.get(operation.path, 3),
-                deadline=None,
-                database=None,
-                suppress_health_check=list(hypothesis.HealthCheck),
+            @fuzzed(
+                {"/score": 160, "/get_reward": 40, "/student": 40}.get(operation.path, 3),
                 phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
+                case=operation.as_strategy(generation_mode=mode),
             )
-            @hypothesis.given(case=operation.as_strategy(generation_mode=mode))
             def check(case):
                 headers = {"Authorization": "Bearer admin"} if case.path == "/student" else {}
                 response = case.call(base_url=address, session=session, headers=headers)
@@ -161,11 +152,8 @@ def test_no_body_ends_in_a_500(start, root, memory):
     other.start()
     with requests.Session() as session:
 
-        @hypothesis.seed(SEED)
-        @hypothesis.settings(
-            max_examples=200 * FACTOR, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck)
-        )
-        @hypothesis.given(
+        @fuzzed(
+            200,
             path=st.sampled_from(["/score", "/score", "/get_reward", "/student"]),
             body=st.one_of(bodies, st.just({"samples": ["the quick brown fox"], "acquisitions": ["entropy"]})),
             cut=st.one_of(st.none(), st.integers(0, 200)),
