@@ -149,7 +149,7 @@ class ScorerClient:
 
         Raises:
             ScorerError: the server rejects the request, or is not a scorer.
-            TypeError: samples are neither a list nor a table.
+            TypeError: samples are neither a list nor a table, or arguments hold more than text and numbers.
         """
         samples = listed(samples)
         acquisitions = [acquisitions] if isinstance(acquisitions, str) else list(acquisitions)
@@ -159,6 +159,10 @@ class ScorerClient:
             "reduction": reduction,
             "max_length": max_length,
         }
+        try:
+            json.dumps(arguments, allow_nan=False)
+        except (TypeError, ValueError) as fault:
+            raise TypeError(f"arguments: expected text and numbers: {fault}") from fault
         token = self._token if self._token is not None else token_from(TOKEN_VARIABLE)
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         sound = [i for i, sample in enumerate(samples) if _encodable(i, sample)]

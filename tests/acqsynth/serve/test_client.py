@@ -154,6 +154,14 @@ def test_samples_may_be_a_table(reached):
             ask(ScorerClient(URL), other)
 
 
+@pytest.mark.parametrize("value", [object(), math.nan])
+def test_arguments_are_text_and_numbers(reached, value):
+    server = reached(Server(200))
+    with pytest.raises(TypeError, match=r"^arguments: expected text and numbers: "):
+        ask(ScorerClient(URL), ["1"], arguments={"influence": {"reference": value}})
+    assert server.asked == []
+
+
 def test_the_token_is_sent(reached, monkeypatch):
     server = reached(Server(200))
     ask(ScorerClient(URL, token="given"), ["1"])
