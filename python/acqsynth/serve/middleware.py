@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar, get_type_hints
 
 from fastapi import Request, Response
@@ -132,23 +133,14 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.requests = Counter("acqsynth_requests", "Requests answered", ["route", "status"], registry=self.registry)
-        self.seconds = Histogram(
-            "acqsynth_request_seconds", "Time from a request's arrival to its answer", ["route"],
-            buckets=_SECONDS, registry=self.registry,
-        )  # fmt: skip
-        self.samples = Counter(
-            "acqsynth_samples", "Samples scored by the model, and samples refused before scoring", ["outcome"],
-            registry=self.registry,
-        )  # fmt: skip
-        self.batch_samples = Histogram(
-            "acqsynth_batch_samples", "Samples scored in one call", buckets=_SAMPLES, registry=self.registry
-        )
-        self.batch_tokens = Counter("acqsynth_batch_tokens", "Tokens scored", registry=self.registry)
-        self.batch_seconds = Histogram(
-            "acqsynth_batch_seconds", "Time of one scoring call", buckets=_SECONDS, registry=self.registry
-        )
-        self.reloads = Counter("acqsynth_reloads", "Reloads of the student", ["outcome"], registry=self.registry)
+        counter, histogram = partial(Counter, registry=self.registry), partial(Histogram, registry=self.registry)
+        self.requests = counter("acqsynth_requests", "Requests answered", ["route", "status"])
+        self.seconds = histogram("acqsynth_request_seconds", "Time to answer a request", ["route"], buckets=_SECONDS)
+        self.samples = counter("acqsynth_samples", "Samples scored, and samples refused before scoring", ["outcome"])
+        self.batch_samples = histogram("acqsynth_batch_samples", "Samples scored in one call", buckets=_SAMPLES)
+        self.batch_tokens = counter("acqsynth_batch_tokens", "Tokens scored")
+        self.batch_seconds = histogram("acqsynth_batch_seconds", "Time of one scoring call", buckets=_SECONDS)
+        self.reloads = counter("acqsynth_reloads", "Reloads of the student", ["outcome"])
         self.student_version = Gauge(
             "acqsynth_student_version", "1 for the initial student, incremented by each reload", registry=self.registry
         )
