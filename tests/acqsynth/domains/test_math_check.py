@@ -68,27 +68,18 @@ def test_the_kernel_ends_a_worker_at_its_deadline_by_itself():
     worker.kill()
 
 
-def test_a_worker_that_dies_is_replaced(checker):
-    assert checker.equal([("x + 1", "1 + x")]) == [True]
-    worker = checker._idle.get()
-    assert worker is not None
-    os.kill(worker.process.pid, signal.SIGKILL)
-    worker.process.wait()
-    checker._idle.put(worker)
-    assert checker.equal([("x + 1", "1 + x")]) == [False]
-    assert checker.lost == 1
-    assert checker.equal([("x + 1", "1 + x")]) == [True]
-
-
-def test_a_stopped_worker_is_killed(checker):
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_worker_that_dies_or_stops_is_replaced(checker, sent):
     assert checker.equal([("x + 1", "1 + x")]) == [True]
     worker = checker._idle.get()
     assert worker is not None
     worker.seconds = 0.5
-    os.kill(worker.process.pid, signal.SIGSTOP)
+    os.kill(worker.process.pid, sent)
     checker._idle.put(worker)
     assert checker.equal([("x + 1", "1 + x")]) == [False]
     assert worker.process.returncode == -signal.SIGKILL
+    assert checker.lost == 1
+    assert checker.equal([("x + 1", "1 + x")]) == [True]
 
 
 def test_threads_other_than_the_main_one_get_the_same_answers(shared):

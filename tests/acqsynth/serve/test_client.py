@@ -372,6 +372,9 @@ def test_a_copy_of_another_process_finds_out_for_itself(reached):
 def test_bad_arguments(options, message):
     with pytest.raises(ValueError, match=message):
         ScorerClient(**options)
+
+
+def test_bad_arguments_of_a_breaker():
     with pytest.raises(ValueError, match="failures: expected an int >= 1, got 0"):
         CircuitBreaker(0)
     with pytest.raises(ValueError, match="cooldown: expected at least 0 seconds, got '30'"):
