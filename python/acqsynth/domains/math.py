@@ -33,8 +33,8 @@ _WORDED = re.compile(
 )
 # Words before a value that are not part of it.
 _LEADING = re.compile(
-    r"(?:,?\s*(?:therefore|thus|hence|then)\b,?\s+|"
-    r"(?:exactly|simply|just|about|approximately|roughly|around)\s+(?=[-+]?(?:[\d$€£¥]|\.\d|\\)))+",
+    r"(?:,?\s*(?:therefore|thus|hence|then|indeed)\b,?\s+|"
+    r"(?:exactly|equal to|simply|just|about|approximately|roughly|around)\s+(?=[-+]?(?:[\d$€£¥]|\.\d|\\)))+",
     re.IGNORECASE,
 )
 _BOLD = re.compile(r"(?<!\w)\*\*|\*\*(?!\w)")
@@ -257,7 +257,7 @@ def _statements(completion: str) -> list[str]:
     """What follows "answer is" and "answer:", up to the end of the sentence; nothing if it is an empty or open box."""
     rests = (_BOLD.sub("", rest) for rest in STATED.findall(completion) if not re.search(r"\\f?boxed", rest))
     values = (rest[found.end() :] if (found := _LEADING.match(rest)) else rest for rest in rests)
-    return [_SENTENCE_END.split(value, maxsplit=1)[0].strip(" *") for value in values]
+    return [_SENTENCE_END.split(value, maxsplit=1)[0].strip(' *`"') for value in values]
 
 
 def _numbers(completion: str) -> list[str]:

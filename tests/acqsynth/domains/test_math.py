@@ -29,6 +29,8 @@ def math():
         ("The answer is 42.", "42"),
         ("The answer is 42 because 6 * 7 = 42.", "42"),
         ("**Answer:** $3.50", "$3.50"),
+        *((f"So 8. The answer is {words}.", "42") for words in ("`42`", '"42"', "equal to 42", "indeed 42")),
+        ('So 8. The answer is "yes".', "yes"),
         ("The final answer is: 3/4\nDone in 2 steps.", "3/4"),
         ("The answer is 3 or 4.", "3 or 4"),
         ("I hope my answer is right. It is 8.", "8"),
