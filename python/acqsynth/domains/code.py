@@ -165,7 +165,7 @@ class Code(Domain):
             for i, (sample, program) in enumerate(zip(gold, programs, strict=True))
             if program is not None
         }
-        passed = self._passed(jobs)
+        passed = set(self._passed(jobs))
         return [i in passed for i in range(len(answers))]
 
     def require(self) -> None:
