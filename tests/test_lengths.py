@@ -90,6 +90,11 @@ def relative(hidden: torch.Tensor) -> torch.Tensor:
     return hidden + torch.arange(hidden.shape[1])[:, None] / hidden.shape[1]
 
 
+class RelativeNorm(nn.Sequential):
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return relative(super().forward(hidden))
+
+
 class Capacity(nn.Module):
     """Each of four experts takes only the first ``limit`` tokens of a batch."""
 
@@ -146,7 +151,7 @@ def test_rope_hides_no_other_dependence(kind, small_model):
     assert_as_alone(lambda: acqcore.Student.from_model(copy.deepcopy(model)), (12, 24, 5, 14))
 
 
-@pytest.mark.parametrize("alter", ["hook", "forward"])
+@pytest.mark.parametrize("alter", ["hook", "forward", "module"])
 def test_a_model_altered_after_its_first_score(alter, tiny_model):
     model = tiny_model("Llama")
     acqcore.score(acqcore.Student.from_model(model), samples(12, 24), "loss")
@@ -154,8 +159,10 @@ def test_a_model_altered_after_its_first_score(alter, tiny_model):
     whole = norm.forward
     if alter == "hook":
         norm.register_forward_hook(lambda module, args, hidden: relative(hidden))
-    else:
+    elif alter == "forward":
         norm.forward = lambda hidden: relative(whole(hidden))
+    else:
+        model.model.norm = RelativeNorm(norm)
     assert_as_alone(lambda: acqcore.Student.from_model(model), (12, 24, 5))
 
 

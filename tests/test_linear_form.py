@@ -180,8 +180,13 @@ def test_a_student_too_short_for_the_comparison_keeps_the_whole_graph(tiny_model
     assert _score(model, samples, positions="completion")["mutual_information"].isfinite().all()
 
 
-def test_a_hook_that_needs_the_whole_prompt_keeps_the_graph(tiny_model):
-    """It may be registered after the first score, and removed."""
+class TimesLength(nn.Sequential):
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden) * hidden.shape[1]
+
+
+def test_changes_that_need_the_whole_prompt_keep_the_graph(tiny_model):
+    """They may be made after the first score, and undone."""
     model = tiny_model("Llama", **SMALL)
     student = acqcore.Student.from_model(model)
     assert student.cuts_prompts
@@ -189,6 +194,8 @@ def test_a_hook_that_needs_the_whole_prompt_keeps_the_graph(tiny_model):
     assert not student.cuts_prompts
     hook.remove()
     assert student.cuts_prompts
+    model.model.norm = TimesLength(model.model.norm)
+    assert not student.cuts_prompts
 
 
 def test_positions_left_by_a_call_with_images():
@@ -324,7 +331,7 @@ class ChangesInput(Dropped):
 def test_an_activation_that_changes_in_place_is_refused(tiny_model):
     model = tiny_model("Llama", **SMALL).eval()
     model.model.layers[0].mlp = ChangesInput(model.model.layers[0].mlp, False)
-    with pytest.raises(ValueError, match="layers: what Dropout returned was changed in place"):
+    with pytest.raises(ValueError, match="layers: the output of Dropout was changed in place"):
         _score(model, _samples(9, 5), layers="own")
 
 

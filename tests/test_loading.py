@@ -17,6 +17,7 @@ import acqcore
     ("call", "error", "message"),
     [
         (lambda path: acqcore.load_model(None), TypeError, "path: expected a folder or hub id, got NoneType"),
+        (lambda path: acqcore.Student.load(None), TypeError, "path: expected a folder or hub id, got NoneType"),
         (lambda path: acqcore.load_tokenizer(3), TypeError, "path: expected a folder or hub id, got int"),
         (lambda path: acqcore.load_model(path, "fp8"), ValueError, "dtype: unknown 'fp8'"),
         (lambda path: acqcore.load_model("/no/model"), OSError, "'/no/model' is not a local folder"),

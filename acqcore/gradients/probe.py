@@ -12,7 +12,6 @@ from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -22,14 +21,12 @@ from acqcore.gradients.capture import Capture
 from acqcore.gradients.measures import GradPiece, SquaredNorm, of_sample
 from acqcore.gradients.rules import is_embedding, is_linear
 from acqcore.head import compute_dtype
-from acqcore.students.sharding import alterations
+from acqcore.students.causal_lm import CausalLM
+from acqcore.students.findings import alterations, findings
 from acqcore.students.student import Student
 
 #: Shape of the token ids for comparing pieces with autograd.
 SHAPE = (2, 8)
-
-#: Most findings kept per model; a training run may change its state any number of times.
-KEPT_FINDINGS = 16
 
 #: Largest norm of the difference between a parameter's gradient and autograd's, relative to autograd's norm and to that
 #: over all parameters. The latter covers gradients that are zero up to rounding (a key's bias) and have no relative
@@ -51,10 +48,6 @@ class _Findings:
     used: frozenset[str]
     touched: frozenset[str]
     forms: dict[int, frozenset[tuple[str, str]]]  # by the module's index
-
-
-# Module -> its state and the selected names -> findings, so a reward called at every step probes once.
-_KNOWN: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], _Findings]] = WeakKeyDictionary()
 
 
 class Probe:
@@ -93,7 +86,7 @@ class Probe:
         if self._done or not capture.names:
             return
         assert student._module is not None
-        known = _KNOWN.setdefault(student._module, {})
+        known = findings(student._module, "gradients")
         with student.alone():  # so that no hooks of another thread are in the state
             state = (frozenset(capture.names.values()), *map(_state, capture.modules))
             if state in known:
@@ -102,8 +95,6 @@ class Probe:
                 self._find(input_ids.to(student.device))
                 # Otherwise later samples may still reach the parameters, or a gate that is 0 for now may open.
                 if capture.used and self.touched <= self._nonzero:
-                    if len(known) == KEPT_FINDINGS:
-                        known.clear()
                     known[state] = self._findings()
         self._done = True  # not if memory ran out: a smaller batch may be tried next
 
@@ -208,7 +199,7 @@ class Probe:
         names, student = self._capture.names, self._student
         seen_here = self.touched.union(self._tied)
         silent = {p: name for p, name in names.items() if name not in seen_here}
-        if not silent or student._logits is None:
+        if not silent or not isinstance(student._source, CausalLM):
             return
         ids = torch.arange(2, device=student.device)[None] % student._vocab_size
         with (
@@ -222,7 +213,7 @@ class Probe:
                 stack.callback(parameter.requires_grad_, parameter.requires_grad)
                 parameter.requires_grad_(True)
             reached = _reached(student.hidden(ids), silent)
-            seen = [name for name in _reached(student._logits(ids), silent) if name not in reached]
+            seen = [name for name in _reached(student._source.logits(ids), silent) if name not in reached]
         if reached and not self.one_by_one:  # these tokens reach them, the probe's did not
             self.take_one_by_one()
         if seen:

@@ -10,14 +10,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
-from acqcore.students.sharding import altered, is_dtensor, matrix_owners, unwrapped
+from acqcore.students.findings import remembered
+from acqcore.students.sharding import is_dtensor, matrix_owners, unwrapped
 
 #: Maximum depth of a branch inside its block.
 DEPTH = 6
@@ -26,56 +25,27 @@ DEPTH = 6
 TOLERANCE = 1e-5
 
 
-@dataclass
-class _Known:
-    """Findings for a module, stored by name because references would keep the module alive."""
-
-    signature: tuple[int, ...]  # ids of its modules at that time
-    blocks: list[str]
-    branches: list[list[str]] | None = None
-    scales: tuple[int, ...] = ()  # of the blocks when the branches were found
-    verdicts: dict[Any, tuple[tuple[Any, ...], bool]] = field(default_factory=dict)  # alterations at that time, verdict
-
-
-# Cached per model, so that a reward called with the model at each step pays for the search once.
-_KNOWN: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
-
-
 def blocks_of(model: nn.Module, forward: Callable[[], Any]) -> list[nn.Module]:
     """The blocks in execution order; ``forward`` runs a few tokens."""
-    return [unwrapped(model.get_submodule(name)) for name in _known(model, forward).blocks]
+    modules = tuple(map(id, model.modules()))
+    names = remembered(model, "blocks", modules, lambda: _names(model, _streaming(model, forward)))
+    return [unwrapped(model.get_submodule(name)) for name in names]
 
 
 def branches_of(model: nn.Module, forward: Callable[[], Any]) -> list[list[nn.Module]]:
     """The branches of each block, in execution order."""
-    known, blocks = _known(model, forward), blocks_of(model, forward)
-    scales = _scales(blocks)
-    if known.branches is None or known.scales != scales:
-        names = {module: name for name, module in model.named_modules()}
-        found = _Analysis(model, blocks, forward).branches()
-        known.scales = scales
-        known.branches = [[names[branch] for branch in of_block] for of_block in found]
-    return [[model.get_submodule(name) for name in of_block] for of_block in known.branches]
+    blocks = blocks_of(model, forward)
+
+    def find() -> list[list[str]]:
+        return [_names(model, branches) for branches in _Analysis(model, blocks, forward).branches()]
+
+    state = (*map(id, model.modules()), *_scales(blocks))
+    return [[model.get_submodule(name) for name in names] for names in remembered(model, "branches", state, find)]
 
 
-def verdict(model: nn.Module, question: Any, forward: Callable[[], Any], check: Callable[[], bool]) -> bool:
-    """The verdict of ``check`` on a ``question`` (hashable), kept until the model is altered or, for
-    :func:`branches_of`, a gate opens."""
-    known = _known(model, forward)
-    state = (*altered(model), *known.scales)
-    if question not in known.verdicts or known.verdicts[question][0] != state:
-        known.verdicts[question] = state, check()
-    return known.verdicts[question][1]
-
-
-def _known(model: nn.Module, forward: Callable[[], Any]) -> _Known:
-    signature = tuple(map(id, model.modules()))
-    known = _KNOWN.get(model)
-    if known is None or known.signature != signature:
-        names = {module: name for name, module in model.named_modules()}
-        known = _Known(signature, [names[block] for block in _streaming(model, forward)])
-        _KNOWN[model] = known
-    return known
+def _names(model: nn.Module, modules: Iterable[nn.Module]) -> list[str]:
+    names = {module: name for name, module in model.named_modules()}
+    return [names[module] for module in modules]
 
 
 def _scales(blocks: Iterable[nn.Module]) -> tuple[int, ...]:

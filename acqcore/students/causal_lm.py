@@ -7,15 +7,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 
 from acqcore.head import Head
+from acqcore.students.findings import alterations, remembered
 from acqcore.students.heads import KNOWN_LOGITS, MAP_TOLERANCE, LogitMap, placed_projection
 from acqcore.students.sharding import (
     DataParallel,
-    alterations,
     data_parallel,
     gathered,
     is_dtensor,
@@ -39,20 +38,13 @@ ADVICE = "use acqcore.Student(trunk, head)"
 #: About this many entries of each parameter outside the trunk, such as a logit scale, are part of a model's state.
 FEW = 16
 
-#: Most states per model for which logit maps and verdicts are kept.
-KEPT_STATES = 16
-
-# Model -> its state -> logit map, and the states that were verified, so that a reward called with the model at each
-# step pays for both once.
-_MAPS: WeakKeyDictionary[torch.nn.Module, dict[tuple[Any, ...], LogitMap]] = WeakKeyDictionary()
-_VERIFIED: WeakKeyDictionary[torch.nn.Module, set[tuple[Any, ...]]] = WeakKeyDictionary()
-
 
 class CausalLM:
     """The hidden states and the head of a model; errors are those of :meth:`acqcore.Student.from_model`."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: torch.nn.Module, verify: bool) -> None:
         self._model = model
+        self._verified = verify
         self._causal = causal = innermost(model)
         self.name = type(causal).__name__
         embeddings = getattr(causal, "get_output_embeddings", None)
@@ -71,8 +63,8 @@ class CausalLM:
         accepted = inspect.signature(type(causal).forward).parameters
         self._options = {"use_cache": False} if "use_cache" in accepted else {}
         named = [name for name in CACHES if name in accepted and "use_cache" in accepted]
-        #: Name of the key-value cache argument, None if there is none.
-        self.cache = named[0] if named else None
+        #: Name of the key-value cache argument; None if there is none, or if ranks run each forward together.
+        self.cache = named[0] if named and self.data_parallel is None else None
         self._map = LogitMap()
         #: Dtype of the model's own product with the head; accelerate's mixed precision sets it by autocast.
         self._product = torch.float32
@@ -129,17 +121,16 @@ class CausalLM:
         return gathered(logits)
 
     def head(self) -> Head:
-        """The current head, with the scale and softcap of the model's logits, which are determined once per state of a
-        model. A collective under FSDP and ZeRO-3.
-
-        Raises:
-            ValueError: the model changes its logits in any other way.
-        """
+        """The current head, with the scale and softcap of the model's logits. These are determined, and the head
+        verified, once per state of the model. A collective under FSDP and ZeRO-3."""
         placed = placed_projection(self._causal, self.data_parallel)
         self._read_logit_map(placed)
         if self._map.columns is not None:
             placed["vocab_size"] = self._map.columns
-        return Head(**placed, softcap=self._map.softcap, scale=self._map.scale)
+        head = Head(**placed, softcap=self._map.softcap, scale=self._map.scale)
+        if self._verified:
+            remembered(self._model, "verified", self._state(), lambda: self._verify(head))
+        return head
 
     def _read_logit_map(self, placed: dict[str, Any]) -> None:
         weight = placed["weight"]
@@ -157,13 +148,7 @@ class CausalLM:
                     "with one that keeps the output embedding on a device"
                 )
             return
-        known, state = _MAPS.setdefault(self._model, {}), self._state()
-        if state not in known:
-            found = self._logit_map(Head(**placed))
-            if len(known) == KEPT_STATES:
-                known.clear()
-            known[state] = found
-        self._map = known[state]
+        self._map = remembered(self._model, "logit map", self._state(), lambda: self._logit_map(Head(**placed)))
         self.vocab_size = self._map.columns or self.vocab_size
 
     def _logit_map(self, head: Head) -> LogitMap:
@@ -202,15 +187,12 @@ class CausalLM:
             raise refused
         return found if count == self.vocab_size else replace(found, columns=count)
 
-    def verify(self, head: Head) -> None:
-        """Compare trunk and current head with the model's own logits, and check causality, once per state of a model.
+    def _verify(self, head: Head) -> None:
+        """Compare trunk and head with the model's own logits, and check causality.
 
         Raises:
             ValueError: the logits differ or are not finite, or a token sees later tokens.
         """
-        known, state = _VERIFIED.setdefault(self._model, set()), self._state()
-        if state in known:
-            return
         ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]]) * max(1, self.token_ids // 7) % self.token_ids
         ids = ids.to(self._device)
         with torch.no_grad():
@@ -239,9 +221,6 @@ class CausalLM:
         before = hidden[:, :-1].double()
         if not float((before[0] - before[1]).abs().max()) <= tolerance * float(before.abs().max()):
             raise ValueError(f"model: expected a causal language model, in {self.name} a token sees later tokens")
-        if len(known) == KEPT_STATES:
-            known.clear()
-        known.add(state)
 
     def _state(self) -> tuple[Any, ...]:
         """State that may change how the logits follow from the hidden states: numbers of the configuration and of the

@@ -17,26 +17,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 _TOKENIZER_FILES = ("*token*", "vocab*", "*.model", "merges.txt", "*.tiktoken")
 
 
-def check_request(path: str, dtype: object, device: object) -> None:
-    """Check the arguments of ``Student.load``.
-
-    Raises:
-        ValueError: a path without a model, an unknown or non-floating-point dtype, an unavailable device.
-        TypeError: a dtype that is neither a name nor a torch.dtype.
-    """
+def checked_source(path: object) -> str:
+    """A folder with a model, or a hub id. Raises ValueError for any other path, TypeError for neither text nor path."""
+    path = _checked_path(path)
     folder = Path(path)
     if (path.startswith(("/", ".", "~")) or folder.exists()) and not (
         (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file()
     ):
         raise ValueError(f"student: {path} holds no model (no config.json)")
-    _check_dtype(dtype)
-    checks.device("device", device)
-
-
-def _check_dtype(dtype: object) -> None:
-    if dtype is not None and dtype not in checks.FLOAT_DTYPES:
-        names = [str(known).removeprefix("torch.") for known in checks.FLOAT_DTYPES]
-        checks.one_of("dtype", str(dtype).removeprefix("torch."), names)
+    return path
 
 
 def _checked_path(path: object) -> str:
@@ -59,7 +48,9 @@ def load_model(path: str | os.PathLike[str], dtype: torch.dtype | str | None = N
     from transformers import AutoModelForCausalLM
 
     path = _checked_path(path)
-    _check_dtype(None if dtype == "auto" else dtype)
+    if dtype not in (None, "auto", *checks.FLOAT_DTYPES):
+        names = [str(known).removeprefix("torch.") for known in checks.FLOAT_DTYPES]
+        checks.one_of("dtype", str(dtype).removeprefix("torch."), names)
     with loading_whole():
         try:
             return (kind or AutoModelForCausalLM).from_pretrained(path, dtype="auto" if dtype is None else dtype)

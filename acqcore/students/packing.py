@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -19,8 +18,8 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from acqcore import checks
+from acqcore.students.findings import altered, findings
 from acqcore.students.samples import Row
-from acqcore.students.sharding import altered
 
 # Fixed cost of a batch in tokens: avoiding a batch is worth this much padding. cuda: an unmeasured guess for the kernel
 # launches of a few dozen layers.
@@ -34,10 +33,6 @@ SHORT = 6
 
 #: Largest allowed difference between the two runs, relative to the largest hidden state.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
-
-# Module -> its alterations, and the padded length up to which its hidden states were found to be independent of the
-# batch. A student without a module is entered by its own Lengths.
-_CHECKED: WeakKeyDictionary[object, tuple[tuple[Any, ...], int]] = WeakKeyDictionary()
 
 
 def partition(
@@ -143,11 +138,10 @@ class Lengths:
         are the same. If its hidden states differ, in half precision also those of a second row, samples do not share
         batches. If rope changes with the length, the padded row ends where the short one's frequencies do."""
         longest = min([longest, *(limit for limit, _ in self._breaks)])
-        if self._alone:
-            return
+        # Padded length up to which hidden states were found to be independent of the batch.
+        known = findings(self._key, "independent up to")
         state = altered(self._key) if isinstance(self._key, nn.Module) else ()
-        known, checked = _CHECKED.get(self._key, (state, 0))
-        if known == state and longest <= checked:
+        if self._alone or longest <= known.get(state, 0):
             return
         ids, short = torch.arange(longest), min(SHORT, longest - longest // 3)
         for start in (vocab_size // 2, vocab_size // 3):  # ordinary tokens: special ones can amplify rounding
@@ -160,7 +154,7 @@ class Lengths:
             if not self._alone or beside.dtype not in (torch.float16, torch.bfloat16):
                 break
         if not self._alone:
-            _CHECKED[self._key] = state, longest
+            known[state] = longest
 
 
 def _breaks(config: Any) -> Iterator[tuple[int, bool]]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 import sys
 import threading
-import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -46,13 +45,11 @@ def vocabulary_shard(
 
     A weight stays sharded if it is a DTensor split by rows along one mesh dimension and replicated along the others.
     """
-    if not is_dtensor(weight):
-        return {"weight": weight, "bias": None if bias is None else gathered(bias)}
-    mesh, placements = weight.device_mesh, weight.placements  # type: ignore[attr-defined]
+    placements = weight.placements if is_dtensor(weight) else ()  # type: ignore[attr-defined]
     cut = [i for i, placement in enumerate(placements) if not placement.is_replicate()]
-    by_rows = sys.modules["torch.distributed.tensor"].Shard(0)
-    if [placements[i] for i in cut] != [by_rows]:
+    if len(cut) != 1 or placements[cut[0]] != sys.modules["torch.distributed.tensor"].Shard(0):
         return {"weight": gathered(weight), "bias": None if bias is None else gathered(bias)}
+    mesh = weight.device_mesh  # type: ignore[attr-defined]
     # As with torch.chunk, the last ranks may have fewer rows, or none.
     size = -(-weight.shape[0] // mesh.size(cut[0]))
     start = min(size * mesh.get_local_rank(cut[0]), weight.shape[0])
@@ -218,27 +215,6 @@ def matrix_owners(model: nn.Module) -> set[nn.Module]:
                 if len(shape) >= 2:
                     owners.add(info.module)
     return owners
-
-
-def alterations(module: nn.Module) -> tuple[Any, ...]:
-    """What other code may have changed about a module's call: its class, the ids of its hooks, which are never reused,
-    and a forward set on the instance. Holds no strong reference to the module."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    own = module.__dict__.get("forward")
-    key: Any
-    try:
-        key = own if own is None else weakref.ref(own)
-        hash(key)
-    except TypeError:  # a callable that cannot be hashed or referenced weakly
-        key = id(own)
-    return id(module), type(module), *map(tuple, hooks), key
-
-
-def altered(module: nn.Module) -> tuple[Any, ...]:
-    """Alterations of the modules in ``module`` that have hooks or a replaced forward. Findings about ``module`` hold
-    while these stay the same."""
-    found = (m for m in module.modules() if m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__)
-    return tuple(map(alterations, found))
 
 
 @contextmanager

@@ -7,7 +7,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -16,20 +15,18 @@ import torch
 from acqcore import checks
 from acqcore.defaults import ProcessSetting, standard_defaults
 from acqcore.head import Head
-from acqcore.students.blocks import blocks_of, branches_of, verdict
+from acqcore.students.blocks import blocks_of, branches_of
 from acqcore.students.causal_lm import CausalLM, innermost
-from acqcore.students.loading import check_request, load_model, load_tokenizer
+from acqcore.students.findings import altered, remembered
+from acqcore.students.loading import checked_source, load_model, load_tokenizer
 from acqcore.students.packing import Lengths
-from acqcore.students.sharding import DataParallel, altered, gathered, is_dtensor
+from acqcore.students.sharding import DataParallel, gathered, is_dtensor
 
 #: Length of the test row that decides whether prompts may run separately, and the position of its cut.
 CUT_LENGTH, CUT = 8, 3
 
 #: Largest allowed difference between its two parts and one forward, relative to the largest hidden state.
 CUT_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
-
-# Verdicts of that test, so that a reward called with the model at each step pays for it once.
-_CUTS: WeakKeyDictionary[torch.nn.Module, tuple[tuple[Any, ...], bool]] = WeakKeyDictionary()
 
 # By innermost model, as a model and its wrappers share modules. Not an attribute: a student may be copied.
 _LOCKS: WeakKeyDictionary[torch.nn.Module, threading.RLock] = WeakKeyDictionary()
@@ -61,19 +58,8 @@ class Student:
             max_length = checks.positive_int("max_length", max_length)
         self.tokenizer = tokenizer
         self.max_length = max_length
-        self._made: tuple[Callable[..., Student], tuple[Any, ...]] = type(self), (trunk, head)
-        self._find_trunk: Callable[[], Callable[..., Any]] = lambda: trunk
-        self._find_head: Callable[[], Head] = lambda: head
-        self._find_vocab_size: Callable[[], int] = lambda: head.vocab_size
-        self._verify: Callable[[Head], None] | None = None
-        # A key-value cache would only waste memory.
-        options = {"use_cache": False} if hasattr(getattr(trunk, "config", None), "use_cache") else {}
-        self._forward: Callable[[torch.Tensor], Any] = lambda input_ids: trunk(input_ids, **options)
-        self._logits: Callable[[torch.Tensor], torch.Tensor] | None = None
-        # Token ids [B, T] and a cache or None -> hidden states [B, T, D] and the cache after them.
-        self._continued: Callable[[torch.Tensor, Any], tuple[torch.Tensor, Any]] | None = None
+        self._source: _Parts | CausalLM = _Parts(trunk, head)
         self._module = trunk if isinstance(trunk, torch.nn.Module) else None
-        self._data_parallel: DataParallel | None = None
         self._lengths = Lengths(self._module)
 
     @classmethod
@@ -104,20 +90,11 @@ class Student:
         """
         checks.module("model", model)
         model = getattr(model, "_orig_mod", model)  # of torch.compile and accelerate's compile_regions
-        causal = CausalLM(model)
         student = cls.__new__(cls)
+        student._source = CausalLM(model, verify)
         student.tokenizer = tokenizer
-        student.max_length = causal.max_length
-        student._made = partial(cls.from_model, verify=verify), (model,)
-        student._find_trunk = lambda: causal.trunk
+        student.max_length = student._source.max_length
         student._module = model
-        student._data_parallel = causal.data_parallel
-        student._forward = causal.hidden
-        student._logits = causal.logits
-        student._continued = causal.continued if causal.cache and causal.data_parallel is None else None
-        student._find_head = causal.head
-        student._find_vocab_size = lambda: causal.token_ids
-        student._verify = causal.verify if verify else None
         student._lengths = Lengths(model)
         with student.in_step():
             student.head  # noqa: B018
@@ -138,50 +115,44 @@ class Student:
         Raises:
             ModuleNotFoundError: transformers is not installed. OSError: no such model (from transformers).
             ValueError: a path without a model, an unknown dtype, an unavailable device, a broken tokenizer.
+            TypeError: path is neither text nor a path.
         """
         checks.installed("transformers", f"loading {str(path)!r}", "train")
-        path = os.fspath(path)
-        check_request(path, dtype, device)
+        path = checked_source(path)
+        checks.device("device", device)
         model = load_model(path, dtype)
         if device is not None:
             model = model.to(device)
         return cls.from_model(model.eval(), tokenizer=load_tokenizer(path))
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        # For copies and pickles: made anew of the copied model, as the closures would still run the original one.
-        return *self._made, {"tokenizer": self.tokenizer, "max_length": self.max_length}
-
     @property
     def trunk(self) -> Callable[..., Any]:
         """The current trunk: the one given, or the model's."""
-        return self._find_trunk()
+        return self._source.trunk
 
     @property
     def head(self) -> Head:
         """The current head. An unmerged adapter is added to a ``[V, D]`` copy of its weight. Under FSDP and ZeRO-3 the
         head is gathered by a collective."""
         with self.scoring():
-            head = self._find_head()
-            if self._verify is not None:
-                self._verify(head)
-        return head
+            return self._source.head()
 
     @property
     def _vocab_size(self) -> int:
         """Valid token ids are below this."""
-        return self._find_vocab_size()
+        return self._source.token_ids
 
     @property
     def sharded(self) -> bool:
         """Whether parameters are sharded over processes: DTensors, FSDP, ZeRO-3."""
-        return self._data_parallel is not None or (
+        return self.forwards_are_collective or (
             self._module is not None and any(is_dtensor(parameter) for parameter in self._module.parameters())
         )
 
     @property
     def forwards_are_collective(self) -> bool:
         """Whether ranks with different samples run each forward together (FSDP, ZeRO-3)."""
-        return self._data_parallel is not None
+        return self._source.data_parallel is not None
 
     @property
     def device(self) -> torch.device:
@@ -207,11 +178,12 @@ class Student:
         with self.alone():
             return [] if self._module is None else branches_of(self._module, self._few_tokens)
 
-    def verdict(self, question: Any, check: Callable[[], bool]) -> bool:
-        """The verdict of ``check`` on a ``question`` (hashable), which is asked once until the model is altered."""
+    def verdict(self, question: str, check: Callable[[], bool], *subjects: Any) -> bool:
+        """The result of ``check``, which runs once per ``question`` and its subjects (hashable) until the model is
+        altered."""
         assert self._module is not None
-        with self.alone():
-            return verdict(self._module, question, self._few_tokens, check)
+        with self.scoring(), torch.inference_mode(False):
+            return remembered(self._module, question, (subjects, altered(self._module)), check)
 
     def _few_tokens(self) -> None:
         """A forward without gradients that visits every block."""
@@ -228,10 +200,10 @@ class Student:
             TypeError: the trunk returned neither a tensor nor an object with ``last_hidden_state``.
             ValueError: its shape is not ``[B, T, D]``.
         """
-        if self._data_parallel is not None:
-            self._data_parallel.step(True)
+        if self._source.data_parallel is not None:
+            self._source.data_parallel.step(True)
         self._lengths.reset()
-        output = self._forward(input_ids)
+        output = self._source.hidden(input_ids)
         hidden = output if isinstance(output, torch.Tensor) else getattr(output, "last_hidden_state", None)
         if not isinstance(hidden, torch.Tensor):
             raise TypeError(
@@ -256,19 +228,19 @@ class Student:
         For noise in completions only: a student is causal, so a gradient in a completion's activations never passes
         through its prompt. The prompt fills a key-value cache, and the completion runs on that cache.
         """
-        assert self._continued is not None
+        assert isinstance(self._source, CausalLM)
         self._lengths.reset()
         with torch.no_grad():
-            before, cache = self._continued(input_ids[:, :start], None)
+            before, cache = self._source.continued(input_ids[:, :start], None)
         with within:
-            after, _ = self._continued(input_ids[:, start:], cache)
+            after, _ = self._source.continued(input_ids[:, start:], cache)
             return torch.cat([before, after], dim=1)
 
     @property
     def cuts_prompts(self) -> bool:
         """Whether :meth:`hidden_after` gives the same values as :meth:`hidden`, tested on a few tokens until the model
         is altered. False for a trunk without a cache, and if hidden states depend on the length of a forward."""
-        if self._continued is None or self._module is None or not self._lengths.plain:
+        if self._source.cache is None or self._module is None or not self._lengths.plain:
             return False
         modules = list(self._module.modules())
         if any(getattr(module, "rope_deltas", None) is not None for module in modules):
@@ -278,13 +250,7 @@ class Student:
             return False  # it acts from certain tokens on, which the prompt may hold
         if self.max_length is not None and self.max_length < CUT_LENGTH:
             return False
-        state = altered(self._module)
-        known, agrees = _CUTS.get(self._module, (None, False))
-        if known != state:
-            with self.scoring(), torch.inference_mode(False):
-                agrees = self._cut_agrees()
-            _CUTS[self._module] = state, agrees
-        return agrees
+        return self.verdict("cuts prompts", self._cut_agrees)
 
     def _cut_agrees(self) -> bool:
         ids = torch.arange(CUT_LENGTH, device=self.device)[None]
@@ -314,16 +280,16 @@ class Student:
     def in_step(self) -> Iterator[None]:
         """Context for all forwards of a call. Under FSDP and ZeRO-3 all ranks run the same number; ranks that finish
         early run the rest on one token. A rank that raises waits for the others."""
-        if self._data_parallel is None:
+        if self._source.data_parallel is None:
             yield
             return
         token = torch.zeros((1, 1), dtype=torch.int64, device=self.device)
 
         def idle() -> None:
             with self.scoring():
-                self._forward(token)
+                self._source.hidden(token)
 
-        with self._data_parallel.in_step(idle):
+        with self._source.data_parallel.in_step(idle):
             yield
 
     def alone(self) -> AbstractContextManager[Any]:
@@ -350,6 +316,29 @@ class Student:
             finally:
                 for module in modules:
                     module.training = True
+
+
+class _Parts:
+    """A trunk and a head given separately; the interface is that of :class:`CausalLM`."""
+
+    data_parallel: DataParallel | None = None
+    cache: str | None = None
+
+    def __init__(self, trunk: Callable[..., Any], head: Head) -> None:
+        self.trunk = trunk
+        self.token_ids = head.vocab_size
+        self._head = head
+        # A key-value cache would only waste memory.
+        self._options = {"use_cache": False} if hasattr(getattr(trunk, "config", None), "use_cache") else {}
+
+    def head(self) -> Head:
+        return self._head
+
+    def hidden(
+        self,
+        input_ids: torch.Tensor,  # [B, T] int64
+    ) -> Any:
+        return self.trunk(input_ids, **self._options)
 
 
 def _force_eager() -> Callable[[], None]:

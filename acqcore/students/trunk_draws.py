@@ -49,7 +49,7 @@ class DropoutSites:
             active = tuple((site, module, module.p) for site, module in enumerate(own, 1) if module.p > 0)
             if not active:
                 raise ValueError("layers: 'own' needs a student with dropout layers of p > 0, this one has none")
-            return cls(active, ())._checked(student, layers)
+            return cls(active, ())._checked(student)
         blocks = student.blocks
         checks.some_blocks(len(blocks))
         count = len(blocks) if layers == "all" else layers
@@ -61,9 +61,9 @@ class DropoutSites:
         numbers = {branch: number for number, (i, branch) in enumerate(of_blocks, 1) if i >= first}
         sites = tuple((number, branch, dropout) for branch, number in numbers.items())
         shared = (*blocks[:first], sites[0][1]) if first else ()  # one branch alone is not worth another forward
-        return cls(sites, shared)._checked(student, layers)
+        return cls(sites, shared)._checked(student)
 
-    def _checked(self, student: Student, layers: Layers) -> DropoutSites:
+    def _checked(self, student: Student) -> DropoutSites:
         """Raise ValueError if a site's output does not hold samples first: with as many tokens or heads as samples, it
         would look as if it did."""
         batch, length = 7, min(5, student.max_length or 5)  # unlikely numbers of heads
@@ -78,13 +78,13 @@ class DropoutSites:
 
         def run() -> bool:
             ids = torch.arange(batch * length, device=student.device).view(batch, length) % student._vocab_size
-            with ExitStack() as stack, student.scoring(), torch.inference_mode(False):
+            with ExitStack() as stack:
                 for _, module, _ in self.sites:
                     stack.callback(module.register_forward_hook(check).remove)
                 student.hidden(ids)
             return True
 
-        student.verdict(("samples first", layers), run)
+        student.verdict("samples first", run, *(id(module) for _, module, _ in self.sites))
         return self
 
 
@@ -105,7 +105,7 @@ class TrunkDraws:
         self._shared: tuple[nn.Module, ...] = ()
         # Ranks that run forwards together skip nothing: another rank may be running all blocks.
         shared, alone = found.shared, not student.forwards_are_collective
-        if shared and alone and student.verdict(("skips", len(shared)), lambda: self._skipping(shared)):
+        if shared and alone and student.verdict("skips", lambda: self._skipping(shared), *map(id, shared)):
             self._shared = shared
 
     def _skipping(self, shared: tuple[nn.Module, ...]) -> bool:
@@ -113,12 +113,11 @@ class TrunkDraws:
         ids = torch.arange(8, device=self._student.device).view(2, 4) % 4
         trial = copy.copy(self)
         trial._shared, trial._sites = shared, ()
-        with self._student.scoring(), torch.inference_mode(False):
-            expected = self._student.hidden(ids)
-            try:
-                found = trial._hidden(ids, ids[:, 0], range(2))  # all tensors that go on must be repeated
-            except (RuntimeError, LookupError, TypeError, ValueError, AttributeError):
-                return False
+        expected = self._student.hidden(ids)
+        try:
+            found = trial._hidden(ids, ids[:, 0], range(2))  # all tensors that go on must be repeated
+        except (RuntimeError, LookupError, TypeError, ValueError, AttributeError):
+            return False
         error = (found.double() - expected.double()).abs().max()
         return bool(error <= 16 * torch.finfo(expected.dtype).eps * expected.double().abs().max())
 
