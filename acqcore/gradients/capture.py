@@ -39,7 +39,7 @@ class PieceTaker(Protocol):
         piece: GradPiece,
         factor: torch.Tensor | None,  # [B]
     ) -> None:
-        """Receive the gradient of a selected parameter, not yet multiplied by each sample's ``factor``."""
+        """Receive the gradient of a wanted parameter, not yet multiplied by each sample's ``factor``."""
 
 
 class Capture:
@@ -82,7 +82,7 @@ class Capture:
         parameters = [p for module in self.modules for p in module._parameters.values() if p is not None]
         self.half = any(p.dtype in (torch.float16, torch.bfloat16) for p in parameters)
         self.used: set[str] = set()  # names of parameters whose gradient exceeds rounding
-        #: Parameter -> name, for gradients left to autograd, as those on which the probe tested no rule; a batch that
+        #: Parameter -> name, for gradients left to autograd, such as those without a tested rule; a batch that
         #: reaches one must hold one sample.
         self.by_autograd: dict[torch.Tensor, str] = {}
         self.forms: dict[nn.Module, set[tuple[str, str]]] = {}  # of modules' inputs and outputs
@@ -301,7 +301,7 @@ class Capture:
         self, module: nn.Module, value: torch.Tensor, version: int, gradient: torch.Tensor
     ) -> None:
         if value._version != version:  # through an alias, such as the input of a dropout layer
-            raise ValueError(f"layers: what {type(module).__name__} returned was changed in place")
+            raise ValueError(f"layers: the output of {type(module).__name__} was changed in place")
         self._reached_site = True
         for taker in self._of_sites:
             taker.add_site(module, value, gradient, self.factor)
@@ -361,7 +361,8 @@ class Capture:
             return
         self._arrived.add(name)
         for taker in self._of_parameters:
-            taker.add(name, piece, self.factor)
+            if taker.takes(name):
+                taker.add(name, piece, self.factor)
 
 
 class Tap(torch.autograd.Function):

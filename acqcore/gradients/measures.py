@@ -180,8 +180,6 @@ class Marginals:
 
     @float32_products()
     def add(self, name: str, piece: GradPiece, factor: torch.Tensor | None) -> None:
-        if name not in self._names:
-            return
         assert not isinstance(piece, RowGrad)
         if isinstance(piece, OuterGrad):
             left, right = (x.to(compute_dtype(x.dtype)) for x in (piece.left, piece.right))

@@ -313,7 +313,7 @@ class _Measured:
     def add(self, name: str, piece: GradPiece, factor: torch.Tensor | None) -> None:
         if name == self.head:
             self._tied.append(piece if isinstance(piece, OuterGrad) else scaled(piece, factor))
-        elif name in self.names:
+        else:
             self.measure.add(name, piece, factor)
 
     def add_head(self, head_pass: HeadPass) -> None:

@@ -17,8 +17,8 @@ with the first token whose span ends after the prompt, so a token across the bou
 columns (``datasets.Dataset``, pandas, polars, Arrow, a mapping of lists) counts as a list of its rows. Numbers become
 text. Other keys and columns are ignored, except images, which are rejected, and ``tools`` and ``chat_template_kwargs``
 of conversations, which go to the chat template. Only a conversation's reply is scored, or only its tokens that the
-template marks as generated. A conversation is rejected if its reply cannot be scored in full, as where the template
-omits its reasoning. Rows from :func:`encode` are samples too.
+template marks as generated. A conversation is rejected if its reply cannot be scored in full, for example if
+the template omits its reasoning. Rows from :func:`encode` are samples too.
 """
 
 from __future__ import annotations
@@ -250,10 +250,10 @@ def _texts(samples: list[Sample], tokenizer: Any, errors: dict[int, str] | None)
         raise TypeError("tokenizer: text samples require one, got none; pass tokenizer= or load the student by path")
     if not callable(tokenizer) or not hasattr(tokenizer, "apply_chat_template"):
         raise TypeError(f"tokenizer: expected a transformers tokenizer, got {checks.describe(tokenizer)}")
-    kinds = [_attempt(errors, _kind, i, sample) for i, sample in enumerate(samples)]
-    first = next((kind for kind in kinds if kind is not None), None)
-    texts = []
-    for i, (sample, kind) in enumerate(zip(samples, kinds, strict=True)):
+    first, texts = None, []
+    for i, sample in enumerate(samples):
+        kind = _attempt(errors, _kind, i, sample)
+        first = kind if first is None else first
         text = None if kind is None else _attempt(errors, _text, i, sample, kind, first, tokenizer)
         texts.append(text or _Text("", None, False))
     return texts
@@ -398,10 +398,9 @@ def _marked(index: int, row: Row, text: _Text) -> Row:
 def _tensor_rows(samples: Mapping[str, Any]) -> list[Row]:
     """Rows of ``input_ids [B, T]``, ``attention_mask [B, T]`` and ``labels [B, T]``, padded on either side."""
     if "input_ids" not in samples:
-        keys = ", ".join(repr(key) for key in samples)
         raise TypeError(
             'samples: expected a list, a mapping of tensors with "input_ids", or of columns such as "text", '
-            f"got keys {keys}"
+            f"got keys {', '.join(map(repr, samples))}"
         )
     for key, value in samples.items():
         if str(key).startswith(_UNSEEN) and value is not None:

@@ -37,14 +37,18 @@ def listed(samples: Any) -> list[Any]:
         if kind is None:
             expected = ", or ".join(" and ".join(kind) for kind in KINDS)
             raise TypeError(f"samples: expected columns {expected}, got {', '.join(map(str, columns))}")
-        found = {key: _list(samples[key]) for key in (*kind, *(key for key in OPTIONAL if key in columns))}
-        for key, values in found.items():
-            if values is None:
+        found: dict[str, list[Any]] = {}
+        for key in (*kind, *(key for key in OPTIONAL if key in columns)):
+            if (values := _list(samples[key])) is None:
                 raise TypeError(
                     f"samples: expected a list of values in column {key!r}, got {checks.describe(samples[key])}; "
                     "wrap a single sample in a list"
                 )
-        return _rows(found)
+            found[key] = values
+        lengths = {key: len(values) for key, values in found.items()}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"samples: expected columns of one length, got {lengths}")
+        return [dict(zip(found, row, strict=True)) for row in zip(*found.values(), strict=True)]
     values = _list(samples)
     if values is None:
         raise TypeError(f"samples: expected a list of {EXPECTED}, got {checks.describe(samples)}")
@@ -87,10 +91,3 @@ def _list(values: Any) -> list[Any] | None:
     method = next((name for name in _LISTING if hasattr(values, name)), None)
     values = values if method is None else getattr(values, method)()
     return None if isinstance(values, (str, bytes)) or not isinstance(values, Sequence) else list(values)
-
-
-def _rows(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
-    lengths = {name: len(values) for name, values in columns.items()}
-    if len(set(lengths.values())) > 1:
-        raise ValueError(f"samples: expected columns of one length, got {lengths}")
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
