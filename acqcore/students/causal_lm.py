@@ -13,14 +13,7 @@ import torch
 from acqcore.head import Head
 from acqcore.students.findings import alterations, remembered
 from acqcore.students.heads import KNOWN_LOGITS, MAP_TOLERANCE, LogitMap, placed_projection
-from acqcore.students.sharding import (
-    DataParallel,
-    data_parallel,
-    gathered,
-    is_dtensor,
-    replaced_forward,
-    unwrapped,
-)  # fmt: skip
+from acqcore.students.sharding import DataParallel, data_parallel, gathered, is_dtensor, replaced_forward, unwrapped
 from acqcore.vocab_parallel import summed
 
 #: Largest allowed difference between the model's logits and ours, relative to the largest without bias. Both use the
