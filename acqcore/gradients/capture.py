@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
@@ -42,6 +43,21 @@ class PieceTaker(Protocol):
         """Receive the gradient of a wanted parameter, not yet multiplied by each sample's ``factor``."""
 
 
+@dataclass
+class Rules:
+    """How each parameter's gradient can be captured: results of a probe, without references to the model."""
+
+    one_by_one: bool = False  # whether batches must hold one sample
+    #: Names of parameters left to autograd, such as those without a tested rule; a batch that reaches one must hold one
+    #: sample.
+    by_autograd: set[str] = field(default_factory=set)
+    touched: set[str] = field(default_factory=set)  # names of parameters with any gradient, which may be 0
+    nonzero: set[str] = field(default_factory=set)  # with one that is not 0
+    used: set[str] = field(default_factory=set)  # with one that exceeds rounding
+    #: Index of a module in the model -> forms of its inputs and outputs.
+    forms: dict[int, set[tuple[str, str]]] = field(default_factory=dict)
+
+
 class Capture:
     """Captures the pieces of the selected parameters' gradients; prepared by :class:`acqcore.gradients.probe.Probe`.
 
@@ -67,6 +83,7 @@ class Capture:
         self._sites = list(sites)
         self.names = names
         self.modules = [] if student._module is None else list(student._module.modules())
+        self._places = {module: i for i, module in enumerate(self.modules)}
         #: Module -> attribute -> name of the selected parameters that it owns.
         self.owners: dict[nn.Module, dict[str, str]] = {}
         for module in self.modules:
@@ -81,11 +98,7 @@ class Capture:
         }
         parameters = [p for module in self.modules for p in module._parameters.values() if p is not None]
         self.half = any(p.dtype in (torch.float16, torch.bfloat16) for p in parameters)
-        self.used: set[str] = set()  # names of parameters whose gradient exceeds rounding
-        #: Parameter -> name, for gradients left to autograd, such as those without a tested rule; a batch that
-        #: reaches one must hold one sample.
-        self.by_autograd: dict[torch.Tensor, str] = {}
-        self.forms: dict[nn.Module, set[tuple[str, str]]] = {}  # of modules' inputs and outputs
+        self.rules = Rules()
         self._failed: set[str] | None = None  # during the probe: names that fit no rule
         # State of a forward.
         self._active = False
@@ -112,19 +125,23 @@ class Capture:
         """Context that captures every parameter and computes its autograd gradient too; adds the names of parameters
         that fit no rule to ``failed``."""
         self._of_sites = ()
-        self.by_autograd, self._failed = dict(self.names), failed
+        self.rules.by_autograd, self._failed = set(self.names.values()), failed
         try:
             yield
         finally:
-            self.by_autograd, self._failed = {}, None
+            self.rules.by_autograd, self._failed = set(), None
 
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Context with hooks installed and ``requires_grad`` set only on parameters left to autograd."""
-        places = [(m, key, p.requires_grad) for m in self.modules for key, p in m._parameters.items() if p is not None]
+        places = [
+            (m, key, p.requires_grad, self.names.get(p) in self.rules.by_autograd)
+            for m in self.modules
+            for key, p in m._parameters.items()
+            if p is not None
+        ]
         with ExitStack() as stack:
-            for module, key, required in places:  # not by parameter: a forward replaces offloaded ones
-                wanted = module._parameters[key] in self.by_autograd
+            for module, key, required, wanted in places:  # not by parameter: a forward replaces offloaded ones
                 if required != wanted:
                     _require(module, key, wanted)
                     stack.callback(_require, module, key, required)
@@ -188,13 +205,14 @@ class Capture:
         """Pass each parameter's piece to ``of_parameters`` as soon as it is complete, and each site's gradient to
         ``of_sites``; ``last`` frees the graph."""
         self._of_sites, self._reached_site = of_sites, False
-        self.run_backward(hidden, gradient, of_parameters, last, self.by_autograd, self._after_autograd)
+        by_autograd = [p for p, name in self.names.items() if name in self.rules.by_autograd]
+        self.run_backward(hidden, gradient, of_parameters, last, by_autograd, self._after_autograd)
         if self._sites and not self._reached_site:
             raise ValueError(
                 "layers: the modules that dropout acts on got no gradient, which the linear form needs; is the trunk's "
                 "output detached?"
             )
-        silent = [n for n in self.used if self._uses[n] and n not in self._arrived and self._taken(n)]
+        silent = [n for n in self.rules.used if self._uses[n] and n not in self._arrived and self._taken(n)]
         if silent:
             raise ValueError(
                 f"parameters: {silent[0]} took part in the forward and got no gradient; "
@@ -207,7 +225,7 @@ class Capture:
         gradient: torch.Tensor,  # [B, T, D]
         of_parameters: Sequence[PieceTaker],
         last: bool,
-        whole: Mapping[torch.Tensor, str],
+        whole: Collection[torch.Tensor],
         receive: Callable[[torch.Tensor, torch.Tensor], None],
     ) -> None:
         """Pass pieces to ``of_parameters`` and autograd's gradients of the parameters ``whole`` to ``receive``."""
@@ -247,7 +265,7 @@ class Capture:
             used = self._with_graph if torch.is_grad_enabled() else self._without_graph
             used.update(self.owners[module].values())
         probing = self._failed is not None
-        left_out = set() if probing else set(self.by_autograd.values())
+        left_out = set() if probing else self.rules.by_autograd
         names = {key: name for key, name in self.owners[module].items() if name not in left_out}
         if not names:
             return None
@@ -262,12 +280,13 @@ class Capture:
             if self._shape[0] > 1:
                 raise OneByOne from error
             raise
+        place = self._places[module]
         # Reject shapes the probe did not see: an expert may be routed as many tokens as there are samples, which looks
         # like one row per sample.
-        if self._shape[0] > 1 and not probing and call.forms not in self.forms.get(module, ()):
+        if self._shape[0] > 1 and not probing and call.forms not in self.rules.forms.get(place, ()):
             raise OneByOne
         if probing:
-            self.forms.setdefault(module, set()).add(call.forms)
+            self.rules.forms.setdefault(place, set()).add(call.forms)
         self._uses.update(names.values())
         # A linear layer's backward does not need its output, which may change in place; other outputs are copied.
         alias = is_linear(module) and output._base is None

@@ -83,7 +83,7 @@ class SampleGradients:
         #: Whether gradients are confined to completions.
         self._of_completions = not names and all(need.positions == "completion" for need in of_trunk)
         #: Whether the forward must keep a graph.
-        self.deep = bool(names or modules)
+        self._deep = bool(names or modules)
         written = [need for need in self._needs if not need.predicted]
         #: Loss that weights the written tokens.
         self.loss: Loss = written[0].loss if written else "mean"
@@ -102,24 +102,24 @@ class SampleGradients:
     @property
     def one_by_one(self) -> bool:
         """Whether batches must hold one sample; known after :meth:`prepare`."""
-        return self.deep and self._probe.one_by_one
+        return self._capture.rules.one_by_one
 
     @property
     def backwards_of_completions(self) -> int:
         """Number of backwards over a batch's completions if gradients reach no further, else 0."""
-        return self._backwards() if self.deep and self._of_completions and self._student.cuts_prompts else 0
+        return self._backwards() if self._deep and self._of_completions and self._student.cuts_prompts else 0
 
     def prepare(
         self,
         input_ids: torch.Tensor,  # [n, T] int64, of real samples
     ) -> None:
         """Find out which rules hold for the student; call before forming batches."""
-        if not self.deep:
+        if not self._deep:
             return
         self._probe.prepare(input_ids)
         chosen = [(f"parameters: {p!r}", s) for p, s in self._selections.items() if s.names and s.head is None]
         for argument, selection in (*chosen, *((f"layers: {n!r}", s) for n, s in self._linear.items())):
-            if self._probe.touched.isdisjoint(selection.names.values()):
+            if self._capture.rules.touched.isdisjoint(selection.names.values()):
                 name = next(iter(selection.names.values()))
                 raise ValueError(
                     f"{argument}: {name} and the others have no gradient: the forward of the first "
@@ -138,7 +138,7 @@ class SampleGradients:
         first: torch.Tensor,  # [B] int64, position that predicts the first scored token
     ) -> Iterator[torch.Tensor]:
         """Context that yields the trunk's hidden states ``[B, T, D]`` and keeps the graph for :meth:`measure`."""
-        if not self.deep:
+        if not self._deep:
             yield self._student.hidden(input_ids)
             return
         start = int(first.min()) if self.backwards_of_completions else 0

@@ -7,10 +7,10 @@ parameters in question. Mixture-of-experts layers need this, as an expert only s
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,22 +39,11 @@ TOLERANCE = {
 }
 
 
-@dataclass(frozen=True)
-class _Findings:
-    """Results of a probe, without references to the model."""
-
-    one_by_one: bool
-    by_autograd: frozenset[str]
-    used: frozenset[str]
-    touched: frozenset[str]
-    forms: dict[int, frozenset[tuple[str, str]]]  # by the module's index
-
-
 class Probe:
     """Prepares a capture for its student.
 
     Args:
-        capture: receives the findings ``used``, ``forms`` and ``by_autograd``.
+        capture: receives its ``rules``.
         tied: names of head weights among the selected parameters.
     """
 
@@ -63,16 +52,11 @@ class Probe:
         self._student = student
         self._tied = tied
         self._done = False
-        #: Names of parameters with any gradient in the probe, which may be 0.
-        self.touched: set[str] = set()
-        self._nonzero: set[str] = set()  # and with one that is not 0
         rows, length = SHAPE
         length = min(length, student.max_length or length)
         with torch.inference_mode(False):  # autograd saves the tokens
             generator = torch.Generator().manual_seed(0)
             self._tokens = torch.randint(student._vocab_size, (rows, length), generator=generator).to(student.device)
-        #: Whether batches must hold one sample; known after :meth:`prepare`.
-        self.one_by_one = False
 
     def prepare(
         self,
@@ -90,54 +74,43 @@ class Probe:
         with student.alone():  # so that no hooks of another thread are in the state
             state = (frozenset(capture.names.values()), *map(_state, capture.modules))
             if state in known:
-                self._restore(known[state])
+                capture.rules = copy.deepcopy(known[state])
             else:
                 self._find(input_ids.to(student.device))
+                rules = capture.rules
                 # Otherwise later samples may still reach the parameters, or a gate that is 0 for now may open.
-                if capture.used and self.touched <= self._nonzero:
-                    known[state] = self._findings()
+                if rules.used and rules.touched <= rules.nonzero:
+                    known[state] = copy.deepcopy(rules)
         self._done = True  # not if memory ran out: a smaller batch may be tried next
 
     def _find(
         self,
         input_ids: torch.Tensor,  # [n, T] int64 of real samples
     ) -> None:
-        capture = self._capture
+        names, rules = set(self._capture.names.values()), self._capture.rules
         failed = self._compare(self._tokens)
-        if failed is not None and not capture.used:
+        if failed is not None and not rules.used:
             self._tokens = input_ids
             failed = self._compare(self._tokens)
         if failed is None or failed:
             self.take_one_by_one()
         self._refuse_unseen()
         # Samples may use parameters outside their modules, where no rule sees them.
-        capture.by_autograd |= {p: name for p, name in capture.names.items() if name not in self.touched}
+        rules.by_autograd |= names - rules.touched
 
     def take_one_by_one(self) -> None:
         """Use batches of one sample from now on, and leave parameters that fit no rule to autograd."""
-        capture = self._capture
-        self.one_by_one = True
-        capture.forms.clear()
-        self.touched.clear()
+        capture, rules = self._capture, self._capture.rules
+        names = set(capture.names.values())
+        rules.one_by_one = True
+        rules.forms.clear()
+        rules.touched.clear()
         failed = self._compare(self._tokens[:1])
         if failed is None:
-            failed = capture.used = self.touched = self._nonzero = set(capture.names.values())
+            failed = rules.used = rules.touched = rules.nonzero = names
             self._require_graph()
         ruled = {name for m, own in capture.owners.items() if is_linear(m) or is_embedding(m) for name in own.values()}
-        kept = (ruled & self.touched) - failed
-        capture.by_autograd = {p: name for p, name in capture.names.items() if name not in kept}
-
-    def _findings(self) -> _Findings:
-        capture = self._capture
-        forms = {i: frozenset(capture.forms[m]) for i, m in enumerate(capture.modules) if m in capture.forms}
-        by_autograd = frozenset(capture.by_autograd.values())
-        return _Findings(self.one_by_one, by_autograd, frozenset(capture.used), frozenset(self.touched), forms)
-
-    def _restore(self, found: _Findings) -> None:
-        capture = self._capture
-        self.one_by_one, capture.used, self.touched = found.one_by_one, set(found.used), set(found.touched)
-        capture.by_autograd = {p: name for p, name in capture.names.items() if name in found.by_autograd}
-        capture.forms = {capture.modules[i]: set(forms) for i, forms in found.forms.items()}
+        rules.by_autograd = names - ((ruled & rules.touched) - failed)
 
     def _compare(
         self,
@@ -146,6 +119,7 @@ class Probe:
         """Names of parameters that fit no rule or whose pieces differ from autograd's gradients; None if the student
         rejects the batch or its modules' outputs cannot be tapped."""
         capture, student, batch = self._capture, self._student, len(ids)
+        rules = capture.rules
         generator = torch.Generator().manual_seed(0)
         bad: set[str] = set()
         try:
@@ -164,8 +138,8 @@ class Probe:
                     both = _Comparison(capture, batch, sample)
                     last = sample == batch - 1
                     capture.run_backward(hidden, noise.to(hidden.device), [both], last, capture.names, both.receive)
-                    self.touched |= both.norms.keys()
-                    self._nonzero |= {name for name, norm in both.norms.items() if norm}
+                    rules.touched |= both.norms.keys()
+                    rules.nonzero |= {name for name, norm in both.norms.items() if norm}
                     total = math.hypot(*both.norms.values())
                     for name, error in both.errors().items():
                         # A gradient may be 0 only for now, such as that of a LoRA factor whose partner is 0.
@@ -173,7 +147,7 @@ class Probe:
                         if not error <= tolerance * norm + floor * total:
                             bad.add(name)
                         if norm > floor * total:
-                            capture.used.add(name)
+                            rules.used.add(name)
         except torch.OutOfMemoryError:
             raise
         except Exception:  # the student's code may reject a tapped output or a batch
@@ -196,9 +170,9 @@ class Probe:
 
     def _refuse_unseen(self) -> None:
         """Reject parameters that affect the logits but not the hidden states, such as adapters on the head."""
-        names, student = self._capture.names, self._student
-        seen_here = self.touched.union(self._tied)
-        silent = {p: name for p, name in names.items() if name not in seen_here}
+        student, rules = self._student, self._capture.rules
+        seen_here = rules.touched.union(self._tied)
+        silent = {p: name for p, name in self._capture.names.items() if name not in seen_here}
         if not silent or not isinstance(student._source, CausalLM):
             return
         ids = torch.arange(2, device=student.device)[None] % student._vocab_size
@@ -214,7 +188,7 @@ class Probe:
                 parameter.requires_grad_(True)
             reached = _reached(student.hidden(ids), silent)
             seen = [name for name in _reached(student._source.logits(ids), silent) if name not in reached]
-        if reached and not self.one_by_one:  # these tokens reach them, the probe's did not
+        if reached and not rules.one_by_one:  # these tokens reach them, the probe's did not
             self.take_one_by_one()
         if seen:
             more = f" and {len(seen) - 1} more" if len(seen) > 1 else ""
