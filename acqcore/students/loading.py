@@ -31,7 +31,7 @@ def checked_source(path: object) -> str:
 def _checked_path(path: object) -> str:
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"path: expected a folder or hub id, got {type(path).__name__}")
-    return os.fspath(path)
+    return os.path.expanduser(os.fspath(path))
 
 
 def load_model(path: str | os.PathLike[str], dtype: torch.dtype | str | None = None, kind: Any = None) -> Any:
