@@ -7,14 +7,8 @@ import re
 
 import pytest
 
-from acqcore.students.samples import Row
-
 USER = {"role": "user", "content": "hi"}
 YES = {"role": "assistant", "content": "yes"}
-
-
-def scored_ids(row: Row) -> list[int]:
-    return row.targets[row.targets != -100].tolist()
 
 
 def test_a_template_that_rewrites_the_opening(encoded, tokenizer, with_template):
@@ -23,7 +17,7 @@ def test_a_template_that_rewrites_the_opening(encoded, tokenizer, with_template)
     messages = [USER, YES]
     assert other.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True).endswith("<think>")
     (row,) = encoded([{"messages": messages}], other)
-    assert tokenizer.decode(scored_ids(row)) == "yes<|im_end|>\n"
+    assert tokenizer.decode(row.scored.tolist()) == "yes<|im_end|>\n"
 
 
 def test_a_list_of_texts_for_a_template_of_strings(encoded):
@@ -70,7 +64,7 @@ def test_a_string_for_a_template_of_lists(test, encoded, with_template):
     other = with_template(template)
     parts = [turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in (USER, YES)]
     (expected,) = encoded([{"messages": parts}], other)
-    assert other.decode(scored_ids(expected)) == "yes<|im_end|>\n"
+    assert other.decode(expected.scored.tolist()) == "yes<|im_end|>\n"
     for messages in ([USER, YES], [USER, parts[1]], [parts[0], YES]):
         (row,) = encoded([{"messages": messages}], other)
         assert row.ids.tolist() == expected.ids.tolist()
@@ -91,7 +85,7 @@ def test_tool_calls_need_no_content(extra, encoded, tokenizer, with_template):
     other = with_template(tokenizer.chat_template.replace("{{ m['content'] }}", calls))
     call = {"type": "function", "function": {"name": "fox", "arguments": {"x": 1}}}
     (row,) = encoded([{"messages": [USER, {"role": "assistant", "tool_calls": [call], **extra}]}], other)
-    assert tokenizer.decode(scored_ids(row)) == "fox<|im_end|>\n"
+    assert tokenizer.decode(row.scored.tolist()) == "fox<|im_end|>\n"
 
 
 TURNS = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Which city has the Colosseum?"}]
@@ -131,7 +125,7 @@ def test_templates_that_do_not_only_append(template, reply, encoded, with_templa
     shown = reply.strip() if template == IGNORES else reply
     for sample in ({"messages": [*TURNS, message]}, {"prompt": TURNS, "completion": [message]}):
         (row,) = encoded([sample], other, limit=None)
-        assert other.decode(scored_ids(row)) == f"{shown}<|im_end|>"
+        assert other.decode(row.scored.tolist()) == f"{shown}<|im_end|>"
         assert other.decode(row.ids) == other.apply_chat_template([*TURNS, message], tokenize=False)
 
 
@@ -173,7 +167,7 @@ def test_a_part_of_the_reply_that_is_left_out_is_refused(extra, expected, encode
     if "content" not in extra:
         history = [*TURNS, REPLY | extra, {"role": "user", "content": "and?"}, REPLY]
         (row,) = encoded([{"messages": history}], tokenizer, limit=None)
-        assert tokenizer.decode(scored_ids(row)) == "Rome<|im_end|>"
+        assert tokenizer.decode(row.scored.tolist()) == "Rome<|im_end|>"
 
 
 def test_each_call_of_a_reply_is_scored(encoded, tokenizer, with_template):
@@ -183,8 +177,8 @@ def test_each_call_of_a_reply_is_scored(encoded, tokenizer, with_template):
     first = with_template(every.chat_template.replace("m['tool_calls'] or []", "(m['tool_calls'] or [])[:1]"))
     twice = {"role": "assistant", "tool_calls": [CALL, {"function": {"name": "look_up", "arguments": {"x": 2}}}]}
     (row,) = encoded([{"messages": [*TURNS, twice]}], every, limit=None)
-    assert '"x": 1' in tokenizer.decode(scored_ids(row))
-    assert '"x": 2' in tokenizer.decode(scored_ids(row))
+    assert '"x": 1' in tokenizer.decode(row.scored.tolist())
+    assert '"x": 2' in tokenizer.decode(row.scored.tolist())
     with pytest.raises(ValueError, match="in the scored part: expected 'look_up' 2 times in "):
         encoded([{"messages": [*TURNS, twice]}], first, limit=None)
 
@@ -197,14 +191,14 @@ def test_marks_of_what_the_assistant_generates(encoded, with_template):
     )
     tokenizer = with_template(template)
     (row,) = encoded([CONVERSATION], tokenizer, limit=None)
-    assert tokenizer.decode(scored_ids(row)) == "Rome<|im_end|>"  # the newline after it belongs to the template
+    assert tokenizer.decode(row.scored.tolist()) == "Rome<|im_end|>"  # the newline after it belongs to the template
     tool = {"role": "tool", "content": "Italy"}
     completion = [{"role": "assistant", "content": "where?"}, tool, REPLY]
     (row,) = encoded([{"prompt": TURNS, "completion": completion}], tokenizer, limit=None)
-    assert tokenizer.decode(scored_ids(row)) == "where?<|im_end|>Rome<|im_end|>"
+    assert tokenizer.decode(row.scored.tolist()) == "where?<|im_end|>Rome<|im_end|>"
     history = [*TURNS, REPLY, {"role": "user", "content": "and?"}]
     (row,) = encoded([{"messages": [*history, {"role": "assistant", "content": "Nîmes"}]}], tokenizer, limit=None)
-    assert tokenizer.decode(scored_ids(row)) == "Nîmes<|im_end|>"
+    assert tokenizer.decode(row.scored.tolist()) == "Nîmes<|im_end|>"
 
     (row,) = encoded([CONVERSATION], tokenizer, limit=None)
     turns = CONVERSATION["messages"]
@@ -238,7 +232,7 @@ def test_tools_and_variables_reach_the_template(as_text, encoded, tokenizer, wit
     )  # fmt: skip
     assert tokenizer.decode(rows[1].ids) == tokenizer.apply_chat_template([*TURNS, REPLY], tools=tools, tokenize=False)
     assert tokenizer.decode(rows[2].ids) == "LOUD " + tokenizer.decode(rows[0].ids)
-    assert [tokenizer.decode(scored_ids(row)) for row in rows] == ["Rome<|im_end|>\n"] * 3
+    assert [tokenizer.decode(row.scored.tolist()) for row in rows] == ["Rome<|im_end|>\n"] * 3
 
 
 @pytest.mark.parametrize(

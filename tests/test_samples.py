@@ -16,10 +16,6 @@ from tokenizers import normalizers
 from acqcore.students.samples import Row
 
 
-def scored_ids(row: Row) -> list[int]:
-    return row.targets[row.targets != -100].tolist()
-
-
 def assert_same(rows: list[Row], expected: list[Row]) -> None:
     for row, other in zip(rows, expected, strict=True):
         assert row.ids.tolist() == other.ids.tolist()
@@ -61,28 +57,28 @@ class TestPromptAndCompletion:
         prompt, completion = "What is 2 + 3?", " The answer is 5."
         (row,) = encoded([{"prompt": prompt, "completion": completion}], any_tokenizer)
         assert row.ids.tolist() == any_tokenizer([prompt + completion])["input_ids"][0]
-        assert scored_ids(row) == any_tokenizer([completion])["input_ids"][0]
+        assert row.scored.tolist() == any_tokenizer([completion])["input_ids"][0]
 
     def test_a_token_across_the_boundary_is_scored(self, encoded, any_tokenizer, tokenizer):
         whole = tokenizer("What is").input_ids
         assert tokenizer.decode(whole[-1:]) == " is"
         (row,) = encoded([{"prompt": "What i", "completion": "s"}], any_tokenizer)
         assert row.ids.tolist() == whole
-        assert scored_ids(row) == whole[-1:]
+        assert row.scored.tolist() == whole[-1:]
 
     def test_bytes_of_one_character_stay_together(self, encoded, any_tokenizer):
         (row,) = encoded([{"prompt": "a 語", "completion": "界!"}], any_tokenizer)
-        assert scored_ids(row) == any_tokenizer(["界!"])["input_ids"][0]
+        assert row.scored.tolist() == any_tokenizer(["界!"])["input_ids"][0]
 
     def test_without_a_prompt_the_first_token_is_context(self, encoded, any_tokenizer):
         (row,) = encoded([{"prompt": "", "completion": "a lazy fox"}], any_tokenizer)
-        assert scored_ids(row) == row.ids[1:].tolist()
+        assert row.scored.tolist() == row.ids[1:].tolist()
 
     def test_conversations(self, encoded, any_tokenizer, tokenizer):
         prompt = [{"role": "user", "content": "a fox?"}]
         completion = [{"role": "assistant", "content": "a dog."}]
         (row,) = encoded([{"prompt": prompt, "completion": completion}], any_tokenizer)
-        assert tokenizer.decode(scored_ids(row)) == "a dog.<|im_end|>\n"
+        assert tokenizer.decode(row.scored.tolist()) == "a dog.<|im_end|>\n"
         assert_same([row], encoded([{"messages": prompt + completion}], any_tokenizer))
 
 
@@ -96,7 +92,7 @@ def test_the_last_turn_of_a_conversation_is_scored(encoded, any_tokenizer, token
     ]
     (row,) = encoded([{"messages": messages}], any_tokenizer, limit=None)
     assert tokenizer.decode(row.ids) == tokenizer.apply_chat_template(messages, tokenize=False)
-    assert tokenizer.decode(scored_ids(row)) == "so.<|im_end|>\n"
+    assert tokenizer.decode(row.scored.tolist()) == "so.<|im_end|>\n"
 
 
 class TestTensors:
@@ -228,10 +224,10 @@ class TestLength:
         (whole,) = encoded([sample])
         (cut,) = encoded([sample], max_length=n + 3)
         assert cut.ids.tolist() == whole.ids[-n - 3 :].tolist()
-        assert scored_ids(cut) == scored_ids(whole)
+        assert cut.scored.tolist() == whole.scored.tolist()
         (cut,) = encoded([sample], max_length=n - 1)
         assert cut.ids.tolist() == whole.ids[-n - 1 : -2].tolist()  # one prompt token is kept to predict from
-        assert scored_ids(cut) == scored_ids(whole)[: n - 2]
+        assert cut.scored.tolist() == whole.scored.tolist()[: n - 2]
 
     def test_bad_max_length(self, encoded):
         with pytest.raises(ValueError, match="max_length: expected at least 2"):
@@ -522,7 +518,7 @@ class TestSpecialTokensOnce:
     def test_of_a_prompt(self, prompt, encoded, with_template, tokenizer):
         (row,) = encoded([{"prompt": prompt, "completion": " fox"}], with_template(adds=True))
         assert row.ids.tolist() == [1, *tokenizer("a fox").input_ids, 2]
-        assert scored_ids(row) == [*tokenizer(" fox").input_ids, 2]
+        assert row.scored.tolist() == [*tokenizer(" fox").input_ids, 2]
 
     def test_conversations_have_those_of_the_template(self, encoded, with_template):
         (row,) = encoded([{"messages": [USER, YES]}], with_template(adds=True))
