@@ -200,6 +200,7 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
         lambda model: model.model.register_forward_pre_hook(lambda *_: {}["images"]),
         "model: LlamaForCausalLM does not run on token ids alone: KeyError: 'images'",
     ),
+    "no weights": (lambda model: model.to("meta"), "model: LlamaForCausalLM has no weights, all parameters are on the"),
     "later tokens": (lambda model: model.model.register_forward_hook(_leak), "a token sees later tokens"),
 }
 

@@ -82,7 +82,10 @@ class CausalLM:
     @property
     def _device(self) -> torch.device:
         """Device of the first parameter that is not offloaded."""
-        return next(parameter.device for parameter in self._model.parameters() if not parameter.is_meta)
+        found = next((parameter.device for parameter in self._model.parameters() if not parameter.is_meta), None)
+        if found is None:
+            raise ValueError(f"model: {self.name} has no weights, all parameters are on the meta device")
+        return found
 
     def hidden(
         self,
