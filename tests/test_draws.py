@@ -214,11 +214,13 @@ def test_a_branch_that_blocks_share_drops_once_per_call(tiny_model, dropped_logi
         _assert_draws(scores, i, [dropped_logits(model, row, sites, 0.25, k) for k in range(3)])
 
 
-def test_dropout_that_is_no_module(tiny_model):
+@pytest.mark.parametrize("options", [{"draws": 2}, {"form": "linear"}])
+def test_dropout_that_is_no_module(options, tiny_model):
     """Attention applies dropout by a function; its module never runs, so it cannot be switched on."""
     model = tiny_model("GPT2", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.3)
+    own = {"mutual_information": {"layers": "own", **options}}
     with pytest.raises(ValueError, match="went through none of the modules"):
-        _score(model, _ids(6), layers="own")
+        acqcore.score(model, _padded(_ids(6)), "mutual_information", acquisition_args=own)
 
 
 def test_lora_dropout(tiny_model):

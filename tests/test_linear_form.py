@@ -579,6 +579,7 @@ def test_rows_without_a_finite_logit_are_not_valid(tiny_model):
         ({"dropout": 1}, ValueError, "dropout: expected a probability"),
         ({"seed": -1}, ValueError, "seed: expected 0 to"),
         ({"draws": 8}, ValueError, r"acquisition_args\['mutual_information'\]: unknown 'draws'"),
+        ({"form": "row"}, ValueError, "form: unknown 'row', expected one of linear, element, block"),
     ],
 )
 def test_bad_arguments(options, error, message, tiny_model):
@@ -623,12 +624,6 @@ def test_draws_take_no_arguments_of_the_linear_form(argument, tiny_model):
         )  # fmt: skip
 
 
-def test_a_site_that_never_runs(tiny_model):
-    model = tiny_model("GPT2", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.3)
-    with pytest.raises(ValueError, match="went through none of the modules"):
-        _score(model, _samples(6), layers="own")
-
-
 def test_ready_made_options(tiny_model):
     model, samples = tiny_model("Llama"), _samples(6)
     options = LinearOptions(probes=3, seed=5)
@@ -668,8 +663,3 @@ def test_half_precision_has_the_values_of_float32(options, factor, dtype, tiny_m
     # Rounded to bfloat16, large logits are off by so much that even the entropy changes by an eighth.
     rounded = dtype == torch.bfloat16 and factor > 1
     torch.testing.assert_close(got, exact, rtol=0.25 if rounded else 0.1, atol=0)
-
-
-def test_an_unknown_form_names_the_known_ones(tiny_model):
-    with pytest.raises(ValueError, match="form: unknown 'row', expected one of linear, element, block"):
-        _score(tiny_model("Llama"), _samples(4), form="row")
