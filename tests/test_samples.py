@@ -340,6 +340,7 @@ class TestRowsOfAnySource:
         "pandas": lambda columns: pytest.importorskip("pandas").DataFrame(columns),
         "polars": lambda columns: pytest.importorskip("polars").DataFrame(columns),
         "datasets": lambda columns: pytest.importorskip("datasets").Dataset.from_dict(columns),
+        "tensors": lambda columns: pytest.importorskip("datasets").Dataset.from_dict(columns).with_format("torch"),
         "list": lambda columns: [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)],
     }
 

@@ -56,7 +56,7 @@ def listed(samples: Any) -> list[Any]:
 
 
 def plain(value: Any) -> Any:
-    """The value with NumPy arrays, which pandas reads from nested parquet columns, converted to lists.
+    """The value with arrays, such as pandas reads from nested parquet columns, converted to lists.
 
     Keys of mappings without a value are dropped at any depth: a table has a null, or a frame NaN, NA or NaT, where a
     row lacks a key that other rows have.
@@ -65,9 +65,10 @@ def plain(value: Any) -> Any:
         return {key: plain(part) for key, part in value.items() if not _missing(part)}
     if isinstance(value, (str, bytes)):
         return value
-    if isinstance(value, Sequence) or hasattr(value, "tolist"):
-        return [plain(part) for part in value] if hasattr(value, "__len__") else value
-    return value
+    if isinstance(value, Sequence):
+        return [plain(part) for part in value]
+    is_array = hasattr(value, "tolist") and hasattr(value, "__len__")  # which NumPy's scalars lack
+    return plain(value.tolist()) if is_array else value
 
 
 def _missing(value: Any) -> bool:
