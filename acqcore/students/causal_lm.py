@@ -193,9 +193,9 @@ class CausalLM:
         ids = ids.to(self._device)
         with torch.no_grad():
             own = _whole(self.logits(ids), head)
-            hidden = gathered(self.hidden(ids))
-            ours = _logits(hidden, head)
-            product = ours if head.bias is None else _logits(hidden, replace(head, bias=None))
+            hidden = gathered(self.hidden(ids)).to(head.weight.device)
+            ours = _whole(head.logits(hidden), head)
+            product = ours if head.bias is None else _whole(replace(head, bias=None).logits(hidden), head)
         tolerance = max(PROBE_TOLERANCE[dtype] for dtype in (self._product, hidden.dtype, head.weight.dtype))
         self._check_product(hidden)
         advice = f"acqcore does not know how it changes them; {ADVICE}"
@@ -329,15 +329,6 @@ def runnable(model: Any) -> Any:
             return model
 
 
-def _logits(
-    hidden: torch.Tensor,  # [B, T, D]
-    head: Head,
-) -> torch.Tensor:
-    """Logits of all ranks, ``[B, T, V]``; for few tokens."""
-    logits = head.logits(hidden.to(head.weight.device).flatten(0, 1)).view(*hidden.shape[:2], -1)
-    return _whole(logits, head)  # all ranks must agree on a verdict
-
-
 def _excess(a: torch.Tensor, b: torch.Tensor, tolerance: float, largest: float) -> float | None:
     """The largest difference of two logits beyond ``tolerance``, or None. The tolerance is relative to ``largest``, or
     to the two logits if both are larger, as under a bias that masks tokens. Equal infinities do not differ."""
@@ -350,7 +341,7 @@ def _whole(
     logits: torch.Tensor,  # [B, T, V], or [B, T, v] for the head's own rows
     head: Head,
 ) -> torch.Tensor:
-    """The logits of all ranks, ``[B, T, V]``."""
+    """The logits of all ranks, ``[B, T, V]``, from which all must draw the same conclusion."""
     if head.group is None or logits.shape[-1] == head.vocab_size:
         return logits
     whole = logits.new_zeros((*logits.shape[:-1], head.vocab_size))
