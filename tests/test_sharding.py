@@ -77,14 +77,9 @@ def assert_same(results: list[dict[str, Any]], name: str) -> None:
             )
 
 
-@pytest.mark.parametrize("name", CASES["two ranks"])
-def test_two_ranks(found, name):
-    assert_same(found["two ranks"], name)
-
-
-@pytest.mark.parametrize("name", CASES["four ranks"])
-def test_four_ranks(found, name):
-    assert_same(found["four ranks"], name)
+@pytest.mark.parametrize(("ranks", "name"), [(n, name) for n in ("two ranks", "four ranks") for name in CASES[n]])
+def test_every_case(found, ranks, name):
+    assert_same(found[ranks], name)
 
 
 @pytest.mark.parametrize("name", ["rows: confident 1e-12", "rows: confident 1e-20", "gradients: confident 1e-12"])
