@@ -83,7 +83,7 @@ class Capture:
         self._sites = list(sites)
         self.names = names
         self.modules = [] if student._module is None else list(student._module.modules())
-        self._places = {module: i for i, module in enumerate(self.modules)}
+        self._indices = {module: i for i, module in enumerate(self.modules)}
         #: Module -> attribute -> name of the selected parameters that it owns.
         self.owners: dict[nn.Module, dict[str, str]] = {}
         for module in self.modules:
@@ -280,13 +280,13 @@ class Capture:
             if self._shape[0] > 1:
                 raise OneByOne from error
             raise
-        place = self._places[module]
+        index = self._indices[module]
         # Reject shapes the probe did not see: an expert may be routed as many tokens as there are samples, which looks
         # like one row per sample.
-        if self._shape[0] > 1 and not probing and call.forms not in self.rules.forms.get(place, ()):
+        if self._shape[0] > 1 and not probing and call.forms not in self.rules.forms.get(index, ()):
             raise OneByOne
         if probing:
-            self.rules.forms.setdefault(place, set()).add(call.forms)
+            self.rules.forms.setdefault(index, set()).add(call.forms)
         self._uses.update(names.values())
         # A linear layer's backward does not need its output, which may change in place; other outputs are copied.
         alias = is_linear(module) and output._base is None

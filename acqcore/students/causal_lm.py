@@ -37,7 +37,7 @@ class CausalLM:
 
     def __init__(self, model: torch.nn.Module, verify: bool) -> None:
         self._model = model
-        self._verified = verify
+        self._verifies = verify
         self._causal = causal = innermost(model)
         self.name = type(causal).__name__
         embeddings = getattr(causal, "get_output_embeddings", None)
@@ -124,7 +124,7 @@ class CausalLM:
         if self._map.columns is not None:
             placed["vocab_size"] = self._map.columns
         head = Head(**placed, softcap=self._map.softcap, scale=self._map.scale)
-        if self._verified:
+        if self._verifies:
             remembered(self._model, "verified", self._state(), lambda: self._verify(head))
         return head
 
