@@ -116,8 +116,8 @@ def write(path: Path, done: dict[str, dict[str, Any]]) -> None:
         "# Supported students",
         "",
         f"Every causal language model type of transformers {transformers.__version__} for which a small random model",
-        f"can be built: {len(built)} of {len(done)}. Of these, {right} are correct in every check, and {sound}",
-        "are correct or rejected by name.",
+        f"can be built: {len(built)} of {len(done)}. Of these, {right} are correct in every check and {sound - right}",
+        "are rejected by name in at least one.",
         "",
         "Each value is compared with plain autograd on the model's own logits, in float32, one sample at a time.",
         'Samples are scored alone and in a padded batch. "yes": correct. "no": rejected with a ValueError that gives',
@@ -128,16 +128,19 @@ def write(path: Path, done: dict[str, dict[str, Any]]) -> None:
         "|---|---|" + "---|" * len(check.TITLES),
     ]
     words = {"right": "yes", "refused": "no", "none": "-", "wrong": "WRONG", "raw": "RAISES"}
-    reasons: dict[str, list[str]] = {}
+    reasons: dict[str, dict[str, list[str]]] = {}
     for kind, entry in built.items():
         found = entry["found"]
         cells = [words[found[name][0]] if name in found else "-" for name in check.TITLES]
         lines.append(f"| `{kind}` | {entry['class']} | " + " | ".join(cells) + " |")
         for name, (verdict, reason) in found.items():
             if verdict in ("refused", "wrong", "raw"):
-                reasons.setdefault(f"{reason.splitlines()[0]}", []).append(f"`{kind}` ({check.TITLES[name]})")
+                reasons.setdefault(reason.splitlines()[0], {}).setdefault(kind, []).append(check.TITLES[name])
     lines += ["", "## Rejected", ""]
-    lines += [f"- {', '.join(kinds)}: {reason}" for reason, kinds in sorted(reasons.items())]
+    for reason, kinds in sorted(reasons.items()):
+        every = len(check.TITLES)
+        named = (f"`{k}` ({'every check' if len(of_k) == every else '; '.join(of_k)})" for k, of_k in kinds.items())
+        lines.append(f"- {', '.join(named)}: {reason}")
     lines += ["", "## Not tested", "", "No small model of these can be built, or it needs a missing package:", ""]
     lines += [", ".join(f"`{kind}`" for kind, entry in sorted(done.items()) if "unbuilt" in entry["found"]) + "."]
     path.write_text("\n".join(lines) + "\n")
