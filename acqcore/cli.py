@@ -19,7 +19,7 @@ from typing import Any, get_args
 
 import torch
 
-from acqcore import __version__
+from acqcore import __version__, checks
 from acqcore.acquisitions import REGISTRY
 from acqcore.backends import backends
 from acqcore.costs import command as plan_command
@@ -34,7 +34,7 @@ from acqcore.literals import Reduction
 from acqcore.options import at_least, json_value, table_output
 from acqcore.progress import print_table, progress_bar
 from acqcore.scoring.plan import Plan
-from acqcore.students.loading import DTYPES, check_request
+from acqcore.students.loading import DTYPES, checked_source
 
 _DESCRIPTION = (
     "Scores data files with a student (score), keeps the best rows (select), computes the reference that influence is "
@@ -287,8 +287,9 @@ def _prepare(options: argparse.Namespace, parts: Parts) -> tuple[Job, list[Block
         raise ValueError(
             f"device: expected cpu or cuda with --engine ray, which assigns each worker's device, got {options.device}"
         )
-    # Ray workers may have other devices.
-    check_request(options.student, options.dtype, None if options.engine == "ray" else options.device)
+    checked_source(options.student)
+    if options.engine != "ray":  # whose workers may have other devices
+        checks.device("device", options.device)
     check_output(options.out, options.data, options.overwrite or parts.begun)
     data = data_files.local_file(options.data, options.data_config, options.split, parts.folder)
     blocks, present = data_files.scan(data, options.block_rows, options.limit)

@@ -234,3 +234,14 @@ def test_functions_of_gradients(name, tiny_model, tokenizer, count):
         count.clear()
         call(student, SAMPLES[:2])
     assert tuple(count[name] for name in COUNTED) == expected
+
+
+@pytest.mark.parametrize("arguments", [None, {"draws": 2}, {"draws": 2, "layers": 1}], ids=["entropy", "all", "last"])
+def test_forwards_without_gradients_keep_no_graph(arguments, tiny_model):
+    """The checks of a new student included: a graph of the longest row takes more memory than the batches."""
+    model, with_graph = tiny_model("Llama"), []
+    model.model.register_forward_hook(lambda _, __, output: with_graph.append(output[0].requires_grad))
+    name = "entropy" if arguments is None else "mutual_information"
+    ids = torch.randint(3, 90, (5, 40), generator=torch.Generator().manual_seed(0))
+    acqcore.score(model, {"input_ids": ids}, name, acquisition_args=arguments and {name: arguments})
+    assert with_graph and not any(with_graph)

@@ -182,12 +182,12 @@ class Student:
         """The result of ``check``, which runs once per ``question`` and its subjects (hashable) until the model is
         altered."""
         assert self._module is not None
-        with self.scoring(), torch.inference_mode(False):
+        with self.scoring(), torch.inference_mode(False), torch.no_grad():
             return remembered(self._module, question, (subjects, altered(self._module)), check)
 
     def _few_tokens(self) -> None:
         """A forward without gradients that visits every block."""
-        with self.scoring(), torch.inference_mode(False):
+        with self.scoring(), torch.inference_mode(False), torch.no_grad():
             self.hidden(torch.arange(4, device=self.device)[None] % self._vocab_size)
 
     def hidden(
@@ -272,7 +272,7 @@ class Student:
             if self.max_length is not None:  # rounded up if the student takes it, so that few lengths are checked
                 rounded = 1 << (longest - 1).bit_length() if longest < 1024 else -(-longest // 1024) * 1024
                 longest = max(longest, min(rounded, self.max_length))
-            with self.scoring(), torch.inference_mode(False):
+            with self.scoring(), torch.inference_mode(False), torch.no_grad():
                 self._lengths.check(longest, self._vocab_size, lambda ids: self.hidden(ids.to(self.device)))
         return self._lengths.groups(lengths)
 

@@ -188,6 +188,7 @@ class Batcher(Generic[Key, Item, Result]):
     def _work(self) -> None:
         while (batch := self._next()) is not None:
             self._answer(*batch)
+            del batch  # else it would hold a replaced student until the next request
 
     def _next(self) -> tuple[Key, list[_Entry]] | None:
         """Waits for the next batch; None once the batcher is closed and the queue is empty."""
