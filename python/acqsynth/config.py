@@ -407,10 +407,9 @@ for _tag, _pattern, _first in (
 
 def _read(recipe: str | Path) -> tuple[str, str]:
     """The text and the name of a recipe."""
-    path = Path(recipe)
-    if path.is_file():
+    if os.path.isfile(recipe):  # unlike Path.is_file, False for a name too long
         try:
-            return path.read_text(encoding="utf-8"), str(recipe)
+            return Path(recipe).read_text(encoding="utf-8"), str(recipe)
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{recipe}: cannot be read: {_one_line(error)}") from error
     name = str(recipe).removesuffix(".yaml")
@@ -472,9 +471,9 @@ def _sentence(error: ValidationError) -> str:
     context = fault.get("ctx", {})
     match fault["type"]:
         case "extra_forbidden":
-            return f"{key}: unknown key{_nearest_key(key)}"
+            return f"{key}: unknown key{_nearest_key(where)}"
         case "missing":
-            meaning = next(doc for known, _, _, doc in documented() if known == _generic(key))
+            meaning = next(doc for known, _, _, doc in documented() if known == _generic(where))
             return f"{key}: missing; {meaning}"
         case "value_error":
             return f"{key}: {context['error']}" if key else str(context["error"])
@@ -487,21 +486,22 @@ def _sentence(error: ValidationError) -> str:
     return f"{key}: {said}, got {_described(fault['input'])}{near}"
 
 
-def _nearest_key(key: str) -> str:
+def _nearest_key(where: Sequence[Any]) -> str:
     """A close match in the section of an unknown key, else the same name elsewhere, else the section's keys."""
-    section, _, name = key.rpartition(".")
+    *section, name = where
     known = [dotted for dotted, *_ in documented()]
     beside = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == _generic(section)]
     if near := difflib.get_close_matches(name, beside, 1):
-        return f", did you mean {section}{'.' * bool(section)}{near[0]}?"
+        return f", did you mean {'.'.join([*section, near[0]])}?"
     if elsewhere := [dotted for dotted in known if dotted.rpartition(".")[2] == name]:
         return f", did you mean {min(elsewhere, key=len)}?"
     return f", expected one of {', '.join(beside)}"
 
 
-def _generic(key: str) -> str:
-    """The key as in :func:`documented`, with names replaced."""
-    return re.sub(r"^(evaluation\.others)\.[^.]+", r"\1.<name>", key)
+def _generic(where: Sequence[Any]) -> str:
+    """The key as in :func:`documented`, with names replaced, which may contain dots."""
+    named = where[:2] == ["evaluation", "others"]
+    return ".".join([*where[:2], "<name>", *where[3:]] if named else where)
 
 
 def _section_in(annotation: Any) -> type[Section] | None:

@@ -58,30 +58,14 @@ def test_overrides_are_yaml_and_the_last_counts(recipe):
     assert (config.student.replay, type(config.student.replay)) == (0.0, float)
 
 
-@pytest.mark.parametrize("number", ["1e-6", "2E+3", "-1e5", "1.5e-3", "3e4"])
-def test_exponents_are_numbers(recipe, number):
-    value = recipes.load(recipe, [f"student.options.x={number}"]).student.options["x"]
-    assert isinstance(value, float)
-    assert value == float(number)
+NUMBERS = {"1e-6": 1e-6, "2E+3": 2e3, "-1e5": -1e5, "1.5e-3": 1.5e-3, "3e4": 3e4, "0x10": 16, "1_000": 1000, "-0": 0}
+NUMBERS |= {"+7": 7, ".5": 0.5, "5.": 5.0, "007.5": 7.5, ".5e1": 5.0, "-1.5E-1": -0.15}
+WORDS = {"True": True, "~": None, "Null": None}
+#: YAML 1.1 reads some of these as a boolean, 90, 8 or a date.
+TEXTS = ["e-6", "1e", "v1e-6", "1e-6x", "1_", "no", "on", "Yes", "y", "1:30", "010", "0o17", "2026-01-01", "=", "1.2.3"]
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["e-6", "1e", "v1e-6", "1e-6x", "1_", "no", "on", "Yes", "y", "1:30", "010", "0o17", "2026-01-01", "=", "1.2.3"],
-)
-def test_text_is_read_as_it_is_written(recipe, text):
-    """YAML 1.1 reads some of these as a boolean, 90, 8 or a date."""
-    assert recipes.load(recipe, [f"student.options.x={text}"]).student.options["x"] == text
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    zip(
-        ["0x10", "1_000", "-0", "+7", ".5", "5.", "007.5", ".5e1", "-1.5E-1", "True", "~", "Null"],
-        [16, 1000, 0, 7, 0.5, 5.0, 7.5, 5.0, -0.15, True, None, None],
-        strict=True,
-    ),
-)
+@pytest.mark.parametrize(("text", "value"), {**NUMBERS, **WORDS, **{text: text for text in TEXTS}}.items())
 def test_words_and_numbers_of_yaml(recipe, text, value):
     read = recipes.load(recipe, [f"student.options.x={text}"]).student.options["x"]
     assert (read, type(read)) == (value, type(value))
@@ -115,6 +99,7 @@ def test_words_may_be_names(recipe):
             "reward={signals: {entropy: {}}, paper_compat: true, fusion: rank}",
             "reward: paper_compat has no weights, gates",
         ),
+        ("reward={signals: {entropy: {}}, weights: {margin: 1}}", "reward: weights.margin: no such signal"),
         ("baselines=[none]", "baselines[0]: expected 'no_rl', 'random_real'"),
         ("baselines=[no_rl, no_rl]", "baselines: expected distinct entries, got no_rl, no_rl"),
         ("rounds=0", "rounds: expected at least 1, got 0"),
@@ -142,6 +127,10 @@ def test_words_may_be_names(recipe):
         ("data.seeds.domain=code", "data.seeds.domain: unknown key"),
         ("evaluation.others.more={source: x, domin: y}", "did you mean evaluation.others.more.domain?"),
         ("evaluation.others.more={}", "evaluation.others.more.source: missing; hub id"),
+        ("evaluation.others={v1.5: {}}", "evaluation.others.v1.5.source: missing; hub id"),
+        ("evaluation.others={v1.5: {source: x, domin: y}}", "did you mean evaluation.others.v1.5.domain?"),
+        ("generator={model: x, options.lora: 1}", "options.lora: unknown key, did you mean generator.options?"),
+        ("student={model: x, a.b: 1}", "student.a.b: unknown key, expected one of model, others, rows"),
         ("evaluation.others.a/b.source=x", "evaluation.others.a/b: expected a name of letters"),
         ("output=''", "output: expected a name or path, got ''"),
         ("generator.prompts=010", "generator.prompts: expected an integer, got '010'"),
@@ -191,11 +180,6 @@ def test_home_is_expanded(recipe, monkeypatch):
     assert (config.output, config.reward.refresh_from) == ("/home/ada/runs/x", "/home/ada/student")
 
 
-def test_weights_name_signals_of_the_recipe(recipe):
-    with pytest.raises(ConfigError, match=r"reward: weights.margin: no such signal, expected one of entropy"):
-        recipes.load(recipe, ["reward.signals={entropy: {}}", "reward.weights={margin: 1}"])
-
-
 def test_rounds_need_a_generator_that_learns(recipe):
     with pytest.raises(ConfigError, match=r"rounds: expected 1, as generator\.method none trains no generator"):
         recipes.load(recipe, ["rounds=2", "generator.method=none"])
@@ -235,9 +219,10 @@ def test_text_that_is_no_recipe(recipe, text, sentence):
     assert "\n" not in str(caught.value)
 
 
-def test_an_unknown_recipe_names_those_there_are():
-    with pytest.raises(ConfigError, match=r"nowhere\.yaml: no such file or recipe; the package has"):
-        recipes.load("nowhere.yaml")
+@pytest.mark.parametrize("name", ["nowhere.yaml", "a" * 300], ids=["unknown", "too long"])
+def test_an_unknown_recipe_names_those_there_are(name):
+    with pytest.raises(ConfigError, match=rf"{name}: no such file or recipe; the package has"):
+        recipes.load(name)
 
 
 @pytest.mark.parametrize(
