@@ -75,18 +75,17 @@ def run(plan: Plan, steps: Sequence[Step]) -> None:
 def dry_run(plan: Plan, steps: Sequence[Step]) -> None:
     """Prints what would run, and why."""
     store = Store(Path(plan.config.output))
-    console = Console(highlight=False, soft_wrap=True)
     needed = set(steps)
     for step in reversed(plan.steps):  # a step comes after those it reads
         if step in needed:
             needed.update(artefact.step for artefact in step.inputs)
     reasons = {step: store.reason(step) for step in plan.steps if step in needed}
-    width = max(len(str(step)) for step in reasons)
+    width = max((len(str(step)) for step in reasons), default=0)
     for step, reason in reasons.items():
         state = f"runs: {reason}" if reason else "is done; nothing it reads has changed"
-        console.print(Text(f"{step!s:{width}}  {state}"))
+        print(f"{step!s:{width}}  {state}")
     count = sum(reason is not None for reason in reasons.values())
-    console.print(f"{count} of {len(reasons)} steps would run in {store.output}.")
+    print(f"{count} of {len(reasons)} steps would run in {store.output}.")
 
 
 def print_help_config() -> None:

@@ -37,6 +37,13 @@ def test_a_dry_run_tells_and_does_nothing(fakes, recipe, stage, capsys):
     assert not fakes
 
 
+@pytest.mark.parametrize(("stage", "steps"), [("seeds", 1), ("train", 0)])
+def test_a_dry_run_names_the_folder_as_it_is_written(fakes, recipe, stage, steps, capsys):
+    folder = recipe.parent / "[lr=1] [/x] :smile:"
+    assert main([stage, str(recipe), "--dry-run", "generator.method=none", f"output='{folder}'"]) == 0
+    assert capsys.readouterr().out.endswith(f"{steps} of {steps} steps would run in {folder}.\n")
+
+
 def test_run_tells_of_steps_and_ends_with_the_verdict(fakes, recipe, capsys):
     assert main(["run", str(recipe)]) == 0
     printed = capsys.readouterr().out
