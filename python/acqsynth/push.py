@@ -3,7 +3,6 @@ card that gives the recipe, the gate counts, the result and the licence."""
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import sys
@@ -16,8 +15,7 @@ import yaml
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi, ModelCard, ModelCardData
 
 from acqsynth import config, pipeline
-from acqsynth.artefacts import read_table, write_table
-from acqsynth.config import ConfigError
+from acqsynth.artefacts import read_json, read_table, write_table
 from acqsynth.pipeline import Plan
 from acqsynth.report import render
 from acqsynth.report.metrics import STUDENT, largest, percent, points, span
@@ -40,7 +38,7 @@ def main(run: Path, to: str, license: str, only: str | None, public: bool) -> in
     try:
         for place in push(run, to, license, only=only, public=public):
             print(place)
-    except (PushError, ConfigError, StepError, OSError, ValueError) as error:  # hub errors are OSErrors
+    except (PushError, StepError, OSError, ValueError) as error:  # hub errors are OSErrors
         print(f"acqsynth: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
@@ -67,12 +65,16 @@ def push(run: Path, to: str, license: str, *, only: str | None = None, public: b
     repository = to.removeprefix(HUB) if to.startswith(HUB) else None
     if repository is not None and not _HUB_ID.fullmatch(repository):
         raise PushError(f"--to: expected hub:owner/name or a folder, got {to}")
+    try:
+        folder = Path(to).expanduser()
+    except RuntimeError as error:
+        raise PushError(f"--to: {to}: {error}") from error
     report = run / "06-report" / "report" / "metrics.json"
     if not report.is_file():
         raise PushError(f"{run}: not a finished run, {report.relative_to(run)} is missing")
     kinds = {"dataset": _write_dataset, "model": _write_model}
     with tempfile.TemporaryDirectory() as temporary:
-        targets = {kind: Path(temporary if repository else to).expanduser() / kind for kind in kinds}
+        targets = {kind: (Path(temporary) if repository else folder) / kind for kind in kinds}
         chosen = [only] if only else list(kinds)
         for kind in chosen:
             if targets[kind].exists() and any(targets[kind].iterdir()):
@@ -89,7 +91,7 @@ def push(run: Path, to: str, license: str, *, only: str | None = None, public: b
 
 def _finished(run: Path, report: Path) -> tuple[dict[str, Any], Plan]:
     """The metrics, fit to publish, and the plan of a run."""
-    metrics = json.loads(report.read_text(encoding="utf-8"))
+    metrics = read_json(report)
     plan = pipeline.plan(config.from_mapping({**metrics["recipe"], "output": str(run)}))
     if (reason := Store(run).reason(plan.report)) is not None:
         raise PushError(f"{run}: the report is out of date ({reason}): run its recipe again")
@@ -162,7 +164,7 @@ def _upload(folder: Path, repository: str, kind: str, public: bool) -> str:
 def _card(data: Any, lead: Sequence[str], metrics: Mapping[str, Any], main: str, licence: str) -> str:
     text = yaml.safe_dump(metrics["recipe"], sort_keys=False, allow_unicode=True)
     recipe = f"## Recipe\n\n```yaml\n{text}```"
-    counts = _counts(metrics["arms"][main], metrics.get("samples"))
+    counts = _counts(metrics["arms"][main], metrics["samples"])
     parts = [f"---\n{data.to_yaml()}\n---", *lead, counts, *_result(metrics, main), licence, recipe]
     return "\n\n".join(filter(None, parts)) + "\n"
 
@@ -171,24 +173,24 @@ def _counts(arm: Mapping[str, Any], samples: Mapping[str, Any] | None) -> str:
     """Numbers of rows written, rejected and labelled; empty for an arm of real rows."""
     lines = []
     if written := arm["written"]:
-        lines += [("completions sampled", written.get("completions")), ("rows kept", written.get("kept"))]
-        lines += [(f"rejected: {reason}", n) for reason, n in written.get("dropped", {}).items()]
+        lines += [("completions sampled", written["completions"]), ("rows kept", written["kept"])]
+        lines += [(f"rejected: {reason}", n) for reason, n in written["dropped"].items()]
     if labelled := arm["labelled"]:
-        lines.append(("rows with a label", labelled.get("labelled")))
-        lines.append(("labels refuted", labelled.get("refuted") or None))  # 0 may mean that none could be checked
-        if labelled.get("truth_known"):
+        lines.append(("rows with a label", labelled["labelled"]))
+        if labelled["refuted"]:  # 0 may mean that none could be checked
+            lines.append(("labels refuted", labelled["refuted"]))
+        if labelled["truth_known"]:
             lines += [("labels that could be checked", labelled["truth_known"]), ("of these, right", labelled["right"])]
-        lines += [(f"labels rejected: {reason}", n) for reason, n in labelled.get("dropped", {}).items()]
+        lines += [(f"labels rejected: {reason}", n) for reason, n in labelled["dropped"].items()]
     if samples:
         lines += [(f"in training, rejected by gate `{gate}`", n) for gate, n in samples["gates"].items()]
-    rows = [f"| {name} | {n} |" for name, n in lines if n is not None]
+    rows = [f"| {name} | {n} |" for name, n in lines]
     return "\n".join(["## Counts", "", "| | |", "|---|---|", *rows]) if rows else ""
 
 
 def _result(metrics: Mapping[str, Any], main: str) -> list[str]:
     """The report's verdict and the accuracies of the main arm's student."""
     result = largest(metrics, main)
-    level = f"{100 * metrics['level']:g} %" if "level" in metrics else "the report's"
     rows = [
         f"| {name} | {percent(metrics['base'][STUDENT][name]['accuracy']['mean'])} | "
         f"{percent(found['accuracy']['mean'])} | {points(found['change']['mean'])} | "
@@ -196,12 +198,12 @@ def _result(metrics: Mapping[str, Any], main: str) -> list[str]:
         for name, found in result["sets"].items()
     ]
     table = ["| evaluation set | before | after | points | interval |", "|---|---|---|---|---|", *rows]
-    made_by = [f"- {name}: {value}" for name, value in metrics.get("machine", {}).items()]
+    made_by = [f"- {name}: {value}" for name, value in metrics["machine"].items()]
     return [
         "## Result",
         "\n".join(f"- {said['text']}" for said in metrics["verdict"]),
         f"{len(result['seeds'])} students with {_seeds(result['seeds'])}, on rows written with generator "
-        f"{_seeds(result['generators'])}, with {level} intervals:",
+        f"{_seeds(result['generators'])}, with {100 * metrics['level']:g} % intervals:",
         "\n".join(table),
         "\n".join(made_by),
     ]

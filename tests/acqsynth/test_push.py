@@ -109,15 +109,24 @@ def test_one_of_the_two(fakes, run, tmp_path, only):
         ("nowhere", "there", "nowhere: not a finished run, 06-report/report/metrics.json is missing"),
         ("", "hub:me", "--to: expected hub:owner/name or a folder, got hub:me"),
         ("", "taken", "--to: taken/model is not empty"),
+        ("", "~nobody-of-this-name/x", "--to: ~nobody-of-this-name/x: Could not determine home directory."),
+        (
+            "cut",
+            "there",
+            "cut/06-report/report/metrics.json: not readable: Expecting value: line 1 column 1 (char 0)",
+        ),
     ],
 )
 def test_mistakes_in_one_sentence(fakes, run, tmp_path, monkeypatch, capsys, folder, to, sentence):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "taken/model").mkdir(parents=True)
     (tmp_path / "taken/model/old.txt").touch()
+    (tmp_path / "cut/06-report/report").mkdir(parents=True)
+    (tmp_path / "cut/06-report/report/metrics.json").touch()
     assert main(["push", folder or str(run), "--to", to, "--license", "mit"]) == 2
     assert capsys.readouterr().err == f"acqsynth: error: {sentence}\n"
-    assert [path.name for path in tmp_path.rglob("*.*")] == ["old.txt"]  # nothing was written
+    assert [path.name for path in (tmp_path / "taken").rglob("*.*")] == ["old.txt"]  # nothing was written
+    assert not (tmp_path / "there").exists()
 
 
 @pytest.mark.parametrize(
