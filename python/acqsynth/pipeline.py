@@ -22,9 +22,9 @@ and is trained where the arm trains, independently; ``random_real`` draws rows f
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from acqsynth import preflight
@@ -89,7 +89,8 @@ def plan(config: Config) -> Plan:
     own_student = Model(config.student.model)
 
     teacher = config.reward.labelling.teacher if config.reward.labelling else None
-    embedder = config.reward.embedder if Path(config.reward.embedder).expanduser().is_dir() else None
+    # Unlike Path.is_dir, os.path.isdir is False for a name too long and below the home of an unknown user.
+    embedder = config.reward.embedder if os.path.isdir(os.path.expanduser(config.reward.embedder)) else None
 
     def scoring(student: Any = None) -> Scoring:
         scorer = student or Model(config.reward.student or config.student.model)

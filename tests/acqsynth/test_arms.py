@@ -140,3 +140,6 @@ def test_settings_name_earlier_rounds_and_models_of_the_reward(tmp_path):
     assert [each["scoring"]["models"] for each in settings] == [[], []]
     plan = plan_of("arithmetic", f"reward.embedder={tmp_path}", f"output={tmp_path}")
     assert plan.of("train")[0].settings()["scoring"]["models"] == [str(tmp_path)]
+    for unused in ("~nobody-of-this-name/x", "x" * 300):
+        plan = plan_of("arithmetic", f"reward={{signals: {{entropy: }}, embedder: {unused}}}", f"output={tmp_path}")
+        assert plan.of("train")[0].settings()["scoring"]["models"] == []

@@ -125,6 +125,7 @@ def test_wrong_usage_exits_with_2(arguments, capsys):
         ("data.seeds.source=gone.jsonl", "data.seeds: gone.jsonl: no such file"),
         ("student.model=./gone", "student.model: ./gone holds no model (no config.json)"),
         ("student.model=recipe.yaml", "student.model: recipe.yaml holds no model (no config.json)"),
+        ("student.model=world:skewd", "student.model: unknown 'world:skewd', expected world:base, world:"),
         ("generator.model=/gone", "generator.model: /gone holds no model (no config.json)"),
         ("engine.options.device=cuda:31", "engine.options.device: 'cuda:31' is not available"),
         ("engine={name: vllm}", 'engine.name: vllm is not installed: run pip install "acqcore[vllm]"'),

@@ -188,7 +188,8 @@ def test_intents_count_by_the_content_of_their_file(tmp_path, monkeypatch):
     step = Step("seeds", "a", text, {"value": "x", "rows": Source(source="intents:x")})
     monkeypatch.setenv("ACQCORE_DATA", str(tmp_path / "here"))
     Store(tmp_path / "run").run(step)
-    monkeypatch.setenv("ACQCORE_DATA", str(tmp_path / "there"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("ACQCORE_DATA", "~/there")
     assert Store(tmp_path / "run").reason(step) is None
     files[1].write_text("2")
     assert Store(tmp_path / "run").reason(step) == "intents:x changed"

@@ -86,7 +86,8 @@ def test_loss_is_the_mean_over_trained_tokens_however_rows_are_grouped(monkeypat
 
 
 def test_the_cache_is_keyed_by_settings_and_filled_in_one_step(tmp_path, monkeypatch):
-    monkeypatch.setenv("ACQCORE_CACHE", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("ACQCORE_CACHE", "~")
     settings = replace(TINY, steps=2)
     path = base_model(settings)
     assert path.parent == tmp_path

@@ -197,5 +197,5 @@ def _names(question: str, label: str) -> bool:
 
 def intents_path(source: str) -> Path:
     """The file of a source ``intents:<name>``."""
-    folder = Path(os.environ.get("ACQCORE_DATA", "../shared/data"))
+    folder = Path(os.environ.get("ACQCORE_DATA", "../shared/data")).expanduser()
     return folder / "intents" / f"{source.removeprefix(INTENTS)}.jsonl"
