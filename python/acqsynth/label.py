@@ -54,14 +54,18 @@ def label(
     """
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold: expected a share in (0, 1], got {threshold}")
-    if temperature == 0 and k > 1:
-        raise ValueError("temperature: expected more than 0, as equal answers always agree, or k of 1")
+    _check_draws(k, temperature)
     most = domain.answer_tokens if max_tokens is None else max_tokens
     sampling = Sampling(n=k, temperature=temperature, max_tokens=most, seed=seed)
     drawn = engine.generate([domain.student_prompt(sample.question) for sample in samples], sampling)
     answers = [[domain.answer_of(draw.text) for draw in draws] for draws in drawn]
     clusters = cluster(domain, samples, answers)
     return [_decide(domain, *columns, threshold) for columns in zip(samples, drawn, answers, clusters, strict=True)]
+
+
+def _check_draws(k: int, temperature: float) -> None:
+    if temperature == 0 and k > 1:
+        raise ValueError("temperature: expected more than 0, as equal answers always agree, or k of 1")
 
 
 def label_by_domain(domain: Domain, samples: Sequence[Sample], *, seed: int = 0) -> list[Label]:
@@ -91,6 +95,8 @@ class Labeller:
             if name != "max_tokens":
                 raise ValueError(f"options: unknown {name!r}, expected max_tokens")
         Sampling(max_tokens=config.options.get("max_tokens", 1))
+        if config.method != "computed":
+            _check_draws(config.k, config.temperature)
         own: dict[str, Any] = {name: getattr(config, name) for name in ("k", "temperature", "threshold")}
         self.options = own | config.options
         self.engine = None if config.method == "computed" else engine()

@@ -28,11 +28,15 @@ def check(config: Config) -> None:
     domain or the reward, or of a value it rejects."""
     domain = _checked("domain", find_domain, config.domain)
     _checked("engine", engines.check, config.engine.name, config.engine.options)
+    if config.evaluation.likelihood and config.engine.name != "transformers":
+        raise ConfigError(f"evaluation.likelihood: expected engine.name transformers with it, got {config.engine.name}")
     for key, options in (("generator", config.generator.options), ("student", config.student.options)):
         if "seed" in options:
             raise ConfigError(f"{key}.options: seed is set by {key}.seeds")
     _check_generator(config)
-    _check_labelling(config, domain)
+    for key, labelling in (("labelling", config.labelling), ("reward.labelling", config.reward.labelling)):
+        if labelling is not None and labelling.method != "own":
+            _checked(key, label.Labeller, labelling, domain, lambda: None)
     _check_reward(config, domain)
     _check_sources(config, domain)
 
@@ -108,14 +112,6 @@ def _trainers(config: Config) -> dict[str, tuple[Any, Any]]:
     if generator.method not in ("grpo", "dpo"):
         del given["generator"]
     return {key: _checked(key, configuration, *each, "unused") for key, each in given.items()}
-
-
-def _check_labelling(config: Config, domain: Domain) -> None:
-    for key, labelling in (("labelling", config.labelling), ("reward.labelling", config.reward.labelling)):
-        if labelling is not None and labelling.method != "own":
-            _checked(key, label.Labeller, labelling, domain, lambda: None)
-            if labelling.temperature == 0 and labelling.k > 1 and labelling.method != "computed":
-                raise ConfigError(f"{key}.temperature: expected more than 0, as equal answers always agree, or k of 1")
 
 
 def _check_reward(config: Config, domain: Domain) -> None:

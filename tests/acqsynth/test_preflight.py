@@ -16,6 +16,7 @@ from acqsynth.config import ConfigError, load, recipes
 from acqsynth.domains import sandbox
 from acqsynth.pipeline import plan
 
+#: Overrides, separated by " & ", and what is said of the first one's key.
 REFUSED = {
     "engine.options.device=gpu": "engine.options.device: expected cpu, cuda or cuda:1, got 'gpu'",
     "engine.options.dtype=foo": "engine.options.dtype: unknown 'foo'",
@@ -161,6 +162,13 @@ REFUSED = {
     ),
     "student.options.seed=5": "student.options: seed is set by student.seeds",
     "generator.options.seed=5": "generator.options: seed is set by generator.seeds",
+    "evaluation.likelihood=true & engine={name: vllm}": "likelihood: expected engine.name transformers with it, got",
+    "reward.refresh_from=student": "reward.refresh_from: expected reward.refresh_steps of at least 1 with it, got 0",
+    **{
+        f"reward.refresh_steps=10 & generator.method={method}": "reward.refresh_steps: expected 0, as only "
+        f"generator.method grpo scores while it trains, got 10 with {method}"
+        for method in ("dpo", "best_of_n", "none")
+    },
     "reward.answers={k: 0}": "reward.answers: k: expected an int >= 1, got 0",
 }
 
@@ -170,7 +178,7 @@ def test_refused_before_anything_runs(override, message):
     if "minilm" in override:
         pytest.importorskip("sklearn")
     with pytest.raises(ConfigError) as caught:
-        plan(load("arithmetic", [override]))
+        plan(load("arithmetic", override.split(" & ")))
     said = str(caught.value)
     assert message in said
     assert said.removeprefix("arithmetic: ").startswith(override.partition("=")[0].partition(".")[0])
@@ -213,18 +221,6 @@ def test_a_refresh_needs_checkpoints(option, tmp_path):
     plan(load("arithmetic", [refreshed, saves_nothing, f"reward.refresh_from={tmp_path}"]))
 
 
-@pytest.mark.parametrize("method", ["dpo", "best_of_n", "none"])
-def test_only_grpo_refreshes_the_student(method):
-    overrides = [f"generator.method={method}", "reward.refresh_steps=10"]
-    with pytest.raises(ConfigError, match=rf"reward\.refresh_steps: expected 0, as only .* got 10 with {method}"):
-        plan(load("arithmetic", overrides))
-
-
-def test_a_folder_to_refresh_from_needs_a_number_of_steps(tmp_path):
-    with pytest.raises(ConfigError, match=r"reward\.refresh_from: expected reward\.refresh_steps of at least 1"):
-        plan(load("arithmetic", [f"reward.refresh_from={tmp_path}"]))
-
-
 @pytest.mark.parametrize(
     ("overrides", "needed"),
     [
@@ -258,30 +254,11 @@ def test_a_single_draw_may_be_greedy(override):
     plan(load("arithmetic", [override]))
 
 
-WITHOUT_VLLM = ["engine={name: transformers}", "generator.options.use_vllm=false"]
-
-
-@pytest.mark.parametrize(
-    "override", ["domain=code", "evaluation.others={c: {source: openai/openai_humaneval, domain: code}}"]
-)
-def test_a_missing_sandbox_is_said_before_a_run(override, monkeypatch):
-    monkeypatch.setattr(sandbox.shutil, "which", lambda name: None)
-    key = "domain" if override.startswith("domain") else "evaluation.others.c.domain"
-    with pytest.raises(ConfigError, match=f"^{key}: bwrap is not on PATH; "):
-        preflight.on_this_machine(load("code" if key == "domain" else "arithmetic", [override, *WITHOUT_VLLM]))
-
-
 def test_a_file_of_rows_is_no_key(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").touch()
     with pytest.raises(ConfigError, match=r"^data\.seeds: rows\.jsonl: no rows$"):
         preflight.on_this_machine(load("arithmetic", ["data.seeds.source=rows.jsonl"]))
-
-
-def test_a_missing_checker_is_said_before_a_run(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"^domain: math-verify is not installed: run pip install"):
-        preflight.on_this_machine(load("math", WITHOUT_VLLM))
 
 
 @pytest.mark.parametrize(
@@ -302,29 +279,44 @@ def test_rewards_may_be_scaled_in_each_way_of_the_library(scale):
     plan(load("arithmetic", [f"generator.options={{scale_rewards: {scale}, loss_type: dr_grpo}}"]))
 
 
-@pytest.mark.parametrize("key", ["generator", "student", "evaluation.validity"])
-def test_a_missing_tracker_is_said_before_a_run(key, monkeypatch):
-    monkeypatch.setattr(integration_utils, "is_wandb_available", lambda: False)
-    with pytest.raises(ConfigError, match=rf"^{key}\.options: WandbCallback requires wandb to be installed"):
-        preflight.on_this_machine(load("arithmetic", [f"{key}.options.report_to=wandb"]))
-
-
-def test_a_missing_kernel_is_said_before_a_run(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"^student\.options: use_liger_kernel: liger-kernel is not installed"):
-        preflight.on_this_machine(load("arithmetic", ["student.options.use_liger_kernel=true"]))
-
-
 def test_a_missing_chat_template_is_said_before_a_run():
     with pytest.raises(ConfigError, match=r"^student\.options: chat_template_path: chat\.jinja: no such file$"):
         preflight.on_this_machine(load("arithmetic", ["student.options.chat_template_path=chat.jinja"]))
 
 
-@pytest.mark.parametrize("options", ["{optim: adamw_bnb_8bit}", "{optim_args: foo}"])
-def test_an_optimizer_that_cannot_be_made_is_said_before_a_run(options, monkeypatch):
-    monkeypatch.setattr(trainer_optimizer, "is_bitsandbytes_available", lambda: False)
-    with pytest.raises(ConfigError, match=r"^student\.options: "):
-        preflight.on_this_machine(load("arithmetic", [f"student.options={options}"]))
+CODE = "evaluation.others={c: {source: openai/openai_humaneval, domain: code}}"
+BITSANDBYTES = (trainer_optimizer, "is_bitsandbytes_available")
+
+
+@pytest.mark.parametrize(
+    ("tested", "override", "message"),
+    [
+        ((sandbox.shutil, "which"), "domain=code", "domain: bwrap is not on PATH; "),
+        ((sandbox.shutil, "which"), CODE, "evaluation.others.c.domain: bwrap is not on PATH; "),
+        ((importlib.util, "find_spec"), "domain=math", "domain: math-verify is not installed: run pip install"),
+        (
+            (importlib.util, "find_spec"),
+            "student.options.use_liger_kernel=true",
+            "student.options: use_liger_kernel: liger-kernel is not installed",
+        ),
+        (BITSANDBYTES, "student.options={optim: adamw_bnb_8bit}", "student.options: "),
+        (BITSANDBYTES, "student.options={optim_args: foo}", "student.options: "),
+        *(
+            (
+                (integration_utils, "is_wandb_available"),
+                f"{key}.options.report_to=wandb",
+                f"{key}.options: WandbCallback requires wandb to be installed",
+            )
+            for key in ("generator", "student", "evaluation.validity")
+        ),
+    ],
+)
+def test_what_this_machine_lacks_is_said_before_a_run(tested, override, message, monkeypatch):
+    name = override.partition("domain=")[2] or "arithmetic"
+    config = load(name, [override, "engine={name: transformers}", "generator.options.use_vllm=false"])
+    monkeypatch.setattr(*tested, lambda _=None: None)
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
+        preflight.on_this_machine(config)
 
 
 @pytest.mark.parametrize(
