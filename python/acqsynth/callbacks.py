@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from acqsynth.artefacts import load_state, save_state
 from acqsynth.evaluate import rank_correlation
 
 CHECKPOINT = "checkpoint-"
-REWARD_STATE = "reward_state.pt"  #: written last to a checkpoint, so its presence means the checkpoint is complete
+REWARD_STATE = "reward_state.pt"  #: written last to a checkpoint, so its presence means that a run can resume from it
 
 
 class Progress(TrainerCallback):
@@ -158,7 +157,7 @@ class Refresh(TrainerCallback):
         if step % self.every or step >= state.max_steps:
             return
         # Another trainer may be writing to the folder, so one process decides.
-        [newest] = broadcast_object_list([newest_checkpoint(self.checkpoints, "trainer_state.json", before=step)])
+        [newest] = broadcast_object_list([newest_checkpoint(self.checkpoints, "trainer_state.json")])
         if newest is None or newest.name == self._current:
             return
         before = self.probe()
@@ -232,19 +231,17 @@ class RewardStates(TrainerCallback):
             reward.load_state_dict(state)
 
     def on_save(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        if state.is_world_process_zero:
+        # Without its optimizer, a resumed run would begin its schedule of learning rates again.
+        if state.is_world_process_zero and not args.save_only_model:
             folder = Path(args.output_dir) / f"{CHECKPOINT}{state.global_step}"
             save_state(folder / REWARD_STATE, [reward.state_dict() for reward in self.rewards])
 
 
-def newest_checkpoint(folder: Path, file: str, before: float = math.inf) -> Path | None:
-    """A trainer's newest checkpoint that holds ``file`` and was saved before step ``before``; None if there is none."""
-    found = {}
-    for path in folder.glob(f"{CHECKPOINT}*"):
-        step = path.name.removeprefix(CHECKPOINT)
-        if step.isdigit() and int(step) < before and (path / file).is_file():
-            found[int(step)] = path
-    return found[max(found)] if found else None
+def newest_checkpoint(folder: Path, file: str) -> Path | None:
+    """A trainer's newest checkpoint that holds ``file``; None if there is none."""
+    steps = {path: path.name.removeprefix(CHECKPOINT) for path in folder.glob(f"{CHECKPOINT}*")}
+    found = [path for path, step in steps.items() if step.isdigit() and (path / file).is_file()]
+    return max(found, key=lambda path: int(steps[path]), default=None)
 
 
 def _copy_model(checkpoint: Path, target: Path) -> None:

@@ -6,7 +6,6 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from acqsynth.callbacks import REWARD_STATE, Refresh, RewardStates, newest_checkpoint
 
@@ -56,16 +55,17 @@ def test_the_student_of_the_last_checkpoint_is_found_again(tmp_path, every, kill
 
 
 def test_students_of_another_trainer_are_kept_until_the_next_save(tmp_path):
+    """Their steps are not the generator's."""
     theirs = tmp_path / "theirs"
     first = Refreshed(tmp_path, 2, theirs)
     for step in range(0, 20, 2):
-        model_checkpoint(theirs, step)
+        model_checkpoint(theirs, 100 + step)
         first.steps(step, step + 2)
-    assert (first.saved["student"], first.used[-1]) == ("checkpoint-18", "checkpoint-18")
+    assert (first.saved["student"], first.used[-1]) == ("checkpoint-118", "checkpoint-118")
     for step in (20, 22, 24):
-        model_checkpoint(theirs, step)
+        model_checkpoint(theirs, 100 + step)
         first.steps(step, step + 2)
-    assert {path.name for path in (tmp_path / "students").iterdir()} == {"checkpoint-18", "checkpoint-24"}
+    assert {path.name for path in (tmp_path / "students").iterdir()} == {"checkpoint-118", "checkpoint-124"}
 
 
 def test_a_missing_student_is_an_error(tmp_path):
@@ -82,31 +82,13 @@ def test_a_checkpoint_without_a_model_yet_is_passed_over(tmp_path):
     assert run.used == run.log == []
 
 
-def checkpoint(folder, step, whole=True):
-    path = folder / f"checkpoint-{step}"
-    path.mkdir()
-    if whole:
-        torch.save([], path / REWARD_STATE)
-    return path
-
-
-def test_the_last_whole_checkpoint(tmp_path):
-    assert newest_checkpoint(tmp_path / "none", REWARD_STATE) is None
-    checkpoint(tmp_path, 9)
-    newest = checkpoint(tmp_path, 10)
-    checkpoint(tmp_path, 11, whole=False)
-    assert newest_checkpoint(tmp_path, REWARD_STATE) == newest
-
-
-def test_the_newest_checkpoint_before_a_step(tmp_path):
-    assert newest_checkpoint(tmp_path, "config.json", before=10) is None
-    for name in ("checkpoint-2", "checkpoint-4", "checkpoint-10", "checkpoint-last", "checkpoint-6"):
+def test_the_newest_checkpoint_that_is_whole(tmp_path):
+    assert newest_checkpoint(tmp_path / "none", "config.json") is None
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-last", "checkpoint-11"):
         (tmp_path / name).mkdir()
-        if name != "checkpoint-6":  # this one is incomplete
+        if name != "checkpoint-11":  # this one is incomplete
             (tmp_path / name / "config.json").write_text("{}")
-    assert newest_checkpoint(tmp_path, "config.json", before=10) == tmp_path / "checkpoint-4"
-    assert newest_checkpoint(tmp_path, "config.json", before=11) == tmp_path / "checkpoint-10"
-    assert newest_checkpoint(tmp_path, "config.json", before=2) is None
+    assert newest_checkpoint(tmp_path, "config.json") == tmp_path / "checkpoint-10"
 
 
 def test_rewards_with_a_state_are_restored(tmp_path, answer_reward):
@@ -114,9 +96,8 @@ def test_rewards_with_a_state_are_restored(tmp_path, answer_reward):
     folder = tmp_path / "checkpoint-1"
     folder.mkdir()
     saved = RewardStates([print, answer_reward])
-    saved.on_save(
-        SimpleNamespace(output_dir=tmp_path), SimpleNamespace(is_world_process_zero=True, global_step=1), None
-    )
+    args = SimpleNamespace(output_dir=tmp_path, save_only_model=False)
+    saved.on_save(args, SimpleNamespace(is_world_process_zero=True, global_step=1), None)
     assert newest_checkpoint(tmp_path, REWARD_STATE) == folder
     fresh = type(answer_reward)()
     RewardStates([print, fresh]).restore(folder)

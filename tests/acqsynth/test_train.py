@@ -228,8 +228,11 @@ def test_the_loss_is_that_of_the_completion(sums, student_path, tmp_path):
     assert whole[-1] == tokenizer.eos_token_id  # the end token is trained too
 
 
-def test_a_killed_fit_with_lora_and_replay_ends_as_if_it_had_not_been(sums, student_path, tmp_path):
+@pytest.mark.parametrize("only_model", [False, True])
+def test_a_killed_fit_with_lora_and_replay_ends_as_if_it_had_not_been(sums, student_path, tmp_path, only_model):
+    """Without the optimizer in its checkpoint, it starts again."""
     options = QUICK | {"num_train_epochs": 2, "learning_rate": 1e-2, "gradient_accumulation_steps": 2}
+    options["save_only_model"] = only_model
     options["lora"] = {"r": 2, "target_modules": ["up_proj"]}
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     learnt = (str(student_path), sums, SAMPLES[:12])
