@@ -57,8 +57,8 @@ def render(metrics: Mapping[str, Any]) -> str:
     """Renders the page.
 
     Args:
-        metrics: from :func:`acqsynth.report.metrics.collect`, with ``recipe``, ``training``, ``samples`` and
-            ``validity``, the last three None if the run has none, and ``machine`` if known.
+        metrics: from :func:`acqsynth.report.metrics.collect`, with ``recipe``, ``machine``, ``training``, ``samples``
+            and ``validity``, the last three None if the run has none.
     """
     loader, undefined = jinja2.PackageLoader("acqsynth", "report"), jinja2.StrictUndefined
     environment = jinja2.Environment(
@@ -84,13 +84,11 @@ def render(metrics: Mapping[str, Any]) -> str:
         table=table,
         skills=skills,
         moved=sorted(moved, key=lambda entry: entry[2] - entry[1]),
-        machine=metrics.get("machine"),
         figures=_figures(metrics, arms, table),
         in_distribution=IN_DISTRIBUTION,
-        student=STUDENT,
         known_from=KNOWN,
         # Whether every arm's fits count as independent draws (:func:`acqsynth.evaluate.accuracy_interval`).
-        few_generators=all(len(set(line.get("generators") or [0])) < FEWEST for line in table),
+        few_generators=all(len(set(line["generators"])) < FEWEST for line in table),
         fewest=FEWEST,
     )
 
@@ -141,10 +139,9 @@ def accuracy(bars: Sequence[tuple[str, Mapping[str, float]]], main: str) -> str:
     axes = _axes(0.6 + 0.34 * len(bars))
     names = [name for name, _ in bars]
     means = [100 * interval["mean"] for _, interval in bars]
-    # At least 0: rounding can put a mean outside a percentile interval of few rows.
     spans = [
-        [max(0.0, 100 * (interval["mean"] - interval["low"])) for _, interval in bars],
-        [max(0.0, 100 * (interval["high"] - interval["mean"])) for _, interval in bars],
+        [100 * (interval["mean"] - interval["low"]) for _, interval in bars],
+        [100 * (interval["high"] - interval["mean"]) for _, interval in bars],
     ]
     axes.barh(names, means, color=[MAIN if name == main else OTHER for name in names], height=0.62)
     axes.errorbar(means, range(len(names)), xerr=spans, fmt="none", ecolor=INK, elinewidth=1.1, capsize=3)

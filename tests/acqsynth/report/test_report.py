@@ -68,8 +68,8 @@ LOG = [
     for step in (1, 2, 3)
 ] + [{"step": 3, "train_runtime": 1.0}]
 
-COUNTS = {"wanted": 10, "kept": 9, "completions": 30, "dropped": {"does not parse": 12, "gate new": 9}}
-LABELS = {"asked": 9, "labelled": 8, "truth_known": 4, "right": 3}
+COUNTS = {"wanted": 10, "kept": 9, "completions": 30, "dropped": {"gate new": 9, "does not parse": 12}}
+LABELS = {"asked": 9, "labelled": 8, "truth_known": 4, "right": 3, "refuted": 1}
 
 
 def whole():
@@ -79,8 +79,9 @@ def whole():
         "seed": 0,
         "rounds": 1,
         "generator": {"model": "a/<generator>", "method": "grpo"},
-        "student": {"model": "a/student"},
+        "student": {"model": "a/student", "seeds": [0, 1, 2]},
     }
+    found["machine"] = measures.machine()
     for arm in found["arms"].values():
         arm |= {
             "written": COUNTS,
@@ -179,7 +180,7 @@ def test_every_section_and_figure_is_there(html):
         "5.0 % of a step's time for the reward",
         "text <7> & more",
         "rejected by the gate parses",
-        "does not parse (12)",
+        "does not parse (12), gate new (9)",
         "75.0 % of 4",
         "3 min",
         "a/<generator>",
@@ -197,11 +198,10 @@ def test_skills_stand_first_and_the_most_forgotten_before_all():
 
 
 def test_the_page_says_what_made_it():
-    found = whole() | {"machine": measures.machine()}
-    text = page(found).text
+    text = page(whole()).text
     for words in (f"torch {version('torch')}", f"acqcore {acqcore.__version__}", f"Python {platform.python_version()}"):
         assert words in text
-    assert "seeds 0" in text
+    assert "seeds 0; fits 0, 1, 2" in text
 
 
 def test_dark_and_light_are_told_by_the_system(html):
