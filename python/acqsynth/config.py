@@ -14,7 +14,7 @@ import types
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Self, Union, get_args, get_origin
 
 from acqsynth.recipes import recipes
 
@@ -26,10 +26,8 @@ except ModuleNotFoundError as error:  # rewards import this module, so a bare in
         f'acqsynth needs {error.name}: run pip install "acqcore[train]"', name=error.name
     ) from None
 
-T = TypeVar("T")
 
-
-def _different(values: list[T]) -> list[T]:
+def _different(values: list[Any]) -> list[Any]:
     if len(set(values)) < len(values):
         raise ValueError(f"expected distinct entries, got {', '.join(map(str, values))}")
     return values

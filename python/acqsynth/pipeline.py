@@ -42,12 +42,10 @@ class Plan:
     """The steps of a recipe, each after its dependencies; the report is last."""
 
     config: Config
-    sets: dict[str, str]  #: evaluation set -> its domain
     main: str  #: the arm of the recipe's own method
     steps: list[Step] = field(default_factory=list)
     base: dict[str, Step] = field(default_factory=dict)  #: student -> answers before it learns
     arms: dict[str, Arm] = field(default_factory=dict)
-    validity: Step | None = None
 
     @property
     def report(self) -> Step:
@@ -63,8 +61,9 @@ def plan(config: Config) -> Plan:
     """Plans a recipe. Arms that need the same step share it."""
     preflight.check(config)
     others = {name: other.domain or config.domain for name, other in config.evaluation.others.items()}
+    sets = {IN_DISTRIBUTION: config.domain, **others}  # evaluation set -> its domain
     method = config.generator.method
-    found = Plan(config, {IN_DISTRIBUTION: config.domain, **others}, "no_rl" if method == "none" else method)
+    found = Plan(config, "no_rl" if method == "none" else method)
     students = {STUDENT: config.student.model, **config.student.others}
     known: dict[str, Step] = {}
 
@@ -84,7 +83,7 @@ def plan(config: Config) -> Plan:
         replay=(config.student.replay, n) if config.student.replay else None,
         per_batch=validity.rows if validity.batches else 0,
     )  # fmt: skip
-    evaluation = {name: (domain, rows / f"evaluation-{name}.parquet") for name, domain in found.sets.items()}
+    evaluation = {name: (domain, rows / f"evaluation-{name}.parquet") for name, domain in sets.items()}
     questions = config.generator.questions or n
     own_student = Model(config.student.model)
 
@@ -140,7 +139,7 @@ def plan(config: Config) -> Plan:
         drawn = (generator.sampling, generator.candidates) if method == "dpo" else None
         return step(
             "train", name, train_generator,
-            scoring=scoring(student), method=method, generator=model, prompts=generator.prompts, shown=generator.shown,
+            scoring=scoring(student), generator=model, prompts=generator.prompts, shown=generator.shown,
             turns=generator.turns, candidates=drawn, options=generator.options, seed=seed,
         )  # fmt: skip
 
@@ -211,8 +210,9 @@ def plan(config: Config) -> Plan:
                         fitted = fit(learnt, key, student, size, seed, ranked=name == "filtered_real")
                         arm.fits[student, size, generator, seed] = fitted
                         arm.answers[student, size, generator, seed] = answer(key, fitted / "model")
+    measured: Step | None = None
     if validity.batches:
-        found.validity = step(
+        measured = step(
             "evaluate", "validity", measure_validity,
             scoring=scoring(), student=own_student, validity=validity, options=config.student.options,
             max_tokens=config.evaluation.max_tokens, seed=config.seed, real=rows / "real.parquet",
@@ -220,8 +220,8 @@ def plan(config: Config) -> Plan:
         )  # fmt: skip
     step(
         "report", "report", write_report,
-        recipe=config.model_dump(exclude={"output"}), sets=found.sets, main=found.main, base=found.base,
-        arms=found.arms, validity=found.validity,
+        recipe=config.model_dump(exclude={"output"}), sets=sets, main=found.main, base=found.base, arms=found.arms,
+        validity=measured,
     )  # fmt: skip
     return found
 

@@ -326,6 +326,10 @@ def _draw_until(
         result.rounds += 1
     result.dropped = {reason: count for reason, count in dropped.most_common() if count}
     if result.incomplete:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in result.dropped.items())
-        logger.warning("%d of %d rows after %d rounds (%s)", len(result.rows), rows, result.rounds, reasons)
+        logger.warning("%d of %d rows after %d rounds (%s)", len(result.rows), rows, result.rounds, reasons(dropped))
     return result
+
+
+def reasons(dropped: Counter[str]) -> str:
+    """Counts of dropped rows, as text."""
+    return ", ".join(f"{count} {reason}" for reason, count in dropped.most_common() if count)

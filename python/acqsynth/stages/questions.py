@@ -44,7 +44,6 @@ def train_generator(
     context: StepContext,
     *,
     scoring: Scoring,
-    method: str,
     generator: str | Path,
     prompts: int,
     shown: int,
@@ -55,7 +54,7 @@ def train_generator(
 ) -> None:
     """Trains the generator; writes ``model/``, with the trainer's log and completions, and ``counts.json``.
 
-    ``candidates`` gives, for DPO, how the candidates of a prompt are sampled, and how many.
+    ``candidates`` gives, for DPO, how the candidates of a prompt are sampled, and how many; None trains by GRPO.
     """
     from acqsynth import train
     from acqsynth.callbacks import Progress, Refresh
@@ -155,7 +154,7 @@ def _write(context: StepContext, writing: Writing, pool: Sequence[Sample], candi
         dropped.update(found["dropped"])
         context.say(f"{len(rows)} samples of {writing.n} from {completions} completions")
     if not rows:
-        none = f"none of {completions} completions is a sample ({_reasons(dropped)})"
+        none = f"none of {completions} completions is a sample ({write.reasons(dropped)})"
         if not writing.earlier:
             raise StepError(none)
         # The run can go on with the rows of earlier rounds.
@@ -172,10 +171,6 @@ def _scored(row: Sample | Candidate) -> dict[str, Any]:
     assert row.sample is not None
     parts = {f"reward_{name}": value for name, value in row.components.items()}
     return {"sample": asdict(row.sample), "scores": {"reward": row.total, **parts}}
-
-
-def _reasons(dropped: Counter[str]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in dropped.most_common())
 
 
 def label_questions(
@@ -219,7 +214,7 @@ def label_questions(
         checks = [gate for gate in sample_gates(own) if gates is None or gate.name in ("sound", *gates)]
         passed = set(map(id, write.passing(checks, kept, dropped)))
         if kept and not passed:
-            raise StepError(f"none of {len(kept)} labelled questions passes the gates ({_reasons(dropped)})")
+            raise StepError(f"none of {len(kept)} labelled questions passes the gates ({write.reasons(dropped)})")
         agreement = [value for sample, value in zip(kept, agreement, strict=True) if id(sample) in passed]
         kept = [sample for sample in kept if id(sample) in passed]
     known = [verdict for verdict in own.verify(kept) if verdict is not None]

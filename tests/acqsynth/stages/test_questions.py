@@ -32,7 +32,6 @@ def test_a_generator_learns_from_a_student_that_moves(scoring, student_path, tmp
     questions.train_generator(
         StepContext(tmp_path, said.append),
         scoring=scoring,
-        method="grpo",
         candidates=None,
         options=options,
         **arguments,
@@ -44,7 +43,7 @@ def test_a_generator_learns_from_a_student_that_moves(scoring, student_path, tmp
     # DPO draws its candidates first; random bytes never parse.
     with pytest.raises(ValueError, match="expected a prompt whose best candidate passes the gates"):
         questions.train_generator(
-            StepContext(tmp_path / "dpo"), scoring=scoring, method="dpo", options=TRAINER,
+            StepContext(tmp_path / "dpo"), scoring=scoring, options=TRAINER,
             candidates=(SamplingConfig(max_tokens=4), 2), **arguments,
         )  # fmt: skip
 
@@ -53,7 +52,7 @@ def test_a_generator_learns_from_a_student_that_moves(scoring, student_path, tmp
 def test_completions_are_counted_however_they_are_logged(scoring, student_path, tmp_path, log):
     options = TRAINER | {"num_generations": 2, "per_device_train_batch_size": 2, "max_completion_length": 4} | log
     questions.train_generator(
-        StepContext(tmp_path), scoring=scoring, method="grpo", generator=student_path, prompts=4, shown=2,
+        StepContext(tmp_path), scoring=scoring, generator=student_path, prompts=4, shown=2,
         turns=False, candidates=None, options=options, seed=0,
     )  # fmt: skip
     assert read_json(tmp_path / "counts.json")["completions"] == 6
