@@ -98,7 +98,6 @@ def test_a_run_without_a_recipe_asks_for_it_alone(capsys):
     [
         [],
         ["walk", "math"],
-        ["run"],
         ["run", "math", "--dry-runn"],
         ["run", "math", "--dry-run", "seed"],
         ["run", "math", "--dry"],
