@@ -159,6 +159,9 @@ def on_this_machine(config: Config) -> None:
         _checked(f"{key}.options", require, trainer, lora)
     device = engine.options.get("device")
     _checked("engine.options", acqcore.check_request, "entropy", device=None if device is None else str(device))
+    for backend in acqcore.backends():
+        if backend.name == config.reward.scoring.get("backend") and not backend.available:
+            raise ConfigError(f"reward.scoring.backend: {backend.name} is not available: {backend.reason}")
     _checked("domain", find_domain(config.domain).require)
     for name, other in config.evaluation.others.items():
         _checked(f"evaluation.others.{name}.domain", _domain_of(config, other).require)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import GPT2Config, OPTConfig, Qwen3MoeConfig, trainer_optimizer
 from transformers.integrations import integration_utils
 
+import acqcore
 from acqsynth import models, preflight, train_options
 from acqsynth.config import ConfigError, load, recipes
 from acqsynth.domains import sandbox
@@ -282,6 +284,14 @@ def test_rewards_may_be_scaled_in_each_way_of_the_library(scale):
 def test_a_missing_chat_template_is_said_before_a_run():
     with pytest.raises(ConfigError, match=r"^student\.options: chat_template_path: chat\.jinja: no such file$"):
         preflight.on_this_machine(load("arithmetic", ["student.options.chat_template_path=chat.jinja"]))
+
+
+def test_a_backend_that_does_not_run_here_is_said_before_a_run(monkeypatch):
+    found = [replace(backend, available=False, reason="no such processor") for backend in acqcore.backends()]
+    monkeypatch.setattr(acqcore, "backends", lambda: found)
+    with pytest.raises(ConfigError, match=r"^reward\.scoring\.backend: cpu is not available: no such processor$"):
+        preflight.on_this_machine(load("arithmetic", ["reward.scoring.backend=cpu"]))
+    preflight.on_this_machine(load("arithmetic"))
 
 
 CODE = "evaluation.others={c: {source: openai/openai_humaneval, domain: code}}"
