@@ -161,11 +161,15 @@ def training(logs: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
     timed = [s for s in steps if s.get("seconds") and s.get("reward_seconds") is not None]
     cost = None
     if timed:
-        total, reward = sum(s["seconds"] for s in timed), sum(s["reward_seconds"] for s in timed)
+        # An entry holds means over the steps since the one before.
+        covered = [now - before for before, now in itertools.pairwise([0, *(s["step"] for s in timed)])]
+        total, reward = (
+            sum(s[key] * n for s, n in zip(timed, covered, strict=True)) for key in ("seconds", "reward_seconds")
+        )
         cost = {
-            "steps": len(timed),
-            "seconds_per_step": total / len(timed),
-            "reward_seconds_per_step": reward / len(timed),
+            "steps": sum(covered),
+            "seconds_per_step": total / sum(covered),
+            "reward_seconds_per_step": reward / sum(covered),
             "share": reward / total,
         }
     return {"log": steps, "cost": cost}

@@ -398,12 +398,11 @@ def test_rounds_are_logged_one_after_the_other():
     assert [(entry["round"], entry["step"]) for entry in found["log"]] == [
         (1, 1), (1, 2), (1, 3), (2, 4), (2, 5), (2, 6),
     ]  # fmt: skip
-    assert found["cost"] == {
-        "steps": 6,
-        "seconds_per_step": 10.0,
-        "reward_seconds_per_step": 0.5,
-        "share": pytest.approx(0.05),
-    }
+    cost = {"steps": 6, "seconds_per_step": 10.0, "reward_seconds_per_step": 0.5, "share": pytest.approx(0.05)}
+    assert found["cost"] == cost
+    seldom = [LOG[1], LOG[2] | {"seconds": 7.0, "reward_seconds": 2.0}]  # logged after two steps and after one more
+    cost = {"steps": 3, "seconds_per_step": 9.0, "reward_seconds_per_step": 1.0, "share": pytest.approx(1 / 9)}
+    assert measures.training([seldom])["cost"] == cost
 
 
 def test_best_and_worst_samples_take_each_text_once_and_never_a_gated_one():
