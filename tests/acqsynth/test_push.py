@@ -157,10 +157,3 @@ def test_a_folder_in_use_is_not_published(fakes, run, tmp_path, capsys):
     with Store(run).locked():
         assert main(["push", str(run), "--to", str(tmp_path / "to"), "--license", "mit"]) == 2
     assert capsys.readouterr().err == f"acqsynth: error: output: another run is using {run}\n"
-
-
-def test_a_licence_has_to_be_named(capsys):
-    with pytest.raises(SystemExit) as caught:
-        main(["push", "run", "--to", "there"])
-    assert caught.value.code == 2
-    assert "--license" in capsys.readouterr().err
