@@ -36,6 +36,7 @@ REPLAY = [
     for i in range(9)
 ]
 QUICK = {"gradient_checkpointing": False, "use_cpu": True, "disable_tqdm": True}
+ONE = QUICK | {"max_steps": 1, "save_strategy": "no"}
 SHORT = QUICK | {"max_steps": 4, "save_steps": 2, "learning_rate": 1e-2}
 GRPO = SHORT | {"per_device_train_batch_size": 4, "num_generations": 2, "max_completion_length": 6}
 DPO = SHORT | {"max_steps": 2, "save_steps": 1, "per_device_train_batch_size": 2}
@@ -158,7 +159,7 @@ def test_samples_that_do_not_fit_are_counted(sums, student_path, tmp_path, packs
     """Bytes are tokens. TRL learns no row whose prompt alone fills max_length, unless packs go on with it. Replay does
     not count."""
     rows = [*SAMPLES[:6], Sample("1+" * 30 + "1", "31"), Sample("1+1", "2", "and so on " * 6)]
-    options = QUICK | PACKS[packs] | {"max_length": 50, "max_steps": 1, "save_strategy": "no"}
+    options = ONE | PACKS[packs] | {"max_length": 50}
     output = train.sft(str(student_path), sums, rows, tmp_path, options, replay=REPLAY, replay_share=0.5)
     counts = json.loads((output / "rows.json").read_text())
     lost = packs != "wrapped"
@@ -171,8 +172,7 @@ def test_a_student_with_few_positions_learns_what_fits(sums, tiny_model, tokeniz
     tiny_model("GPT2", eos_token_id=tokenizer.eos_token_id).save_pretrained(tmp_path / "student")  # 64 positions
     tokenizer.save_pretrained(tmp_path / "student")
     rows = [*SAMPLES[:3], Sample("1+1", "2", "and so on " * 9)]
-    options = QUICK | {"max_steps": 1, "save_strategy": "no"}
-    output = train.sft(str(tmp_path / "student"), sums, rows, tmp_path / "out", options)
+    output = train.sft(str(tmp_path / "student"), sums, rows, tmp_path / "out", ONE)
     counts = json.loads((output / "rows.json").read_text())
     assert counts == {"learnt": 4, "dropped": 0, "cut": 1, "max_length": 64, "endless": False}
     assert "max_length is 64 instead of 2048: 64 positions, 0 of them taken" in caplog.text
@@ -188,8 +188,7 @@ def test_a_processor_is_asked_through_its_tokenizer(sums, student_path, tmp_path
             self.processing_class = SimpleNamespace(tokenizer=held, save_pretrained=held.save_pretrained)
 
     monkeypatch.setattr(train, "SFTTrainer", Processed)
-    options = QUICK | {"max_steps": 1, "save_strategy": "no"}
-    output = train.sft(str(student_path), sums, SAMPLES[:2], tmp_path, options)
+    output = train.sft(str(student_path), sums, SAMPLES[:2], tmp_path, ONE)
     counts = json.loads((output / "rows.json").read_text())
     assert counts == {"learnt": 2, "dropped": 0, "cut": 0, "max_length": counts["max_length"], "endless": False}
 
@@ -199,8 +198,7 @@ def test_an_answer_without_an_end_is_told(sums, model, tokenizer, tmp_path, capl
     spoken = copy.deepcopy(tokenizer)
     spoken.chat_template = tokenizer.chat_template.replace("</s>", "\n")
     spoken.save_pretrained(tmp_path / "student")
-    options = QUICK | {"max_steps": 1, "save_strategy": "no"}
-    output = train.sft(str(tmp_path / "student"), sums, SAMPLES[:2], tmp_path / "out", options)
+    output = train.sft(str(tmp_path / "student"), sums, SAMPLES[:2], tmp_path / "out", ONE)
     assert json.loads((output / "rows.json").read_text())["endless"] is True
     assert "closes answers with no token that stops the student" in caplog.text
 
@@ -208,15 +206,14 @@ def test_an_answer_without_an_end_is_told(sums, model, tokenizer, tmp_path, capl
 @pytest.mark.parametrize("warmup", [0.05, 7])
 def test_a_warm_up_never_takes_all_steps(sums, student_path, tmp_path, caplog, warmup):
     """The learning rate of a warm-up's first step is 0."""
-    options = QUICK | {"max_steps": 1, "save_strategy": "no", "warmup_steps": warmup, "learning_rate": 1e-2}
+    options = ONE | {"warmup_steps": warmup, "learning_rate": 1e-2}
     output = train.sft(str(student_path), sums, SAMPLES[:2], tmp_path / "out", options)
     assert read_log(output)[0]["learning_rate"] == 1e-2
     assert f"warmup_steps is 0 instead of {warmup}, which takes all 1 steps" in caplog.text
 
 
 def test_the_loss_is_that_of_the_completion(sums, student_path, tmp_path):
-    options = QUICK | {"max_steps": 1, "save_strategy": "no"}
-    train.sft(str(student_path), sums, SAMPLES[:1], tmp_path, options)
+    train.sft(str(student_path), sums, SAMPLES[:1], tmp_path, ONE)
     tokenizer, model = AutoTokenizer.from_pretrained(student_path), AutoModelForCausalLM.from_pretrained(student_path)
     [row] = train.training_rows(sums, SAMPLES[:1])
     whole = tokenizer.apply_chat_template(row["prompt"] + row["completion"], return_dict=True)["input_ids"]
