@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 from fakes import SEEDS, TRAINER
 
@@ -13,40 +16,33 @@ from acqsynth.stages.students import Replay
 from acqsynth.steps import StepContext
 
 
-def test_a_student_learns_rows_and_replay(scoring, student_path, tmp_path):
+@pytest.fixture
+def fit(scoring, student_path, tmp_path):
+    samples = [tmp_path / "samples.parquet"]
+    return partial(students.fit_student, domain="sums", student=str(student_path), samples=samples, seed=0)
+
+
+def test_a_student_learns_rows_and_replay(fit, tmp_path):
     write_rows(tmp_path / "samples.parquet", SEEDS[:4])
     said = []
-    students.fit_student(
-        StepContext(tmp_path, said.append), domain="sums", student=str(student_path), n=3, options=TRAINER, seed=0,
-        samples=[tmp_path / "samples.parquet"], replay=Replay(0.5, "sums", tmp_path / "seeds.parquet"),
-    )  # fmt: skip
+    replay = Replay(0.5, "sums", tmp_path / "seeds.parquet")
+    fit(StepContext(tmp_path, said.append), n=3, options=TRAINER, replay=replay)
     assert read_json(tmp_path / "counts.json") == {"wanted": 3, "rows": 3}
     assert (tmp_path / "model/config.json").is_file()
     assert said[-1].startswith("step 3 of 3: loss ")
     with pytest.raises(ValueError, match=r"replay: expected 9 rows for a share of 0\.75 beside 3 samples, got 8"):
-        students.fit_student(
-            StepContext(tmp_path), domain="sums", student=str(student_path), n=3, options=TRAINER, seed=0,
-            samples=[tmp_path / "samples.parquet"], replay=Replay(0.75, "sums", tmp_path / "seeds.parquet"),
-        )  # fmt: skip
+        fit(StepContext(tmp_path), n=3, options=TRAINER, replay=replace(replay, share=0.75))
 
 
-def test_a_student_tells_the_rows_it_did_not_learn(scoring, student_path, tmp_path):
+def test_a_student_tells_the_rows_it_did_not_learn(fit, tmp_path):
     write_rows(tmp_path / "samples.parquet", [*SEEDS[:3], Sample("1+" * 30 + "1", "31")])
     said = []
-    students.fit_student(
-        StepContext(tmp_path, said.append), domain="sums", student=str(student_path), n=4, replay=None, seed=0,
-        options=TRAINER | {"max_length": 50}, samples=[tmp_path / "samples.parquet"],
-    )  # fmt: skip
+    short = {"replay": None, "options": TRAINER | {"max_length": 50}}
+    fit(StepContext(tmp_path, said.append), n=4, **short)
     assert read_json(tmp_path / "counts.json") == {"wanted": 4, "rows": 3}
     assert said[-1].startswith("of 4 rows, 1 are not learnt, as the prompt alone fills max_length = 50 tokens, and 0")
-    for ranked, learnt in (
-        (False, 2),
-        (True, 3),
-    ):  # the fourth row is drawn, but it does not rank among the first three
-        students.fit_student(
-            StepContext(tmp_path / str(ranked)), domain="sums", student=str(student_path), n=3, replay=None, seed=0,
-            options=TRAINER | {"max_length": 50}, samples=[tmp_path / "samples.parquet"], ranked=ranked,
-        )  # fmt: skip
+    for ranked, learnt in ((False, 2), (True, 3)):  # the fourth row is drawn, but does not rank among the first three
+        fit(StepContext(tmp_path / str(ranked)), n=3, ranked=ranked, **short)
         assert read_json(tmp_path / str(ranked) / "counts.json") == {"wanted": 3, "rows": learnt}
 
 
