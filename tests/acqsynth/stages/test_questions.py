@@ -24,37 +24,30 @@ from acqsynth.stages.questions import Writing
 from acqsynth.stages.rows import Scoring
 from acqsynth.steps import StepContext, StepError, Store
 
+GRPO = TRAINER | {"num_generations": 2, "per_device_train_batch_size": 2, "max_completion_length": 4}
 
-def test_a_generator_learns_from_a_student_that_moves(scoring, student_path, tmp_path):
-    said = []
-    options = TRAINER | {"num_generations": 2, "per_device_train_batch_size": 2, "max_completion_length": 4}
+
+@pytest.fixture
+def train(scoring, student_path):
     arguments = {"generator": student_path, "prompts": 4, "shown": 2, "turns": False, "seed": 0}
-    questions.train_generator(
-        StepContext(tmp_path, said.append),
-        scoring=scoring,
-        candidates=None,
-        options=options,
-        **arguments,
-    )
+    return partial(questions.train_generator, scoring=scoring, candidates=None, **arguments)
+
+
+def test_a_generator_learns_from_a_student_that_moves(train, tmp_path):
+    said = []
+    train(StepContext(tmp_path, said.append), options=GRPO)
     assert (tmp_path / "model/config.json").is_file()
     assert read_json(tmp_path / "counts.json") == {"completions": 6, "masked": 0}
     assert sum("of 3: reward" in line for line in said) == 3
     assert [line for line in said if "scores with" in line] == ["the reward scores with checkpoint-1"]
     # DPO draws its candidates first; random bytes never parse.
     with pytest.raises(ValueError, match="expected a prompt whose best candidate passes the gates"):
-        questions.train_generator(
-            StepContext(tmp_path / "dpo"), scoring=scoring, options=TRAINER,
-            candidates=(SamplingConfig(max_tokens=4), 2), **arguments,
-        )  # fmt: skip
+        train(StepContext(tmp_path / "dpo"), options=TRAINER, candidates=(SamplingConfig(max_tokens=4), 2))
 
 
 @pytest.mark.parametrize("log", [{"logging_steps": 3}, {"log_completions": False}])
-def test_completions_are_counted_however_they_are_logged(scoring, student_path, tmp_path, log):
-    options = TRAINER | {"num_generations": 2, "per_device_train_batch_size": 2, "max_completion_length": 4} | log
-    questions.train_generator(
-        StepContext(tmp_path), scoring=scoring, generator=student_path, prompts=4, shown=2,
-        turns=False, candidates=None, options=options, seed=0,
-    )  # fmt: skip
+def test_completions_are_counted_however_they_are_logged(train, tmp_path, log):
+    train(StepContext(tmp_path), options=GRPO | log)
     assert read_json(tmp_path / "counts.json")["completions"] == 6
 
 
@@ -221,6 +214,11 @@ def test_nothing_labelled_is_one_sentence(fakes, recipe, monkeypatch):
         run(recipe)
 
 
+def labelled(folder, **arguments):
+    rows = {"seeds": folder / "seeds.parquet", "samples": folder / "asked.parquet"}
+    questions.label_questions(StepContext(folder), engine=EngineConfig(), seed=0, **rows, **arguments)
+
+
 @pytest.mark.parametrize(("gates", "kept"), [(None, [1]), (["new"], [0, 1])])
 def test_a_label_that_the_question_gives_away_is_dropped(tmp_path, monkeypatch, gates, kept):
     asked = [Sample("The answer is 8. What is 3+5?", "7"), Sample("What is 4+4?", "7")]
@@ -228,10 +226,7 @@ def test_a_label_that_the_question_gives_away_is_dropped(tmp_path, monkeypatch, 
     monkeypatch.setattr(domains, "DOMAINS", {"sums": "fakes:Sums"})
     write_rows(tmp_path / "asked.parquet", asked)
     write_rows(tmp_path / "seeds.parquet", SEEDS)
-    questions.label_questions(
-        StepContext(tmp_path), domain="sums", engine=EngineConfig(), labelling=LabellingConfig(method="computed"),
-        model=None, gates=gates, seeds=tmp_path / "seeds.parquet", samples=tmp_path / "asked.parquet", seed=0,
-    )  # fmt: skip
+    labelled(tmp_path, domain="sums", labelling=LabellingConfig(method="computed"), model=None, gates=gates)
     assert read_rows(tmp_path / "samples.parquet") == [replace(asked[i], answer="8") for i in kept]
     counts = read_json(tmp_path / "counts.json")
     assert (counts["labelled"], counts["dropped"]) == (len(kept), {} if gates else {"gate no_leak": 1})
@@ -243,14 +238,11 @@ def test_a_label_that_no_seed_has_is_dropped(tmp_path, monkeypatch, scripted, ga
     says = {"gone": "Sure! It is about a delivery.", "late": "card arrival", "stolen": "Lost  Phone\nas it was stolen"}
     engine = scripted(lambda prompt, i, seed: says[prompt[0]["content"].split()[0]])
     monkeypatch.setattr(engines, "load", lambda *arguments: engine)
-    labelled = [Sample("my parcel is due", "card_arrival"), Sample("my phone was taken", "Lost_phone")]
-    write_rows(tmp_path / "seeds.parquet", labelled)
+    seeds = [Sample("my parcel is due", "card_arrival"), Sample("my phone was taken", "Lost_phone")]
+    write_rows(tmp_path / "seeds.parquet", seeds)
     texts = ("gone with the wind", "late is my envelope", "stolen on the train")
     write_rows(tmp_path / "asked.parquet", [Sample(each, "lost", "", {"skill": "lost"}) for each in texts])
-    questions.label_questions(
-        StepContext(tmp_path), domain="classification", engine=EngineConfig(), labelling=LabellingConfig(k=2),
-        model="student", gates=gates, seeds=tmp_path / "seeds.parquet", samples=tmp_path / "asked.parquet", seed=0,
-    )  # fmt: skip
+    labelled(tmp_path, domain="classification", labelling=LabellingConfig(k=2), model="student", gates=gates)
     found = read_rows(tmp_path / "samples.parquet")
     assert [(sample.question, sample.answer, sample.extra) for sample in found] == [
         ("late is my envelope", "card_arrival", {"skill": "card_arrival"}),
