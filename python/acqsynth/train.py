@@ -235,14 +235,10 @@ def dpo(
     number; a resumed run reads them instead of drawing again.
 
     Args:
-        generator: path or hub id.
-        prompts: from :func:`acqsynth.write.prompts`.
+        generator, prompts, output, options, callbacks: as in :func:`grpo`.
         reward: scores candidates.
-        output: folder of the model.
-        options: as in :func:`configuration`.
         sampling: its ``n`` is the number of candidates per prompt.
         engine: creates an engine for the generator.
-        callbacks: further callbacks of the trainer.
 
     Raises:
         ValueError: one candidate per prompt, no pair was found or fits in ``max_length``, or as :func:`configuration`.

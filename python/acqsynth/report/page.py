@@ -181,7 +181,8 @@ def reward(log: Log) -> str | None:
     """The total with its spread, and each part in its own panel; None if no step logged a reward."""
     if not _points(log, "reward"):
         return None
-    parts = _named(log, "reward/", "/mean", without=("total",))
+    parts = _named(log, "reward/", "/mean")
+    parts.pop("total", None)
     panels = 1 + len(parts)
     columns = 2 if panels in (2, 4) else min(3, panels)
     lines = -(-panels // columns)
@@ -269,11 +270,11 @@ def _points(log: Log, key: str) -> list[tuple[int, float]]:
     return [(int(e["step"]), float(e[key])) for e in log if isinstance(e.get(key), int | float)]
 
 
-def _named(log: Log, prefix: str, suffix: str, without: Sequence[str] = ()) -> dict[str, str]:
+def _named(log: Log, prefix: str, suffix: str) -> dict[str, str]:
     """Name -> key, for keys ``<prefix><name><suffix>`` whose name has no further parts."""
     keys = dict.fromkeys(key for entry in log for key in entry if key.startswith(prefix) and key.endswith(suffix))
     names = {key.removeprefix(prefix).removesuffix(suffix): key for key in keys if _points(log, key)}
-    return {name: key for name, key in names.items() if "/" not in name and name not in without}
+    return {name: key for name, key in names.items() if "/" not in name}
 
 
 def _mark(x: Sequence[int]) -> dict[str, Any]:
