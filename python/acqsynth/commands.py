@@ -90,7 +90,7 @@ def dry_run(plan: Plan, steps: Sequence[Step]) -> None:
 
 def print_help_config() -> None:
     """Prints every key of a recipe with its type, default and meaning."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     for key, expected, default, doc in config.documented():
         given = {"": "", "required": ", required"}.get(default, f", {default} by default")
         console.print(Text.assemble((key, "bold"), f"  {expected}{given}\n    {doc}"))

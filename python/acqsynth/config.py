@@ -83,7 +83,7 @@ class Source(Section):
     bundled:word_problems for packaged rows, world:<seed> in the arithmetic domains, or intents:<name> in the domain
     classification"""
     split: str = "train"
-    """split of a hub data set; a local file has none"""
+    """split of a hub data set, train or test in the arithmetic domains; a local file has none"""
     columns: dict[str, str] | None = None
     """sample field (question, answer, reasoning; text, label) -> column name"""
     skip: int = Field(default=0, ge=0)

@@ -22,6 +22,7 @@ def test_help_config_lists_every_key(capsys):
     printed = capsys.readouterr().out
     for key in ("domain", "generator.options", "evaluation.others.<name>.source", "reward.signals", "rounds"):
         assert f"\n{key}  " in f"\n{printed}"
+    assert "\n    split of a hub data set, train or test in the arithmetic domains; a local file has none\n" in printed
     assert "smollm2-math" in printed
 
 
