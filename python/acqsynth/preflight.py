@@ -128,6 +128,7 @@ def _check_reward(config: Config, domain: Domain) -> None:
 def _check_sources(config: Config, domain: Domain) -> None:
     for key, own, others in (
         ("student.others", STUDENT, config.student.others),
+        ("student.others", "held-out", config.student.others),
         ("evaluation.others", IN_DISTRIBUTION, config.evaluation.others),
     ):
         if own in others:

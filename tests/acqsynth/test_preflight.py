@@ -47,6 +47,7 @@ REFUSED = {
     "student.options.lora={target_modules: 5}": "target_modules: expected a pattern or names, got 5",
     "student.options.lora={target_modules: [q_proj, 5]}": "target_modules: expected a pattern or names, got",
     "student.others={student: gpt2}": "student.others.student: expected another name",
+    "student.others={held-out: gpt2}": "student.others.held-out: expected another name",
     "evaluation.others={in_distribution: {source: 'world:2'}}": "in_distribution: expected another name",
     "generator.options.temperature=-1": "generator.options: temperature: expected a number above 0, got -1",
     "generator.options.top_p=5": "generator.options: top_p: expected a number above 0 and at most 1, got 5",
