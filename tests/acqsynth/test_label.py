@@ -122,19 +122,15 @@ def test_it_abstains_where_completions_end_before_the_answer(scripted, name, end
     ("texts", "agreement", "why"),
     [
         (["no", "idea"], 0.0, "no completion gives an answer"),
-        (["7", "8", "9", "7"], 0.5, "agreement 0.50 is below 0.60"),
-        (["7", "no", "idea"], 1 / 3, "agreement 0.33 is below 0.60"),
+        (["7", "8", "9", "7", "6"], 0.4, "agreement 0.40 is below 0.50"),
+        (["7", "no", "idea"], 1 / 3, "agreement 0.33 is below 0.50"),
         (["7...", "7...", "8"], 2 / 3, "every completion that agrees was cut off"),
+        (["7", "8", "8", "7"], 0.5, "2 completions agree on each of two answers"),
     ],
 )
 def test_it_abstains(sums, scripted, texts, agreement, why):
-    found = labelled(sums, scripted, texts, threshold=0.6)
+    found = labelled(sums, scripted, texts, threshold=0.5)
     assert (found.sample, found.agreement, found.abstained_why) == (None, pytest.approx(agreement), why)
-
-
-def test_a_tie_is_no_majority(sums, scripted):
-    found = labelled(sums, scripted, ["7", "8", "8", "7"], threshold=0.5)
-    assert found.abstained_why == "2 completions agree on each of two answers"
 
 
 def test_what_was_cut_off_counts_but_does_not_stand_for_the_rest(sums, scripted):

@@ -188,6 +188,31 @@ def test_refused_before_anything_runs(override, message):
     assert "\n" not in said
 
 
+ACCEPTED = [
+    "labelling={method: majority, temperature: 0, k: 1}",
+    "reward.answers={temperature: 0, k: 1}",
+    "reward={signals: {confidence: {}}, answers: {temperature: 0}}",
+    "generator={model: world:base, method: none, sampling: {temperature: 0}}",
+    "domain=arithmetic-skewed & labelling.method=computed & reward.labelling={method: computed}",
+    "student.options.warmup_steps=227",  # more steps than the fits that test signals have
+    *(f"generator.options={{scale_rewards: {scale}, loss_type: dr_grpo}}" for scale in ("true", "'none'", "batch")),
+    *(
+        f"generator={{model: m, method: dpo, options: {options}}}"
+        for options in (
+            "{loss_type: [sigmoid, ipo], f_divergence_type: js_divergence}",
+            "{lr_scheduler_type: cosine_with_min_lr, lr_scheduler_kwargs: {min_lr: 1e-7}}",
+            "{report_to: [tensorboard], save_steps: 0.5, log_level: info}",
+            "{save_strategy: 'no', save_steps: 0, dataset_num_proc: 0, fsdp: false}",
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize("overrides", ACCEPTED)
+def test_accepted_before_a_run(overrides):
+    plan(load("arithmetic", overrides.split(" & ")))
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -244,42 +269,11 @@ def test_a_sentence_model_is_looked_for_only_if_a_signal_uses_it(overrides, need
     assert ("./sentences" in asked) == needed
 
 
-@pytest.mark.parametrize(
-    "override",
-    [
-        "labelling={method: majority, temperature: 0, k: 1}",
-        "reward.answers={temperature: 0, k: 1}",
-        "reward={signals: {confidence: {}}, answers: {temperature: 0}}",
-        "generator={model: world:base, method: none, sampling: {temperature: 0}}",
-    ],
-)
-def test_a_single_draw_may_be_greedy(override):
-    plan(load("arithmetic", [override]))
-
-
 def test_a_file_of_rows_is_no_key(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").touch()
     with pytest.raises(ConfigError, match=r"^data\.seeds: rows\.jsonl: no rows$"):
         preflight.on_this_machine(load("arithmetic", ["data.seeds.source=rows.jsonl"]))
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"loss_type": ["sigmoid", "ipo"], "f_divergence_type": "js_divergence"},
-        {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-7}},
-        {"report_to": ["tensorboard"], "save_steps": 0.5, "log_level": "info"},
-        {"save_strategy": "no", "save_steps": 0, "dataset_num_proc": 0, "fsdp": False},
-    ],
-)
-def test_other_values_of_the_library_are_accepted(options):
-    plan(load("arithmetic", [f"generator={json.dumps({'model': 'm', 'method': 'dpo', 'options': options})}"]))
-
-
-@pytest.mark.parametrize("scale", ["true", "'none'", "batch"])
-def test_rewards_may_be_scaled_in_each_way_of_the_library(scale):
-    plan(load("arithmetic", [f"generator.options={{scale_rewards: {scale}, loss_type: dr_grpo}}"]))
 
 
 def test_a_missing_chat_template_is_said_before_a_run():
@@ -429,10 +423,6 @@ def test_rows_of_a_batch_left_out_are_no_step():
             plan(load("arithmetic", [f"student.{option}" for option in few]))
 
 
-def test_signals_are_tested_without_a_warm_up_that_only_the_students_have_steps_for():
-    plan(load("arithmetic", ["student.options.warmup_steps=227"]))
-
-
 def test_each_trainer_has_its_own_precision_and_leaves_the_process_as_it_was(capfd):
     options = {"bf16": True, "full_determinism": True, "dataset_num_proc": 2}
     config = load("arithmetic", ["generator.options={bf16: false}", f"student.options={json.dumps(options)}"])
@@ -455,10 +445,6 @@ def test_a_model_that_does_not_load_is_named(student_path):
     config = load("arithmetic", [f"student.model={student_path}", "student.options.lora={r: 2}"])
     with pytest.raises(ConfigError, match=rf"^student\.options: {student_path} does not load: "):
         preflight.on_this_machine(config)
-
-
-def test_a_domain_that_computes_may_label():
-    plan(load("arithmetic-skewed", ["labelling.method=computed", "reward.labelling={method: computed}"]))
 
 
 @pytest.mark.parametrize("name", recipes())
