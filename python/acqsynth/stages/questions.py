@@ -114,7 +114,7 @@ def sample_mistakes(pool: Sequence[Sample], right: Sequence[bool], n: int, seed:
     """Draws n of the wrongly answered samples, each skill in proportion to its share of wrong answers."""
     wrong = [sample for sample, ok in zip(pool, right, strict=True) if not ok]
     if not wrong:
-        raise StepError("error_driven: the student makes no mistake on the held-out rows")
+        raise StepError("the student makes no mistake on the held-out rows; remove error_driven from baselines")
     # If m of a skill's a rows are wrong, its share m / a is split among m mistakes, giving 1 / a each.
     asked = Counter(sample.extra.get("skill") for sample in pool)
     return random.Random(seed).choices(wrong, [1 / asked[sample.extra.get("skill")] for sample in wrong], k=n)

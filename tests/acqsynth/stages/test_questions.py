@@ -58,7 +58,7 @@ def test_errors_are_shown_by_their_skills_share(fakes, recipe):
     right = [False] * 10 + [i >= 9 for i in range(90)]
     drawn = Counter(sample.question[0] for sample in questions.sample_mistakes(pool, right, 11000, seed=0))
     assert drawn["a"] / drawn["b"] == pytest.approx(10, rel=0.15)
-    with pytest.raises(StepError, match="error_driven: the student makes no mistake on the held-out rows"):
+    with pytest.raises(StepError, match="no mistake on the held-out rows; remove error_driven from baselines"):
         questions.sample_mistakes(pool, [True] * 100, 5, seed=0)
 
 
