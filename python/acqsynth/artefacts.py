@@ -56,11 +56,8 @@ def write_rows(path: Path, samples: Sequence[Sample], columns: Mapping[str, Sequ
 
 def read_rows(path: Path) -> list[Sample]:
     """Reads the samples written by :func:`write_rows`, without further columns."""
-    table = read_table(path)
-    columns = [table[name] for name in ("question", "answer", "reasoning", "extra")]
-    return [
-        Sample(q, answer, reasoning, json.loads(extra)) for q, answer, reasoning, extra in zip(*columns, strict=True)
-    ]
+    rows = pyarrow.parquet.read_table(path, columns=["question", "answer", "reasoning", "extra"]).to_pylist()
+    return [Sample(**{**row, "extra": json.loads(row["extra"])}) for row in rows]
 
 
 def write_table(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:

@@ -23,8 +23,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from acqsynth import preflight
@@ -85,7 +85,7 @@ def plan(config: Config) -> Plan:
     )  # fmt: skip
     evaluation = {name: (domain, rows / f"evaluation-{name}.parquet") for name, domain in sets.items()}
     questions = config.generator.questions or n
-    own_student = Model(config.student.model)
+    own_student, own_generator = Model(config.student.model), Model(config.generator.model)
 
     teacher = config.reward.labelling.teacher if config.reward.labelling else None
     # Unlike Path.is_dir, os.path.isdir is False for a name too long and below the home of an unknown user.
@@ -119,12 +119,13 @@ def plan(config: Config) -> Plan:
             seed=seed,
         )  # fmt: skip
 
-    def writing(seed: int, **changed: Any) -> Writing:
-        asking = Writing(
-            scoring(), Model(config.generator.model), config.generator.sampling, config.generator.shown,
-            config.generator.turns, questions, seed, rows / "held_out.parquet",
+    def writing(
+        seed: int, student: Any = None, generator: Any = own_generator, n: int = questions, earlier: Sequence[Any] = ()
+    ) -> Writing:
+        return Writing(
+            scoring(student), generator, config.generator.sampling, config.generator.shown, config.generator.turns, n,
+            seed, rows / "held_out.parquet", earlier,
         )  # fmt: skip
-        return replace(asking, **changed)
 
     def label(name: str, written: Step, seed: int, student: Any = own_student) -> Step:
         answering = {"majority": student, "teacher": Model(config.labelling.teacher or "")}.get(config.labelling.method)
@@ -148,14 +149,14 @@ def plan(config: Config) -> Plan:
         question of an earlier one again."""
         rows_of: list[Step] = []
         asked: list[Any] = []
-        model: Any = Model(config.generator.model)
+        model: Any = own_generator
         student: Any = None
         for i in range(config.rounds):
             of_round = f"{name}-round-{i + 1}" if config.rounds > 1 else name
             trained = train(of_round, seed + i, model, student)
             model = trained / "model"
             share = _share(questions, i, config.rounds)
-            asking = writing(seed + i, scoring=scoring(student), generator=model, n=share, earlier=tuple(asked))
+            asking = writing(seed + i, student, model, share, tuple(asked))
             written = step("generate", of_round, write_questions, writing=asking)
             asked.append(written / "samples.parquet")
             rows_of.append(label(of_round, written, seed, student or own_student))
