@@ -71,12 +71,11 @@ def fisher_grad(
             increase from 0 to N.
     """
     probes, seed = checks.probes(probes), checks.seed(seed)
-    checks.instance("head", head, Head, "acqcore.Head")
+    temperature = checks.positive("temperature", temperature)
+    chosen = checked_backend(hidden, head, targets, backend, "fisher_sums")
     checks.whole_head(len(head.weight), head.vocab_size, head.group)
     if targets is None:
         targets = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
-    temperature = checks.positive("temperature", temperature)
-    chosen = checked_backend(hidden, head, targets, backend, "fisher_sums")
     of_rows = Probes(probes, seed, *places(hidden, offsets))
     return fisher_visit(hidden, head, targets, of_rows, temperature, chosen)[1].gradients
 

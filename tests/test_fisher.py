@@ -285,12 +285,13 @@ def test_signs_are_fair_and_independent():
         ({"offsets": torch.tensor([0, 3, 3, 60])}, ValueError, "offsets: expected increasing"),
         ({"temperature": 0.0}, ValueError, "temperature"),
         ({"backend": "fast"}, ValueError, "backend: unknown 'fast'"),
+        ({"hidden": [[0.0] * 16]}, TypeError, r"hidden: expected a tensor \[N, D\], got list"),
     ],
 )
 def test_bad_arguments(options, error, message):
     case = random_case(60, 16, 30)
     with pytest.raises(error, match=message):
-        fisher_grad(case.hidden, case.head, **options)
+        fisher_grad(**{"hidden": case.hidden, "head": case.head, **options})
 
 
 @pytest.mark.parametrize("group", [None, object()])
