@@ -23,7 +23,7 @@ def student(tiny_model, tokenizer):
 def test_chunks_have_the_values_of_one_call(student):
     options: dict[str, Any] = {"backend": "eager", "reduction": "max"}
     names = ("entropy", "grad_norm")
-    chunks = list(acqcore.score_stream(student, iter(TEXTS), names, chunk=4, **options))
+    chunks = list(acqcore.score_stream(student, iter(TEXTS), iter(names), chunk=4, **options))
     whole = acqcore.score(student, TEXTS, names, **options)
     assert [len(scores.n_tokens) for scores in chunks] == [4, 4, 2]
     for name in names:

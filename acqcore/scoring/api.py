@@ -176,18 +176,19 @@ def score_stream(
             is read, with the index of its first sample prefixed to the message.
     """
     chunk = checks.positive_int("chunk", chunk)
-    Plan.of(acquisitions, options.get("acquisition_args")).sample_by_sample("use acqcore.score")
+    plan = Plan.of(acquisitions, options.get("acquisition_args"))
+    plan.sample_by_sample("use acqcore.score")
     check_errors(errors)
     lists = in_chunks(samples, chunk)
     loaded = as_student(student)
-    score(loaded, [], acquisitions, **{**options, "progress": False})  # raises now what every chunk would raise
+    score(loaded, [], plan.names, **{**options, "progress": False})  # raises now what every chunk would raise
 
     def chunks() -> Iterator[Scores]:
         start = 0
         for held in lists:
             found: dict[int, str] | None = None if errors is None else {}
             try:
-                scores = score(loaded, held, acquisitions, errors=found, **options)
+                scores = score(loaded, held, plan.names, errors=found, **options)
             except (ValueError, TypeError) as error:
                 kind = TypeError if isinstance(error, TypeError) else ValueError  # a subclass may take other arguments
                 raise kind(f"chunk from sample {start}: {error}") from error
