@@ -29,6 +29,10 @@ class RequiredOptions(Options):
     power: float
 
 
+class PlainOptions(Options):
+    power: float = 1.0
+
+
 @pytest.fixture
 def register():
     """``register(scale, options)``: acts as a notebook cell that can be changed and run again."""
@@ -114,7 +118,7 @@ def test_needs_that_are_no_needs(needs):
         acqcore.register("wrong", needs=needs)
 
 
-@pytest.mark.parametrize("options", [dict, RequiredOptions(1.0), None])
+@pytest.mark.parametrize("options", [dict, RequiredOptions(1.0), PlainOptions, None])
 def test_options_that_are_no_options(options):
     with pytest.raises(TypeError, match="options: expected a dataclass that extends acqcore"):
         acqcore.register("wrong", options=options)

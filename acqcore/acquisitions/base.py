@@ -117,7 +117,7 @@ def register(
             :class:`acqcore.acquisitions.Options`.
     """
     checks.instance("name", name, str, "the acquisition's name, as in @acqcore.register('confidence_gap')")
-    if not (isinstance(options, type) and issubclass(options, Options)):
+    if not (isinstance(options, type) and issubclass(options, Options) and "__dataclass_fields__" in vars(options)):
         raise TypeError(f"options: expected a dataclass that extends acqcore.acquisitions.Options, got {options!r}")
     if not callable(over):
         checks.literal("over", over, Over)
