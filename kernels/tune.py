@@ -3,7 +3,7 @@
 Each candidate runs on Gaussian inputs for each weight shape. Candidates that do not compile, or whose statistics differ
 from those of the architecture's default tiles, are reported and dropped. Candidates closest to the default come first,
 so a search cut short by ``--seconds`` or ``--candidates`` has tried the most promising ones. The file is written after
-every entry; shapes not yet measured keep the architecture's entry.
+every entry. Kinds of products not measured keep the file's entries or, in a new file, the architecture's.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import re
 import sys
 import time
@@ -170,8 +171,11 @@ def main(arguments: list[str] | None = None) -> int:
     device, major = torch.cuda.get_device_name(), torch.cuda.get_device_capability()[0]
     base = json.loads((FOLDER / f"{ARCHITECTURES.get(major, 'sm_80')}.json").read_text())
     path = options.output or FOLDER / file_name(device)
+    if not os.access(path.parent, os.W_OK):
+        print(f"acqcore.kernels.tune: cannot write to {path.parent}; name another file with --output", file=sys.stderr)
+        return 1
     budget = Budget(time.monotonic() + options.seconds, options.candidates)
-    tables: dict[str, Any] = {**base, "row_stats": dict(base["row_stats"])}
+    tables: dict[str, Any] = json.loads(path.read_text()) if path.exists() else base
     for product in options.products:
         known = {key: value for key, value in base["row_stats"][product][0].items() if key not in ("vocab", "depth")}
         entries: list[dict[str, Any]] = []

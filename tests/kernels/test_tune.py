@@ -84,11 +84,17 @@ def test_a_search_ends_with_its_budget(search, capsys):
     assert search([5, 6, 3], tune.Budget(deadline=0.0)) == 9
 
 
-def test_every_entry_is_written_when_it_is_known(tmp_path, monkeypatch):
-    """After an interrupt in the second entry, the file has the first, and the architecture's tables for the rest."""
+@pytest.fixture
+def _on_an_h100(monkeypatch):
     monkeypatch.setattr(tune, "why_not", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+
+
+@pytest.mark.usefixtures("_on_an_h100")
+def test_every_entry_is_written_when_it_is_known(tmp_path, monkeypatch):
+    """After an interrupt in the second entry, the file has the first, and the architecture's tables for the rest. A
+    later run for other products keeps it."""
 
     def measured(product: str, vocab: int, depth: int, fallback: Tiles, major: int, budget: object) -> dict[str, Any]:
         if product == "tf32":
@@ -103,3 +109,14 @@ def test_every_entry_is_written_when_it_is_known(tmp_path, monkeypatch):
     assert [(entry["vocab"], entry["depth"]) for entry in written["row_stats"]["half"]] == [(1024, 512)]
     assert written["row_stats"]["tf32"] == base["row_stats"]["tf32"]
     assert written["logit_stats"] == base["logit_stats"]
+    monkeypatch.setattr(tune, "tune_logit_stats", lambda vocab, *_: {**base["logit_stats"][0], "vocab": vocab})
+    assert tune.main(["--shapes", "2048x512", "--products", "ieee", "--output", str(path)]) == 0
+    again = json.loads(path.read_text())
+    assert again["row_stats"]["half"] == written["row_stats"]["half"]
+    assert [entry["vocab"] for entry in (*again["row_stats"]["ieee"], *again["logit_stats"])] == [2048, 2048]
+
+
+@pytest.mark.usefixtures("_on_an_h100")
+def test_a_file_that_cannot_be_written_is_named_before_the_search(tmp_path, capsys):
+    assert tune.main(["--output", str(tmp_path / "missing" / "tiles.json")]) == 1
+    assert f"cannot write to {tmp_path / 'missing'}; name another file with --output" in capsys.readouterr().err
