@@ -415,10 +415,13 @@ def test_bad_sketch(change, error, message):
         acqcore.grad_sketch(case.hidden, case.head, case.targets, OFFSETS, **change)
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_ignored_rows_may_hold_anything(dtype, implementation):
-    """Their hidden states change no bit of a result, and their gradients are zero."""
-    case = random_case(60, 40, 130 if implementation == "triton" else 400).to(dtype)  # two tiles or more
+def test_ignored_rows_may_hold_anything(dtype, bias, implementation):
+    """Their hidden states change no bit of a result, and their gradients are zero; logits of 1000 would overflow."""
+    case = random_case(60, 40, 130 if implementation == "triton" else 400, bias=bias).to(dtype)  # two tiles or more
+    if bias:
+        case.head.bias.mul_(1000)
     targets = case.targets
     ignored = [0, 5, 9, 17, 20, 40, 59]  # among them the first and the last of a sample
     targets[ignored] = -100

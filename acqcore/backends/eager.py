@@ -47,7 +47,7 @@ class GramNorm(Backend):
             e = (z.double() - largest[part, None]).exp()
             top = same & (y == rows.index[part])[:, None]
             delta = (e - same * (1 + r[part, None])).where(~top, -r[part, None]) * cap_slope(z, rows)
-            delta = delta.where(distinct, 0) * scale[part, None]
+            delta = delta.where(distinct & scored[part, None], 0) * scale[part, None]  # inf times 0 is NaN
             products = gram.products[start : start + length**2].view(length, length).double()
             c = scale[part] * shift[part]
             h = rows.hidden[part].to(z.dtype)
