@@ -74,8 +74,8 @@ class BayesStats:
 
     @property
     def valid(self) -> torch.Tensor:
-        """``[N]`` bool: the row was scored, and every draw has a finite logit and no NaN."""
-        return self.state[ENTROPY].isfinite()
+        """``[N]`` bool: the row was scored, and every draw has a finite largest logit and no NaN."""
+        return self.state[ENTROPY].isfinite() & self.state[INFORMATION].isfinite()
 
     @property
     def mutual_information(self) -> torch.Tensor:

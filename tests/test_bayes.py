@@ -162,6 +162,20 @@ def test_bounds(form, implementation):
     torch.testing.assert_close(stats.expected_pairwise_kl, torch.full((4,), 200 * 7 / 8))
 
 
+@pytest.mark.parametrize("form", ["element", "block", "given"])
+@pytest.mark.parametrize("bias", [0.0, torch.inf])
+def test_rows_with_a_nan_or_an_infinite_logit_are_nan(bias, form, implementation):
+    """A bias of inf makes one logit of every row infinite."""
+    case = random_case(5, 32, 300, bias=True)
+    case.hidden[2, 3], case.head.bias[200] = torch.nan, bias
+    if form == "given":
+        stats = ensemble_stats(case.hidden.expand(4, 5, 32), case.head, case.targets, backend=implementation)
+    else:
+        stats = _run(case, implementation, form=form, block=16, dropout=0.0)
+    for field in FIELDS:
+        assert getattr(stats, field).isnan().tolist() == [bias > 0, bias > 0, True, bias > 0, bias > 0], field
+
+
 @pytest.mark.parametrize("form", ["element", "block"])
 def test_rows_do_not_depend_on_the_batch(form, implementation):
     """Masks are keyed by sample and position, so samples scored separately give the same numbers."""
