@@ -365,20 +365,6 @@ def test_ranks_of_inner_products_survive_sketching():
     assert torch.corrcoef(ranks)[0, 1] >= 0.95
 
 
-def test_signs_are_fixed_for_ever():
-    """Signs do not depend on how many are drawn; a change would make stored sketches meaningless."""
-    from acqcore.signs import random_signs
-
-    signs = random_signs(2, 8, 0, 0)
-    assert signs.abs().eq(1).all()
-    again = random_signs(5, 100, 0, 0)
-    assert torch.equal(again[:2, :8], signs)
-    many = random_signs(4096, 64, 7, 1)
-    assert abs(many.mean().item()) < 0.01
-    gram = many.T @ many / 4096
-    assert (gram - torch.eye(64)).abs().max() < 0.09  # uncorrelated columns: 5.6 standard deviations
-
-
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

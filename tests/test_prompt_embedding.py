@@ -66,15 +66,10 @@ def test_of_tensors_without_a_prompt_all_tokens_are_read(labels, model):
     torch.testing.assert_close(found[0], by_hand(model, [5, 6, 7, 8]), rtol=1e-5, atol=1e-5)
 
 
-def test_of_a_truncated_text_the_beginning_is_read(model, tokenizer):
-    found = acqcore.prompt_embedding(model, ["The quick brown fox"], tokenizer=tokenizer, max_length=3)
-    expected = by_hand(model, tokenizer("The quick brown fox").input_ids[:3])
-    torch.testing.assert_close(found[0], expected, rtol=1e-5, atol=1e-5)
-
-
-def test_of_a_text_all_tokens_are_read(model, tokenizer):
-    found = acqcore.prompt_embedding(model, ["The quick brown fox"], tokenizer=tokenizer)
-    expected = by_hand(model, tokenizer("The quick brown fox").input_ids)
+@pytest.mark.parametrize("max_length", [None, 3])
+def test_of_a_text_the_beginning_or_all_is_read(max_length, model, tokenizer):
+    found = acqcore.prompt_embedding(model, ["The quick brown fox"], tokenizer=tokenizer, max_length=max_length)
+    expected = by_hand(model, tokenizer("The quick brown fox").input_ids[:max_length])
     torch.testing.assert_close(found[0], expected, rtol=1e-5, atol=1e-5)
 
 

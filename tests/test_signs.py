@@ -7,7 +7,22 @@ import torch
 from acqcore.backends import cpu
 from acqcore.head import Head
 from acqcore.head_grad import grad_sketch
-from acqcore.signs import ColumnHash, hashed_places, rotated_places
+from acqcore.signs import ColumnHash, hashed_places, random_signs, rotated_places
+
+
+def test_signs_and_places_are_fixed_for_ever():
+    """Others would make stored sketches meaningless."""
+    signs = random_signs(5, 100, 0, 0)
+    assert signs[0, :8].tolist() == [1, 1, 1, 1, -1, 1, 1, -1]
+    assert torch.equal(random_signs(2, 8, 0, 0), signs[:2, :8])
+    assert hashed_places(6, 48, 7, 1).tolist() == [-27, 32, 38, -11, -11, -23]
+    assert rotated_places(6, 48, 7, 1).tolist() == [-39, 39, 40, -42, -43, -44]
+
+
+def test_signs_are_fair_and_their_columns_uncorrelated():
+    many = random_signs(4096, 64, 7, 1)
+    assert abs(many.mean().item()) < 0.01
+    assert (many.T @ many / 4096 - torch.eye(64)).abs().max() < 0.09  # 5.6 standard deviations
 
 
 def test_rotated_places_do_not_depend_on_the_shard():
