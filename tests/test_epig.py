@@ -105,7 +105,7 @@ def test_bad_arguments(tiny_model):
         acqcore.epig(model, samples, 3)
     with pytest.raises(ValueError, match="layers: expected at most 2 transformer blocks, got 3"):
         acqcore.epig_reference(model, samples, layers=3)
-    with pytest.raises(ValueError, match="perturbs weights of blocks"):
+    with pytest.raises(ValueError, match=r"^layers: the noise perturbs weights of blocks"):
         acqcore.epig_reference(model, samples, layers=0)
     with pytest.raises(ValueError, match="probes: expected 1 to"):
         acqcore.epig_reference(model, samples, probes=0)

@@ -223,8 +223,7 @@ class LinearOptions(Options):
             return
         if self.layers in (0, "own"):
             raise ValueError(
-                f"layers: posterior={self.posterior!r} perturbs weights of blocks, expected 'all' or at least 1 block, "
-                f"got {self.layers!r}"
+                f"layers: the noise perturbs weights of blocks, expected 'all' or at least 1 block, got {self.layers!r}"
             )
         if self.posterior == "laplace":
             checks.instance("reference", self.reference, LaplacePosterior, "the result of acqcore.laplace_posterior")
