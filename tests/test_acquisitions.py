@@ -42,7 +42,7 @@ def test_against_its_reference(name, v, implementation):
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_needs_targets_is_told_truly(name):
+def test_needs_targets_is_declared_correctly(name):
     """An acquisition depends on targets exactly if it declares ``needs_targets``."""
     case = random_case(5, 8, 30)
     entry = REGISTRY[name]
@@ -107,7 +107,7 @@ class GapOptions(Options):
     scale: float = 1.0
 
 
-def test_registering_ones_own_with_options(own_name, student):
+def test_registering_with_options(own_name, student):
     """Options may be a mapping or an instance; registering a name again replaces its acquisition."""
 
     @acqcore.register(own_name, options=GapOptions)
@@ -136,7 +136,7 @@ def test_registering_ones_own_with_options(own_name, student):
     assert acqcore.score(student, IDS, own_name)[own_name].shape == (4,)
 
 
-def test_ones_own_over_samples_and_over_the_set(own_name, student):
+def test_registered_over_samples_and_over_the_set(own_name, student):
     @acqcore.register(own_name, needs=(BatchNeed(), GradientNeed()), over="sample")
     def length(batch: SampleBatch, norms: torch.Tensor) -> torch.Tensor:
         """Tokens times the norm of the gradient."""
@@ -157,7 +157,7 @@ def test_ones_own_over_samples_and_over_the_set(own_name, student):
 
 
 @pytest.mark.parametrize("over", ["token", "sample", "set"])
-def test_learned_parameters_of_ones_own_get_no_gradient(over, own_name, student):
+def test_learned_parameters_of_a_registered_acquisition_get_no_gradient(over, own_name, student):
     width, needs = {"set": (16, GradientNeed(dim=16))}.get(over, (8, BatchNeed()))
     probe = torch.nn.Linear(width, 1)
 
@@ -175,7 +175,7 @@ def test_learned_parameters_of_ones_own_get_no_gradient(over, own_name, student)
     assert not any(value.requires_grad for value in values)
 
 
-def test_ones_own_of_draws(own_name, student):
+def test_registered_on_draws(own_name, student):
     @acqcore.register(own_name, options=DrawOptions, needs=lambda options: options)
     def doubt(stats: acqcore.BayesStats, options: DrawOptions) -> torch.Tensor:
         """Mutual information in units of log K."""

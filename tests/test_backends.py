@@ -52,7 +52,7 @@ def test_environment_forces_a_backend(monkeypatch):
         acqcore.row_stats(case.hidden.double(), case.head)
 
 
-def test_nothing_falls_back_to_eager_unasked():
+def test_nothing_falls_back_to_eager():
     case = random_case(2, 4, 8)
     with pytest.raises(RuntimeError, match="Pass backend='eager' to use plain torch"):
         acqcore.row_stats(case.hidden.double(), case.head)
@@ -89,7 +89,7 @@ def _python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
 
 
-def test_without_the_extension_plain_torch_serves_and_import_says_so():
+def test_without_the_extension_import_warns_and_eager_serves():
     result = _python(
         "import sys; sys.modules['acqcore._core'] = None\n"
         "import torch, acqcore\n"

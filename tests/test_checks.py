@@ -204,7 +204,7 @@ def test_floats_of_numpy_and_scalar_tensors_are_floats(kind, tiny_model):
 
 
 @pytest.mark.parametrize("value", [True, np.True_, np.array([2.0]), torch.tensor([2.0]), np.complex64(1), "2"])
-def test_what_is_not_a_number(value):
+def test_values_that_are_not_numbers(value):
     with pytest.raises(TypeError, match="temperature: expected a number, got"):
         acqcore.row_stats(H, HEAD, temperature=value)
 
@@ -212,13 +212,13 @@ def test_what_is_not_a_number(value):
 @pytest.mark.parametrize(
     "value", [10**400, -(10**400), float("inf"), float("nan")], ids=["large", "small", "inf", "nan"]
 )
-def test_what_is_not_finite(value):
+def test_numbers_that_are_not_finite(value):
     with pytest.raises(ValueError, match="scale: expected a finite number, got"):
         acqcore.Head(torch.zeros(10, 4), scale=value)
 
 
 @pytest.mark.parametrize("value", [True, np.True_, 8.0, np.float64(8), "8", torch.tensor(8)])
-def test_what_is_not_an_integer(value):
+def test_values_that_are_not_integers(value):
     for check in (
         lambda: acqcore.select(torch.zeros(9), value),
         lambda: DrawOptions(draws=value),

@@ -86,7 +86,7 @@ def test_the_lowest_of_equal_maxima(columns, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("position", [0, 1, 4095, 4096, 8999, 9000])
-def test_a_nan_anywhere_poisons_its_row_alone(position, dtype):
+def test_a_nan_anywhere_spoils_only_its_row(position, dtype):
     logits = _gaussian(3, 9001, dtype)
     logits[1, position] = torch.nan
     state, _ = on_host(logits)

@@ -121,7 +121,7 @@ def test_absent_columns():
 
 
 @pytest.mark.parametrize("position", [0, 256, 1999])
-def test_a_nan_poisons_its_row_alone(position):
+def test_a_nan_spoils_only_its_row(position):
     logits = _gaussian(20, 2000)
     logits[9, position] = torch.nan
     assert folded(logits).state[2].isnan().nonzero()[:, 0].tolist() == [9]

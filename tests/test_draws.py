@@ -34,12 +34,13 @@ def _score(student: Any, ids: list[torch.Tensor], names: str | list[str] = NAMES
     return acqcore.score(student, _padded(ids), listed, acquisition_args=arguments, keep_tokens=True)
 
 
-def _assert_draws(scores: acqcore.Scores, i: int, logits: list[torch.Tensor], atol: float = 5e-5) -> None:
-    """Values of sample ``i`` match the references for the logits ``[T, V]`` of its draws."""
-    p = torch.stack([z[:-1] for z in logits]).softmax(dim=2)  # [K, T - 1, V]
-    for name in NAMES:
-        value = REGISTRY[name].reference(p)
-        torch.testing.assert_close(scores.tokens[name][i].double(), value, rtol=1e-3, atol=atol)
+def _assert_draws(scores: acqcore.Scores, logits: list[list[torch.Tensor]], atol: float = 5e-5) -> None:
+    """Values of each sample match the references for the logits ``[T, V]`` of its draws."""
+    for i, drawn in enumerate(logits):
+        p = torch.stack([z[:-1] for z in drawn]).softmax(dim=2)  # [K, T - 1, V]
+        for name in NAMES:
+            value = REGISTRY[name].reference(p)
+            torch.testing.assert_close(scores.tokens[name][i].double(), value, rtol=1e-3, atol=atol)
 
 
 @pytest.mark.parametrize("layers", [1, "all"])
@@ -53,8 +54,7 @@ def test_trunk_dropout_is_that_of_single_forwards(kind, layers, tiny_model, drop
     branches = sites[-2:] if layers == 1 else sites
     ids = _ids(7, 3, 12)
     scores = _score(model, ids, layers=layers, draws=3, dropout=0.25)
-    for i, row in enumerate(ids):
-        _assert_draws(scores, i, [dropped_logits(model, row, branches, 0.25, k) for k in range(3)])
+    _assert_draws(scores, [[dropped_logits(model, row, branches, 0.25, k) for k in range(3)] for row in ids])
 
 
 def test_blocks_that_hand_on_more_than_the_stream(small_model, dropped_logits):
@@ -63,8 +63,7 @@ def test_blocks_that_hand_on_more_than_the_stream(small_model, dropped_logits):
     branches = [branch for of_block in acqcore.Student.from_model(model).branches for branch in of_block]
     sites = list(enumerate(branches, 1))[-2:]
     scores = _score(model, ids, layers=1, draws=3, dropout=0.25)
-    for i, row in enumerate(ids):
-        _assert_draws(scores, i, [dropped_logits(model, row, sites, 0.25, k) for k in range(3)])
+    _assert_draws(scores, [[dropped_logits(model, row, sites, 0.25, k) for k in range(3)] for row in ids])
 
 
 def test_last_hidden_state(tiny_model, dropped_logits):
@@ -73,8 +72,7 @@ def test_last_hidden_state(tiny_model, dropped_logits):
     sites = [(0, model.model.norm)]
     for options in ({"layers": 0}, {"form": "element"}):
         scores = _score(model, ids, draws=4, **options)
-        for i, row in enumerate(ids):
-            _assert_draws(scores, i, [dropped_logits(model, row, sites, 0.1, k) for k in range(4)])
+        _assert_draws(scores, [[dropped_logits(model, row, sites, 0.1, k) for k in range(4)] for row in ids])
     assert not torch.equal(
         _score(model, ids, form="block", block=8)["mutual_information"], scores["mutual_information"]
     )
@@ -112,7 +110,7 @@ def test_small_batches_of_draws(tiny_model):
     )
 
 
-def test_what_draws_share_runs_once(tiny_model):
+def test_work_shared_by_draws_runs_once(tiny_model):
     """Two of three blocks and the last one's attention run once for eight draws; no forward runs without dropout, since
     nothing reads it."""
     model = tiny_model("Llama", num_hidden_layers=3)
@@ -187,8 +185,7 @@ def test_own_dropout_layers(tiny_model, dropped_logits):
     assert len(sites) == 4
     ids = _ids(8, 5)
     scores = _score(model, ids, layers="own", draws=3)
-    for i, row in enumerate(ids):
-        _assert_draws(scores, i, [dropped_logits(model, row, sites, 0.2, k) for k in range(3)])
+    _assert_draws(scores, [[dropped_logits(model, row, sites, 0.2, k) for k in range(3)] for row in ids])
 
 
 @pytest.mark.parametrize("layers", [1, "all"])
@@ -199,8 +196,7 @@ def test_draws_of_a_model_whose_rows_affect_each_other(layers, tiny_model, dropp
     sites += [(3, model.model.layers[1].self_attn), (4, model.model.layers[1].mlp)]
     ids = _ids(7, 7, 9)
     scores = _score(model, ids, layers=layers, draws=3, dropout=0.25)
-    for i, row in enumerate(ids):
-        _assert_draws(scores, i, [dropped_logits(model, row, sites, 0.25, k) for k in range(3)])
+    _assert_draws(scores, [[dropped_logits(model, row, sites, 0.25, k) for k in range(3)] for row in ids])
 
 
 def test_a_branch_that_blocks_share_drops_once_per_call(tiny_model, dropped_logits):
@@ -210,12 +206,11 @@ def test_a_branch_that_blocks_share_drops_once_per_call(tiny_model, dropped_logi
     sites = [(1, first.self_attn), (3, first.mlp), (4, second.self_attn)]
     ids = _ids(7, 9)
     scores = _score(model, ids, draws=3, dropout=0.25)
-    for i, row in enumerate(ids):
-        _assert_draws(scores, i, [dropped_logits(model, row, sites, 0.25, k) for k in range(3)])
+    _assert_draws(scores, [[dropped_logits(model, row, sites, 0.25, k) for k in range(3)] for row in ids])
 
 
 @pytest.mark.parametrize("options", [{"draws": 2}, {"form": "linear"}])
-def test_dropout_that_is_no_module(options, tiny_model):
+def test_dropout_without_a_module(options, tiny_model):
     """Attention applies dropout by a function; its module never runs, so it cannot be switched on."""
     model = tiny_model("GPT2", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.3)
     own = {"mutual_information": {"layers": "own", **options}}
@@ -242,10 +237,9 @@ def test_members(tiny_model):
         members.append(model)
     ids = _ids(5, 8)
     scores = _score(members[0], ids, members=members)
-    for i, row in enumerate(ids):
-        with torch.no_grad():
-            logits = [model(row[None]).logits[0].double() for model in members]
-        _assert_draws(scores, i, logits, atol=2e-5)
+    with torch.no_grad():
+        logits = [[model(row[None]).logits[0].double() for model in members] for row in ids]
+    _assert_draws(scores, logits, atol=2e-5)
 
 
 @pytest.mark.parametrize("config", [{"hidden_size": 48}, {"vocab_size": 321}])

@@ -234,7 +234,7 @@ def test_sums_of_a_shard_from_the_statistics_of_the_whole(name, implementation):
         assert (error <= 1e-4 * (p[:, begin:end] @ exact.head.weight[begin:end].abs()).amax(dim=1) + 1e-30).all()
 
 
-def test_a_target_outside_the_vocabulary_spoils_its_sample_alone(implementation, monkeypatch):
+def test_a_target_outside_the_vocabulary_spoils_only_its_sample(implementation, monkeypatch):
     """On the CPU it raises; on a GPU, whose targets are not read, its row is NaN and so is what is summed over it."""
     case = random_case(6, 16, 600)
     targets, offsets = torch.tensor([1, 2, 600, -100, -7, 4]), torch.tensor([0, 2, 4, 6])
@@ -258,7 +258,7 @@ def test_a_target_outside_the_vocabulary_spoils_its_sample_alone(implementation,
 
 
 @pytest.mark.parametrize("value", [torch.nan, 3e38])  # the latter makes one logit infinite
-def test_a_row_without_finite_logits_spoils_its_sample_alone(value, implementation):
+def test_a_row_without_finite_logits_spoils_only_its_sample(value, implementation):
     case, offsets = random_case(20, 24, 900), torch.tensor([0, 5, 9, 20])
     case.head.weight[:, 0] = torch.zeros(900).index_fill(0, torch.tensor([700]), 100)
     case.hidden[6, 0] = value

@@ -197,7 +197,7 @@ def test_nothing_runs_twice(request_of, dtype, tiny_model, tokenizer, count):
     assert count["heads"] == 1
 
 
-def test_many_threads_compute_the_gradient_of_hidden_states_apart(tiny_model, tokenizer, count, set_threads):
+def test_many_threads_compute_the_gradient_of_hidden_states_separately(tiny_model, tokenizer, count, set_threads):
     """With a sketch it would be cut into parts too short for their blocks."""
     student = acqcore.Student.from_model(tiny_model("Llama"), tokenizer=tokenizer)
     for threads, products in ((JOINED_THREADS, 1), (JOINED_THREADS + 1, 2)):

@@ -113,13 +113,13 @@ def test_as_a_reward(register, loaded, tokenizer, monkeypatch, student):
 
 
 @pytest.mark.parametrize("needs", ["x", None, acqcore.acquisitions.RowNeed, (acqcore.acquisitions.RowNeed(), "x")])
-def test_needs_that_are_no_needs(needs):
+def test_wrong_needs(needs):
     with pytest.raises(TypeError, match="needs: expected needs"):
         acqcore.register("wrong", needs=needs)
 
 
 @pytest.mark.parametrize("options", [dict, RequiredOptions(1.0), PlainOptions, None])
-def test_options_that_are_no_options(options):
+def test_wrong_options(options):
     with pytest.raises(TypeError, match="options: expected a dataclass that extends acqcore"):
         acqcore.register("wrong", options=options)
 

@@ -244,7 +244,7 @@ def test_bfloat16_student_with_a_float32_adapter_sum(tiny_model, tokenizer, back
     assert acqcore.score(model, TEXTS, tokenizer=tokenizer, backend=backend).valid.all()
 
 
-def test_what_is_not_finite_invalidates_its_sample_alone(backend):
+def test_values_that_are_not_finite_invalidate_only_their_sample(backend):
     """Token 5 has a broken hidden state, and token 8 can never be predicted."""
     generator = torch.Generator().manual_seed(0)
     embedding = torch.randn(10, 4, generator=generator)
@@ -260,7 +260,7 @@ def test_what_is_not_finite_invalidates_its_sample_alone(backend):
     assert scores.valid.tolist() == [True, False, False, True]
 
 
-def test_a_wrong_shape_of_ones_own_acquisition_is_named(tiny_model, tokenizer):
+def test_a_registered_acquisition_of_the_wrong_shape_is_named(tiny_model, tokenizer):
     with mock.patch.dict(REGISTRY):
 
         @acqcore.register("wrong_shape")
@@ -307,13 +307,13 @@ def test_a_backend_that_does_not_serve_is_known_before_any_forward(tiny_model):
     ("reduction", "expected"),
     [("mean", [1.5, NAN, -5.5]), ("sum", [3, NAN, -11]), ("max", [2, NAN, -5]), ("topk", [2, NAN, -5])],
 )
-def test_one_value_that_is_no_number_makes_its_sample_none(reduction, expected):
+def test_one_nan_makes_its_sample_nan(reduction, expected):
     values = torch.tensor([1, 2, NAN, 4, -5, -6], dtype=torch.float64)
     found = reduce(values, [2, 2, 2], reduction, topk=1)
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), equal_nan=True)
 
 
-def test_kept_tokens_keep_no_more_than_themselves(tiny_model, tokenizer):
+def test_kept_tokens_do_not_keep_their_batch(tiny_model, tokenizer):
     scores = acqcore.score(tiny_model("Llama"), SAMPLES, "entropy", tokenizer=tokenizer, keep_tokens=True)
     kept = scores.tokens["entropy"]
     assert [len(values) for values in kept] == scores.n_tokens.tolist()
@@ -327,7 +327,7 @@ def test_no_samples(tiny_model, tokenizer):
     assert "0 samples" in repr(scores)
 
 
-def test_progress_is_shown_where_asked(tiny_model, tokenizer, capsys):
+def test_progress_is_shown_on_request(tiny_model, tokenizer, capsys):
     model = tiny_model("Llama")
     for show in (None, False):  # stderr is not a terminal here
         acqcore.score(model, TEXTS, tokenizer=tokenizer, backend="eager", progress=show)

@@ -32,7 +32,7 @@ def test_mapping():
     assert s != scores()
 
 
-def test_tokens_only_where_kept():
+def test_tokens_only_if_kept():
     assert scores(tokens=True).tokens["entropy"][2].tolist() == [1, 1]
     with pytest.raises(ValueError, match="tokens: per-token values were not kept, expected score"):
         scores().tokens  # noqa: B018

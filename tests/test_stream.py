@@ -46,7 +46,7 @@ def test_samples_are_read_as_chunks_are_asked_for(student):
     assert read == TEXTS[:3]
 
 
-def test_what_is_wrong_is_told_at_once_or_with_its_chunk(student):
+def test_errors_are_raised_at_once_or_with_their_chunk(student):
     with pytest.raises(ValueError, match="chunk: expected an int >= 1, got 0"):
         acqcore.score_stream(student, TEXTS, chunk=0)
     with pytest.raises(ValueError, match="acquisitions: unknown 'entropie'"):
@@ -67,7 +67,7 @@ def test_what_is_wrong_is_told_at_once_or_with_its_chunk(student):
         next(stream)
 
 
-def test_an_error_class_of_ones_own(student):
+def test_an_error_class_with_another_constructor(student):
     class OwnError(ValueError):
         def __init__(self, message, code):
             super().__init__(message)

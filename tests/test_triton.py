@@ -161,7 +161,7 @@ class TestOnDevice:
 
 if INTERPRETED:
 
-    def test_it_serves_the_cpu_when_named_alone():
+    def test_it_serves_the_cpu_only_when_named():
         assert not Triton().automatic
         assert Triton().misfit(torch.device("cpu"), (torch.float32,)) is None
         assert Triton().misfit(torch.device("cuda"), ()) == "backend 'triton' supports cpu tensors, got cuda"
@@ -174,7 +174,7 @@ if INTERPRETED:
         with pytest.raises(TypeError, match="not callable"):
             random_case(2, 4, 8).run("triton")
 
-    def test_tf32_is_taken_on_request_alone(monkeypatch):
+    def test_tf32_only_on_request(monkeypatch):
         from acqcore.kernels import row_stats
 
         asked = []
@@ -214,7 +214,7 @@ if INTERPRETED:
         assert len(got) == 0
 
     @pytest.mark.parametrize("op", OPERATIONS)
-    def test_rows_that_lie_on_no_16_bytes(op):
+    def test_rows_not_aligned_to_16_bytes(op):
         """Views that a copy engine cannot address give the values of their copies."""
         hidden, weight = torch.randn(5, 37).bfloat16(), torch.randn(40, 37).bfloat16()
         targets, offsets = torch.tensor([3, -100, 0, 39, 7]), torch.tensor([0, 2, 5])

@@ -75,7 +75,7 @@ def test_a_row_does_not_depend_on_its_batch_or_the_ring(rounded_once, monkeypatc
         assert torch.equal(alone, all_at_once[..., part, :] if all_at_once.dim() == 3 else all_at_once[..., part])
 
 
-def test_what_all_rows_of_the_weight_share_cancels_in_bfloat16():
+def test_a_part_shared_by_all_rows_cancels_in_bfloat16():
     """After rounding, a cotangent's entries still sum to 0 and the mean's weights to 1."""
     case = random_case(20, 24, 300)
     shared = 30 * torch.randn(24, generator=torch.Generator().manual_seed(0))

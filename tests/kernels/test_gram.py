@@ -107,7 +107,7 @@ def test_maxima_that_rise_at_every_tile_and_never(rise, tiles):
     _assert_products(got, _expected(case, bounds))
 
 
-def test_where_the_matrix_waits_does_not_show(in_eighths):
+def test_a_matrix_kept_in_memory_or_registers_has_the_same_bits(in_eighths):
     case, bounds = in_eighths(random_case(40, 32, 300)), ((0, 7), (7, 40))
     waiting, resident = _run(case, bounds, TILES)[1], _run(case, bounds, RESIDENT)[1]
     assert torch.equal(waiting.products, resident.products)

@@ -35,7 +35,7 @@ def test_reasons(monkeypatch):
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.json")), ids=lambda path: path.stem)
-def test_what_it_writes_is_what_is_read(path, tmp_path):
+def test_written_files_are_the_committed_ones(path, tmp_path):
     tune.write(tmp_path / path.name, json.loads(path.read_text()))
     assert (tmp_path / path.name).read_text() == path.read_text()
 
