@@ -96,15 +96,16 @@ def file_name(device: str) -> str:
 @functools.cache
 def table(device: str, major: int) -> dict[str, Any]:
     """The tiles of ``device``, or of its architecture after one warning."""
-    path = FOLDER / file_name(device)
-    if not path.exists():
-        path = FOLDER / f"{ARCHITECTURES.get(major, 'sm_80')}.json"
-        warnings.warn(
-            f"acqcore.kernels: no tile shapes measured for {device!r}, using those of {path.stem}; "
-            "measure them with 'python -m acqcore.kernels.tune'",
-            stacklevel=2,
-        )
-    return json.loads(path.read_text())
+    measured, architecture = FOLDER / file_name(device), ARCHITECTURES.get(major, "sm_80")
+    tables = json.loads((FOLDER / f"{architecture}.json").read_text())
+    if measured.exists():
+        return tables | json.loads(measured.read_text())  # a file from an earlier version may lack kernels
+    warnings.warn(
+        f"acqcore.kernels: no tile shapes measured for {device!r}, using those of {architecture}; "
+        "measure them with 'python -m acqcore.kernels.tune'",
+        stacklevel=2,
+    )
+    return tables
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 
 import pytest
@@ -42,6 +43,7 @@ def test_a_measured_device_is_found_by_its_name(tmp_path, monkeypatch):
     strips = [{"vocab": 1000, "rows": 1, "columns": 256, "split_columns": 512, "warps": 2}]
     file = tmp_path / "NVIDIA_H100_80GB_HBM3.json"
     file.write_text(json.dumps({"row_stats": {"half": entries}, "logit_stats": strips}))
+    shutil.copy(FOLDER / "sm_90.json", tmp_path)
     monkeypatch.setattr(config, "FOLDER", tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -50,7 +52,9 @@ def test_a_measured_device_is_found_by_its_name(tmp_path, monkeypatch):
             for vocab, depth in [(1, 1), (9000, 64), (11000, 64), (200000, 400), (200000, 600), (1000, 4096)]
         ]
         assert config.strips_for("NVIDIA H100 80GB HBM3", 9, 5) == Strips(1, 256, 512, 2)
+        sketch = config.tiles_for("NVIDIA H100 80GB HBM3", 9, "half", 131072, 4096, "sketch")  # not in the file
     assert got == [16, 16, 32, 32, 64, 16]
+    assert sketch == config.tiles_for("sm_90", 9, "half", 131072, 4096, "sketch")
 
 
 def _tiles(block_m: int) -> dict[str, int | bool]:
