@@ -20,12 +20,9 @@ import torch
 
 from acqcore import checks
 from acqcore.backends import Backend, Gram, HeadRows, LogitRows, get as get_backend, select as select_backend
-from acqcore.backends.base import matrix_starts
+from acqcore.backends.base import MAX, S1, S2, S11, SECOND, TARGET, R, matrix_starts
 from acqcore.head import Head, compute_dtype
 from acqcore.vocab_parallel import check_tiling, gathered
-
-#: Rows of ``RowStats.state``.
-MAX, SECOND, R, S1, S2, S11, TARGET = range(7)
 
 #: Statistics that every backend must provide; the parity tests iterate over this list.
 FIELDS = (

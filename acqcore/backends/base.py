@@ -11,6 +11,9 @@ import torch
 
 from acqcore.head import Head
 
+#: Rows of the state in :class:`HeadRows` and :class:`LogitRows`.
+MAX, SECOND, R, S1, S2, S11, TARGET = range(7)
+
 
 @dataclass(frozen=True, eq=False)
 class HeadRows:

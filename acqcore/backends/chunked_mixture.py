@@ -66,26 +66,26 @@ def _mixture(
         tops, indices, sums = gathered(torch.stack([top.double(), votes.double(), log_z]), group).unbind(dim=1)
         votes.copy_(indices.masked_fill(tops < tops.amax(dim=0), torch.inf).amin(dim=0))  # the lowest index on ties
         log_z = sums.logsumexp(dim=0)
-    state.zero_()
-    state[3] = -torch.inf
+    entropy, information, reverse, log_target, sum_sq, spread = state.zero_()
+    log_target[:] = -torch.inf
     for columns in _vocab_chunks(heads[0], draws * n):
         log_p = _logits(drawn, heads, columns).double() - log_z[:, :, None]  # [K, n, columns]
         p = log_p.exp()
         log_m = log_p.logsumexp(dim=0) - math.log(draws)  # [n, columns]
         m = log_m.exp()
-        state[0] -= (p * log_p).masked_fill(p == 0, 0).mean(dim=0).sum(dim=1)
-        state[1] += (p * (log_p - log_m)).masked_fill(p == 0, 0).mean(dim=0).sum(dim=1)
-        state[2] += (m * (log_m - log_p.mean(dim=0))).masked_fill(m == 0, 0).sum(dim=1)
-        state[4] += m.square().sum(dim=1)
-        state[5] += (p - m).square().mean(dim=0).sum(dim=1)
+        entropy -= (p * log_p).masked_fill(p == 0, 0).mean(dim=0).sum(dim=1)
+        information += (p * (log_p - log_m)).masked_fill(p == 0, 0).mean(dim=0).sum(dim=1)
+        reverse += (m * (log_m - log_p.mean(dim=0))).masked_fill(m == 0, 0).sum(dim=1)
+        sum_sq += m.square().sum(dim=1)
+        spread += (p - m).square().mean(dim=0).sum(dim=1)
         if targets is not None:
             local = targets - (start + columns.start)
             here = (local >= 0) & (local < m.shape[1])
-            state[3] = log_m.gather(1, local.where(here, 0)[:, None])[:, 0].where(here, state[3])
+            log_target[:] = log_m.gather(1, local.where(here, 0)[:, None])[:, 0].where(here, log_target)
     if group is not None:
         if targets is not None:  # another rank's target adds nothing here
             local = targets - start
-            state[3] = state[3].where((local >= 0) & (local < len(heads[0].weight)), 0)
+            log_target.masked_fill_((local < 0) | (local >= len(heads[0].weight)), 0)
         state.copy_(summed(state, group))
     if targets is not None:
         ignored = targets == -100

@@ -11,7 +11,7 @@ import torch
 
 from acqcore import checks
 from acqcore.backends import extension
-from acqcore.backends.base import Backend, DrawRows, Dropout, FisherSums, Gram, HeadRows, LogitRows, Probes
+from acqcore.backends.base import MAX, Backend, DrawRows, Dropout, FisherSums, Gram, HeadRows, LogitRows, Probes
 from acqcore.backends.extension import core as _core, matrix, pointer
 from acqcore.philox import threshold
 
@@ -116,7 +116,7 @@ class Cpu(Backend):
         assert rows.targets is not None
         own = replace(rows, state=torch.empty_like(rows.state), index=torch.empty_like(rows.index))
         self.delta_sums(own, out)
-        shift = (own.state[0] - rows.state[0]).exp().where(rows.targets != -100, 0)  # not 1 for a shard
+        shift = (own.state[MAX] - rows.state[MAX]).exp().where(rows.targets != -100, 0)  # not 1 for a shard
         out *= shift[:, None].to(out.dtype)
 
     def fisher_sums(self, rows: HeadRows, probes: Probes, out: FisherSums) -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from acqcore.backends import extension
-from acqcore.backends.base import Backend, DrawRows, Dropout, FisherSums, Gram, HeadRows, LogitRows, Probes
+from acqcore.backends.base import MAX, Backend, DrawRows, Dropout, FisherSums, Gram, HeadRows, LogitRows, Probes, R
 from acqcore.backends.chunked_mixture import shard
 from acqcore.defaults import float32_products
 from acqcore.head import compute_dtype
@@ -32,10 +32,10 @@ class GramNorm(Backend):
         scored, columns, here = _target_columns(rows)
         assert rows.targets is not None
         head, slope = rows.head, rows.head.scale / rows.temperature
-        largest = rows.state[0].where(scored, 0)
-        r = rows.state[2].where(scored, 0)
+        largest = rows.state[MAX].where(scored, 0)
+        r = rows.state[R].where(scored, 0)
         scale = weights.where(scored, 0) * (slope / (1 + r))
-        shift = (local_max - rows.state[0]).exp().where(scored, 0)
+        shift = (local_max - rows.state[MAX]).exp().where(scored, 0)
         for i, ((begin, end), start) in enumerate(zip(gram.bounds, gram.starts, strict=True)):
             part, length = slice(begin, end), end - begin
             y, picked = rows.targets[part], columns[part]
@@ -166,18 +166,18 @@ def mixture(
     m = log_m.exp()
     p_log_p = (p * log_p).masked_fill(p == 0, 0)
     m_log_m = (m * log_m).masked_fill(m == 0, 0)
-    reverse = (m * (log_m - log_p.mean(dim=0))).masked_fill(m == 0, 0)
-    state[0] = -p_log_p.sum(dim=2).mean(dim=0)
-    state[1] = (p_log_p.mean(dim=0) - m_log_m).sum(dim=1)
-    state[2] = reverse.sum(dim=1)
-    state[3] = -torch.inf
-    state[4] = m.square().sum(dim=1)
-    state[5] = (p.square().mean(dim=0) - m.square()).sum(dim=1)
+    entropy, information, reverse, log_target, sum_sq, spread = state
+    entropy[:] = -p_log_p.sum(dim=2).mean(dim=0)
+    information[:] = (p_log_p.mean(dim=0) - m_log_m).sum(dim=1)
+    reverse[:] = (m * (log_m - log_p.mean(dim=0))).masked_fill(m == 0, 0).sum(dim=1)
+    log_target[:] = -torch.inf
+    sum_sq[:] = m.square().sum(dim=1)
+    spread[:] = (p.square().mean(dim=0) - m.square()).sum(dim=1)
     votes[:] = z.argmax(dim=2) + vocab_start
     if targets is not None:
         local = targets - vocab_start
         here = ((local >= 0) & (local < z.shape[2])).nonzero()[:, 0]
-        state[3, here] = log_m[here, local[here]]
+        log_target[here] = log_m[here, local[here]]
         ignored = targets == -100
         state[:, ignored] = torch.nan
         votes[:, ignored] = -1
@@ -195,7 +195,7 @@ def unnormalised(
 ) -> torch.Tensor:
     """``exp(z - m) cap'``, ``[N, V]``, the factors of :class:`Gram`; zero in ignored rows."""
     assert rows.targets is not None
-    factors = (z - rows.state[0, :, None].to(z.dtype)).exp().masked_fill(z == -torch.inf, 0)
+    factors = (z - rows.state[MAX, :, None].to(z.dtype)).exp().masked_fill(z == -torch.inf, 0)
     factors = factors * cap_slope(z, rows)
     return factors.masked_fill((rows.targets == -100)[:, None], 0)
 
@@ -245,7 +245,7 @@ def logit_gradient(rows: HeadRows) -> torch.Tensor:
     head, targets = rows.head, rows.targets
     assert targets is not None
     z = head.logits(rows.hidden, rows.temperature)
-    max_logit, r = rows.state[0], rows.state[2]
+    max_logit, r = rows.state[MAX], rows.state[R]
     p = (z - max_logit[:, None].to(z.dtype)).exp() / (1 + r[:, None].to(z.dtype))
     local = targets - head.vocab_start
     here = ((local >= 0) & (local < z.shape[1])).nonzero()[:, 0]
@@ -267,7 +267,7 @@ def add_fisher_sums(
     few = shard(rows.head, columns)
     z = few.logits(rows.hidden, rows.temperature)
     weight = few.weight.to(z.dtype)
-    root = ((z - rows.state[0, :, None].to(z.dtype)) / 2).exp()
+    root = ((z - rows.state[MAX, :, None].to(z.dtype)) / 2).exp()
     top = torch.arange(columns.start, columns.stop, device=z.device) == rows.index[:, None]
     root = root.masked_fill(top | (rows.targets == -100)[:, None], 0)
     slope = cap_slope(z, rows)
@@ -297,17 +297,18 @@ def fold(
     e = x.exp().masked_fill(others == -torch.inf, 0)
     e, x = e.double(), x.double()
     index.copy_(a + vocab_start)
-    state[0] = m
-    state[1] = others.nan_to_num(-torch.inf, torch.inf, -torch.inf).amax(dim=1)
-    state[2] = e.sum(dim=1)
-    state[3] = (e * x).sum(dim=1)
-    state[4] = (e * e).sum(dim=1)
-    state[5] = (e * x * x).sum(dim=1)
-    state[6] = -torch.inf
+    largest, second, r, s1, s2, s11, target = state
+    largest[:] = m
+    second[:] = others.nan_to_num(-torch.inf, torch.inf, -torch.inf).amax(dim=1)
+    r[:] = e.sum(dim=1)
+    s1[:] = (e * x).sum(dim=1)
+    s2[:] = (e * e).sum(dim=1)
+    s11[:] = (e * x * x).sum(dim=1)
+    target[:] = -torch.inf
     if targets is not None:
         local = targets - vocab_start
         here = (local >= 0) & (local < v)  # targets of other shards are found there
-        state[6] = z.gather(1, local.where(here, 0)[:, None])[:, 0].double().where(here, -torch.inf)
+        target[:] = z.gather(1, local.where(here, 0)[:, None])[:, 0].double().where(here, -torch.inf)
         ignored = targets == -100
         state.masked_fill_(ignored, torch.nan)
         index.masked_fill_(ignored, -1)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from acqcore import checks
-from acqcore.backends.base import DrawRows, Dropout, FisherSums, Gram, HeadRows, LogitRows, Probes
+from acqcore.backends.base import MAX, SECOND, DrawRows, Dropout, FisherSums, Gram, HeadRows, LogitRows, Probes
 from acqcore.backends.chunked import Chunked
 from acqcore.backends.extension import constant_when_compiled
 from acqcore.head import Head
@@ -104,7 +104,7 @@ class Triton(Chunked):
             part = _take(rows, bounds)
             with _launching(rows.hidden):
                 grams(
-                    _factors(rows), part.hidden, part.targets, part.state[0].float(), tuple(e - b for b, e in bounds),
+                    _factors(rows), part.hidden, part.targets, part.state[MAX].float(), tuple(e - b for b, e in bounds),
                     starts, gram.products,
                 )  # fmt: skip
 
@@ -144,7 +144,7 @@ class Triton(Chunked):
             else:
                 gram = Gram.empty(own, torch.float32, squared.device)
                 self.fill_gram(rows, gram)
-                self.gram_norm(rows, gram, rows.state[0], weights, share)
+                self.gram_norm(rows, gram, rows.state[MAX], weights, share)
 
     def fill_hidden_grad(
         self,
@@ -155,7 +155,7 @@ class Triton(Chunked):
         from acqcore.kernels.factors import hidden_sums
 
         assert rows.targets is not None
-        largest, second = rows.state[0], rows.state[1]
+        largest, second = rows.state[MAX], rows.state[SECOND]
         # Relative to the largest logit other than the target's, so a confident row's factors are not all close to 0.
         excluded = (rows.targets == rows.index) & second.isfinite()
         reference = second.where(excluded, largest)
@@ -172,7 +172,7 @@ class Triton(Chunked):
 
         assert rows.targets is not None
         scored = rows.targets != checks.IGNORE_INDEX
-        largest, second = rows.state[0], rows.state[1]
+        largest, second = rows.state[MAX], rows.state[SECOND]
         reference = second.where(second.isfinite(), largest)
         if torch.promote_types(rows.hidden.dtype, rows.head.weight.dtype) == torch.float16:
             reference = reference - FLOAT16_SHIFT
