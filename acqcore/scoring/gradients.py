@@ -100,22 +100,33 @@ def grad_sketch(
 def grad_sketch(*arguments: Any, **options: Any) -> torch.Tensor:
     """A sketch of each sample's gradient that preserves inner products: ``E <S_i, S_j> = <G_i, G_j>``.
 
-    Two forms: ``grad_sketch(hidden, head, targets, offsets, ...)`` for the head's gradient of hidden states
-    (:func:`acqcore.head_grad.grad_sketch`), and ``grad_sketch(student, samples, parameters="head"|n|"trainable"|"all",
-    ...)`` for a student's samples (:func:`student_grad_sketch`), from one batched forward and backward.
+    Two forms: ``grad_sketch(hidden, head, targets, offsets, ...)`` for the head's gradient of hidden states, and
+    ``grad_sketch(student, samples, parameters="head"|n|"trainable"|"all", ...)`` for a student's samples, from one
+    batched forward and backward.
+
+    The head, without its bias, contributes a tensor sketch (Pham & Pagh 2013). Other matrices contribute the hashed
+    entries of ``sum_t (A^T g_t) (B^T x_t)^T``, where A and B are random signs that leave at most 256 rows and columns;
+    biases and norms are hashed entry by entry. Signs and hashes of the parameters are independent.
+
+    Args:
+        hidden, head, targets, offsets, token_weights, temperature: as in :func:`acqcore.head_grad_norm`.
+        student, samples, parameters, tokenizer, batch_tokens, max_length: as in :func:`grad_norm`.
+        loss, backend: as in both.
+        dim: length of a sketch.
+        seed: seed of signs and hashes; only sketches with the same parameters, dim and seed are comparable.
 
     Returns:
-        ``[B, dim]`` float32; only sketches with the same parameters, dim and seed are comparable.
+        ``[B, dim]`` float32 (float64 for float64 hidden states); a student's on the CPU, in the order of the samples.
 
-    Raises: as those functions.
+    Raises: as :func:`acqcore.head_grad_norm` and :func:`grad_norm`; ValueError for dim < 1.
     """
     of_hidden = isinstance(arguments[0], torch.Tensor) if arguments else "hidden" in options
-    function: Any = head_grad.grad_sketch if of_hidden else student_grad_sketch
+    function: Any = head_grad.grad_sketch if of_hidden else _student_sketch
     return function(*arguments, **options)
 
 
 @standard_defaults()
-def student_grad_sketch(
+def _student_sketch(
     student: StudentLike,
     samples: Samples,
     parameters: Parameters = "head",
@@ -128,23 +139,6 @@ def student_grad_sketch(
     max_length: int | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """A sketch of the gradient of each sample's loss: ``E <S_i, S_j> = <G_i, G_j>`` over random signs.
-
-    Every parameter is sketched with independent signs, and the sketches are added up. The head is sketched as in
-    :func:`acqcore.grad_sketch`, without its bias. Other matrices contribute the hashed entries of
-    ``sum_t (A^T g_t) (B^T x_t)^T``, where A and B are random signs that leave at most 256 rows and columns; biases and
-    norms are hashed entry by entry.
-
-    Args:
-        student, samples, parameters, loss, tokenizer, batch_tokens, max_length, backend: as in :func:`grad_norm`.
-        dim: length of a sketch.
-        seed: seed of the signs.
-
-    Returns:
-        ``[n, dim]`` float32 on the CPU, in the order of the samples.
-
-    Raises: as :func:`grad_norm`; ValueError for dim < 1.
-    """
     need = GradientNeed(parameters, loss, dim=checks.positive_int("dim", dim), seed=seed)
     return _of_samples(need, Runner(student, (need,), batch_tokens, backend), samples, tokenizer, max_length)
 
