@@ -15,7 +15,6 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -62,12 +61,6 @@ def tile_candidates(product: str, major: int, fallback: Tiles) -> list[Tiles]:
     return sorted(candidates, key=lambda tiles: sum(own[name] != value for name, value in asdict(tiles).items()))
 
 
-def strip_candidates() -> Iterator[Strips]:
-    """Strips worth trying."""
-    for rows, columns, length, warps in itertools.product((1, 2, 4), (512, 1024, 2048, 4096), (8192, 32768), (1, 2, 4)):
-        yield Strips(rows, columns, length, warps)
-
-
 def outputs(n: int) -> tuple[torch.Tensor, torch.Tensor]:
     """``state [7, n]`` and ``index [n]``, uninitialised."""
     device = torch.device("cuda")
@@ -104,7 +97,8 @@ def tune_logit_stats(vocab: int, fallback: Strips, budget: Budget) -> dict[str, 
         logit_stats(logits, None, 1.0, state, index, strips)
         return state
 
-    return {"vocab": vocab, **asdict(fastest(run, list(strip_candidates()), fallback, budget))}
+    sizes = itertools.product((1, 2, 4), (512, 1024, 2048, 4096), (8192, 32768), (1, 2, 4))
+    return {"vocab": vocab, **asdict(fastest(run, list(itertools.starmap(Strips, sizes)), fallback, budget))}
 
 
 def fastest(run: Any, candidates: list[Any], fallback: Any, budget: Budget) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 
 from acqcore import slots
 from acqcore.backends import eager
-from acqcore.backends.base import Gram, HeadRows
+from acqcore.backends.base import Gram, HeadRows, matrix_starts
 from acqcore.head import Head
 from acqcore.kernels import gram, gram_norm
 from acqcore.kernels.config import GramTiles
@@ -27,11 +26,7 @@ SMALL = (
     "V = 255", "V = 256", "V = 257", "D = 1", "strided", "some rows ignored", "everything",
 )  # fmt: skip
 
-Bounds = Sequence[tuple[int, int]]
-
-
-def _starts(bounds: Bounds) -> tuple[int, ...]:
-    return tuple(itertools.accumulate(((end - begin) ** 2 for begin, end in bounds), initial=0))
+Bounds = tuple[tuple[int, int], ...]
 
 
 def _product(case: Case, tiles: GramTiles) -> Product:
@@ -42,7 +37,7 @@ def _product(case: Case, tiles: GramTiles) -> Product:
 
 
 def _run(case: Case, bounds: Bounds, tiles: GramTiles = TILES) -> tuple[RowStats, Gram]:
-    n, starts = len(case.hidden), _starts(bounds)
+    n, starts = len(case.hidden), matrix_starts(bounds)
     state = torch.full((7, n), 123.0, dtype=torch.float64)
     index = torch.full((n,), 123)
     products = torch.full((starts[-1],), 123.0)
@@ -50,7 +45,7 @@ def _run(case: Case, bounds: Bounds, tiles: GramTiles = TILES) -> tuple[RowStats
         _product(case, tiles), case.hidden, case.targets, bounds, starts[:-1], state, index, products
     )
     norm = torch.linalg.vector_norm(case.hidden, dim=1, dtype=torch.float32).where(case.targets != -100, torch.nan)
-    return RowStats(state, index, case.targets, norm), Gram(tuple(bounds), starts[:-1], products)
+    return RowStats(state, index, case.targets, norm), Gram(bounds, starts[:-1], products)
 
 
 def _rows(case: Case, stats: RowStats) -> HeadRows:
@@ -61,7 +56,7 @@ def _expected(case: Case, bounds: Bounds) -> torch.Tensor:
     """Products in float64."""
     exact = case.to(torch.float64)
     rows = _rows(exact, exact.run("eager"))
-    out = Gram(tuple(bounds), _starts(bounds)[:-1], torch.zeros(_starts(bounds)[-1], dtype=torch.float64))
+    out = Gram.empty(bounds, torch.float64, torch.device("cpu"))
     eager.gram_products(eager.unnormalised(exact.head.logits(exact.hidden, exact.temperature), rows), rows, out)
     return out.products
 
@@ -241,12 +236,12 @@ def _norms(case: Case, bounds: Bounds) -> tuple[torch.Tensor, torch.Tensor]:
     """Squared norms by the kernel and by eager in float64, from the same float64 statistics and products."""
     exact = case.to(torch.float64)
     stats, products = exact.run("eager"), _expected(case, bounds)
-    starts = _starts(bounds)[:-1]
+    starts = matrix_starts(bounds)[:-1]
     weights = torch.linspace(-1, 2, len(case.hidden), dtype=torch.float64).where(case.targets != -100, 0)
     expected, got = torch.empty((2, len(bounds)), dtype=torch.float64)
     local_max = stats.state[0] - 0.25  # a shard's may be lower than the vocabulary's
     factor = torch.full_like(products, 0.5).exp()
-    scaled = Gram(tuple(bounds), starts, products * factor)
+    scaled = Gram(bounds, starts, products * factor)
     eager.Eager().gram_norm(_rows(exact, stats), scaled, local_max, weights, expected)
     gram_norm.gram_norm(
         _product(case, TILES), case.hidden, case.targets, bounds, starts, stats.state, stats.max_index,
