@@ -82,15 +82,10 @@ def fisher_grad(
 
 @dataclass(frozen=True, eq=False)
 class FisherGrads:
-    """Random cotangents of N rows backpropagated through the head; zero in ignored rows.
+    """Random cotangents of N rows backpropagated through the head; zero in ignored rows."""
 
-    Attributes:
-        gradients: ``[P, N, D]``, dL/dh of each probe.
-        expected: ``[N]`` float64, the exact expectation of their squared norms.
-    """
-
-    gradients: torch.Tensor
-    expected: torch.Tensor
+    gradients: torch.Tensor  # [P, N, D], dL/dh of each probe
+    expected: torch.Tensor  # [N] float64, the exact expectation of their squared norms
 
 
 def fisher_visit(

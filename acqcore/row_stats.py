@@ -1,13 +1,9 @@
 """Statistics of softmax rows, from one pass over the vocabulary.
 
-For a row with logits ``z``, maximum ``m = z[a]`` and ``e_v = exp(z_v - m)``, the state holds sums over ``v != a``:
-
-    R = sum e        S1 = sum e (z - m)        S2 = sum e^2        S11 = sum e (z - m)^2
-
-along with ``m``, ``a``, the second largest logit and the target's logit. Leaving the maximum's own term (1) out of the
-sums keeps confident rows exact: with ``Z = 1 + R``, ``1 - p_max`` is ``R / Z`` rather than a difference of nearly equal
-numbers. States form a commutative monoid (:meth:`RowStats.merge`): tiles, shards and chunks of the vocabulary combine
-in any grouping. Backends fill the state; they share the formulas below, in float64.
+Leaving the maximum's own term (1) out of a row's sums (:class:`RowStats`) keeps confident rows exact: ``1 - p_max`` is
+``R / Z`` rather than a difference of nearly equal numbers. States form a commutative monoid (:meth:`RowStats.merge`):
+tiles, shards and chunks of the vocabulary combine in any grouping. Backends fill the state; they share the formulas
+below, in float64.
 """
 
 from __future__ import annotations

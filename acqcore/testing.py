@@ -32,18 +32,11 @@ TOLERANCE: dict[str, tuple[float, float]] = {
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One input of ``row_stats``.
+    """One input of ``row_stats``."""
 
-    Attributes:
-        hidden: ``[N, D]``.
-        head: weight ``[V, D]``.
-        targets: ``[N]`` int64 or None.
-        temperature: divides the logits.
-    """
-
-    hidden: torch.Tensor
+    hidden: torch.Tensor  # [N, D]
     head: Head
-    targets: torch.Tensor | None
+    targets: torch.Tensor | None  # [N] int64
     temperature: float = 1.0
 
     def to(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Case:
