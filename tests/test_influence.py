@@ -183,7 +183,7 @@ def test_a_reference_follows_its_student_in_training(tiny_model):
         ({"loss": "max"}, ValueError, "loss: unknown 'max'"),
         ({"parameters": "heads"}, ValueError, "parameters: "),
         ({"precondition": "adam"}, ValueError, "precondition: unknown 'adam', expected one of reference"),
-        ({"precondition": 1}, TypeError, "precondition: expected one of reference, got int"),
+        ({"precondition": [1.0] * 16}, TypeError, r"precondition: expected a tensor \[dim\] or 'reference', got list"),
         ({"precondition": torch.ones(3)}, ValueError, r"precondition: expected \[dim\] with dim = 16, got"),
         ({"precondition": -torch.ones(16)}, ValueError, "precondition: expected finite second moments >= 0"),
         ({"precondition": torch.zeros(16)}, ValueError, "precondition: .*not all of them 0"),

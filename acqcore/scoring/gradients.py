@@ -219,14 +219,14 @@ def influence_reference(
             moments of the wrong shape, negative or not finite.
     """
     dim = checks.positive_int("dim", dim)
-    if isinstance(precondition, torch.Tensor):
-        checks.float_tensor("precondition", precondition, "[dim]", 1)
+    if isinstance(precondition, str):
+        checks.one_of("precondition", precondition, ("reference",))
+    elif precondition is not None:
+        checks.float_tensor("precondition", precondition, "[dim] or 'reference'", 1)
         if len(precondition) != dim:
             raise ValueError(f"precondition: expected [dim] with dim = {dim}, got {checks.describe(precondition)}")
         if not bool((precondition.isfinite() & (precondition >= 0)).all()) or not bool(precondition.any()):
             raise ValueError("precondition: expected finite second moments >= 0, not all of them 0")
-    elif precondition is not None:
-        checks.one_of("precondition", precondition, ("reference",))
     need = GradientNeed(parameters, loss, dim=dim, seed=seed)
     runner = Runner(student, (need,), batch_tokens, backend)
     sketches = _of_samples(need, runner, samples, tokenizer, max_length)
