@@ -19,7 +19,7 @@ from acqcore.gradients.selection import select_linear, shapes_of
 from acqcore.head import Head
 from acqcore.literals import Layers, Loss, Parameters, Similarity
 from acqcore.scoring.api import score
-from acqcore.scoring.run import Runner, check_reference_set
+from acqcore.scoring.run import Runner
 from acqcore.students.samples import Samples
 from acqcore.students.student import StudentLike
 
@@ -230,7 +230,7 @@ def influence_reference(
     need = GradientNeed(parameters, loss, dim=dim, seed=seed)
     runner = Runner(student, (need,), batch_tokens, backend)
     sketches = _of_samples(need, runner, samples, tokenizer, max_length)
-    check_reference_set(sketches)
+    _check_reference_set(sketches)
     if not bool(sketches.any()):
         raise ValueError("samples: expected a reference set with nonzero gradients, all are zero")
     mean = sketches.double().mean(dim=0).float()
@@ -318,7 +318,7 @@ def epig_reference(
         samples, tokenizer, max_length, (2, probes, dim),
         lambda found: torch.stack([found.results[need] for need in needs], dim=1),
     )  # [n, 2, P, dim]  # fmt: skip
-    check_reference_set(sketches)
+    _check_reference_set(sketches)
     shapes = shapes_of(select_linear(runner.student, layers))
     return EpigReference(sketches.transpose(0, 1).flatten(1, 2), layers, seed, shapes)
 
@@ -425,3 +425,14 @@ def _of_samples(
 ) -> torch.Tensor:
     """The need's values for all samples, ``[n]`` or ``[n, dim]``."""
     return runner.collect(samples, tokenizer, max_length, need.shape, lambda found: found.results[need])
+
+
+def _check_reference_set(
+    gradients: torch.Tensor,  # [n, ...]
+) -> None:
+    """Raise ValueError if there is no sample or a gradient is not finite (names the first such sample)."""
+    if not len(gradients):
+        raise ValueError("samples: expected at least one reference sample, got none")
+    bad = ~gradients.isfinite().flatten(1).all(dim=1)
+    if bool(bad.any()):
+        raise ValueError(f"samples[{int(bad.nonzero()[0])}]: expected a finite gradient, got NaN or infinity")

@@ -232,14 +232,3 @@ class Runner:
         # On GPUs no kernel computes dL/dh in that pass. Sketches are computed in parts too short for many threads.
         joins = head.weight.device.type == "cpu" and (sketch is None or torch.get_num_threads() <= JOINED_THREADS)
         return joins and gradients.of_trunk and not elsewhere, sketch
-
-
-def check_reference_set(
-    gradients: torch.Tensor,  # [n, ...]
-) -> None:
-    """Raise ValueError if there is no sample or a gradient is not finite (names the first such sample)."""
-    if not len(gradients):
-        raise ValueError("samples: expected at least one reference sample, got none")
-    bad = ~gradients.isfinite().flatten(1).all(dim=1)
-    if bool(bad.any()):
-        raise ValueError(f"samples[{int(bad.nonzero()[0])}]: expected a finite gradient, got NaN or infinity")
