@@ -36,7 +36,7 @@ struct Block {
   int64_t sample_begin, sample_end;
 };
 
-// What a workspace must hold.
+// Sizes of a workspace.
 struct Limits {
   int64_t rows = 0, grams = 0, scratch = 0;
 };

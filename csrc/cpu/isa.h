@@ -52,7 +52,7 @@ struct BlockDraws {
   Dropout dropout;  // Draws::kBlock
   int draws;        // K
   float* norms;     // [N, K, 2], written: each draw's largest logit m and log(Z e^-m)
-  double* state;    // [6, N], rows 0 and 3 written; rows as STATE_ROWS in bayes.py
+  double* state;    // [6, N], rows 0 and 3 written; rows as in bayes.py
   int64_t* votes;   // [K, N], written: each draw's largest logit
 };
 
@@ -60,7 +60,7 @@ struct RowStatsArgs {
   HeadArgs head;   // with targets if there are samples
   GramArgs gram;
   BlockDraws drawn;
-  double* state;   // [7, N], written; rows as STATE_ROWS in row_stats.py
+  double* state;   // [7, N], written; rows as in backends/base.py
   int64_t* index;  // [N], written
 };
 
@@ -152,7 +152,7 @@ struct MixtureStatsArgs {
   int members;                 // number of heads: 1, or K if every draw has its own
   const Matrix* weights;       // [members], each [V, D]
   const float* const* biases;  // [members], each [V] or null
-  double* state;               // [6, N], written; rows as STATE_ROWS in bayes.py
+  double* state;               // [6, N], written; rows as in bayes.py
   int64_t* votes;              // [K, N], written: each draw's largest logit
   GramArgs gram;               // block form, as for row_stats
   double* row_state;           // block form: [7, N] of the rows without dropout, written, or null
