@@ -63,8 +63,8 @@ def fisher_grad(
     Returns:
         ``[P, N, D]`` float32 (float64 for float64 inputs); zero in ignored rows, NaN where the logits are not finite.
         Errors are within 1e-4 of a row's norm. Cotangent entries are rounded once to the dtype of a half-precision head
-        on GPUs, and to bfloat16 in AMX tiles if hidden states and weights are bfloat16: there errors are within 8e-3,
-        typically 2e-3, and the second moment changes by 1e-6.
+        on GPUs, and to bfloat16 on processors that multiply it (AVX-512 BF16, AMX) if hidden states and weights are
+        bfloat16: there errors are within 8e-3, typically 2e-3, and the second moment changes by 1e-6.
 
     Raises:
         TypeError, ValueError: as :func:`acqcore.row_stats`; probes below 1, a shard of a head, offsets that do not
