@@ -72,7 +72,7 @@ def empty_gram(
     form: str = "auto",
 ) -> tuple[tuple[int, ...], Gram | None]:
     """The samples that ``form`` selects, as in :func:`visit`, and their uninitialised Gram matrices."""
-    limit = {"auto": backend.longest_gram(hidden.shape[1]), "gram": len(hidden), "direct": 0}[form]
+    limit = {"auto": backend.longest_gram(hidden.shape[1], hidden.dtype), "gram": len(hidden), "direct": 0}[form]
     short = tuple(i for i, (begin, end) in enumerate(bounds) if end - begin <= limit)
     if not short:
         return short, None
@@ -94,7 +94,7 @@ def visit(
     """Statistics of the rows, Gram matrices of the samples that ``form`` selects, and the statistics of ``draws``;
     arguments are trusted.
 
-    ``auto`` forms Gram matrices for samples of at most ``backend.longest_gram(D)`` rows, ``gram`` for all and
+    ``auto`` forms Gram matrices for samples of at most ``backend.longest_gram`` rows, ``gram`` for all and
     ``direct`` for none. If the statistics are already known, only the Gram matrices need the pass over the weights.
     """
     short, gram = empty_gram(hidden, head, bounds, backend, form)

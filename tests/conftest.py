@@ -102,8 +102,8 @@ class OnDevice(Backend):
         self.backend = backend
         self.name, self.description, self.dtypes = backend.name, backend.description, backend.dtypes
 
-    def longest_gram(self, depth: int) -> int:
-        return self.backend.longest_gram(depth)
+    def longest_gram(self, depth: int, dtype: torch.dtype) -> int:
+        return self.backend.longest_gram(depth, dtype)
 
 
 #: Arguments of a backend's operations, and fields of dataclass arguments, that the operations write.

@@ -335,7 +335,7 @@ def test_gradients_share_the_pass(backend, monkeypatch):
     monkeypatch.setattr(head_grad, "SKETCH_ROWS", 64)
     case = random_case(520, 48, 60)
     offsets = torch.tensor([0, 40, 70, 71, 201, 501, 520])
-    assert 130 < get_backend("cpu").longest_gram(48) < 300
+    assert 130 < get_backend("cpu").longest_gram(48, torch.float32) < 300
     bounds = tuple(itertools.pairwise(offsets.tolist()))
     weights, _ = loss_weights(case.targets, bounds, "mean")
     rows = case.hidden, case.head, case.targets

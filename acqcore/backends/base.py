@@ -180,8 +180,9 @@ class Backend(ABC):
         return None
 
     @abstractmethod
-    def longest_gram(self, depth: int) -> int:
-        """Rows of the longest sample whose Gram matrix is cheaper than ``head_grad_norm`` for D = ``depth``."""
+    def longest_gram(self, depth: int, dtype: torch.dtype) -> int:
+        """Rows of the longest sample whose Gram matrix is cheaper than ``head_grad_norm`` for D = ``depth`` and inputs
+        of ``dtype``."""
 
     @abstractmethod
     def row_stats(self, rows: HeadRows, gram: Gram | None = None) -> None:

@@ -56,7 +56,7 @@ class Chunked(GramNorm):
                 delta = _delta(piece, columns)
                 add_at(out[part], 1, places[columns], delta.where(~minus[columns], -delta))
 
-    def longest_gram(self, depth: int) -> int:
+    def longest_gram(self, depth: int, dtype: torch.dtype) -> int:
         return min(_rows_at_once(depth), depth)
 
     @float32_products()

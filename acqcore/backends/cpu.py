@@ -40,9 +40,13 @@ class Cpu(Backend):
             raise RuntimeError(f"ACQCORE_ISA: {forced!r} is not available here: {names[forced]}")
         return forced
 
-    def longest_gram(self, depth: int) -> int:
-        # A Gram adds 1.3 T / 2D to the statistics, delta 2.4 (AVX-512, D = 576); past 2048 rows it needs much memory.
-        return min(18 * depth // 5, 2048)
+    def longest_gram(self, depth: int, dtype: torch.dtype) -> int:
+        # A Gram adds 1.2 to 1.4 T / 2D float32 products to the statistics, less with AMX; delta adds 2, less where
+        # bfloat16 products are cheaper (D = 576). Past 2048 rows a Gram needs much memory.
+        isa = self.instruction_set()
+        if isa == "x86-64-v4-amx":
+            return min(18 * depth // 5, 2048)
+        return min((2 if isa == "x86-64-v4-bf16" and dtype == torch.bfloat16 else 3) * depth, 2048)
 
     def row_stats(self, rows: HeadRows, gram: Gram | None = None) -> None:
         with self._arguments(rows) as (isa, head, state, index), _gram_args(gram) as of_gram:

@@ -62,7 +62,7 @@ class Eager(GramNorm):
     automatic = extension.ABSENT
     dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-    def longest_gram(self, depth: int) -> int:
+    def longest_gram(self, depth: int, dtype: torch.dtype) -> int:
         return depth
 
     @float32_products()

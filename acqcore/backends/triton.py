@@ -108,7 +108,7 @@ class Triton(Chunked):
                     starts, gram.products,
                 )  # fmt: skip
 
-    def longest_gram(self, depth: int) -> int:
+    def longest_gram(self, depth: int, dtype: torch.dtype) -> int:
         return BLOCK
 
     def gram_norm(
