@@ -162,6 +162,41 @@ def test_a_branch_behind_a_norm_that_was_zero(tiny_model):
     torch.testing.assert_close(_score(model, ids, "mutual_information")["mutual_information"], expected)
 
 
+class ReadsFirst(torch.nn.Module):
+    """Each of four blocks also reads the output of the first, through a gate that is 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(320, 8)
+        self.blocks = torch.nn.ModuleList(self.Block() for _ in range(4))
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        hidden = self.embedding(input_ids)
+        first = hidden = self.blocks[0](hidden, hidden)
+        for block in self.blocks[1:]:
+            hidden = block(hidden, first)
+        return hidden
+
+    class Block(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp = torch.nn.Linear(8, 8)
+            self.gate = torch.nn.Parameter(torch.zeros(8))
+
+        def forward(self, hidden: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+            return hidden + self.mlp(hidden + self.gate * first)
+
+
+def test_a_gate_that_opens_between_calls():
+    """Stored outputs stand for the first blocks until a later block reads them one by one."""
+    torch.manual_seed(0)
+    trunk, head, ids = ReadsFirst(), acqcore.Head(torch.randn(320, 8)), _ids(7, 4)
+    _score(acqcore.Student(trunk, head), ids, "mutual_information", layers=2)
+    trunk.blocks[3].gate.data.fill_(1.0)
+    again, anew = (_score(acqcore.Student(t, head), ids, layers=2) for t in (trunk, copy.deepcopy(trunk)))
+    torch.testing.assert_close(again["mutual_information"], anew["mutual_information"])
+
+
 def test_the_model_is_left_as_found(tiny_model):
     model = tiny_model("Llama").train()
     _score(model, _ids(4, 6), layers=1)

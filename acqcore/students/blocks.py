@@ -8,6 +8,7 @@ a module that adds the stream to its own output is not a branch, but one inside 
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -27,7 +28,7 @@ TOLERANCE = 1e-5
 
 def blocks_of(model: nn.Module, forward: Callable[[], Any]) -> list[nn.Module]:
     """The blocks in execution order; ``forward`` runs a few tokens."""
-    modules = tuple(map(id, model.modules()))
+    modules = tuple(map(weakref.ref, model.modules()))
     names = remembered(model, "blocks", modules, lambda: _names(model, _streaming(model, forward)))
     return [unwrapped(model.get_submodule(name)) for name in names]
 
@@ -39,7 +40,7 @@ def branches_of(model: nn.Module, forward: Callable[[], Any]) -> list[list[nn.Mo
     def find() -> list[list[str]]:
         return [_names(model, branches) for branches in _Analysis(model, blocks, forward).branches()]
 
-    state = (*map(id, model.modules()), *_scales(blocks))
+    state = (*map(weakref.ref, model.modules()), *scales(blocks))
     return [[model.get_submodule(name) for name in names] for names in remembered(model, "branches", state, find)]
 
 
@@ -48,7 +49,7 @@ def _names(model: nn.Module, modules: Iterable[nn.Module]) -> list[str]:
     return [names[module] for module in modules]
 
 
-def _scales(blocks: Iterable[nn.Module]) -> tuple[int, ...]:
+def scales(blocks: Iterable[nn.Module]) -> tuple[int, ...]:
     """Order of magnitude, at most 0, of each norm's weight, bias and gate in the blocks: one near 0 hides a branch."""
     vectors = [p.detach() for block in blocks for p in block.parameters() if p.dim() < 2 and not is_dtensor(p)]
     small = [p for p in vectors if p.is_floating_point() and p.numel() and not p.is_meta]

@@ -21,7 +21,7 @@ from torch import nn
 from acqcore import checks
 from acqcore.backends import Dropout, select as select_backend
 from acqcore.literals import Layers
-from acqcore.students.blocks import first_tensor, with_first
+from acqcore.students.blocks import first_tensor, scales, with_first
 from acqcore.students.sharding import replaced_forward
 from acqcore.students.student import Student
 
@@ -105,8 +105,10 @@ class TrunkDraws:
         self._shared: tuple[nn.Module, ...] = ()
         # Ranks that run forwards together skip nothing: another rank may be running all blocks.
         shared, alone = found.shared, not student.forwards_are_collective
-        if shared and alone and student.verdict("skips", lambda: self._skipping(shared), *map(id, shared)):
-            self._shared = shared
+        if shared and alone:
+            gates = scales(student.blocks)  # once one opens, a block may read more of an earlier one
+            if student.verdict("skips", lambda: self._skipping(shared), *map(id, shared), *gates):
+                self._shared = shared
 
     def _skipping(self, shared: tuple[nn.Module, ...]) -> bool:
         """Whether stored outputs can replace these modules; False if a later one reads more of them than that."""
