@@ -44,7 +44,7 @@ def remembered(model: nn.Module, question: str, state: Any, find: Callable[[], T
 
 def alterations(module: nn.Module) -> tuple[Any, ...]:
     """Changes that other code can make to a module's call: its class, the ids of its hooks, which are never reused,
-    and a forward set on the instance."""
+    and a forward set on the instance. A weak reference names the module, as another one may get a freed one's id."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     own = module.__dict__.get("forward")
     key: Any
@@ -53,11 +53,11 @@ def alterations(module: nn.Module) -> tuple[Any, ...]:
         hash(key)
     except TypeError:  # a callable that cannot be hashed or referenced weakly
         key = id(own)
-    return id(module), type(module), *map(tuple, hooks), key
+    return weakref.ref(module), type(module), *map(tuple, hooks), key
 
 
 def altered(module: nn.Module) -> tuple[Any, ...]:
     """The modules in ``module``, and alterations of those that have hooks or a replaced forward."""
     modules = list(module.modules())
     found = (m for m in modules if m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__)
-    return *map(id, modules), *map(alterations, found)
+    return *map(weakref.ref, modules), *map(alterations, found)
