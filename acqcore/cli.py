@@ -113,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     score = commands.add_parser("score", help="score the rows of a data file with a student")
     score.set_defaults(command=_score)
     add = score.add_argument
-    add("--student", required=True, metavar="M", help="hub id or local path")
+    add("--student", required=True, type=os.path.expanduser, metavar="M", help="hub id or local path")
     add(
         "--out",
         required=True,
@@ -338,8 +338,8 @@ def _content(path: Path, parts: Path) -> str | list[list[Any]]:
 def _paths(value: Any) -> Iterator[str]:
     """The names of existing files and folders within a JSON value."""
     if isinstance(value, str):
-        if os.path.exists(value):
-            yield value
+        if os.path.exists(path := os.path.expanduser(value)):
+            yield path
     elif isinstance(value, dict | list):
         for part in value.values() if isinstance(value, dict) else value:
             yield from _paths(part)

@@ -163,6 +163,23 @@ def test_another_run_may_not_take_over(name, command, tmp_path, monkeypatch, cap
     assert main(command(rows, out=out)) == 0
 
 
+def test_a_run_does_not_resume_with_another_student(command, student, tmp_path, monkeypatch, refused):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    members = json.dumps({"mutual_information": {"members": ["~/member", "~/member"]}})
+    shutil.copytree(student, tmp_path / "member")
+    words = command(
+        [{"text": "a fox"}], student="~/student", acquisitions="mutual_information", acquisition_args=members
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr("acqcore.scoring.plan.Plan.batches", Mock(side_effect=KeyboardInterrupt))
+        assert main(words) == 130
+    for folder, key in (("student", "student_files"), ("member", "argument_files")):
+        (tmp_path / folder / "new").touch()
+        assert f"with different {key}" in refused(words)
+        (tmp_path / folder / "new").unlink()
+    assert main(words) == 0
+
+
 def test_an_interrupted_run_gives_away_no_file(command, tmp_path, monkeypatch, refused):
     out, rows = tmp_path / "out.jsonl", [{"text": "a fox", "x": 1}]
     out.write_text("keep")

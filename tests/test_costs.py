@@ -360,7 +360,8 @@ def test_measured_with_weights(arguments, student, capsys, monkeypatch):
     monkeypatch.setattr(measuring, "BUDGET_S", 0.01)
     given = {"grad_norm": {"parameters": 2}}
     options: dict[str, Any] = {"acquisitions": "entropy,grad_norm", "acquisition_args": json.dumps(given), "devices": 2}
-    assert main([*arguments(config=None, student=student, threads=1, **options), "--json"]) == 0
+    monkeypatch.setenv("HOME", str(student.parent))
+    assert main([*arguments(config=None, student="~/student", threads=1, **options), "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     model = plan["model"]
     assert (model["name"], model["blocks"], model["dtype"]) == ("LlamaForCausalLM", 6, "float32")

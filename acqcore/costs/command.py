@@ -57,8 +57,8 @@ def run(options: argparse.Namespace) -> int:
     if options.flops is not None:
         checks.positive("flops", options.flops)
         checks.positive("bandwidth", options.bandwidth)
-    source = options.student or options.config
-    if not Path(source).exists() and (options.config or source.startswith(("/", ".", "~"))):
+    source = os.path.expanduser(options.student or options.config)
+    if not Path(source).exists() and (options.config or source.startswith(("/", "."))):
         raise ValueError(f"{'config' if options.config else 'student'}: no file or folder {source}")
     config = read_config(source)
     dtype = DTYPES[options.dtype] if options.dtype else stored_dtype(config)
