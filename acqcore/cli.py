@@ -21,7 +21,7 @@ import torch
 
 from acqcore import __version__, checks
 from acqcore.acquisitions import REGISTRY
-from acqcore.backends import backends
+from acqcore.backends import NAMES, backends
 from acqcore.costs import command as plan_command
 from acqcore.files import choose, data as data_files, reference as reference_command
 from acqcore.files.data import BLOCK_ROWS, Block, located
@@ -162,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.set_defaults(command=_usage_errors()(plan_command.run))
     plan_command.add_options(plan)
     info = commands.add_parser("info", help="versions and backends")
-    info.set_defaults(command=_info)
+    info.set_defaults(command=_usage_errors()(_info))
     return parser
 
 
@@ -191,7 +191,7 @@ def _add_sample_options(parser: argparse.ArgumentParser, device: str) -> None:
     add("--max-length", type=at_least(2), metavar="N", help="truncate samples to N tokens")
     add("--dtype", choices=list(DTYPES), help="dtype of the weights (default: as stored)")
     add("--device", metavar="D", help=f"device (default: {device})")
-    add("--backend", choices=[row.name for row in backends()], help="backend; 'acqcore info' describes them")
+    add("--backend", choices=NAMES, help="backend; 'acqcore info' describes them")
     add("--limit", type=at_least(1), metavar="N", help="read only the first N rows")
 
 

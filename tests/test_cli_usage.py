@@ -147,7 +147,8 @@ def test_options_are_not_abbreviated(words, command, refused):
     assert f"unrecognized arguments: {' '.join(words)}" in refused([*command([{"text": "a fox"}]), *words])
 
 
-def test_version_and_help(capsys):
+def test_version_and_help(capsys, monkeypatch, refused):
+    monkeypatch.setenv("ACQCORE_ISA", "avx1024")  # which only backends that run need
     with pytest.raises(SystemExit, match="0"):
         main(["--version"])
     assert capsys.readouterr().out == f"acqcore {acqcore.__version__}\n"
@@ -157,6 +158,7 @@ def test_version_and_help(capsys):
     assert not re.search(r"``|:func:|:class:", offered)
     assert "gradient_diversity" not in offered
     assert "mutual_information" in offered
+    assert "ACQCORE_ISA: unknown 'avx1024', expected one of" in refused(["info"])
 
 
 def test_info_tells_backends_and_versions(capsys):

@@ -41,6 +41,9 @@ PREFERENCE: dict[str, Any] = json.loads((Path(__file__).parent / "preference.jso
 
 _BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Cpu(), Cuda(), Triton(), Eager())}
 
+#: Names of the backends in order of preference, available or not.
+NAMES = tuple(_BACKENDS)
+
 
 @dataclass(frozen=True)
 class BackendInfo:

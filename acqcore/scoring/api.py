@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from acqcore import checks
-from acqcore.backends import backends
+from acqcore.backends import NAMES
 from acqcore.defaults import standard_defaults
 from acqcore.literals import Reduction
 from acqcore.progress import progress_bar
@@ -144,7 +144,7 @@ def check_request(
     Plan.of(acquisitions, acquisition_args, reduction=reduction, batch_tokens=batch_tokens)
     checks.device("device", device)
     if backend is not None:
-        checks.one_of("backend", backend, [info.name for info in backends()])
+        checks.one_of("backend", backend, NAMES)
 
 
 def score_stream(
