@@ -34,10 +34,11 @@ _WORDED = re.compile(
 # Words before a value that are not part of it.
 _LEADING = re.compile(
     r"(?:,?\s*(?:therefore|thus|hence|then|indeed)\b,?\s+|"
-    r"(?:exactly|equal to|simply|just|about|approximately|roughly|around)\s+(?=[-+]?(?:[\d$€£¥]|\.\d|\\)))+",
+    r"(?:(?:exactly|equal to|simply|just|about|approximately|roughly|around)\s+)+(?=[-+]?(?:[\d$€£¥]|\.\d|\\)))+",
     re.IGNORECASE,
 )
 _BOLD = re.compile(r"(?<!\w)\*\*|\*\*(?!\w)")
+_QUOTED = re.compile(r'"([^"]*)"')
 _WORDY = 4  # maximum words of an answer in words; longer ones are prose
 # A number and what is glued to it; possessive, so that 2.5kg is never 2. A time, 5 000, 2 1/2, \frac{5}{2}, ½ and 10^-3
 # are read whole.
@@ -257,7 +258,8 @@ def _statements(completion: str) -> list[str]:
     """What follows "answer is" and "answer:", up to the end of the sentence; nothing if it is an empty or open box."""
     rests = (_BOLD.sub("", rest) for rest in STATED.findall(completion) if not re.search(r"\\f?boxed", rest))
     values = (rest[found.end() :] if (found := _LEADING.match(rest)) else rest for rest in rests)
-    return [_SENTENCE_END.split(value, maxsplit=1)[0].strip(' *`"') for value in values]
+    stated = (_SENTENCE_END.split(value, maxsplit=1)[0].strip(" *`") for value in values)
+    return [found[1] if (found := _QUOTED.fullmatch(value)) else value for value in stated]
 
 
 def _numbers(completion: str) -> list[str]:
