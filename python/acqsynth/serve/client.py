@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from acqcore.students.tables import listed
+from acqcore.students.tables import listed, plain
 from acqsynth import checks
 from acqsynth.rewards.scoring import Scored
 from acqsynth.serve.options import TOKEN_VARIABLE, checked_token, is_loopback, token_from
@@ -128,7 +128,7 @@ class ScorerClient:
         self._loopback = is_loopback(address.host)
         try:
             self._client({})
-        except (ImportError, ValueError) as error:
+        except (ImportError, ValueError, httpx.InvalidURL) as error:
             raise RuntimeError(f"{self.url}: {self._proxy()}cannot be used: {error}") from error
 
     async def score(
@@ -151,7 +151,8 @@ class ScorerClient:
             ScorerError: the server rejects the request, or is not a scorer.
             TypeError: samples are neither a list nor a table, or arguments hold more than text and numbers.
         """
-        samples = listed(samples)
+        # Arrays, as in frames of parquet files, become lists; a mapping without any value is named below.
+        samples = [plain(sample) or sample for sample in listed(samples)]
         acquisitions = [acquisitions] if isinstance(acquisitions, str) else list(acquisitions)
         question = {
             "acquisitions": acquisitions,
@@ -160,7 +161,7 @@ class ScorerClient:
             "max_length": max_length,
         }
         try:
-            json.dumps(arguments, allow_nan=False)
+            json.dumps(question["acquisition_args"], ensure_ascii=False, allow_nan=False).encode()
         except (TypeError, ValueError) as fault:
             raise TypeError(f"arguments: expected text and numbers: {fault}") from fault
         token = self._token if self._token is not None else token_from(TOKEN_VARIABLE)
@@ -291,7 +292,7 @@ def _encodable(index: int, sample: Any) -> bool:
 
 
 def _without_password(url: str) -> str:
-    return re.sub(r"(^|//)[^/]*@", r"\1", url)
+    return re.sub(r"^(\w*://)?.*@", r"\1", url)
 
 
 def _reason(response: httpx.Response) -> str:

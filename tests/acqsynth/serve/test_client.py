@@ -9,8 +9,10 @@ import logging
 import math
 import pickle
 import random
+from types import MappingProxyType
 
 import httpx
+import numpy as np
 import pandas
 import pytest
 
@@ -116,9 +118,11 @@ class TestProxies:
         monkeypatch.setenv("NO_PROXY", "scorer.example")
         assert client._proxy() == ""
 
-    def test_a_proxy_that_cannot_be_used_is_an_error_at_once(self, monkeypatch):
-        monkeypatch.setenv("ALL_PROXY", "socks9://127.0.0.1:9")
-        with pytest.raises(RuntimeError, match=r"socks9://127.0.0.1:9 of the environment: cannot be used"):
+    @pytest.mark.parametrize("proxy", ["socks9://127.0.0.1:9", "http://user:a/secret@127.0.0.1:9"])
+    def test_a_proxy_that_cannot_be_used_is_an_error_at_once(self, monkeypatch, proxy):
+        monkeypatch.setenv("ALL_PROXY", proxy)
+        shown = proxy.replace("user:a/secret@", "")
+        with pytest.raises(RuntimeError, match=f"the proxy {shown} of the environment: cannot be used"):
             ScorerClient("http://scorer.example:8000")
         ScorerClient("http://127.0.0.1:8000")
 
@@ -149,17 +153,23 @@ def test_samples_may_be_a_table(reached):
     for table in (columns, pandas.DataFrame(columns)):
         assert ask(ScorerClient(URL), table) == ({"loss": [1.0, 2.0]}, [1, 1])
         assert json.loads(server.asked[-1].content)["samples"] == [{"text": "a"}, {"text": "b"}]
+    turn = {"role": "user", "content": "a"}
+    nested = pandas.DataFrame({"messages": [np.array([turn]), np.array([turn | {"name": None}])]})  # as parquet is read
+    assert ask(ScorerClient(URL), nested) == ({"loss": [1.0, 2.0]}, [1, 1])
+    assert json.loads(server.asked[-1].content)["samples"] == [{"messages": [turn]}] * 2
     for other in ("abc", b"abc", None, iter("abc")):
         with pytest.raises(TypeError, match="samples: expected a list of strings"):
             ask(ScorerClient(URL), other)
 
 
-@pytest.mark.parametrize("value", [object(), math.nan])
+@pytest.mark.parametrize("value", [object(), math.nan, "\ud83d"])
 def test_arguments_are_text_and_numbers(reached, value):
     server = reached(Server(200))
     with pytest.raises(TypeError, match=r"^arguments: expected text and numbers: "):
         ask(ScorerClient(URL), ["1"], arguments={"influence": {"reference": value}})
     assert server.asked == []
+    ask(ScorerClient(URL), ["1"], arguments=MappingProxyType({"a": {"b": 1}}))
+    assert json.loads(server.asked[0].content)["acquisition_args"] == {"a": {"b": 1}}
 
 
 def test_the_token_is_sent(reached, monkeypatch):
@@ -341,6 +351,7 @@ def test_a_copy_of_another_process_finds_out_for_itself(reached):
     ("options", "message"),
     [
         ({"url": "scorer:8000"}, "url: expected http://host:port, got 'scorer:8000'"),
+        ({"url": "http://user:a/secret@scorer"}, "url: expected http://host:port, got 'http://scorer'"),
         *(
             ({"url": url}, "url: expected http://host:port, got")
             for url in (
