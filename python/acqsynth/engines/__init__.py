@@ -155,10 +155,10 @@ def encode(tokenizer: Any, prompts: Sequence[str | Messages]) -> list[list[int]]
         ValueError: an empty prompt; messages for a tokenizer without a chat template.
         TypeError: a single prompt instead of a list.
     """
-    if isinstance(prompts, str) or any(isinstance(prompt, Mapping) for prompt in prompts):
-        raise TypeError("prompts: expected a list of prompts, got a single one; wrap it in a list")
     encoded = []
     for i, prompt in enumerate(prompts):
+        if isinstance(prompts, str | Mapping) or isinstance(prompt, Mapping):
+            raise TypeError("prompts: expected a list of prompts, got a single one; wrap it in a list")
         if isinstance(prompt, str):
             ids = tokenizer(prompt)["input_ids"]
         else:

@@ -47,7 +47,8 @@ def test_encode_messages_and_strings(tokenizer):
     assert tokenizer.decode(text) == "Hi"
     with pytest.raises(ValueError, match=r"prompts\[1\]: expected at least one token"):
         encode(tokenizer, ["a", ""])
-    for single in ("Hi", [{"role": "user", "content": "Hi"}]):
+    assert encode(tokenizer, iter(["Hi"])) == encode(tokenizer, ["Hi"])
+    for single in ("Hi", {"role": "user", "content": "Hi"}, [{"role": "user", "content": "Hi"}]):
         with pytest.raises(TypeError, match="prompts: expected a list of prompts, got a single one"):
             encode(tokenizer, single)
 
