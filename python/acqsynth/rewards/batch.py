@@ -314,7 +314,10 @@ class Guard:
         except Exception as error:
             cause = error
             logger.exception("%s: %r failed on %d samples", self.name, part, len(samples))
-            traceback.clear_frames(error.__traceback__)  # frees what the call held, such as a GPU's memory
+            chained: BaseException | None = error
+            while chained is not None:  # frees what the call held, such as a GPU's memory
+                traceback.clear_frames(chained.__traceback__)
+                chained = chained.__cause__ or chained.__context__
             self.failures += 1
             tried = len(samples) if singly or len(samples) >= _TRIES else 0
             singly = singly and not isinstance(error, _WrongLengthError)

@@ -151,16 +151,25 @@ def test_a_sample_on_which_a_scorer_raises_masks_only_itself(domain, bad):
         assert errs.asked_errors == calls
 
 
-def test_a_failed_call_frees_its_memory_before_the_retry(domain):
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_failed_call_frees_its_memory_before_the_retry(domain, wrapped):
     held = []
+
+    def allocate(n):
+        array = np.zeros(n)
+        held.append(weakref.ref(array))
+        if n > 1:
+            raise MemoryError
+        return [1.0]
 
     def large(samples):
         assert all(reference() is None for reference in held)
-        array = np.zeros(len(samples))
-        held.append(weakref.ref(array))
-        if len(samples) > 1:
-            raise MemoryError
-        return [1.0]
+        try:
+            return allocate(len(samples))
+        except MemoryError as error:
+            if wrapped:
+                raise RuntimeError("no memory") from error
+            raise
 
     large.name = "large"
     assert None not in plain(domain, large).score(TEXTS, GROUPS).total
