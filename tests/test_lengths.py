@@ -48,7 +48,7 @@ def test_rope_that_goes_by_the_longest_sequence(kind, small_model):
         return student
 
     assert_as_alone(fresh, (12, 24, 16, 17, 30, 8))
-    grouped = fresh().length_groups([12, 16, 17, 24])
+    grouped = fresh().length_groups([12, 16, 17, 24], 8192)
     assert grouped[0] == grouped[1] != grouped[2]
     assert (grouped[2] == grouped[3]) == (kind == "longrope")
 
@@ -185,9 +185,24 @@ def test_half_precision_hides_no_dependence(trunk, dtype):
     """The second row that decides there differs, too."""
     student = acqcore.Student(trunk().to(dtype), acqcore.Head(torch.ones(96, 16, dtype=dtype)))
     student.max_length = 64
-    assert len(set(student.length_groups([3, 9, 40]))) == 3
+    assert len(set(student.length_groups([3, 9, 40], 8192))) == 3
+
+
+@pytest.mark.parametrize(
+    "call",
+    [partial(acqcore.score, acquisitions="loss"), acqcore.prompt_embedding],
+    ids=["score", "prompt_embedding"],
+)
+def test_no_forward_exceeds_batch_tokens(call, tiny_model):
+    """The check of a new student included, except for a longer row."""
+    model, sizes = tiny_model("Llama"), []
+    student = acqcore.Student.from_model(model)
+    model.model.register_forward_pre_hook(lambda _, __, given: sizes.append(given["input_ids"].shape), with_kwargs=True)
+    call(student, samples(60, 59, 20, 19), batch_tokens=48)
+    assert torch.Size([2, 24]) in sizes  # the check
+    assert max(shape.numel() for shape in sizes) == 60
 
 
 def test_others_share_batches(tiny_model):
     student = acqcore.Student.from_model(tiny_model("Llama"))
-    assert len(set(student.length_groups([3, 9, 40]))) == 1
+    assert len(set(student.length_groups([3, 9, 40], 8192))) == 1

@@ -52,7 +52,8 @@ def prompt_embedding(
         lengths = [len(prompts[i]) for i in filled]
         vectors = torch.zeros(len(rows), student.head.weight.shape[1])
         overhead = OVERHEAD_TOKENS.get(student.device.type, OVERHEAD_TOKENS["cuda"])
-        for picked in partition(lengths, batch_tokens, overhead, student.length_groups(lengths)):
+        groups = student.length_groups(lengths, batch_tokens)
+        for picked in partition(lengths, batch_tokens, overhead, groups):
             input_ids = pad_sequence([prompts[filled[i]] for i in picked], batch_first=True).to(student.device)
             with student.scoring():
                 hidden = student.hidden(input_ids).float()  # [B, T, D]

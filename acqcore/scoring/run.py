@@ -110,7 +110,8 @@ class Runner:
         if scored and self._gradients is not None:
             probed = (scored * 2)[: max(2, min(PROBED_ROWS, len(scored)))]
             self._gradients.prepare(Batch.of([rows[i] for i in probed]).input_ids)
-        groups = list(zip(*(student.length_groups(lengths) for student in self._students), strict=True))
+        of_students = (student.length_groups(lengths, self._batch_tokens) for student in self._students)
+        groups = list(zip(*of_students, strict=True))
         repeats = 0 if self._gradients is None or not scored else self._gradients.backwards_of_completions
         starts = [rows[i].first for i in scored] if repeats else None
         for picked in partition(lengths, self._batch_tokens, overhead, groups, starts, repeats):

@@ -265,13 +265,16 @@ class Student:
         error = (found.double() - expected.double()).abs().max()
         return bool(error <= CUT_TOLERANCE[expected.dtype] * expected.double().abs().max())
 
-    def length_groups(self, lengths: Sequence[int]) -> list[int]:
-        """Group of each sample; those of equal groups may share a batch. Runs a test row if these lengths are new."""
-        if len(lengths) > 1:
-            longest = max(lengths)
+    def length_groups(self, lengths: Sequence[int], batch_tokens: int) -> list[int]:
+        """Group of each sample; those of equal groups may share a batch of ``batch_tokens`` padded tokens, which is
+        also the most that the check of new lengths runs."""
+        most = batch_tokens // 2  # longer samples share no batch
+        shared = [length for length in lengths if length <= most]
+        if len(shared) > 1:
+            longest = max(shared)
             if self.max_length is not None:  # rounded up if the student takes it, so that few lengths are checked
                 rounded = 1 << (longest - 1).bit_length() if longest < 1024 else -(-longest // 1024) * 1024
-                longest = max(longest, min(rounded, self.max_length))
+                longest = max(longest, min(rounded, self.max_length, most))
             with self.scoring(), torch.inference_mode(False), torch.no_grad():
                 self._lengths.check(longest, self._vocab_size, lambda ids: self.hidden(ids.to(self.device)))
         return self._lengths.groups(lengths)

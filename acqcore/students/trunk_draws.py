@@ -131,7 +131,8 @@ class TrunkDraws:
         """Final hidden states ``[K, B, T, D]``."""
         input_ids = input_ids.to(self._student.device)
         self._dropped = 0
-        first, second = self._student.length_groups([input_ids.shape[1]] * 2)
+        length = input_ids.shape[1]
+        first, second = self._student.length_groups([length] * 2, self._draws * length)
         # Rows that may not share a forward with others may not with their own draws either.
         parts = [range(self._draws)] if first == second else [range(k, k + 1) for k in range(self._draws)]
         with self._student.scoring():
