@@ -220,6 +220,26 @@ def test_bad_influence_arguments(tiny_model, tmp_path):
         acqcore.influence(3, samples(2), reference)
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        "acqcore.influence(student, data, reference, batch_tokens=256)",
+        "acqcore.influence_reference(student, data, parameters='head', precondition='reference', batch_tokens=256)",
+    ],
+    ids=["influence", "reference"],
+)
+def test_memory_does_not_grow_with_the_rows(call, extra_mib):
+    """The sketches of all rows take 128 MiB."""
+    setup = (
+        "student = acqcore.Student(torch.nn.Embedding(64, 8), acqcore.Head(torch.randn(64, 8)))\n"
+        "data = {'input_ids': torch.arange(4 * 8192).view(8192, 4) % 64}\n"
+        "few = {'input_ids': data['input_ids'][:64]}\n"
+        "reference = acqcore.influence_reference(student, few, parameters='head')\n"
+        "acqcore.influence(student, few, reference)"
+    )
+    assert extra_mib(setup, call) <= 48
+
+
 @pytest.mark.parametrize("content", [b"hello", b"t", b"rv", b"prompt,completion\n", b"{}", b""])
 def test_a_file_that_is_no_reference(content, tmp_path):
     path = tmp_path / "notes.txt"

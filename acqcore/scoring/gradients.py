@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence, Sized
 from typing import Any, overload
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from acqcore import checks, head_grad
 from acqcore.acquisitions import LinearOptions
 from acqcore.acquisitions.epig import EpigOptions
-from acqcore.acquisitions.influence import InfluenceOptions, sketch
+from acqcore.acquisitions.influence import InfluenceOptions
 from acqcore.acquisitions.needs import WEIGHT_VARIANCE
 from acqcore.defaults import standard_defaults
 from acqcore.gradients.laplace import LaplacePosterior
@@ -229,17 +230,23 @@ def influence_reference(
             raise ValueError("precondition: expected finite second moments >= 0, not all of them 0")
     need = GradientNeed(parameters, loss, dim=dim, seed=seed)
     runner = Runner(student, (need,), batch_tokens, backend)
-    sketches = _of_samples(need, runner, samples, tokenizer, max_length)
-    _check_reference_set(sketches)
-    if not bool(sketches.any()):
+    total, squares = torch.zeros(2, dim, dtype=torch.float64)
+    with runner.student.in_step():
+        rows = runner.encode(samples, tokenizer, max_length)
+        for found in runner.batches(rows):  # not collected: each sketch has dim numbers
+            sketches = found.results[need].double()
+            _check_finite(sketches, found.indices)
+            total += sketches.sum(dim=0)
+            squares += sketches.square().sum(dim=0)
+    _check_some(rows)
+    if not bool(squares.any()):
         raise ValueError("samples: expected a reference set with nonzero gradients, all are zero")
-    mean = sketches.double().mean(dim=0).float()
     if isinstance(precondition, torch.Tensor):
         moments: torch.Tensor | None = precondition.detach().to("cpu", torch.float32)
     else:
-        moments = None if precondition is None else sketches.double().square().mean(dim=0).float()
+        moments = None if precondition is None else (squares / len(rows)).float()
     shapes = parameter_shapes(runner.student, runner.head, need.parameters)
-    return Reference(mean, len(sketches), need.parameters, need.seed, loss, shapes, moments)
+    return Reference((total / len(rows)).float(), len(rows), need.parameters, need.seed, loss, shapes, moments)
 
 
 @standard_defaults()
@@ -273,10 +280,11 @@ def influence(
     """
     checks.instance("reference", reference, Reference, "a result of acqcore.influence_reference()")
     options = InfluenceOptions(reference, similarity)
-    need = sketch(options)
-    runner = Runner(student, (need,), batch_tokens, backend)
-    options.check(runner.student, runner.head)
-    return reference.similarity(_of_samples(need, runner, samples, tokenizer, max_length), similarity)
+    scores = score(
+        student, samples, "influence", acquisition_args={"influence": options}, tokenizer=tokenizer,
+        batch_tokens=batch_tokens, max_length=max_length, backend=backend, progress=False,
+    )  # fmt: skip
+    return scores["influence"]
 
 
 @standard_defaults()
@@ -318,7 +326,8 @@ def epig_reference(
         samples, tokenizer, max_length, (2, probes, dim),
         lambda found: torch.stack([found.results[need] for need in needs], dim=1),
     )  # [n, 2, P, dim]  # fmt: skip
-    _check_reference_set(sketches)
+    _check_some(sketches)
+    _check_finite(sketches, range(len(sketches)))
     shapes = shapes_of(select_linear(runner.student, layers))
     return EpigReference(sketches.transpose(0, 1).flatten(1, 2), layers, seed, shapes)
 
@@ -409,8 +418,7 @@ def laplace_posterior(
             for name, (of_rows, of_columns) in found.results[need].items():
                 before = sums.get(name, (torch.zeros_like(of_rows), torch.zeros_like(of_columns)))
                 sums[name] = before[0] + of_rows, before[1] + of_columns
-    if not sums:
-        raise ValueError("samples: expected at least one reference sample, got none")
+    _check_some(sums)
     for name, (of_rows, of_columns) in sums.items():
         if not bool(of_rows.isfinite().all() & of_columns.isfinite().all()):
             raise ValueError(f"samples: expected finite gradients, got NaN or infinity in {name}")
@@ -427,12 +435,18 @@ def _of_samples(
     return runner.collect(samples, tokenizer, max_length, need.shape, lambda found: found.results[need])
 
 
-def _check_reference_set(
-    gradients: torch.Tensor,  # [n, ...]
-) -> None:
-    """Raise ValueError if there is no sample or a gradient is not finite (names the first such sample)."""
-    if not len(gradients):
+def _check_some(found: Sized) -> None:
+    """Raise ValueError if there is no reference sample."""
+    if not len(found):
         raise ValueError("samples: expected at least one reference sample, got none")
-    bad = ~gradients.isfinite().flatten(1).all(dim=1)
-    if bool(bad.any()):
-        raise ValueError(f"samples[{int(bad.nonzero()[0])}]: expected a finite gradient, got NaN or infinity")
+
+
+def _check_finite(
+    gradients: torch.Tensor,  # [n, ...]
+    indices: Sequence[int],  # [n], of the samples
+) -> None:
+    """Raise ValueError if a gradient is not finite (names the first such sample)."""
+    finite = gradients.isfinite().flatten(1).all(dim=1).tolist()
+    bad = [index for index, known in zip(indices, finite, strict=True) if not known]
+    if bad:
+        raise ValueError(f"samples[{min(bad)}]: expected a finite gradient, got NaN or infinity")
