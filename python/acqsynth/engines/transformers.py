@@ -154,7 +154,9 @@ class TransformersEngine(Engine):
     def _continued(self, prompt: list[int], parts: list[tuple[torch.Tensor, torch.Tensor]]) -> list[float]:
         """The log-probability of each row of the parts after the prompt."""
         before = torch.tensor([prompt], device=self.model.device)
-        first = self.model(input_ids=before, use_cache=True)
+        # Without logits of the prompt's other tokens, which take V numbers each.
+        last = ["logits_to_keep"] if self.model._supports_logits_to_keep() else []
+        first = self.model(input_ids=before, use_cache=True, **dict.fromkeys(last, 1))
         name = "cache" if "cache" in first else "past_key_values"  # before transformers 5.24
         # Recurrent and convolutional states may take only one token at a time, so other models read the prompt again.
         layers = getattr(first.get(name), "layers", [None])
@@ -167,7 +169,8 @@ class TransformersEngine(Engine):
                 later = self.model(input_ids=tokens[:, :-1], use_cache=True, **{name: cache}).logits  # [m, T - 1, V]
             else:
                 whole = torch.cat([before.expand(len(tokens), -1), tokens[:, :-1]], dim=1)
-                later = self.model(input_ids=whole, use_cache=False).logits[:, len(prompt) :]
+                kept = dict.fromkeys(last, tokens.shape[1] - 1)
+                later = self.model(input_ids=whole, use_cache=False, **kept).logits[:, 1 - tokens.shape[1] :]
             logits = torch.cat([first.logits[:, -1:].expand(len(tokens), -1, -1), later], dim=1).float()
             own = logits.gather(2, tokens[:, :, None])[:, :, 0] - logits.logsumexp(dim=2)
             found += own.where(there, 0).sum(dim=1).tolist()

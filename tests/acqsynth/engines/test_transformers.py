@@ -56,12 +56,18 @@ def test_learned_positions_sliding_windows_and_tied_heads(tiny_model, tokenizer,
 @pytest.mark.parametrize("at_once", [1, 2, 32])
 @pytest.mark.parametrize("kind", ["Llama", "GPT2", "Gemma3", "Qwen2", "mamba", "falcon_h1", "lfm2_moe"])
 def test_logprobs_of_texts(tiny_model, small_model, tokenizer, kind, at_once):
-    """Values match one forward pass without padding or cache, also for a text that is a prefix of another."""
+    """Values match one forward pass without padding or cache, also for a text that is a prefix of another. Logits of
+    the prompt's other tokens are never computed."""
     ids = {"vocab_size": len(tokenizer)} if kind.islower() else {}
     model = (small_model if kind.islower() else tiny_model)(kind, eos_token_id=tokenizer.eos_token_id, **ids)
     engine = TransformersEngine(model, tokenizer)
     prompts, answers = ["a", "What is 6 * 7?"], ["card", "card arrival", 'say "hi", then go']
+    widths = []
+    hook = model.get_output_embeddings().register_forward_hook(lambda _, __, logits: widths.append(logits.shape[1]))
     found = engine.logprobs(prompts, answers, at_once)
+    hook.remove()
+    assert widths[0] == 1
+    assert max(widths) == max(len(tokenizer(answer, add_special_tokens=False)["input_ids"]) for answer in answers)
     for prompt, row in zip(prompts, found, strict=True):
         ids = tokenizer(prompt)["input_ids"]
         for answer, value in zip(answers, row, strict=True):
