@@ -151,9 +151,16 @@ def words(text: str) -> list[str]:
 class _Held:
     text: str
     form: str
-    shingles: frozenset[str]
+    plain: str  #: the form without spaces and signs between words
+    n: int
+    size: int  #: number of shingles
     numbers: Counter[Fraction]
     readings: Counter[Fraction]
+
+    @property
+    def shingles(self) -> frozenset[str]:
+        """Not kept: those of 300 characters take 19 KiB."""
+        return _shingles(self.plain, self.n)
 
     @functools.cached_property
     def values(self) -> frozenset[Fraction]:
@@ -284,7 +291,7 @@ class NearCopies:
             fresh = (holders if alike is None else holders & alike) - met
             met |= fresh
             for i in fresh:
-                size = len(self._texts[i].shingles)
+                size = self._texts[i].size
                 most = min(left, size)
                 if most / (len(shingles) + size - most) >= self.threshold:
                     candidates.add(i)
@@ -292,7 +299,7 @@ class NearCopies:
         for i in sorted(candidates):
             held = self._texts[i]
             common = len(shingles & held.shingles)
-            jaccard = common / (len(shingles) + len(held.shingles) - common)
+            jaccard = common / (len(shingles) + held.size - common)
             if jaccard < best or (found is not None and jaccard == best):
                 continue
             if (self.same_numbers and held.differs(asked)) or held.reworded(asked):
@@ -324,8 +331,11 @@ class NearCopies:
 def _read(text: str, n: int) -> _Held:
     form = normal_form(text)
     plain = "".join(spelled(form))
-    shingles = frozenset(plain[i : i + n] for i in range(max(1, len(plain) - n + 1)))
-    return _Held(text, form, shingles, numbers(form), readings(form))
+    return _Held(text, form, plain, n, len(_shingles(plain, n)), numbers(form), readings(form))
+
+
+def _shingles(plain: str, n: int) -> frozenset[str]:
+    return frozenset(plain[i : i + n] for i in range(max(1, len(plain) - n + 1)))
 
 
 def _enter(index: dict[K, set[int]], keys: Iterable[K], i: int) -> None:
