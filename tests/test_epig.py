@@ -88,6 +88,16 @@ def test_a_saved_reference(tiny_model, tmp_path):
             acqcore.score(model, samples, "epig", acquisition_args={"epig": {"reference": tmp_path / name}})
 
 
+def test_the_reference_is_not_copied(extra_mib):
+    """Its sketches take 128 MiB, in float64 256."""
+    setup = (
+        "reference = acqcore.EpigReference(torch.ones(2, 16384, 1024), 'all', 0, {})\n"
+        "one = torch.ones(1, 2, 1024)\n"
+        "acqcore.EpigReference(torch.ones(2, 8, 1024), 'all', 0, {}).squares(one, one)"
+    )
+    assert extra_mib(setup, "assert bool((reference.squares(one, one) == 2**20).all())") <= 48
+
+
 def test_a_sample_does_not_depend_on_its_batch(tiny_model):
     model = tiny_model("Llama", vocab_size=48)
     samples = _samples(3, 0)

@@ -222,6 +222,7 @@ FUNCTIONS = {
         lambda s, r: acqcore.epig(s, SAMPLES, acqcore.epig_reference(s, r, probes=3, **SAME), **SAME),
         (8, 2, 5, 9),  # one backward and one product per probe (3 and 2), and 2 products per batch
     ),
+    "embeddings of prompts": (lambda s, r: acqcore.prompt_embedding(s, SAMPLES), (6, 1, 0, 0)),
     "Laplace posterior": (lambda s, r: acqcore.laplace_posterior(s, r, probes=3, **SAME), (2, 1, 3, 5)),
 }
 
@@ -234,6 +235,7 @@ def test_functions_of_gradients(name, tiny_model, tokenizer, count):
         count.clear()
         call(student, SAMPLES[:2])
     assert tuple(count[name] for name in COUNTED) == expected
+    assert count["heads"] == count["forwards"]
 
 
 @pytest.mark.parametrize("arguments", [None, {"draws": 2}, {"draws": 2, "layers": 1}], ids=["entropy", "all", "last"])

@@ -28,6 +28,9 @@ from acqcore.students.student import Student
 # that a small reference set hardly moves weighs at most ten times the average; with Adam's 1e-8 it would dominate.
 _DAMPING = 0.1
 
+# Numbers of each of the two sketches that are converted to float64 at a time, 32 MiB in all.
+_CONVERTED = 1 << 21
+
 
 class Saved:
     """Base of dataclasses of tensors and plain values that can be saved.
@@ -178,8 +181,11 @@ class EpigReference(Saved):
 
         Unbiased: the two factors of each square come from independent sketches.
         """
-        inner = torch.einsum("hnpd,hmd->hnpm", torch.stack([first, second]).double(), self.sketches.double())
-        return inner.prod(dim=0).mean(dim=2)
+        both = torch.stack([first, second]).double()
+        found = both.new_zeros(first.shape[:2])
+        for part in self.sketches.split(max(1, _CONVERTED // self.dim), dim=1):
+            found += torch.einsum("hnpd,hmd->hnpm", both, part.double()).prod(dim=0).sum(dim=2)
+        return found / self.sketches.shape[1]
 
 
 def sketch_needs(layers: Layers, probes: int, seed: int, dim: int, sketch_seed: int) -> tuple[ProbeNeed, ProbeNeed]:

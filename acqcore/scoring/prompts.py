@@ -43,14 +43,13 @@ def prompt_embedding(
     max_length = checks.max_length(max_length, student.max_length)
     tokenizer = tokenizer if tokenizer is not None else student.tokenizer
     with student.in_step():
-        rows = encode(
-            samples, tokenizer, vocab_size=student.head.vocab_size, limit=student.max_length, max_length=max_length
-        )
+        head = student.head  # read once: with an adapter it is a new [V, D] tensor
+        rows = encode(samples, tokenizer, vocab_size=head.vocab_size, limit=student.max_length, max_length=max_length)
         longest = student.max_length if max_length is None else max_length
         prompts = [_prompt(row, longest) for row in rows]
         filled = [i for i, ids in enumerate(prompts) if len(ids)]
         lengths = [len(prompts[i]) for i in filled]
-        vectors = torch.zeros(len(rows), student.head.weight.shape[1])
+        vectors = torch.zeros(len(rows), head.weight.shape[1])
         overhead = OVERHEAD_TOKENS.get(student.device.type, OVERHEAD_TOKENS["cuda"])
         groups = student.length_groups(lengths, batch_tokens)
         for picked in partition(lengths, batch_tokens, overhead, groups):
