@@ -38,7 +38,7 @@ _LEADING = re.compile(
     re.IGNORECASE,
 )
 _BOLD = re.compile(r"(?<!\w)\*\*|\*\*(?!\w)")
-_QUOTED = re.compile(r'"([^"]*)"')
+_QUOTED = re.compile(r"[\"'“‘]([^\"“”]*)[\"'”’]")
 _WORDY = 4  # maximum words of an answer in words; longer ones are prose
 # A number and what is glued to it; possessive, so that 2.5kg is never 2. A time, 5 000, 2 1/2, \frac{5}{2}, ½ and 10^-3
 # are read whole.

@@ -314,10 +314,10 @@ class Guard:
         except Exception as error:
             cause = error
             logger.exception("%s: %r failed on %d samples", self.name, part, len(samples))
-            chained: BaseException | None = error
-            while chained is not None:  # frees what the call held, such as a GPU's memory
-                traceback.clear_frames(chained.__traceback__)
-                chained = chained.__cause__ or chained.__context__
+            chain: list[BaseException] = [error]
+            for each in chain:  # frees what the call held, such as a GPU's memory
+                traceback.clear_frames(each.__traceback__)
+                chain += [e for e in (each.__cause__, each.__context__) if e is not None and e not in chain]
             self.failures += 1
             tried = len(samples) if singly or len(samples) >= _TRIES else 0
             singly = singly and not isinstance(error, _WrongLengthError)

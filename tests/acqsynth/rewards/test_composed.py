@@ -167,9 +167,7 @@ def test_a_failed_call_frees_its_memory_before_the_retry(domain, wrapped):
         try:
             return allocate(len(samples))
         except MemoryError as error:
-            if wrapped:
-                raise RuntimeError("no memory") from error
-            raise
+            raise RuntimeError("no memory") if wrapped else error from error
 
     large.name = "large"
     assert None not in plain(domain, large).score(TEXTS, GROUPS).total
