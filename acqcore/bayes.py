@@ -52,7 +52,7 @@ FIELDS = (
 class BayesStats:
     """Statistics of N rows under K draws, each ``[N]``; float32 (float64 where an input was float64).
 
-    Rows whose target is -100, and rows without a finite logit, hold NaN. ``logprob`` is None without targets.
+    Rows whose target is -100, and rows without a finite largest logit, hold NaN. ``logprob`` is None without targets.
 
     Attributes:
         state: ``[6, N]`` float64: expected entropy, information, reverse, log target, sum of squares, spread.

@@ -31,8 +31,8 @@ FIELDS = (
 class RowStats:
     """Statistics of N softmax rows, each ``[N]``; float32 (float64 where an input was float64), indices int64.
 
-    Rows whose target is -100, and rows without a finite logit, hold NaN (``top1_index`` -1). Fields that need a target
-    (``logprob``, ``residual_norm``) are None without targets; ``hidden_norm`` is None if only logits were given.
+    Rows whose target is -100, and rows without a finite largest logit, hold NaN (``top1_index`` -1). Fields that need a
+    target (``logprob``, ``residual_norm``) are None without targets; ``hidden_norm`` is None if only logits were given.
 
     The formulas below use the largest logit ``m``, sums over the other tokens of ``e = exp(z - m)``, ``R = sum e``,
     ``S1 = sum e (z - m)``, ``S2 = sum e^2`` and ``S11 = sum e (z - m)^2``, and ``Z = 1 + R``.
@@ -59,7 +59,7 @@ class RowStats:
 
     @property
     def valid(self) -> torch.Tensor:
-        """``[N]`` bool: the row was scored and has a finite logit and no NaN."""
+        """``[N]`` bool: the row was scored and has a finite largest logit and no NaN."""
         return self.state[MAX].isfinite() & self.state[R].isfinite()
 
     @property
