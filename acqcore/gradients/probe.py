@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -37,6 +37,9 @@ TOLERANCE = {
     torch.float16: (5e-2, 5e-3),
     torch.bfloat16: (5e-2, 1e-2),
 }
+
+#: Entries of a gradient that are converted to float64 at a time, 8 MiB.
+PART_ELEMENTS = 1 << 20
 
 
 class Probe:
@@ -221,16 +224,16 @@ class _Comparison:
         """Compare autograd's gradient with the sum of the pieces of all uses, which arrive before it."""
         name, factor = self._capture.names[parameter], self._capture.factor
         scale = 1.0 if factor is None else float(factor[self._sample])
-        difference = gradient.to(torch.float64, copy=True)
-        self.norms[name] = scale * float(difference.norm())
+        self.norms[name] = scale * _norm(_parts(gradient))
         piece = self._pieces.pop(name, None) or self._capture.unfinished(name)
         if piece is None:
             self._errors[name] = math.inf
             return
-        difference -= of_sample(piece, self._sample, gradient.shape, self._capture.transposed(parameter))
+        own = of_sample(piece, self._sample, gradient.shape, self._capture.transposed(parameter))
+        difference = _norm(a.double() - b for a, b in zip(_parts(gradient), _parts(own), strict=True))
         of_others = self._norms_of(name, piece)
         of_others[self._sample] = 0
-        self._errors[name] = scale * float(difference.norm()) + float(of_others.max())
+        self._errors[name] = scale * difference + float(of_others.max())
 
     def errors(self) -> dict[str, float]:
         """Name -> norm of the difference between piece and autograd's gradient, plus what the piece gives the other
@@ -244,6 +247,14 @@ class _Comparison:
         measure = SquaredNorm(self._batch, torch.device("cpu"))
         measure.add(name, piece, self._capture.factor)
         return measure.values.sqrt()
+
+
+def _parts(gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return gradient.reshape(-1).split(PART_ELEMENTS)
+
+
+def _norm(parts: Iterable[torch.Tensor]) -> float:
+    return math.hypot(*(float(part.double().norm()) for part in parts))
 
 
 def _state(module: nn.Module) -> tuple[Any, ...]:
