@@ -14,6 +14,7 @@ from acqcore.philox import signs
 from acqcore.testing import Case, case_from_logits, random_case
 
 OFFSETS = torch.tensor([0, 1, 3, 20, 60])
+IN_PAIRS = ("x86-64-v4-bf16", "x86-64-v4-amx")  # instruction sets with products of bfloat16 pairs
 CASES = {
     "plain": lambda: random_case(60, 40, 700),
     "one column": lambda: random_case(60, 16, 1),
@@ -42,7 +43,7 @@ def _tolerance(implementation: str, dtype: torch.dtype) -> float:
     flattens the slopes, either error is larger relative to the gradient."""
     if implementation == "triton":
         return {torch.bfloat16: 2**-6, torch.float16: 2**-10}.get(dtype, 1e-4)
-    in_pairs = get(implementation).instruction_set() in ("x86-64-v4-bf16", "x86-64-v4-amx")
+    in_pairs = get(implementation).instruction_set() in IN_PAIRS
     return 2**-7 if in_pairs and dtype == torch.bfloat16 else 1e-4
 
 
@@ -104,6 +105,18 @@ def test_is_the_product_with_the_cotangent(name, dtype, implementation):
     assert not got[:, case.targets == -100].any()
     # A row with p = 1e-20 for all tokens but one has entries of 1e-10; 1e-9 allows for its float32 logits.
     _assert_probes(got, _definitions_of(name, dtype), _tolerance(implementation, dtype), atol=1e-9)
+
+
+@pytest.mark.parametrize("isa", [isa for isa, missing in acqcore._core.isas() if not missing and isa in IN_PAIRS])
+def test_products_of_bfloat16_round_square_roots(isa, monkeypatch):
+    """An error above that of float32 shows that the products take rounded factors."""
+    monkeypatch.setenv("ACQCORE_ISA", isa)
+    case = _case("plain").to(torch.bfloat16)
+    [got] = fisher_grad(case.hidden, case.head, case.targets, seed=7, offsets=OFFSETS, backend="cpu").double()
+    expected = _definitions_of("plain", torch.bfloat16)[0]
+    scored = case.targets != -100
+    error = ((got - expected).norm(dim=1) / expected.norm(dim=1))[scored]
+    assert 3e-4 < float(error.max()) <= 2**-7
 
 
 def test_a_direction_that_all_weights_share_cancels():
